@@ -1,0 +1,17 @@
+"""The refusal: what lowmem says before anything loads when an option cannot be honoured exactly."""
+
+
+class UnsupportedError(ValueError):
+    """An option, architecture or file that is not supported, said before anything loads.
+
+    Args:
+        option: Name of the option or architecture, as the user wrote it, with its value.
+        reason: Why it cannot be honoured exactly.
+        instead: What to use or to do instead.
+    """
+
+    def __init__(self, option: str, *, reason: str, instead: str) -> None:
+        super().__init__(f"{option} is not supported: {reason}. Instead: {instead}.")
+        self.option = option
+        self.reason = reason
+        self.instead = instead
