@@ -1,0 +1,1 @@
+"""Tiny random models of the architectures that transformers ships, for tests only."""
