@@ -1,0 +1,49 @@
+# Everything runs in .venv, made here. PYTHON: any Python >= 3.11 with venv. Offline but for package installs.
+# On Linux, PyPI's torch brings CUDA with it; where there is no GPU, 2 GB less is downloaded with
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+TORCH_INDEX ?=
+ARGS ?=
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo $$p; break; }; done)
+
+.PHONY: setup demo test check bench clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 with venv found; install one or give PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Trains on a model and data made on the spot, inside a memory limit where one can be set; results in demo-output/.
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+# ARGS=--slow adds the slow ones; ARGS='-k pattern' and the like go to pytest.
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house_rules.py
+
+# Needs disk for the synthetic checkpoints (BENCH_ROOT) and, for enforced limits, root.
+BENCH_ROOT ?= $(CURDIR)/build/checkpoints
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.sft_memory --root $(BENCH_ROOT) --job 1.1b-2GiB
+	$(BIN)/python -m benchmarks.sft_step_time --root $(BENCH_ROOT)
+	$(BIN)/python -m benchmarks.io_bound --root $(BENCH_ROOT)
+	$(BIN)/python -m benchmarks.passes --root $(BENCH_ROOT)
+
+clean:
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache
