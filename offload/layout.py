@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .spec import BlockSpec, TensorSpec
+from offload.spec import BlockSpec, TensorSpec
 
 PAGE_BYTES = 4096
 """What O_DIRECT asks of file offsets, lengths and memory addresses on every common disk and file system."""
