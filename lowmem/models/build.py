@@ -1,0 +1,254 @@
+"""Building the genuine transformers model with absent blocks: everything outside the blocks is real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UnsupportedError
+from lowmem.models.absent import AbsentParameter, refuse_copy_of_model
+from lowmem.models.blocks import DecoderBlock, find_blocks
+from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
+from offload import BlockSpec, SourceError, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ReadTensors = Callable[[BlockSpec], dict[str, Tensor]]
+"""Reads stored tensors now, by stored name, into new memory on the compute device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSlot:
+    """One parameter of a block: where it hangs in the model."""
+
+    module: torch.nn.Module
+    """The module that holds it; stays the same object when an adapter wraps that module."""
+    attribute: str
+    """Its name in the module."""
+    key: str
+    """Its fully qualified name in the model as loaded."""
+    shape: torch.Size
+    """Shape in the model."""
+    dtype: torch.dtype
+    """Compute dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedBlock:
+    """A decoder block, its parameters' places and the recipes that make them."""
+
+    block: DecoderBlock
+    """The module and its raw forward."""
+    slots: tuple[ParamSlot, ...]
+    """Its parameters."""
+    recipes: tuple[Recipe, ...]
+    """What makes them; every stored tensor is read by exactly one."""
+    spec: BlockSpec
+    """Its stored tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model on the meta device together with what its checkpoint holds for it. Nothing is loaded yet."""
+
+    model: PreTrainedModel
+    """The real class, on meta."""
+    blocks: tuple[StreamedBlock, ...]
+    """Its decoder blocks in visiting order."""
+    resident: tuple[Recipe, ...]
+    """Recipes of all that stays on the device: embeddings, norms, head, buffers."""
+    mapping: CheckpointMap
+    """Every recipe, missing and unexpected names."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the parameters outside the blocks in the compute dtype; tied weights count once."""
+        state = self.model.state_dict(keep_vars=True)
+        return sum(state[name].numel() * state[name].dtype.itemsize for recipe in self.resident
+                   for name in recipe.targets)
+
+
+def skeleton(config: PretrainedConfig, tensors: Mapping[str, TensorSpec], *, dtype: torch.dtype,
+             folder: Path, trust_remote_code: bool = False) -> Skeleton:
+    """Build a model on meta and match it with its checkpoint.
+
+    Args:
+        config: The model's configuration.
+        tensors: The checkpoint's tensors by stored name.
+        dtype: Compute dtype.
+        folder: Where the checkpoint lies, for error messages.
+        trust_remote_code: As in transformers.
+
+    Raises:
+        UnsupportedError: The architecture cannot be streamed.
+        SourceError: The checkpoint does not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    _keep_in_fp32(model, dtype)
+    blocks = find_blocks(model)
+    mapping = map_checkpoint(model, tensors)
+    _check_missing(model, mapping, folder)
+    prefixes = {f"{block.name}.": index for index, block in enumerate(blocks)}
+    by_block: list[list[Recipe]] = [[] for _ in blocks]
+    resident: list[Recipe] = []
+    for recipe in {id(recipe): recipe for recipe in mapping.recipes.values()}.values():
+        _assign(recipe, prefixes, by_block, resident, model)
+    return Skeleton(
+        model=model, mapping=mapping, resident=tuple(resident),
+        blocks=tuple(_streamed(model, block, recipes) for block, recipes in zip(blocks, by_block, strict=True)))
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the class keeps in fp32 that dtype, as transformers does while loading."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+    for name, param in model.named_parameters():
+        match = pattern.search(name)
+        if match is not None and match.lastgroup is not None:
+            param.data = param.data.to(plan[by_group[match.lastgroup]])
+
+
+def _check_missing(model: PreTrainedModel, mapping: CheckpointMap, folder: Path) -> None:
+    import re
+
+    tied = getattr(model, "all_tied_weights_keys", {})
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    has = mapping.recipes
+    missing = [name for name in sorted(mapping.missing)
+               if not (name in tied and (tied[name] in has or name in has))
+               and not (name in tied.values() and any(has.get(k) for k, v in tied.items() if v == name))
+               and not any(re.search(pattern, name) for pattern in ignored)]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise SourceError(folder, field="tensors", problem=f"the configuration asks for {shown}, which no shard holds",
+                          remedy="download the missing shards, or use the config.json that belongs to these weights")
+
+
+def _assign(recipe: Recipe, prefixes: Mapping[str, int], by_block: list[list[Recipe]], resident: list[Recipe],
+            model: PreTrainedModel) -> None:
+    owners = {next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None)
+              for name in recipe.targets}
+    if len(owners) > 1:
+        raise UnsupportedError(f"architecture {type(model).__name__}",
+                               reason=f"one stored tensor makes {', '.join(recipe.targets)}, in several blocks",
+                               instead="a model whose decoder blocks are stored apart")
+    owner = owners.pop()
+    (resident if owner is None else by_block[owner]).append(recipe)
+
+
+def _streamed(model: PreTrainedModel, block: DecoderBlock, recipes: list[Recipe]) -> StreamedBlock:
+    slots = tuple(
+        ParamSlot(module=module, attribute=attribute, key=".".join(filter(None, (block.name, path, attribute))),
+                  shape=param.shape, dtype=param.dtype)
+        for path, module in block.module.named_modules()
+        for attribute, param in module.named_parameters(recurse=False))
+    specs = tuple({spec.name: spec for recipe in recipes for spec in recipe.sources}.values())
+    return StreamedBlock(block=block, slots=slots, recipes=tuple(recipes),
+                         spec=BlockSpec(name=block.name, tensors=specs))
+
+
+def fill(built: Skeleton, *, device: torch.device, read: ReadTensors, load: Callable[[str], Tensor],
+         absent: frozenset[str] = frozenset()) -> PreTrainedModel:
+    """Turn a meta model into one that trains: real where it is small, absent in the blocks.
+
+    Args:
+        built: What `skeleton` answered; its model is changed in place.
+        device: Compute device.
+        read: Reads stored tensors now.
+        load: Reads one parameter's true values by name, on the compute device in the compute dtype.
+        absent: Names outside the blocks that stay absent too (an embedding table whose rows are gathered).
+
+    Returns:
+        The model, in eval mode, with every parameter frozen.
+    """
+    model = built.model
+    in_blocks = _place_absent(built, device=device, load=load, absent=absent)
+    buffers = {name for name, _ in model.named_buffers()}
+    for streamed in built.blocks:
+        for recipe in streamed.recipes:
+            if any(name in buffers for name in recipe.targets):
+                _load_now(model, recipe, device=device, read=read, only=buffers)
+    for recipe in built.resident:
+        if not absent.intersection(recipe.targets):
+            _load_now(model, recipe, device=device, read=read, only=None)
+    _finish_as_transformers_does(built, device, in_blocks)
+    model.requires_grad_(False)
+    # Two entries, both the compute device: Trainer and accelerate then leave the placement alone.
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
+    model.hf_device_map = {model.base_model_prefix: device, head or "lm_head": device}
+    refuse_copy_of_model(model)
+    return model.eval()
+
+
+def _place_absent(built: Skeleton, *, device: torch.device, load: Callable[[str], Tensor],
+                  absent: frozenset[str]) -> set[str]:
+    placed: set[str] = set()
+
+    def place(module: torch.nn.Module, attribute: str, key: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        module._parameters[attribute] = AbsentParameter.of(shape, dtype=dtype, device=device, key=key,
+                                                           load=lambda: load(key))
+        placed.add(key)
+
+    for streamed in built.blocks:
+        for slot in streamed.slots:
+            place(slot.module, slot.attribute, slot.key, slot.shape, slot.dtype)
+    for key in absent:
+        path, _, attribute = key.rpartition(".")
+        param = built.model.get_parameter(key)
+        place(built.model.get_submodule(path), attribute, key, param.shape, param.dtype)
+    return placed
+
+
+def _load_now(model: PreTrainedModel, recipe: Recipe, *, device: torch.device, read: ReadTensors,
+              only: set[str] | None) -> None:
+    stored = read(BlockSpec(name=recipe.targets[0], tensors=recipe.sources))
+    for name, value in recipe.run(stored).items():
+        if only is not None and name not in only:
+            continue
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = module._parameters.get(attribute)
+        is_param = old is not None
+        dtype = (old if old is not None else module._buffers[attribute]).dtype  # type: ignore[union-attr]
+        # A view would keep the whole staging memory alive.
+        real = value.to(device=device, dtype=dtype, copy=True).contiguous()
+        if is_param:
+            module._parameters[attribute] = torch.nn.Parameter(real, requires_grad=False)
+            module._parameters[attribute]._is_hf_initialized = True  # type: ignore[union-attr]
+        else:
+            real._is_hf_initialized = True  # type: ignore[attr-defined]
+            module._buffers[attribute] = real
+
+
+def _finish_as_transformers_does(built: Skeleton, device: torch.device, in_blocks: set[str]) -> None:
+    """Non-persistent buffers, rotary tables and tied weights, by transformers' own finishing steps."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    model = built.model
+    info = LoadStateDictInfo(missing_keys=set(built.mapping.missing) - in_blocks, unexpected_keys=set(),
+                             mismatched_keys=set(), error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
+    model.mark_tied_weights_as_initialized(info)
+    model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": device}, None, None)
+    model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    left += [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        raise UnsupportedError(f"architecture {type(model).__name__}", reason=f"{left[0]} is never given a value",
+                               instead="a model that transformers' from_pretrained loads completely")
+
+
+__all__ = ["ParamSlot", "Skeleton", "StreamedBlock", "fill", "skeleton"]

@@ -1,0 +1,46 @@
+"""The random generators' state, so that a recomputation draws the numbers that the forward drew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """State of the CPU generator and of the compute device's."""
+
+    cpu: Tensor
+    """As torch.get_rng_state answers."""
+    cuda: Tensor | None
+    """As torch.cuda.get_rng_state answers; None on a CPU."""
+
+
+def capture(device: torch.device) -> RandomState:
+    """Note the generators' state now."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RandomState(cpu=torch.get_rng_state(), cuda=cuda)
+
+
+@contextmanager
+def restored(state: RandomState, device: torch.device) -> Iterator[None]:
+    """Draw from `state` inside the block; afterwards the generators are where they were before it."""
+    outer = capture(device)
+    _set(state, device)
+    try:
+        yield
+    finally:
+        _set(outer, device)
+
+
+def _set(state: RandomState, device: torch.device) -> None:
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, device)
+
+
+__all__ = ["RandomState", "capture", "restored"]
