@@ -1,9 +1,9 @@
 """The head in tiles: per-token log-probabilities and their gradient in memory independent of vocabulary and sequence.
 
-TRL's trainers compute their losses through one Function, `trl.kernels.ChunkedLogProbFunction`. It is exact, but its tile
-is 4096 tokens by 32768 words, each element-wise step of which allocates another, and it keeps fp32 copies of everything
-per token: on a CPU the head alone can outweigh a streamed model. `TiledLogProbFunction` takes the same arguments and
-returns the same outputs from two or three reused buffers, a tile of tokens by a tile of vocabulary at a time.
+TRL's trainers compute their losses through one Function, `trl.kernels.ChunkedLogProbFunction`. It is exact, but its
+tile is 4096 tokens by 32768 words, and on a CPU each element-wise step over it allocates another: the head alone can
+outweigh a streamed model. `TiledLogProbFunction` takes the same arguments and returns the same outputs from two or
+three reused buffers, a tile of tokens by a tile of vocabulary at a time.
 """
 
 import math
@@ -159,14 +159,14 @@ class TiledLogProbFunction(torch.autograd.Function):
         final_logit_softcapping: z -> cap * tanh(z / cap), or None.
         logit_scale: Multiplies the product, before the cap.
         outputs: Which of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1" to compute; the others are None.
-        tiles: Tile sizes.
+        tiles: Tile sizes, or None for the default ones.
 
     Returns:
         logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1: each [N].
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: _HeadContext,
         hidden: Tensor,
         weight: Tensor,
@@ -177,9 +177,10 @@ class TiledLogProbFunction(torch.autograd.Function):
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-        tiles: HeadTiles = HeadTiles(),
+        tiles: HeadTiles | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         del chunk_size
+        tiles = tiles or HeadTiles()
         ctx.set_materialize_grads(False)
         kind = hidden.device.type
         ctx.options = HeadOptions(
@@ -193,17 +194,19 @@ class TiledLogProbFunction(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             values = _forward(hidden, targets, head=head, outputs=outputs, tiles=tiles)
         log_z, target_logit = values["log_z"], values["target_logit"]
-        assert log_z is not None and target_logit is not None
+        assert log_z is not None
+        assert target_logit is not None
         entropy = values["entropy"]
         # log_z only fills the entropy's slot where there is none, and so no gradient of it
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z, log_z if entropy is None else entropy)
+        saved = (hidden, weight, bias, targets, log_z, log_z if entropy is None else entropy)
+        ctx.save_for_backward(*saved)  # type: ignore[arg-type]  # torch takes None as well
         logged = (values["log_sum_sq_probs"], values["mean_logits"], values["is_top1"])
         ctx.mark_non_differentiable(*(value for value in logged if value is not None))
         return target_logit - log_z, entropy, *logged
 
     @staticmethod
     @once_differentiable
-    def backward(
+    def backward(  # noqa: D102
         ctx: _HeadContext, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
@@ -266,9 +269,7 @@ def _finish(sums: _Statistics, *, vocab: int) -> dict[str, Tensor]:
 class _Backward:
     """The gradients of one head, filled tile by tile. None where not needed."""
 
-    def __init__(
-        self, hidden: Tensor, *, head: Projection, needs: tuple[bool, ...], tiles: HeadTiles
-    ) -> None:
+    def __init__(self, hidden: Tensor, *, head: Projection, needs: tuple[bool, ...], tiles: HeadTiles) -> None:
         def zeros(shape: torch.Size) -> Tensor:
             return torch.zeros(shape, dtype=head.sum_dtype, device=hidden.device)
 
@@ -315,8 +316,10 @@ class _Backward:
         hidden_tile = head.hidden_tile(self._source, rows)
         # Products are added up in the sums' type; straight into the result where that is its type.
         direct = self.hidden is not None and isinstance(rows, slice) and self.hidden.dtype == head.sum_dtype
-        total = self.hidden[rows] if direct and self.hidden is not None else hidden_tile.new_empty(
-            hidden_tile.shape if self.hidden is not None else (0,), dtype=head.sum_dtype
+        total = (
+            self.hidden[rows]
+            if direct and self.hidden is not None
+            else hidden_tile.new_empty(hidden_tile.shape if self.hidden is not None else (0,), dtype=head.sum_dtype)
         )
         for start, end in buffers.word_tiles():
             weight_tile = buffers.weight(start, end)

@@ -106,6 +106,7 @@ class TileBuffers:
         self._head = head
 
     def word_tiles(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each tile of the vocabulary."""
         vocab = self._head.weight.shape[0]
         for start in range(0, vocab, self.num_words):
             yield start, min(start + self.num_words, vocab)
@@ -122,6 +123,7 @@ class TileBuffers:
         return tile.copy_(rows)
 
     def spare(self, like: Tensor, index: int = 0) -> Tensor:
+        """A buffer of the shape of `like` in the sums' type, besides the one of the logits."""
         return self._spare[index][: like.numel()].view(like.shape)
 
     def product(self, shape: torch.Size) -> Tensor:

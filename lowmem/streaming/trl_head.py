@@ -1,8 +1,8 @@
 """The one hook into TRL: its fused head computes in our tiles for models of ours, and as shipped for all others.
 
 TRL reaches its head through a module attribute, `trl.trainer.utils._ChunkedLogProbFunction.apply(...)`, from a closure
-that `add_fused_lm_head` puts on each model; there is no argument and no registry to choose another. So that attribute is
-replaced, once, by a `HeadDispatch`, which looks at the weight of each call. It asks the registered models for their
+that `add_fused_lm_head` puts on each model; there is no argument and no registry to choose another. So that attribute
+is replaced, once, by a `HeadDispatch`, which looks at the weight of each call. It asks the registered models for their
 output embeddings at that moment, as TRL does, because PEFT may have replaced them (`modules_to_save`) since.
 """
 
@@ -11,7 +11,8 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from lowmem.streaming.head import HeadTiles, TiledLogProbFunction
+from lowmem.streaming.head import TiledLogProbFunction
+from lowmem.streaming.head_tiles import HeadTiles
 
 _ATTRIBUTE = "_ChunkedLogProbFunction"
 
@@ -74,7 +75,7 @@ class HeadDispatch:
             return self.shipped.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
-        result: HeadOutputs = TiledLogProbFunction.apply(
+        result: HeadOutputs = TiledLogProbFunction.apply(  # type: ignore[no-untyped-call]
             hidden,
             weight,
             bias,
@@ -90,7 +91,8 @@ class HeadDispatch:
 
 
 def _head_weight(model: nn.Module) -> Tensor | None:
-    head = model.get_output_embeddings()
+    get_head = getattr(model, "get_output_embeddings")  # noqa: B009 - nn.Module does not declare it
+    head = get_head()
     return None if head is None else head.weight
 
 

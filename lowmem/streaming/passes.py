@@ -1,0 +1,82 @@
+"""Which blocks come next: the visiting order of forward, backward, and passes without gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lowmem.streaming.visit import Phase
+
+
+@dataclass(eq=False)
+class TrainingPass:
+    """One forward that awaits its backward. Alive while autograd holds its graph."""
+
+    recorded: list[int] = field(default_factory=list)
+    """Blocks that recorded a call, in forward order."""
+
+
+class VisitingOrder:
+    """Predicts the order of visits and tells it whenever a new pass begins.
+
+    A wrong prediction costs time, never correctness: the scheduler fetches whatever block is asked for.
+    """
+
+    def __init__(self, num_blocks: int, *, tell: Callable[[Sequence[int]], None]) -> None:
+        """Begin with no pass.
+
+        Args:
+            num_blocks: Number of blocks.
+            tell: Called with the upcoming order, the current visit first.
+        """
+        self._all = list(range(num_blocks))
+        self._tell = tell
+        self._phase: Phase | None = None
+        self._last = -1
+        self._passes: list[weakref.ref[TrainingPass]] = []
+        self._last_recorded = self._all
+        self._current: TrainingPass | None = None
+
+    def enter(self, block: int, phase: Phase) -> None:
+        """Note that a block is about to be visited."""
+        forwards = phase != "backward"
+        begins = phase != self._phase or (block <= self._last if forwards else block >= self._last)
+        if begins:
+            if phase == "forward":
+                self._begin_training_pass()
+            self._tell(self._order(block, phase))
+        self._phase, self._last = phase, block
+
+    def record(self, block: int) -> TrainingPass:
+        """Note that the block being visited recorded a call; the caller keeps the answer as long as its graph."""
+        if self._current is None:
+            self._begin_training_pass()
+        assert self._current is not None
+        self._current.recorded.append(block)
+        return self._current
+
+    def forget(self) -> None:
+        """After an error: the next visit begins a new pass."""
+        self._phase, self._last, self._current = None, -1, None
+
+    def _begin_training_pass(self) -> None:
+        if self._current is not None and self._current.recorded:
+            self._last_recorded = self._current.recorded
+        self._current = TrainingPass()
+        self._passes = [ref for ref in self._passes if ref() is not None]
+        self._passes.append(weakref.ref(self._current))
+
+    def _order(self, block: int, phase: Phase) -> list[int]:
+        ahead = self._all[block:]
+        if phase == "forward":
+            return ahead + self._last_recorded[::-1] + self._all
+        waiting = [training.recorded for ref in self._passes if (training := ref()) is not None and training.recorded]
+        if phase == "no_grad":
+            return ahead + (waiting[-1][::-1] if waiting else self._all)
+        own = next((recorded for recorded in reversed(waiting) if block in recorded), self._all)
+        rest = [index for index in reversed(own) if index <= block]
+        return rest + self._all
+
+
+__all__ = ["TrainingPass", "VisitingOrder"]

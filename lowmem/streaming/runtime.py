@@ -1,0 +1,262 @@
+"""The runtime behind a streamed model: visits its blocks with their weights bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowmem.models.build import StreamedBlock
+from lowmem.streaming.block_call import BlockCall
+from lowmem.streaming.block_function import BlockFunction, RecordedCall
+from lowmem.streaming.boundary import Boundary, DeviceBoundary
+from lowmem.streaming.passes import TrainingPass, VisitingOrder
+from lowmem.streaming.unpack import Unpacker
+from lowmem.streaming.visit import Phase, Visit
+
+if TYPE_CHECKING:
+    from lowmem.plan import Plan
+    from offload import Scheduler, Trace
+
+_ATTRIBUTE = "_lowmem_runtime"
+
+
+class Runtime:
+    """Owns the scheduler and the workspace of one model, and lends each block its weights for the time of a visit."""
+
+    def __init__(self, blocks: Sequence[StreamedBlock], *, scheduler: Scheduler, unpacker: Unpacker, plan: Plan,
+                 trace: Trace, device: torch.device, choose_micro_batch: Callable[[BlockCall], int | None]) -> None:
+        """Take over blocks; nothing is read yet.
+
+        Args:
+            blocks: The model's blocks in visiting order.
+            scheduler: Brings their stored tensors to the compute device; closed with the runtime.
+            unpacker: Makes parameters of them.
+            plan: What was planned, for reports.
+            trace: Where visits are recorded.
+            device: Compute device.
+            choose_micro_batch: How many sequences of a call go through a block at a time; None for all.
+        """
+        self.plan, self.trace, self.device = plan, trace, device
+        self.scheduler = scheduler
+        self._blocks = tuple(blocks)
+        self._unpacker = unpacker
+        self._order = VisitingOrder(len(self._blocks), tell=scheduler.expect)
+        self._listeners: list[Callable[[Visit], None]] = []
+        self._before_first: list[Callable[[], None]] = []
+        self._choose_micro_batch = choose_micro_batch
+        self._bound: int | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self._blocks)
+
+    @property
+    def blocks(self) -> tuple[StreamedBlock, ...]:
+        """The blocks in visiting order."""
+        return self._blocks
+
+    def listen(self, callback: Callable[[Visit], None]) -> Callable[[], None]:
+        """Call `callback` in the training thread when a visit starts and ends; answers what removes it again."""
+        self._listeners.append(callback)
+        return lambda: self._listeners.remove(callback) if callback in self._listeners else None
+
+    def before_first_block(self, callback: Callable[[], None]) -> None:
+        """Call `callback` before block 0 of each forward, to check or prepare what was added to the model."""
+        self._before_first.append(callback)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held now, by role."""
+        held = self.scheduler.memory()
+        return {**held, "workspace_bytes": self._unpacker.workspace_bytes}
+
+    def call(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Run one block as its module would: recorded where gradients will be asked for, else just run.
+
+        Args:
+            index: Number of the block.
+            args: Positional arguments of the block's forward.
+            kwargs: Keyword arguments of the block's forward.
+        """
+        if index == 0:
+            for callback in self._before_first:
+                callback()
+        if not torch.is_grad_enabled():
+            return self._run(index, args, kwargs)
+        kwargs = _without_cache(kwargs)
+        call = BlockCall(args, kwargs)
+        params = [param for param in self._blocks[index].block.module.parameters() if param.requires_grad]
+        inputs = call.take_inputs()
+        if not params and not any(value.requires_grad for value in inputs):
+            with torch.no_grad():
+                return self._run(index, *call.arguments(inputs, None))
+        micro_batch = self._choose_micro_batch(call) if call.can_split else None
+        entry = _Entry(self, index, call, micro_batch)
+        outputs = BlockFunction.apply(entry, len(inputs), *inputs, *params)
+        return entry.rebuild(outputs)
+
+    def _run(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        tokens = next((leaf.shape[:2].numel() for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), 0)
+        block = self._blocks[index].block
+        with self.visit(index, "no_grad", num_tokens=tokens):
+            return block.raw_forward(block.module, *args, **kwargs)
+
+    @contextmanager
+    def visit(self, index: int, phase: Phase, *, num_tokens: int) -> Iterator[None]:
+        """Have a block's weights bound into its modules.
+
+        Raises:
+            OffloadError: Its weights cannot be brought.
+        """
+        self._order.enter(index, phase)
+        self._tell(index, phase, num_tokens, started=True)
+        try:
+            with self.scheduler.resident(index) as stored:
+                start_ns = time.perf_counter_ns()
+                values = self._unpacker.unpack(index, stored)
+                with self._binding(index, values):
+                    yield
+                self.trace.add("compute", f"{phase} {index}", start_ns, time.perf_counter_ns())
+        except BaseException:
+            self._order.forget()
+            self._unpacker.forget()
+            raise
+        self._tell(index, phase, num_tokens, started=False)
+
+    @contextmanager
+    def fetch_block(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """A block's true parameters by model name, in the compute dtype, valid inside the `with`."""
+        with self.scheduler.resident(index) as stored:
+            yield self._unpacker.unpack(index, stored)
+
+    @contextmanager
+    def _binding(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
+        if self._bound is not None:
+            raise RuntimeError(f"block {index} was called inside block {self._bound}: blocks do not nest")
+        slots = self._blocks[index].slots
+        absent = [slot.module._parameters[slot.attribute] for slot in slots]
+        self._bound = index
+        try:
+            for slot in slots:
+                slot.module._parameters[slot.attribute] = torch.nn.Parameter(values[slot.key], requires_grad=False)
+            yield
+        finally:
+            for slot, param in zip(slots, absent, strict=True):
+                slot.module._parameters[slot.attribute] = param
+            self._bound = None
+
+    def _tell(self, index: int, phase: Phase, num_tokens: int, *, started: bool) -> None:
+        if not self._listeners:
+            return
+        visit = Visit(block=index, num_blocks=self.num_blocks, phase=phase, started=started,
+                      time_ns=time.perf_counter_ns(), num_tokens=num_tokens)
+        for callback in list(self._listeners):
+            callback(visit)
+
+    def record(self, index: int) -> TrainingPass:
+        """Note that a block recorded a call."""
+        return self._order.record(index)
+
+    def reset(self) -> None:
+        """Make the runtime ready for a new step after an exception; safe to call at any time."""
+        self._order.forget()
+        self._unpacker.forget()
+        self.scheduler.reset()
+
+    def close(self) -> None:
+        """Stop the transfers and release all buffers. The model can no longer be run."""
+        self.scheduler.close()
+        self._unpacker.close()
+
+
+class _Entry:
+    """One recorded call of one block of one runtime."""
+
+    def __init__(self, runtime: Runtime, index: int, call: BlockCall, micro_batch: int | None) -> None:
+        self.device = runtime.device
+        self._runtime, self._index = runtime, index
+        self._num_tokens = call.num_tokens
+        self._block = runtime.blocks[index].block
+        self._recorded = RecordedCall(self, call, micro_batch=micro_batch)
+        self._pass: TrainingPass | None = None
+
+    def run_forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with self._runtime.visit(self._index, "forward", num_tokens=self._num_tokens):
+            self._pass = self._runtime.record(self._index)
+            return self._recorded.forward(inputs)
+
+    def run_backward(self, grads: Sequence[Tensor | None], params: Sequence[Tensor],
+                     wanted: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        with self._runtime.visit(self._index, "backward", num_tokens=self._num_tokens):
+            return self._recorded.backward(grads, params, wanted)
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> object:
+        return self._recorded.rebuild(tensors)
+
+    def forward_in_visit(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:
+        args, kwargs = arguments
+        return self._block.raw_forward(self._block.module, *args, **kwargs)
+
+    def adapter_state(self) -> tuple[object, ...]:
+        return tuple((module.training, getattr(module, "_disable_adapters", None),
+                      str(getattr(module, "_active_adapter", None))) for module in self._block.module.modules())
+
+    def keep(self, value: Tensor) -> Boundary:
+        return DeviceBoundary(value)
+
+
+def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """A training forward keeps no K/V cache, as with transformers' own checkpointing.
+
+    Raises:
+        RuntimeError: The cache already holds something that the block would attend to.
+    """
+    cleaned = dict(kwargs)
+    for name in ("past_key_values", "past_key_value", "layer_past"):
+        cache = cleaned.get(name)
+        if cache is None:
+            continue
+        length = getattr(cache, "get_seq_length", lambda: 1)()
+        if length:
+            raise RuntimeError(f"{name} holds {length} tokens in a forward with gradients; streamed blocks train "
+                               "without a prefix (prefix tuning is not supported: use LoRA)")
+        cleaned[name] = None
+    if cleaned.get("use_cache"):
+        cleaned["use_cache"] = False
+    return cleaned
+
+
+def attach(model: torch.nn.Module, runtime: Runtime) -> None:
+    """Let the runtime run a model's blocks: replaces `forward` on the block instances, which serves training,
+    evaluation and generation alike and does not depend on gradient checkpointing being on."""
+    object.__setattr__(model, _ATTRIBUTE, runtime)
+    for index, streamed in enumerate(runtime.blocks):
+        streamed.block.module.forward = _streamed_forward(runtime, index)  # type: ignore[method-assign]
+
+
+def _streamed_forward(runtime: Runtime, index: int) -> Callable[..., object]:
+    def forward(*args: object, **kwargs: object) -> object:
+        return runtime.call(index, args, kwargs)
+
+    return forward
+
+
+def runtime_of(model: torch.nn.Module) -> Runtime:
+    """Find the runtime behind a model, however it is wrapped (PEFT, accelerate, torch.compile).
+
+    Raises:
+        ValueError: The model is not a streamed one.
+    """
+    for module in model.modules():
+        runtime = module.__dict__.get(_ATTRIBUTE)
+        if isinstance(runtime, Runtime):
+            return runtime
+    raise ValueError("not a streamed model: it was not made by lowmem.from_pretrained")
+
+
+__all__ = ["Runtime", "attach", "runtime_of"]
