@@ -1,0 +1,137 @@
+"""Staging buffers: flat page-aligned host memory that files are read into and tensors are viewed from."""
+
+import mmap
+import weakref
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from offload.errors import Closed
+from offload.layout import PAGE_BYTES, round_up
+from offload.spec import TensorSpec
+
+
+class StagingBuffer:
+    """Host memory of an exact size, page-aligned, in huge pages if the system has them, pinned if asked and possible.
+
+    It is its own mapping rather than torch's: torch rounds pinned allocations up to powers of two and keeps them. The
+    memory is given back when the buffer is closed and no view of it is left.
+
+    Args:
+        nbytes: Size. Memory is committed as it is first written.
+        pin: Register it with CUDA, so that copies to the device run at full speed and beside computation. Where that is
+            not possible the buffer stays pageable; `pinned` says which.
+
+    Raises:
+        ValueError: `nbytes` is negative.
+        OSError: The address space is exhausted.
+    """
+
+    def __init__(self, nbytes: int, *, pin: bool = False) -> None:
+        if nbytes < 0:
+            raise ValueError(f"nbytes must be 0 or more, got {nbytes}")
+        # Anonymous and private: zeros, not backed by any file. A mapping of no bytes does not exist.
+        memory = mmap.mmap(-1, max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            _advise_huge_pages(memory)
+        self._nbytes = nbytes
+        # The tensor owns the mapping from here on: it is unmapped with the last view.
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self._tensor: Tensor | None = whole[:nbytes]
+        self._finalizer = weakref.finalize(self, _unregister, whole) if pin and _register(whole) else None
+        self._pinned = self._finalizer is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Size."""
+        return self._nbytes
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is registered with CUDA."""
+        return self._pinned
+
+    @property
+    def tensor(self) -> Tensor:
+        """The memory as a uint8 tensor of shape (nbytes,); its first byte is page-aligned.
+
+        Raises:
+            Closed: The buffer was closed.
+        """
+        if self._tensor is None:
+            raise Closed("the staging buffer was closed; make a new one")
+        return self._tensor
+
+    def close(self) -> None:
+        """Unpin it and let go of it. No transfer may be running. Views keep the memory until they go. Twice is fine."""
+        self._tensor = None
+        self._pinned = False
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def view_tensor(buffer: Tensor, offset: int, *, spec: TensorSpec) -> Tensor:
+    """The stored tensor that begins at a byte of a buffer.
+
+    Args:
+        buffer: Tensor of shape (n,), uint8, on any device.
+        offset: Position of the tensor's first byte in `buffer` (`BlockLayout.tensor_offsets`).
+        spec: Type and shape of the tensor.
+
+    Returns:
+        Tensor of `spec.shape` in `spec.dtype` on the buffer's device: a view of the buffer where the position is a
+        multiple of the element size, else a copy. Files whose headers have odd lengths hold such tensors.
+
+    Raises:
+        ValueError: The tensor does not lie within the buffer.
+    """
+    end = offset + spec.nbytes
+    if offset < 0 or end > buffer.numel():
+        raise ValueError(
+            f"{spec.name}: expected bytes {offset} to {end} within the buffer, which has {buffer.numel()} bytes"
+        )
+    stored = buffer[offset:end]
+    if stored.storage_offset() % spec.dtype.itemsize or stored.data_ptr() % spec.dtype.itemsize:
+        stored = stored.clone()
+    return stored.view(spec.dtype).view(spec.shape)
+
+
+def _advise_huge_pages(memory: mmap.mmap) -> None:
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        # A kernel built without huge pages refuses; small pages work as well, only slower on first touch.
+        return
+
+
+def _register(memory: Tensor) -> bool:
+    if not torch.cuda.is_available():
+        return False
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
+    if int(status) != 0:
+        _clear_cuda_error()
+        return False
+    return True
+
+
+def _clear_cuda_error() -> None:
+    """Let CUDA report a refused registration here, not at the next unrelated kernel launch."""
+    try:
+        torch.ones(1, device="cuda")
+    except RuntimeError:
+        # This is the report. Should the device itself have failed, its next use says so again.
+        return
+
+
+def _unregister(memory: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
