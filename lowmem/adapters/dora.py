@@ -31,8 +31,9 @@ _TILE_BYTES = 16 << 20
 _CANCELLED = 1 / 16
 
 
-def row_norms(weight_OI: Tensor, lora_A_RI: Tensor, *, lora_B_OR: Tensor, scaling: float,
-              base_squares_O: Tensor | None = None) -> Tensor:
+def row_norms(
+    weight_OI: Tensor, lora_A_RI: Tensor, *, lora_B_OR: Tensor, scaling: float, base_squares_O: Tensor | None = None
+) -> Tensor:
     """Compute the norms of the output rows of W + s B A without a tensor of W's size.
 
     Accumulates in fp32 (fp64 where an argument is fp64). Rows whose factored sum cancels are computed from W + s B A
@@ -59,9 +60,12 @@ def row_norms(weight_OI: Tensor, lora_A_RI: Tensor, *, lora_B_OR: Tensor, scalin
         update_O = scaling**2 * ((lora_B_OR @ (lora_A_RI @ lora_A_RI.T)) * lora_B_OR).sum(dim=1)
         total_O = squares_O + mixed_O + update_O
         norms_O = total_O.clamp_min(0).sqrt()
-        for rows in _chunks((total_O < _CANCELLED * (squares_O + update_O)).nonzero().squeeze(1), weight_OI.shape[1]):
-            direct = torch.addmm(weight_OI[rows].to(dtype), lora_B_OR[rows], lora_A_RI, alpha=scaling)
-            norms_O[rows] = torch.linalg.vector_norm(direct, dim=1)
+        cancelled = (total_O < _CANCELLED * (squares_O + update_O)).nonzero().squeeze(1)
+        step = max(1, _TILE_BYTES // (weight_OI.shape[1] * dtype.itemsize))
+        for start in range(0, cancelled.numel(), step):
+            some = cancelled[start : start + step]
+            direct = torch.addmm(weight_OI[some].to(dtype), lora_B_OR[some], lora_A_RI, alpha=scaling)
+            norms_O[some] = torch.linalg.vector_norm(direct, dim=1)
     return norms_O
 
 
@@ -97,10 +101,6 @@ def _tiles(weight_OI: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice
             yield everything, columns, weight_OI[:, columns].to(dtype)
 
 
-def _chunks(rows: Tensor, num_columns: int) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _TILE_BYTES // (num_columns * 8))) if rows.numel() else ()
-
-
 class _FrozenLinear(torch.autograd.Function):
     """x W^T for a frozen weight stored in another dtype than x, converting it a tile at a time in both directions."""
 
@@ -125,7 +125,7 @@ class _FrozenLinear(torch.autograd.Function):
 def _frozen_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     if x.dtype == weight_OI.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_OI)
-    result: Tensor = _FrozenLinear.apply(x, weight_OI)
+    result: Tensor = _FrozenLinear.apply(x, weight_OI)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -146,7 +146,7 @@ class _BaseNorms:
         return self._kept
 
 
-class FactoredDoraLinear(DoraLinearVariant):  # type: ignore[misc]
+class FactoredDoraLinear(DoraLinearVariant):
     """PEFT's DoRA for linear layers (and gpt2's Conv1D) with the factored norm.
 
     Args:
@@ -163,18 +163,24 @@ class FactoredDoraLinear(DoraLinearVariant):  # type: ignore[misc]
         base_layer = module.get_base_layer()
         weight_OI = transpose(dequantize_module_weight(base_layer), module.fan_in_fan_out).detach()
         factors = lora_A.weight, lora_B.weight
-        norms_O = row_norms(weight_OI, factors[0], lora_B_OR=factors[1], scaling=scaling,
-                            base_squares_O=self._base.get(weight_OI, *factors))
+        norms_O = row_norms(
+            weight_OI,
+            factors[0],
+            lora_B_OR=factors[1],
+            scaling=scaling,
+            base_squares_O=self._base.get(weight_OI, *factors),
+        )
         scale_1O = (module.lora_magnitude_vector[active_adapter].weight / norms_O.to(x.dtype)).view(1, -1)
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
             base_result = _frozen_linear(x, weight_OI)
         else:
             base_result = result if base_layer.bias is None else result - base_layer.bias
-        return result + ((scale_1O - 1) * base_result + scale_1O * lora_B(lora_A(x)) * scaling)
+        update: Tensor = (scale_1O - 1) * base_result + scale_1O * lora_B(lora_A(x)) * scaling
+        return result + update
 
 
-class FactoredDoraEmbedding(DoraEmbeddingVariant):  # type: ignore[misc]
+class FactoredDoraEmbedding(DoraEmbeddingVariant):
     """PEFT's DoRA for embeddings with the factored norm: one norm per embedding dimension, over the vocabulary.
 
     Args:
@@ -189,15 +195,21 @@ class FactoredDoraEmbedding(DoraEmbeddingVariant):  # type: ignore[misc]
         lora_A_RV, lora_B_DR = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
         scaling = module.scaling[active_adapter]
         weight_DV = module.get_base_layer().weight.detach().T
-        norms_D = row_norms(weight_DV, lora_A_RV, lora_B_OR=lora_B_DR, scaling=scaling,
-                            base_squares_O=self._base.get(weight_DV, lora_A_RV, lora_B_DR))
+        norms_D = row_norms(
+            weight_DV,
+            lora_A_RV,
+            lora_B_OR=lora_B_DR,
+            scaling=scaling,
+            base_squares_O=self._base.get(weight_DV, lora_A_RV, lora_B_DR),
+        )
         norms_D = norms_D.to(torch.promote_types(weight_DV.dtype, lora_A_RV.dtype))
         scale_D = module.lora_magnitude_vector[active_adapter].weight / norms_D
-        update = scale_D * (module._embed(x, lora_A_RV.T) @ lora_B_DR.T) * scaling
+        update: Tensor = scale_D * (module._embed(x, lora_A_RV.T) @ lora_B_DR.T) * scaling
         embed_scale = module._get_embed_scale()
         if embed_scale is not None:
             update = update * embed_scale.to(update.dtype)
-        return scale_D * result + update
+        scaled: Tensor = scale_D * result
+        return scaled + update
 
 
 def install(module: nn.Module, *, frozen_base: bool = False) -> int:
