@@ -180,14 +180,15 @@ def _spec_from(file: Path, name: str, *, entry: object, data_start: int) -> Tens
 def _check_positions(file: Path, tensors: Sequence[TensorSpec], *, data_start: int, size_bytes: int) -> None:
     """Check that tensors, sorted by position, fill the file from `data_start` to its end, once."""
     end = data_start
-    previous = "the header"
+    previous: TensorSpec | None = None
     for spec in tensors:
         if spec.offset_bytes != end:
             verb = "overlaps" if spec.offset_bytes < end else "leaves a hole after"
-            problem = f"it {verb} {previous}: expected byte {end} of the file, got {spec.offset_bytes}"
+            before = "the header" if previous is None else _short(previous.name)
+            problem = f"it {verb} {before}: expected byte {end} of the file, got {spec.offset_bytes}"
             _refuse(file, spec.name, field="data_offsets", problem=problem)
         end += spec.nbytes
-        previous = _short(spec.name)
+        previous = spec
         if end > size_bytes:
             problem = f"it ends at byte {end}, the file has {size_bytes} bytes: it is truncated"
             _refuse(file, spec.name, field="data_offsets", problem=problem)
@@ -198,7 +199,12 @@ def _check_positions(file: Path, tensors: Sequence[TensorSpec], *, data_start: i
 
 def _is_naturals(value: object) -> TypeGuard[list[int]]:
     # JSON's true is an int to Python, and torch counts in 64 bits.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:
+        if type(item) is not int or not 0 <= item < 2**63:
+            return False
+    return True
 
 
 def _short(value: object) -> str:

@@ -224,7 +224,8 @@ def _merge(headers: Mapping[Path, SafetensorsHeader], index: Mapping[str, Path])
     tensors: dict[str, TensorSpec] = {}
     for file, header in headers.items():
         for spec in header.tensors:
-            if index.get(spec.name, file) != file:
+            held_by = index.get(spec.name, file)
+            if held_by is not file and held_by != file:
                 continue
             if spec.name in tensors:
                 raise SourceError(
