@@ -199,12 +199,7 @@ def _check_positions(file: Path, tensors: Sequence[TensorSpec], *, data_start: i
 
 def _is_naturals(value: object) -> TypeGuard[list[int]]:
     # JSON's true is an int to Python, and torch counts in 64 bits.
-    if not isinstance(value, list):
-        return False
-    for item in value:
-        if type(item) is not int or not 0 <= item < 2**63:
-            return False
-    return True
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _short(value: object) -> str:
