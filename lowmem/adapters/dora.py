@@ -173,11 +173,12 @@ class FactoredDoraLinear(DoraLinearVariant):
         scale_1O = (module.lora_magnitude_vector[active_adapter].weight / norms_O.to(x.dtype)).view(1, -1)
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
-            base_result = _frozen_linear(x, weight_OI)
-        else:
-            base_result = result if base_layer.bias is None else result - base_layer.bias
-        update: Tensor = (scale_1O - 1) * base_result + scale_1O * lora_B(lora_A(x)) * scaling
-        return result + update
+            update = lora_B(lora_A(x) * scaling)
+            dropped: Tensor = result + ((scale_1O - 1) * _frozen_linear(x, weight_OI) + scale_1O * update)
+            return dropped
+        # PEFT's result + (scale - 1) (result - bias) + scale update, in fewer tensors of the activation's size.
+        scaled: Tensor = scale_1O * (result + lora_B(lora_A(x) * scaling))
+        return scaled if base_layer.bias is None else scaled + (1 - scale_1O) * base_layer.bias
 
 
 class FactoredDoraEmbedding(DoraEmbeddingVariant):
