@@ -13,19 +13,12 @@ from lowmem.errors import UnsupportedError
 
 # Facts of a tensor that need no values. Everything that is not listed here reads the weight.
 _FREE_PROPERTIES = frozenset(
-    "shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized "
-    "is_mkldnn is_nested is_xpu is_mps names output_nr retains_grad _version itemsize nbytes is_sparse_csr "
-    "_backward_hooks _post_accumulate_grad_hooks _grad _base is_vulkan is_ipu is_xla is_hpu is_maia is_mtia "
-    "grad_dtype _cdata".split()
+    ["shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "is_xpu", "is_mps", "names", "output_nr", "retains_grad", "_version", "itemsize", "nbytes", "is_sparse_csr", "_backward_hooks", "_post_accumulate_grad_hooks", "_grad", "_base", "is_vulkan", "is_ipu", "is_xla", "is_hpu", "is_maia", "is_mtia", "grad_dtype", "_cdata"]
 )
 _FREE_FUNCTIONS = frozenset(
-    "size dim numel nelement stride element_size is_floating_point is_complex is_contiguous is_inference is_signed "
-    "storage_offset untyped_storage data_ptr get_device __len__ __hash__ is_pinned is_same_size _is_view "
-    "_has_compatible_shallow_copy_type is_tensor __format__ ndimension is_conj is_neg has_names is_distributed "
-    "register_hook register_post_accumulate_grad_hook _is_zerotensor type empty_like zeros_like ones_like rand_like "
-    "randn_like full_like new_empty new_zeros new_ones new_full new_tensor".split()
+    ["size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex", "is_contiguous", "is_inference", "is_signed", "storage_offset", "untyped_storage", "data_ptr", "get_device", "__len__", "__hash__", "is_pinned", "is_same_size", "_is_view", "_has_compatible_shallow_copy_type", "is_tensor", "__format__", "ndimension", "is_conj", "is_neg", "has_names", "is_distributed", "register_hook", "register_post_accumulate_grad_hook", "_is_zerotensor", "type", "empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 )
-_SAME_VALUES = frozenset("detach to float half bfloat16 double cpu cuda contiguous requires_grad_ pin_memory".split())
+_SAME_VALUES = frozenset(["detach", "to", "float", "half", "bfloat16", "double", "cpu", "cuda", "contiguous", "requires_grad_", "pin_memory"])
 _REFUSED_INSTEAD = "train adapters (peft_config), or give tuning='full' where every weight is to change"
 
 
@@ -42,8 +35,9 @@ class AbsentParameter(torch.nn.Parameter):
     _key: str
 
     @staticmethod
-    def of(shape: Iterable[int], *, dtype: torch.dtype, device: torch.device, key: str,
-           load: Callable[[], Tensor]) -> AbsentParameter:
+    def of(
+        shape: Iterable[int], *, dtype: torch.dtype, device: torch.device, key: str, load: Callable[[], Tensor]
+    ) -> AbsentParameter:
         """Make the placeholder of one weight.
 
         Args:
@@ -66,8 +60,13 @@ class AbsentParameter(torch.nn.Parameter):
         return self._load()
 
     @classmethod
-    def __torch_function__(cls, func: Callable[..., object], types: Iterable[type], args: tuple[object, ...] = (),
-                           kwargs: Mapping[str, object] | None = None) -> object:
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             name, accessor = _name_of(func)
@@ -82,7 +81,7 @@ class AbsentParameter(torch.nn.Parameter):
             if accessor == "" and name in _SAME_VALUES and isinstance(args[0], AbsentParameter):
                 return _same_values(args[0], name, func, args, kwargs)
             if _writes(name, args, kwargs):
-                _refuse_write(args, f"torch's {name}")
+                _refuse_write((*args, kwargs.get("out")), f"torch's {name}")
             args, kwargs = tree_map_only(AbsentParameter, lambda param: param.materialise(), (args, kwargs))
             return func(*args, **kwargs)
 
@@ -97,7 +96,8 @@ class AbsentParameter(torch.nn.Parameter):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UnsupportedError(
-            f"pickling {self._key}", reason="its values stay in the checkpoint",
+            f"pickling {self._key}",
+            reason="its values stay in the checkpoint",
             instead="save the adapter (trainer.save_model) and merge it with lowmem.merge",
         )
 
@@ -113,8 +113,9 @@ def _name_of(func: Callable[..., object]) -> tuple[str, str]:
     return name, ""
 
 
-def _same_values(param: AbsentParameter, name: str, func: Callable[..., object], args: tuple[object, ...],
-                 kwargs: dict[str, object]) -> object:
+def _same_values(
+    param: AbsentParameter, name: str, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> object:
     """`to`, `detach` and their kin: the same absent weight while dtype and device stay as they are."""
     if name == "requires_grad_":
         if (args[1:] or (kwargs.get("requires_grad", True),))[0]:
@@ -139,24 +140,36 @@ def _set_property(name: str, args: tuple[object, ...], func: Callable[..., objec
 
 
 def _writes(name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__",
-                                                                           "__isub__", "__itruediv__")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in (
+        "__setitem__",
+        "__iadd__",
+        "__imul__",
+        "__isub__",
+        "__itruediv__",
+    )
     return (in_place and isinstance(args[0], AbsentParameter)) or isinstance(kwargs.get("out"), AbsentParameter)
 
 
 def _refuse_write(args: tuple[object, ...], what: str) -> NoReturn:
     key = next((arg._key for arg in args if isinstance(arg, AbsentParameter)), "a streamed weight")
-    raise UnsupportedError(f"{what} on {key}", reason="the base weights of a streamed model are frozen and are read "
-                           "from the checkpoint at each visit, so the change would be lost", instead=_REFUSED_INSTEAD)
+    raise UnsupportedError(
+        f"{what} on {key}",
+        reason="the base weights of a streamed model are frozen and are read "
+        "from the checkpoint at each visit, so the change would be lost",
+        instead=_REFUSED_INSTEAD,
+    )
 
 
 def refuse_copy_of_model(model: torch.nn.Module) -> None:
     """Make `copy.deepcopy(model)` a clear refusal instead of the whole checkpoint in memory."""
 
     def refuse(memo: dict[int, object]) -> NoReturn:
-        raise UnsupportedError("copy.deepcopy(model)", reason="a copy would hold every weight of the checkpoint",
-                               instead="load a second streamed model, or use the adapter's own reference "
-                                       "(peft's disable_adapter), which TRL does when given peft_config")
+        raise UnsupportedError(
+            "copy.deepcopy(model)",
+            reason="a copy would hold every weight of the checkpoint",
+            instead="load a second streamed model, or use the adapter's own reference "
+            "(peft's disable_adapter), which TRL does when given peft_config",
+        )
 
     model.__dict__["__deepcopy__"] = refuse
 

@@ -36,18 +36,26 @@ def find_blocks(model: PreTrainedModel) -> tuple[DecoderBlock, ...]:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    lists = {name: module for name, module in model.named_modules()
-             if isinstance(module, torch.nn.ModuleList) and len(module) > 0
-             and all(isinstance(child, GradientCheckpointingLayer) for child in module)}
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(child, GradientCheckpointingLayer) for child in module)
+    }
     architecture = type(model).__name__
     if len(lists) != 1:
         found = ", ".join(lists) if lists else "none"
         raise UnsupportedError(
-            f"architecture {architecture}", reason=f"it must have one list of decoder blocks; found: {found}",
-            instead="a decoder-only causal language model whose blocks are GradientCheckpointingLayer modules")
-    (path, layers), = lists.items()
-    blocks = tuple(DecoderBlock(name=f"{path}.{index}", module=layer, raw_forward=_raw_forward(architecture, layer))
-                   for index, layer in enumerate(layers))
+            f"architecture {architecture}",
+            reason=f"it must have one list of decoder blocks; found: {found}",
+            instead="a decoder-only causal language model whose blocks are GradientCheckpointingLayer modules",
+        )
+    ((path, layers),) = lists.items()
+    blocks = tuple(
+        DecoderBlock(name=f"{path}.{index}", module=layer, raw_forward=_raw_forward(architecture, layer))
+        for index, layer in enumerate(layers)
+    )
     _refuse_shared_parameters(model, blocks)
     return blocks
 
@@ -55,9 +63,11 @@ def find_blocks(model: PreTrainedModel) -> tuple[DecoderBlock, ...]:
 def _raw_forward(architecture: str, layer: torch.nn.Module) -> Callable[..., object]:
     raw = getattr(type(layer).forward, "__wrapped__", None)
     if raw is None:
-        raise UnsupportedError(f"architecture {architecture}",
-                               reason=f"the forward of {type(layer).__name__} is not transformers' checkpointed one",
-                               instead="a model class that transformers ships")
+        raise UnsupportedError(
+            f"architecture {architecture}",
+            reason=f"the forward of {type(layer).__name__} is not transformers' checkpointed one",
+            instead="a model class that transformers ships",
+        )
     return raw  # type: ignore[no-any-return]
 
 
@@ -71,13 +81,18 @@ def _refuse_shared_parameters(model: PreTrainedModel, blocks: tuple[DecoderBlock
         for param in block.module.parameters():
             other = owner.setdefault(id(param), block.name)
             if other != block.name:
-                raise UnsupportedError(f"architecture {type(model).__name__}",
-                                       reason=f"{block.name} shares parameters with {other or 'the model'}",
-                                       instead="a model whose decoder blocks have parameters of their own")
+                raise UnsupportedError(
+                    f"architecture {type(model).__name__}",
+                    reason=f"{block.name} shares parameters with {other or 'the model'}",
+                    instead="a model whose decoder blocks have parameters of their own",
+                )
     tied = [key for key in getattr(model, "all_tied_weights_keys", {}) if key.startswith(blocks[0].name[:-1])]
     if tied:
-        raise UnsupportedError(f"architecture {type(model).__name__}", reason=f"{tied[0]} is tied across modules",
-                               instead="a model whose decoder blocks have parameters of their own")
+        raise UnsupportedError(
+            f"architecture {type(model).__name__}",
+            reason=f"{tied[0]} is tied across modules",
+            instead="a model whose decoder blocks have parameters of their own",
+        )
 
 
 def refuse_config(config: PretrainedConfig) -> None:
@@ -89,12 +104,17 @@ def refuse_config(config: PretrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise UnsupportedError(f"a checkpoint quantised with {method}",
-                               reason="its packed weights cannot be unpacked block by block yet",
-                               instead="the bf16, fp16 or fp32 checkpoint of the same model")
+        raise UnsupportedError(
+            f"a checkpoint quantised with {method}",
+            reason="its packed weights cannot be unpacked block by block yet",
+            instead="the bf16, fp16 or fp32 checkpoint of the same model",
+        )
     if config.is_encoder_decoder:
-        raise UnsupportedError(f"architecture {config.model_type}", reason="it is an encoder-decoder",
-                               instead="a decoder-only causal language model")
+        raise UnsupportedError(
+            f"architecture {config.model_type}",
+            reason="it is an encoder-decoder",
+            instead="a decoder-only causal language model",
+        )
 
 
 __all__ = ["DecoderBlock", "find_blocks", "refuse_config"]

@@ -70,12 +70,19 @@ class Skeleton:
     def resident_bytes(self) -> int:
         """Bytes of the parameters outside the blocks in the compute dtype; tied weights count once."""
         state = self.model.state_dict(keep_vars=True)
-        return sum(state[name].numel() * state[name].dtype.itemsize for recipe in self.resident
-                   for name in recipe.targets)
+        return sum(
+            state[name].numel() * state[name].dtype.itemsize for recipe in self.resident for name in recipe.targets
+        )
 
 
-def skeleton(config: PretrainedConfig, tensors: Mapping[str, TensorSpec], *, dtype: torch.dtype,
-             folder: Path, trust_remote_code: bool = False) -> Skeleton:
+def skeleton(
+    config: PretrainedConfig,
+    tensors: Mapping[str, TensorSpec],
+    *,
+    dtype: torch.dtype,
+    folder: Path,
+    trust_remote_code: bool = False,
+) -> Skeleton:
     """Build a model on meta and match it with its checkpoint.
 
     Args:
@@ -103,8 +110,11 @@ def skeleton(config: PretrainedConfig, tensors: Mapping[str, TensorSpec], *, dty
     for recipe in {id(recipe): recipe for recipe in mapping.recipes.values()}.values():
         _assign(recipe, prefixes, by_block, resident, model)
     return Skeleton(
-        model=model, mapping=mapping, resident=tuple(resident),
-        blocks=tuple(_streamed(model, block, recipes) for block, recipes in zip(blocks, by_block, strict=True)))
+        model=model,
+        mapping=mapping,
+        resident=tuple(resident),
+        blocks=tuple(_streamed(model, block, recipes) for block, recipes in zip(blocks, by_block, strict=True)),
+    )
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -127,41 +137,69 @@ def _check_missing(model: PreTrainedModel, mapping: CheckpointMap, folder: Path)
     tied = getattr(model, "all_tied_weights_keys", {})
     ignored = model._keys_to_ignore_on_load_missing or ()
     has = mapping.recipes
-    missing = [name for name in sorted(mapping.missing)
-               if not (name in tied and (tied[name] in has or name in has))
-               and not (name in tied.values() and any(has.get(k) for k, v in tied.items() if v == name))
-               and not any(re.search(pattern, name) for pattern in ignored)]
+    missing = [
+        name
+        for name in sorted(mapping.missing)
+        if not (name in tied and (tied[name] in has or name in has))
+        and not (name in tied.values() and any(has.get(k) for k, v in tied.items() if v == name))
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise SourceError(folder, field="tensors", problem=f"the configuration asks for {shown}, which no shard holds",
-                          remedy="download the missing shards, or use the config.json that belongs to these weights")
+        raise SourceError(
+            folder,
+            field="tensors",
+            problem=f"the configuration asks for {shown}, which no shard holds",
+            remedy="download the missing shards, or use the config.json that belongs to these weights",
+        )
 
 
-def _assign(recipe: Recipe, prefixes: Mapping[str, int], by_block: list[list[Recipe]], resident: list[Recipe],
-            model: PreTrainedModel) -> None:
-    owners = {next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None)
-              for name in recipe.targets}
+def _assign(
+    recipe: Recipe,
+    prefixes: Mapping[str, int],
+    by_block: list[list[Recipe]],
+    resident: list[Recipe],
+    model: PreTrainedModel,
+) -> None:
+    owners = {
+        next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None) for name in recipe.targets
+    }
     if len(owners) > 1:
-        raise UnsupportedError(f"architecture {type(model).__name__}",
-                               reason=f"one stored tensor makes {', '.join(recipe.targets)}, in several blocks",
-                               instead="a model whose decoder blocks are stored apart")
+        raise UnsupportedError(
+            f"architecture {type(model).__name__}",
+            reason=f"one stored tensor makes {', '.join(recipe.targets)}, in several blocks",
+            instead="a model whose decoder blocks are stored apart",
+        )
     owner = owners.pop()
     (resident if owner is None else by_block[owner]).append(recipe)
 
 
 def _streamed(model: PreTrainedModel, block: DecoderBlock, recipes: list[Recipe]) -> StreamedBlock:
     slots = tuple(
-        ParamSlot(module=module, attribute=attribute, key=".".join(filter(None, (block.name, path, attribute))),
-                  shape=param.shape, dtype=param.dtype)
+        ParamSlot(
+            module=module,
+            attribute=attribute,
+            key=".".join(filter(None, (block.name, path, attribute))),
+            shape=param.shape,
+            dtype=param.dtype,
+        )
         for path, module in block.module.named_modules()
-        for attribute, param in module.named_parameters(recurse=False))
+        for attribute, param in module.named_parameters(recurse=False)
+    )
     specs = tuple({spec.name: spec for recipe in recipes for spec in recipe.sources}.values())
-    return StreamedBlock(block=block, slots=slots, recipes=tuple(recipes),
-                         spec=BlockSpec(name=block.name, tensors=specs))
+    return StreamedBlock(
+        block=block, slots=slots, recipes=tuple(recipes), spec=BlockSpec(name=block.name, tensors=specs)
+    )
 
 
-def fill(built: Skeleton, *, device: torch.device, read: ReadTensors, load: Callable[[str], Tensor],
-         absent: frozenset[str] = frozenset()) -> PreTrainedModel:
+def fill(
+    built: Skeleton,
+    *,
+    device: torch.device,
+    read: ReadTensors,
+    load: Callable[[str], Tensor],
+    absent: frozenset[str] = frozenset(),
+) -> PreTrainedModel:
     """Turn a meta model into one that trains: real where it is small, absent in the blocks.
 
     Args:
@@ -193,13 +231,15 @@ def fill(built: Skeleton, *, device: torch.device, read: ReadTensors, load: Call
     return model.eval()
 
 
-def _place_absent(built: Skeleton, *, device: torch.device, load: Callable[[str], Tensor],
-                  absent: frozenset[str]) -> set[str]:
+def _place_absent(
+    built: Skeleton, *, device: torch.device, load: Callable[[str], Tensor], absent: frozenset[str]
+) -> set[str]:
     placed: set[str] = set()
 
     def place(module: torch.nn.Module, attribute: str, key: str, shape: torch.Size, dtype: torch.dtype) -> None:
-        module._parameters[attribute] = AbsentParameter.of(shape, dtype=dtype, device=device, key=key,
-                                                           load=lambda: load(key))
+        module._parameters[attribute] = AbsentParameter.of(
+            shape, dtype=dtype, device=device, key=key, load=lambda: load(key)
+        )
         placed.add(key)
 
     for streamed in built.blocks:
@@ -212,8 +252,9 @@ def _place_absent(built: Skeleton, *, device: torch.device, load: Callable[[str]
     return placed
 
 
-def _load_now(model: PreTrainedModel, recipe: Recipe, *, device: torch.device, read: ReadTensors,
-              only: set[str] | None) -> None:
+def _load_now(
+    model: PreTrainedModel, recipe: Recipe, *, device: torch.device, read: ReadTensors, only: set[str] | None
+) -> None:
     stored = read(BlockSpec(name=recipe.targets[0], tensors=recipe.sources))
     for name, value in recipe.run(stored).items():
         if only is not None and name not in only:
@@ -238,8 +279,14 @@ def _finish_as_transformers_does(built: Skeleton, device: torch.device, in_block
     from transformers.utils.loading_report import LoadStateDictInfo
 
     model = built.model
-    info = LoadStateDictInfo(missing_keys=set(built.mapping.missing) - in_blocks, unexpected_keys=set(),
-                             mismatched_keys=set(), error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
+    info = LoadStateDictInfo(
+        missing_keys=set(built.mapping.missing) - in_blocks,
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
     model.mark_tied_weights_as_initialized(info)
     model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": device}, None, None)
     model._initialize_missing_keys(False)
@@ -247,8 +294,11 @@ def _finish_as_transformers_does(built: Skeleton, device: torch.device, in_block
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     left += [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
-        raise UnsupportedError(f"architecture {type(model).__name__}", reason=f"{left[0]} is never given a value",
-                               instead="a model that transformers' from_pretrained loads completely")
+        raise UnsupportedError(
+            f"architecture {type(model).__name__}",
+            reason=f"{left[0]} is never given a value",
+            instead="a model that transformers' from_pretrained loads completely",
+        )
 
 
 __all__ = ["ParamSlot", "Skeleton", "StreamedBlock", "fill", "skeleton"]

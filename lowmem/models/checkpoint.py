@@ -29,8 +29,11 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UnsupportedError(f"model={str(model)!r}", reason="it is a file",
-                               instead="the folder that holds config.json and the .safetensors files")
+        raise UnsupportedError(
+            f"model={str(model)!r}",
+            reason="it is a file",
+            instead="the folder that holds config.json and the .safetensors files",
+        )
     if folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
         raise FileNotFoundError(f"{model}: no such folder; give a local folder or a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
@@ -39,8 +42,9 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=_PATTERNS))
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(f"{model}: neither a local folder nor a hub repository that can be reached: {error}"
-                                ) from error
+        raise FileNotFoundError(
+            f"{model}: neither a local folder nor a hub repository that can be reached: {error}"
+        ) from error
 
 
 __all__ = ["resolve"]

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 # These only move elements, so they give the same bits in the stored dtype as after a cast to the compute dtype.
 _MOVING_OPERATIONS = frozenset(
-    "Chunk Concatenate MergeModulelist SplitModulelist Transpose Interleave Deinterleave PermuteForRope "
-    "Force16BytesAlignment ErnieFuseAndSplitTextVisionExperts".split()
+    ["Chunk", "Concatenate", "MergeModulelist", "SplitModulelist", "Transpose", "Interleave", "Deinterleave", "PermuteForRope", "Force16BytesAlignment", "ErnieFuseAndSplitTextVisionExperts"]
 )
 
 
@@ -82,8 +81,9 @@ def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, TensorSpec]) ->
         recipes.update((target, recipe) for target in recipe.targets)
     # What save_pretrained of a merged or fully trained model reverses.
     model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
-    return CheckpointMap(recipes=recipes, missing=frozenset(set(state) - set(recipes)),
-                         unexpected=frozenset(unexpected))
+    return CheckpointMap(
+        recipes=recipes, missing=frozenset(set(state) - set(recipes)), unexpected=frozenset(unexpected)
+    )
 
 
 @dataclass(kw_only=True)
@@ -93,8 +93,9 @@ class _Group:
     patterns: list[str] = field(default_factory=list)
 
 
-def _group(model: PreTrainedModel, state: Mapping[str, Tensor], conversions: list[object],
-           tensors: Mapping[str, TensorSpec]) -> tuple[dict[str, _Group], set[str]]:
+def _group(
+    model: PreTrainedModel, state: Mapping[str, Tensor], conversions: list[object], tensors: Mapping[str, TensorSpec]
+) -> tuple[dict[str, _Group], set[str]]:
     """Stored keys by the first parameter they make, in the order transformers loads them."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -137,32 +138,41 @@ def _recipe(model: PreTrainedModel, target: str, group: _Group, tensors: Mapping
     return Recipe(targets=tuple(made), sources=sources, convert=convert, cast_first=dtype)
 
 
-def _convert_on_meta(target: str, convert: Callable[[list[Tensor]], dict[str, Tensor]],
-                     sources: tuple[TensorSpec, ...]) -> dict[str, Tensor]:
+def _convert_on_meta(
+    target: str, convert: Callable[[list[Tensor]], dict[str, Tensor]], sources: tuple[TensorSpec, ...]
+) -> dict[str, Tensor]:
     stand_ins = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in sources]
     try:
         return convert(stand_ins)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
         described = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in sources)
-        raise SourceError(sources[0].file, field=target,
-                          problem=f"its stored tensors ({described}) cannot be converted: {error}",
-                          remedy="use the config.json that belongs to these weights") from error
+        raise SourceError(
+            sources[0].file,
+            field=target,
+            problem=f"its stored tensors ({described}) cannot be converted: {error}",
+            remedy="use the config.json that belongs to these weights",
+        ) from error
 
 
 def _check_shapes(recipe: Recipe, state: Mapping[str, Tensor]) -> None:
     if recipe.convert is None:
         shapes = {recipe.targets[0]: recipe.sources[0].shape}
     else:
-        shapes = {name: tuple(value.shape) for name, value in
-                  _convert_on_meta(recipe.targets[0], recipe.convert, recipe.sources).items()}
+        shapes = {
+            name: tuple(value.shape)
+            for name, value in _convert_on_meta(recipe.targets[0], recipe.convert, recipe.sources).items()
+        }
     for name, shape in shapes.items():
         expected = tuple(state[name].shape) if name in state else None
         if expected != tuple(shape):
             spec = recipe.sources[0]
             wanted = "no such parameter" if expected is None else f"shape {list(expected)}"
-            raise SourceError(spec.file, field=spec.name,
-                              problem=f"stores {name} with shape {list(shape)}, the configuration has {wanted}",
-                              remedy="use the config.json that belongs to these weights")
+            raise SourceError(
+                spec.file,
+                field=spec.name,
+                problem=f"stores {name} with shape {list(shape)}, the configuration has {wanted}",
+                remedy="use the config.json that belongs to these weights",
+            )
 
 
 __all__ = ["CheckpointMap", "Recipe", "map_checkpoint"]

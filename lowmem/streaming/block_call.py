@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -24,8 +23,11 @@ class BlockCall:
         self._leaves: list[object] = leaves
         self.batch_size: int = leaves[self._hidden].shape[0]
         self.num_tokens: int = leaves[self._hidden].shape[:2].numel()
-        self._input_positions = [index for index, leaf in enumerate(leaves)
-                                 if isinstance(leaf, Tensor) and (leaf.requires_grad or index == self._hidden)]
+        self._input_positions = [
+            index
+            for index, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and (leaf.requires_grad or index == self._hidden)
+        ]
 
     @property
     def hidden(self) -> Tensor:

@@ -77,8 +77,9 @@ class RecordedCall:
         assert self._output_spec is not None
         return tree_unflatten(leaves, self._output_spec)
 
-    def backward(self, grads: Sequence[Tensor | None], params: Sequence[Tensor],
-                 wanted: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def backward(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Recompute the block micro-batch by micro-batch and differentiate it.
 
         Args:
@@ -90,19 +91,26 @@ class RecordedCall:
             Gradients of the inputs and of the parameters. Those that several micro-batches share are summed in fp32.
         """
         if self._block.adapter_state() != self._adapters:
-            raise RuntimeError("the active adapters, or train/eval mode, changed between a block's forward and its "
-                               "backward; run backward before switching adapters")
+            raise RuntimeError(
+                "the active adapters, or train/eval mode, changed between a block's forward and its "
+                "backward; run backward before switching adapters"
+            )
         inputs = [boundary.take() for boundary in self._boundaries]
         sums = _GradientSums(inputs, params, wanted, whole=len(self._rows) == 1)
         for rows, random in zip(self._rows, self._random, strict=True):
-            cut = [value.detach().requires_grad_(want) for value, want in
-                   zip(self._call.cut_inputs(inputs, self._cut(rows)), wanted, strict=True)]
+            cut = [
+                value.detach().requires_grad_(want)
+                for value, want in zip(self._call.cut_inputs(inputs, self._cut(rows)), wanted, strict=True)
+            ]
             with torch.enable_grad(), restored(random, self._block.device), self._in_autocast():
                 output = self._block.forward_in_visit(self._call.arguments(cut, self._cut(rows)))
             outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
             del output
-            pairs = [(value, self._call.cut_inputs([grad], self._cut(rows))[0])
-                     for value, grad in zip(outputs, grads, strict=True) if grad is not None and value.requires_grad]
+            pairs = [
+                (value, self._call.cut_inputs([grad], self._cut(rows))[0])
+                for value, grad in zip(outputs, grads, strict=True)
+                if grad is not None and value.requires_grad
+            ]
             del outputs
             if pairs:
                 sums.add(rows, cut, [value for value, _ in pairs], [grad for _, grad in pairs])
@@ -123,8 +131,9 @@ class RecordedCall:
 class _GradientSums:
     """Gradients of inputs (by rows, or summed where one tensor serves all rows) and of parameters."""
 
-    def __init__(self, inputs: Sequence[Tensor], params: Sequence[Tensor], wanted: Sequence[bool], *,
-                 whole: bool) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor], params: Sequence[Tensor], wanted: Sequence[bool], *, whole: bool
+    ) -> None:
         self._inputs, self._params, self._wanted, self._whole = inputs, params, wanted, whole
         self._input_grads: list[Tensor | None] = [None] * len(inputs)
         self._param_grads: list[Tensor | None] = [None] * len(params)
@@ -177,7 +186,7 @@ class BlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         num_inputs = ctx.num_inputs  # type: ignore[attr-defined]
-        wanted = ctx.needs_input_grad[2:2 + num_inputs]  # type: ignore[attr-defined]
+        wanted = ctx.needs_input_grad[2 : 2 + num_inputs]  # type: ignore[attr-defined]
         inputs, params = ctx.enter.run_backward(grads, ctx.params, wanted)  # type: ignore[attr-defined]
         return (None, None, *inputs, *params)
 
@@ -188,8 +197,9 @@ class BlockEntry(Protocol):
     def run_forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Visit the block and run the call's forward."""
 
-    def run_backward(self, grads: Sequence[Tensor | None], params: Sequence[Tensor],
-                     wanted: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def run_backward(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Visit the block and run the call's backward."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -30,11 +29,14 @@ class DeviceBoundary:
         """
         value = self._value
         if value is None:
-            raise RuntimeError("backward ran twice through a streamed block; run the forward again (retain_graph is "
-                               "not supported: the block keeps nothing for a second backward)")
+            raise RuntimeError(
+                "backward ran twice through a streamed block; run the forward again (retain_graph is "
+                "not supported: the block keeps nothing for a second backward)"
+            )
         if value._version != self._version:
-            raise RuntimeError("a boundary activation was changed in place after its block's forward; "
-                               "clone it before changing it")
+            raise RuntimeError(
+                "a boundary activation was changed in place after its block's forward; clone it before changing it"
+            )
         self._value = None
         return value
 

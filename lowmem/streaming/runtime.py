@@ -28,8 +28,17 @@ _ATTRIBUTE = "_lowmem_runtime"
 class Runtime:
     """Owns the scheduler and the workspace of one model, and lends each block its weights for the time of a visit."""
 
-    def __init__(self, blocks: Sequence[StreamedBlock], *, scheduler: Scheduler, unpacker: Unpacker, plan: Plan,
-                 trace: Trace, device: torch.device, choose_micro_batch: Callable[[BlockCall], int | None]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[StreamedBlock],
+        *,
+        scheduler: Scheduler,
+        unpacker: Unpacker,
+        plan: Plan,
+        trace: Trace,
+        device: torch.device,
+        choose_micro_batch: Callable[[BlockCall], int | None],
+    ) -> None:
         """Take over blocks; nothing is read yet.
 
         Args:
@@ -153,8 +162,14 @@ class Runtime:
     def _tell(self, index: int, phase: Phase, num_tokens: int, *, started: bool) -> None:
         if not self._listeners:
             return
-        visit = Visit(block=index, num_blocks=self.num_blocks, phase=phase, started=started,
-                      time_ns=time.perf_counter_ns(), num_tokens=num_tokens)
+        visit = Visit(
+            block=index,
+            num_blocks=self.num_blocks,
+            phase=phase,
+            started=started,
+            time_ns=time.perf_counter_ns(),
+            num_tokens=num_tokens,
+        )
         for callback in list(self._listeners):
             callback(visit)
 
@@ -190,8 +205,9 @@ class _Entry:
             self._pass = self._runtime.record(self._index)
             return self._recorded.forward(inputs)
 
-    def run_backward(self, grads: Sequence[Tensor | None], params: Sequence[Tensor],
-                     wanted: Sequence[bool]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def run_backward(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         with self._runtime.visit(self._index, "backward", num_tokens=self._num_tokens):
             return self._recorded.backward(grads, params, wanted)
 
@@ -203,8 +219,10 @@ class _Entry:
         return self._block.raw_forward(self._block.module, *args, **kwargs)
 
     def adapter_state(self) -> tuple[object, ...]:
-        return tuple((module.training, getattr(module, "_disable_adapters", None),
-                      str(getattr(module, "_active_adapter", None))) for module in self._block.module.modules())
+        return tuple(
+            (module.training, getattr(module, "_disable_adapters", None), str(getattr(module, "_active_adapter", None)))
+            for module in self._block.module.modules()
+        )
 
     def keep(self, value: Tensor) -> Boundary:
         return DeviceBoundary(value)
@@ -223,8 +241,10 @@ def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
             continue
         length = getattr(cache, "get_seq_length", lambda: 1)()
         if length:
-            raise RuntimeError(f"{name} holds {length} tokens in a forward with gradients; streamed blocks train "
-                               "without a prefix (prefix tuning is not supported: use LoRA)")
+            raise RuntimeError(
+                f"{name} holds {length} tokens in a forward with gradients; streamed blocks train "
+                "without a prefix (prefix tuning is not supported: use LoRA)"
+            )
         cleaned[name] = None
     if cleaned.get("use_cache"):
         cleaned["use_cache"] = False
@@ -233,7 +253,8 @@ def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
 
 def attach(model: torch.nn.Module, runtime: Runtime) -> None:
     """Let the runtime run a model's blocks: replaces `forward` on the block instances, which serves training,
-    evaluation and generation alike and does not depend on gradient checkpointing being on."""
+    evaluation and generation alike and does not depend on gradient checkpointing being on.
+    """
     object.__setattr__(model, _ATTRIBUTE, runtime)
     for index, streamed in enumerate(runtime.blocks):
         streamed.block.module.forward = _streamed_forward(runtime, index)  # type: ignore[method-assign]

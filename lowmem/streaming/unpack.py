@@ -82,7 +82,7 @@ class Unpacker:
         for name, offset in offsets.items():
             slot = shapes[name]
             nbytes = slot.shape.numel() * slot.dtype.itemsize
-            views[name] = self._buffer[offset:offset + nbytes].view(slot.dtype).view(slot.shape)
+            views[name] = self._buffer[offset : offset + nbytes].view(slot.dtype).view(slot.shape)
         return views
 
 
