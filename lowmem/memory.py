@@ -1,13 +1,11 @@
-"""Memory as the operating system and the CUDA allocator account for it: now, peaks since a mark, and limits.
+"""Memory as the operating system and the CUDA allocator account for it: now, peaks, and limits.
 
-A reading takes about 0.1 ms and changes nothing. Peaks come from the kernel's own high-water mark (`VmHWM`), exact and
-kept over the whole life of the process: it is one mark shared by everybody who asks, `/usr/bin/time` and a parent's
-`getrusage` included. So `PeakGauge` only reads it; resetting it is a separate, explicit call.
+A reading takes about 0.1 ms and changes nothing. The peak is the kernel's own high-water mark (`VmHWM`): exact, kept
+over the whole life of the process, one mark for everybody who asks. Setting it back is a separate, explicit call.
 """
 
 import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -185,55 +183,3 @@ def cuda_memory(device: torch.device) -> CudaMemory:
         reserved_bytes=torch.cuda.memory_reserved(device),
         peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
     )
-
-
-class PeakGauge:
-    """The largest value of a memory counter since a mark, without resetting the counter's own high-water mark.
-
-    If the high-water mark rose since `mark()`, it is the exact peak of that span. If it did not, the span stayed below
-    an older peak, and the largest of the samples is returned: a lower bound.
-
-    Args:
-        read: Returns (bytes now or `None` if unknown, bytes of the high-water mark).
-    """
-
-    def __init__(self, read: Callable[[], tuple[int | None, int]]) -> None:
-        self._read = read
-        self.mark()
-
-    def mark(self) -> None:
-        """Start a new span at the present value."""
-        now_bytes, self._mark_bytes = self._read()
-        self._sampled_bytes = now_bytes or 0
-
-    def sample(self) -> None:
-        """Look at the counter once more."""
-        now_bytes, _ = self._read()
-        self._sampled_bytes = max(self._sampled_bytes, now_bytes or 0)
-
-    def peak_bytes(self) -> int:
-        """Largest value since the mark, as far as known; the high-water mark where present values are unknown."""
-        now_bytes, high_water_bytes = self._read()
-        if now_bytes is None or high_water_bytes > self._mark_bytes:
-            return high_water_bytes
-        return max(self._sampled_bytes, now_bytes)
-
-
-def process_gauge() -> PeakGauge:
-    """Gauge of this process's resident memory."""
-
-    def read() -> tuple[int | None, int]:
-        memory = process_memory()
-        return memory.rss_bytes, memory.peak_bytes
-
-    return PeakGauge(read)
-
-
-def cuda_gauge(device: torch.device) -> PeakGauge:
-    """Gauge of the bytes in CUDA tensors on one device."""
-
-    def read() -> tuple[int | None, int]:
-        memory = cuda_memory(device)
-        return memory.allocated_bytes, memory.peak_allocated_bytes
-
-    return PeakGauge(read)

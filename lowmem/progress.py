@@ -6,8 +6,8 @@ from collections.abc import Callable
 from statistics import median
 from time import monotonic
 
-from tqdm.auto import tqdm
-from tqdm.std import tqdm as terminal_tqdm
+from tqdm.auto import notebook_tqdm, tqdm  # type: ignore[import-untyped]
+from tqdm.std import tqdm as terminal_tqdm  # type: ignore[import-untyped]
 
 from offload.units import format_bytes
 
@@ -119,7 +119,8 @@ class StepProgress:
     """
 
     def __init__(self, estimate: StepEstimate, *, read_bytes: Callable[[], int], every_s: float | None = None) -> None:
-        in_file = tqdm is terminal_tqdm and not sys.stderr.isatty()
+        # tqdm.auto draws with `notebook_tqdm`, which is the terminal's class outside of notebooks.
+        in_file = notebook_tqdm is terminal_tqdm and not sys.stderr.isatty()
         self._every_s = every_s if every_s is not None else EVERY_S_IN_FILES if in_file else EVERY_S
         self._estimate = estimate
         self._rate = ByteRate(read_bytes)
@@ -153,9 +154,6 @@ class StepProgress:
             self._bar = None
 
     def _show(self, where: str, block: int, num_blocks: int, now_s: float) -> None:
-        if self._bar is None:
-            # Not `leave`d, and made after the Trainer's bar: tqdm gives it the line below and takes it away again.
-            self._bar = tqdm(total=1, leave=False, dynamic_ncols=True)
         rate = self._rate.bytes_per_s(now_s)
         words = [f"{format_bytes(int(rate))}/s from disk"] if rate else []
         if self._step is None:
@@ -171,8 +169,12 @@ class StepProgress:
             run_left_s = self._estimate.run_left_s(now_s, num_steps - step)
             if step_left_s is not None and run_left_s is not None:
                 words += [f"step {_clock(step_left_s)} left", f"run {_clock(run_left_s)} left"]
-        self._bar.total, self._bar.n = max(total, 1), num_done
-        self._bar.bar_format = f"{left} |{{bar}}| {', '.join(words)}"
+        layout = f"{left} |{{bar}}| {', '.join(words)}"
+        if self._bar is None:
+            # Not `leave`d, and made after the Trainer's bar: tqdm gives it the line below and takes it away again.
+            self._bar = tqdm(total=max(total, 1), initial=num_done, leave=False, dynamic_ncols=True, bar_format=layout)
+            return
+        self._bar.total, self._bar.n, self._bar.bar_format = max(total, 1), num_done, layout
         self._bar.refresh()
 
 

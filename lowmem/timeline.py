@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 LANE_COLOURS = {"disk": "#4f9d69", "copy": "#9a7bb0", "stall": "#d1495b"}
 PHASE_COLOURS = {"forward": "#4f7cac", "backward": "#e39b3a", "no_grad": "#8ab6c4"}
 PHASE_LABELS = {"forward": "forward", "backward": "backward", "no_grad": "forward without gradients"}
-OTHER_COLOUR = "#a9a9a9"
+OTHER_COLOUR = "#aaa49b"
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 12.0, 3.9, 150
-MAX_EDGED_BARS = 220
+MAX_EDGED_BARS = 100
 LANE_INCHES = 10.7
 """Width of the lanes without their labels, about."""
 LABEL_POINTS = 7
@@ -159,11 +159,11 @@ def _draw_lane(axes: "Axes", timeline: StepTimeline, lane: str, *, row: int) -> 
             ((start_ns - timeline.start_ns) / 1e9 / unit_s, (end_ns - start_ns) / 1e9 / unit_s)
             for start_ns, end_ns in _merged(intervals, gap_ns=gap_ns)
         ]
-        axes.broken_barh(bars, (row - 0.38, 0.76), facecolors=colour, linewidth=0)
+        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=colour, linewidth=0)
 
 
 def _draw_compute(axes: "Axes", timeline: StepTimeline, works: Sequence[BlockPass], *, row: int) -> None:
-    """Draw the compute lane: a bar per visit of a block, micro-batches together, with the block's number where it fits."""
+    """Draw the compute lane: a bar per visit of a block, micro-batches together, numbered where there is room."""
     unit_s, _ = _time_unit(timeline)
     bars: dict[str, list[tuple[float, float]]] = {}
     numbers: dict[str, list[tuple[int, float]]] = {}
@@ -178,12 +178,10 @@ def _draw_compute(axes: "Axes", timeline: StepTimeline, works: Sequence[BlockPas
     edge_points = 0.5 if sum(map(len, bars.values())) <= MAX_EDGED_BARS else 0.0
     for phase, extents in bars.items():
         colour = PHASE_COLOURS.get(phase, OTHER_COLOUR)
-        axes.broken_barh(extents, (row - 0.38, 0.76), facecolors=colour, edgecolors="white", linewidth=edge_points)
+        axes.broken_barh(extents, (row - 0.36, 0.72), facecolors=colour, edgecolors="white", linewidth=edge_points)
     for labels in numbers.values():
         for block, middle_s in _every_nth(labels, timeline.duration_s):
-            axes.text(
-                middle_s / unit_s, row, str(block), ha="center", va="center", fontsize=LABEL_POINTS, color="white"
-            )
+            axes.text(middle_s / unit_s, row - 0.5, str(block), ha="center", va="center", fontsize=LABEL_POINTS)
 
 
 def _computed(timeline: StepTimeline) -> list[BlockPass]:
@@ -257,7 +255,7 @@ def _add_legend(figure: "Figure", works: Sequence[BlockPass]) -> None:
 
 
 def _lane_label(timeline: StepTimeline, lane: str) -> str:
-    label = f"{lane}\n{timeline.busy_percent(lane):.0f}% {'of the step' if lane == 'stall' else 'busy'}"
+    label = f"{lane}\n{timeline.busy_percent(lane):.0f}%{'' if lane == 'stall' else ' busy'}"
     num_bytes = timeline.num_bytes(lane)
     return f"{label}\n{format_bytes(num_bytes)}" if num_bytes else label
 

@@ -1,4 +1,4 @@
-"""Memory readings: the kernel's numbers, both cgroup versions from recorded /proc files, and peaks since a mark."""
+"""Memory readings: the kernel's numbers, and both cgroup versions from recorded /proc files."""
 
 import mmap
 import subprocess
@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.memory import (
-    PeakGauge,
-    cgroup_memory,
-    cuda_gauge,
-    cuda_memory,
-    process_gauge,
-    process_memory,
-    reset_process_peak,
-)
+from lowmem.memory import cgroup_memory, cuda_memory, process_memory, reset_process_peak
 
 MIB = 1 << 20
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
@@ -76,51 +68,6 @@ if reset_process_peak():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
-@linux_only
-def test_gauge_sees_an_unsampled_peak_that_is_the_highest_so_far() -> None:
-    gauge = process_gauge()
-    above = process_memory().peak_bytes - (process_memory().rss_bytes or 0)
-    touch(above + 64 * MIB)
-    assert gauge.peak_bytes() >= (process_memory().rss_bytes or 0) + above + 50 * MIB
-
-
-class Counter:
-    """A memory counter with a high-water mark, as the kernel keeps it."""
-
-    def __init__(self) -> None:
-        self.now_bytes = 0
-        self.high_water_bytes = 0
-
-    def set(self, num_bytes: int) -> None:
-        self.now_bytes = num_bytes
-        self.high_water_bytes = max(self.high_water_bytes, num_bytes)
-
-    def read(self) -> tuple[int | None, int]:
-        return self.now_bytes, self.high_water_bytes
-
-
-def test_gauge_falls_back_to_samples_below_an_older_peak() -> None:
-    counter = Counter()
-    counter.set(100)
-    counter.set(10)
-    gauge = PeakGauge(counter.read)
-    counter.set(50)
-    gauge.sample()
-    counter.set(20)
-    assert gauge.peak_bytes() == 50
-    gauge.mark()
-    assert gauge.peak_bytes() == 20
-    counter.set(130)
-    counter.set(5)
-    assert gauge.peak_bytes() == 130
-
-
-def test_gauge_returns_the_high_water_mark_where_present_values_are_unknown() -> None:
-    gauge = PeakGauge(lambda: (None, 70))
-    gauge.sample()
-    assert gauge.peak_bytes() == 70
-
-
 def v1_files(own_limit: str, parent_limit: str) -> dict[str, str]:
     return {
         "proc/cgroup": "9:name=systemd:/\n4:memory:/jobs/mine\n1:cpu,cpuacct:/jobs/mine\n0::/\n",
@@ -176,13 +123,14 @@ def test_no_control_group_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_gauge_sees_tensors_that_are_gone_again() -> None:
+def test_cuda_peak_remembers_tensors_that_are_gone() -> None:
     device = torch.device("cuda", 0)
     torch.ones(1, device=device)
-    gauge = cuda_gauge(device)
     before = cuda_memory(device)
     above = before.peak_allocated_bytes - before.allocated_bytes
     tensor = torch.zeros(above + 8 * MIB, dtype=torch.uint8, device=device)
     del tensor
-    assert gauge.peak_bytes() >= before.peak_allocated_bytes + 8 * MIB
-    assert cuda_memory(device).peak_reserved_bytes >= gauge.peak_bytes()
+    after = cuda_memory(device)
+    assert after.allocated_bytes == before.allocated_bytes
+    assert after.peak_allocated_bytes >= before.peak_allocated_bytes + 8 * MIB
+    assert after.peak_reserved_bytes >= after.peak_allocated_bytes
