@@ -1,0 +1,1 @@
+"""The real Hugging Face model: found, matched with its checkpoint, built with absent blocks."""

@@ -13,12 +13,27 @@ from lowmem.errors import UnsupportedError
 
 # Facts of a tensor that need no values. Everything that is not listed here reads the weight.
 _FREE_PROPERTIES = frozenset(
-    ["shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "is_xpu", "is_mps", "names", "output_nr", "retains_grad", "_version", "itemsize", "nbytes", "is_sparse_csr", "_backward_hooks", "_post_accumulate_grad_hooks", "_grad", "_base", "is_vulkan", "is_ipu", "is_xla", "is_hpu", "is_maia", "is_mtia", "grad_dtype", "_cdata"]
+    """
+    shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse
+    is_quantized is_mkldnn is_nested is_xpu is_mps names output_nr retains_grad _version itemsize nbytes
+    is_sparse_csr _backward_hooks _post_accumulate_grad_hooks _grad _base is_vulkan is_ipu is_xla is_hpu is_maia
+    is_mtia grad_dtype _cdata
+    """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
 )
 _FREE_FUNCTIONS = frozenset(
-    ["size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex", "is_contiguous", "is_inference", "is_signed", "storage_offset", "untyped_storage", "data_ptr", "get_device", "__len__", "__hash__", "is_pinned", "is_same_size", "_is_view", "_has_compatible_shallow_copy_type", "is_tensor", "__format__", "ndimension", "is_conj", "is_neg", "has_names", "is_distributed", "register_hook", "register_post_accumulate_grad_hook", "_is_zerotensor", "type", "empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
+    """
+    size dim numel nelement stride element_size is_floating_point is_complex is_contiguous is_inference
+    is_signed storage_offset untyped_storage data_ptr get_device __len__ __hash__ is_pinned is_same_size
+    _is_view _has_compatible_shallow_copy_type is_tensor __format__ ndimension is_conj is_neg has_names
+    is_distributed register_hook register_post_accumulate_grad_hook _is_zerotensor type empty_like zeros_like
+    ones_like rand_like randn_like full_like new_empty new_zeros new_ones new_full new_tensor
+    """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
 )
-_SAME_VALUES = frozenset(["detach", "to", "float", "half", "bfloat16", "double", "cpu", "cuda", "contiguous", "requires_grad_", "pin_memory"])
+_SAME_VALUES = frozenset(
+    """
+    detach to float half bfloat16 double cpu cuda contiguous requires_grad_ pin_memory
+    """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
+)
 _REFUSED_INSTEAD = "train adapters (peft_config), or give tuning='full' where every weight is to change"
 
 
@@ -75,7 +90,8 @@ class AbsentParameter(torch.nn.Parameter):
             if accessor == "get" and name == "data":
                 return args[0]
             if accessor == "set":
-                return _set_property(name, args, func)
+                _set_property(name, args, func)
+                return None
             if accessor == "" and name in _FREE_FUNCTIONS:
                 return func(*args, **kwargs)
             if accessor == "" and name in _SAME_VALUES and isinstance(args[0], AbsentParameter):
@@ -101,7 +117,7 @@ class AbsentParameter(torch.nn.Parameter):
             instead="save the adapter (trainer.save_model) and merge it with lowmem.merge",
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"AbsentParameter({self._key}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 

@@ -263,7 +263,7 @@ def _load_now(
         module = model.get_submodule(path)
         old = module._parameters.get(attribute)
         is_param = old is not None
-        dtype = (old if old is not None else module._buffers[attribute]).dtype  # type: ignore[union-attr]
+        dtype = (old if old is not None else module._buffers[attribute]).dtype
         # A view would keep the whole staging memory alive.
         real = value.to(device=device, dtype=dtype, copy=True).contiguous()
         if is_param:

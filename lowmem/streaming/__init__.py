@@ -1,0 +1,1 @@
+"""Running a model block by block: visits, the block Function, boundary activations, the head."""

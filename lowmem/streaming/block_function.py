@@ -67,7 +67,7 @@ class RecordedCall:
         leaves = [_join([part[index] for part in parts]) for index in range(len(parts[0]))]
         self._tensor_leaves = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._other_leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return tuple(leaves[index] for index in self._tensor_leaves)  # type: ignore[misc]
+        return tuple(leaves[index] for index in self._tensor_leaves)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> object:
         """The block's output from its tensors."""
@@ -175,6 +175,7 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, enter: BlockEntry, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the call in a visit of its block."""
         ctx.set_materialize_grads(False)
         ctx.enter, ctx.num_inputs = enter, num_inputs  # type: ignore[attr-defined]
         ctx.params = tensors[num_inputs:]  # type: ignore[attr-defined]
@@ -185,6 +186,7 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Visit the block again and differentiate the recomputed call."""
         num_inputs = ctx.num_inputs  # type: ignore[attr-defined]
         wanted = ctx.needs_input_grad[2 : 2 + num_inputs]  # type: ignore[attr-defined]
         inputs, params = ctx.enter.run_backward(grads, ctx.params, wanted)  # type: ignore[attr-defined]

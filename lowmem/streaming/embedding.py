@@ -35,7 +35,7 @@ class GatheredEmbedding:
         self._module, self._spec, self._reader = module, spec, reader
         self._dtype, self._device = dtype, device
         self._forward: Callable[[Tensor], Tensor] = module.forward
-        module.forward = self.forward  # type: ignore[method-assign]
+        module.forward = self.forward
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up token ids of any shape (...): (..., hidden) in the compute dtype.

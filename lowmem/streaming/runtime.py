@@ -106,7 +106,7 @@ class Runtime:
                 return self._run(index, *call.arguments(inputs, None))
         micro_batch = self._choose_micro_batch(call) if call.can_split else None
         entry = _Entry(self, index, call, micro_batch)
-        outputs = BlockFunction.apply(entry, len(inputs), *inputs, *params)
+        outputs = BlockFunction.apply(entry, len(inputs), *inputs, *params)  # type: ignore[no-untyped-call]
         return entry.rebuild(outputs)
 
     def _run(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
@@ -252,12 +252,14 @@ def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
 
 
 def attach(model: torch.nn.Module, runtime: Runtime) -> None:
-    """Let the runtime run a model's blocks: replaces `forward` on the block instances, which serves training,
-    evaluation and generation alike and does not depend on gradient checkpointing being on.
+    """Let the runtime run a model's blocks.
+
+    Replaces `forward` on the block instances, which serves training, evaluation and generation alike and does not
+    depend on gradient checkpointing being on.
     """
     object.__setattr__(model, _ATTRIBUTE, runtime)
     for index, streamed in enumerate(runtime.blocks):
-        streamed.block.module.forward = _streamed_forward(runtime, index)  # type: ignore[method-assign]
+        streamed.block.module.forward = _streamed_forward(runtime, index)
 
 
 def _streamed_forward(runtime: Runtime, index: int) -> Callable[..., object]:

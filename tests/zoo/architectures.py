@@ -1,19 +1,21 @@
 """Tiny random checkpoints of every decoder-only causal language model that transformers ships.
 
-`sizes.py` has the numbers, `skipped.py` the entries that are left out and why. A checkpoint written here is an ordinary
-folder: `config.json` and one or more safetensors shards in the published (not yet fused) layout.
+`sizes.py` and `overrides.py` have the numbers, `skipped.py` the entries that are left out and why. A checkpoint
+written here is an ordinary folder: `config.json` and safetensors shards in the published (not yet fused) layout.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from tests.zoo.sizes import COMMON, OVERRIDES
+from tests.zoo.overrides import OVERRIDES
+from tests.zoo.sizes import COMMON
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,11 +24,12 @@ ARCHITECTURES: tuple[str, ...] = tuple(OVERRIDES)
 """The names, as in a config's `model_type` and in transformers' MODEL_FOR_CAUSAL_LM_MAPPING, in alphabetical order."""
 
 
-def tiny_config(name: str) -> PreTrainedConfig:
+def tiny_config(name: str, changes: Mapping[str, object] | None = None) -> PreTrainedConfig:
     """Build the configuration of the tiny model of an architecture.
 
     Args:
         name: One of `ARCHITECTURES`.
+        changes: Fields that differ from the zoo's values, such as `{"attn_pdrop": 0.1}`.
 
     Returns:
         A configuration of 3 or 4 layers with a hidden size of at most 64.
@@ -36,18 +39,31 @@ def tiny_config(name: str) -> PreTrainedConfig:
     """
     from transformers import CONFIG_MAPPING
 
-    overrides = OVERRIDES[name]
-    config_class = CONFIG_MAPPING[name]
+    return _fill(CONFIG_MAPPING[name], OVERRIDES[name] | dict(changes or {}))
+
+
+def _fill(config_class: type[PreTrainedConfig], overrides: Mapping[str, object]) -> PreTrainedConfig:
+    """Make a configuration of the shared sizes, then `overrides`; a mapping for a sub-configuration is filled alike."""
+    from transformers import CONFIG_MAPPING
+
     known = {field.name for field in dataclasses.fields(config_class)}
-    arguments = {key: value for key, value in COMMON.items() if key in known} | overrides
+    arguments = {key: value for key, value in COMMON.items() if key in known} | dict(overrides)
+    for key, sub_class in config_class.sub_configs.items():
+        value = arguments.get(key)
+        if isinstance(value, dict):
+            known_class = CONFIG_MAPPING[value["model_type"]] if "model_type" in value else sub_class
+            arguments[key] = _fill(known_class, value)
     return cast("PreTrainedConfig", config_class(**arguments))
 
 
-def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    name: str, changes: Mapping[str, object] | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
     """Build the tiny model of an architecture on the CPU, with seeded non-degenerate weights, in training mode.
 
     Args:
         name: One of `ARCHITECTURES`.
+        changes: Fields of the configuration that differ from the zoo's values.
         dtype: Type of all floating-point parameters.
         seed: Of the weights.
 
@@ -57,7 +73,7 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) 
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, changes), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     persistent = set(model.state_dict(keep_vars=True))
     with torch.no_grad():
@@ -70,7 +86,13 @@ def tiny_model(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) 
 
 
 def build(
-    name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, shard_bytes: int = 100_000
+    name: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    shard_bytes: int = 100_000,
+    changes: Mapping[str, object] | None = None,
 ) -> Path:
     """Write the checkpoint of a tiny model.
 
@@ -80,11 +102,12 @@ def build(
         dtype: Type the weights are stored in.
         seed: Of the weights.
         shard_bytes: Largest shard; the default spreads most models over several files.
+        changes: Fields of the configuration that differ from the zoo's values.
 
     Returns:
         `folder`.
     """
-    model = tiny_model(name, dtype=dtype, seed=seed)
+    model = tiny_model(name, changes, dtype=dtype, seed=seed)
     model.save_pretrained(folder, max_shard_size=shard_bytes)
     return folder
 
@@ -99,7 +122,7 @@ def _randomise(parameter: torch.nn.Parameter, generator: torch.Generator) -> Non
     if not parameter.is_floating_point():
         return
     noise = torch.randn(parameter.shape, generator=generator)
-    if parameter.dim() < 2 or _is_constant(parameter) and parameter.shape[0] == 1:
+    if parameter.dim() < 2 or (_is_constant(parameter) and parameter.shape[0] == 1):
         # A_log, dt_bias and the like keep the range in which the recurrence is stable.
         parameter.nan_to_num_().add_(0.1 * noise)
     else:
