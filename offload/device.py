@@ -1,0 +1,248 @@
+"""The compute device: where slots live and how bytes get there. The only module that knows what kind it is."""
+
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload.budget import Budget
+from offload.buffers import StagingBuffer
+from offload.ram import available_ram_bytes
+
+_RAM_MARGIN = 0.1
+"""Part of the available RAM that a measured budget leaves to the rest of the process and to the system."""
+_CUDA_MARGIN = 0.05
+"""Part of the free device memory that a measured budget leaves to the allocator's rounding and to libraries."""
+_ANCHOR_NS = 1_000_000_000
+"""Age at which the time base of a device's events is renewed: they measure from it in float32 milliseconds."""
+
+
+class Copy(Protocol):
+    """A copy to the device that has been started."""
+
+    def done(self) -> bool:
+        """Whether the bytes have arrived, so that the source may be overwritten."""
+
+    def times_ns(self) -> tuple[int, int]:
+        """When it began and ended, by `time.perf_counter_ns()`. Only once `done`."""
+
+
+class Device(Protocol):
+    """What the scheduler needs of a compute device."""
+
+    torch_device: torch.device
+    """Where yielded tensors are."""
+    is_host: bool
+    """Whether the device computes from host memory, so that a staging buffer is a slot and nothing is copied."""
+
+    def staging(self, nbytes: int) -> StagingBuffer:
+        """A host buffer that reads land in and copies start from."""
+
+    def slot(self, nbytes: int) -> Tensor:
+        """Device memory for stored bytes: uint8 of shape (nbytes,). Its first copy must come after a `mark`."""
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The point that the calling thread's compute stream has been filled up to; None if nothing runs behind it."""
+
+    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> Copy:
+        """Start copying host bytes into a slot of the same size, once the compute stream has passed `after`.
+
+        Returns at once. Leave `source` alone until the copy is done.
+        """
+
+    def wait_for(self, copy: Copy) -> None:
+        """Let whatever the calling thread computes from now on come after the copy."""
+
+    def close(self) -> None:
+        """Wait until nothing on the device touches slots or staging buffers any more."""
+
+
+class CpuDevice:
+    """The processor: a block computes from the staging buffer that it was read into.
+
+    Args:
+        separate_slots: Copy into slots all the same, as a device with its own memory has to. For tests of that path.
+    """
+
+    def __init__(self, *, separate_slots: bool = False) -> None:
+        self.torch_device = torch.device("cpu")
+        self.is_host = not separate_slots
+
+    def staging(self, nbytes: int) -> StagingBuffer:
+        """See `Device.staging`."""
+        return StagingBuffer(nbytes)
+
+    def slot(self, nbytes: int) -> Tensor:
+        """See `Device.slot`."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def mark(self) -> None:
+        """Return None: an operation on the processor is over when it returns."""
+
+    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> Copy:
+        """See `Device.copy`. Copies before it returns."""
+        start_ns = time.perf_counter_ns()
+        into.copy_(source)
+        return _FinishedCopy(start_ns, time.perf_counter_ns())
+
+    def wait_for(self, copy: Copy) -> None:
+        """Do nothing: copies are over when they return."""
+
+    def close(self) -> None:
+        """Do nothing: nothing runs behind the caller's back."""
+
+
+class _FinishedCopy:
+    """A copy that was over when it was returned."""
+
+    def __init__(self, start_ns: int, end_ns: int) -> None:
+        self._times_ns = (start_ns, end_ns)
+
+    def done(self) -> bool:
+        return True
+
+    def times_ns(self) -> tuple[int, int]:
+        return self._times_ns
+
+
+class CudaDevice:
+    """An NVIDIA GPU: slots in device memory, filled from pinned staging buffers on a stream of their own.
+
+    Args:
+        device: Which GPU, such as ``"cuda"`` or ``"cuda:1"``. Creating this initialises CUDA.
+
+    Raises:
+        ValueError: `device` is not a CUDA device.
+    """
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        chosen = torch.device(device)
+        if chosen.type != "cuda":
+            raise ValueError(f"device: expected a CUDA device such as 'cuda:0', got {str(chosen)!r}")
+        index = torch.cuda.current_device() if chosen.index is None else chosen.index
+        self.torch_device = torch.device("cuda", index)
+        self.is_host = False
+        self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        # Events tell only the time between two of them: this one ties them to the clock of the trace.
+        self._anchor = self._event()
+        self._anchor.record(self._copies)
+        self._anchor.synchronize()
+        self._anchor_ns = time.perf_counter_ns()
+
+    def staging(self, nbytes: int) -> StagingBuffer:
+        """See `Device.staging`. Pinned where the system allows it."""
+        return StagingBuffer(nbytes, pin=True)
+
+    def slot(self, nbytes: int) -> Tensor:
+        """See `Device.slot`."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def mark(self) -> torch.cuda.Event:
+        """See `Device.mark`."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> "CudaCopy":
+        """See `Device.copy`. From pageable memory the driver makes this wait for `after` in the calling thread."""
+        start, end = self._event(), self._event()
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                # The copy must not overwrite weights that the slot's last visit is still computing with, nor, the first
+                # time, what the allocator's previous owner of this memory is still computing with.
+                self._copies.wait_event(after)
+            start.record(self._copies)
+            into.copy_(source, non_blocking=True)
+            end.record(self._copies)
+        return CudaCopy(self, start, end)
+
+    def wait_for(self, copy: Copy) -> None:
+        """See `Device.wait_for`."""
+        assert isinstance(copy, CudaCopy), copy
+        # The visit must not compute with weights that are still arriving.
+        torch.cuda.current_stream(self.torch_device).wait_event(copy.end)
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        # Slots go back to the allocator and staging buffers are unpinned after this: neither a copy nor a kernel of any
+        # stream may still be using them.
+        torch.cuda.synchronize(self.torch_device)
+
+    def clock_ns(self, event: torch.cuda.Event) -> int:
+        """When an event that is over happened, by `time.perf_counter_ns()`."""
+        elapsed_ms: float = self._anchor.elapsed_time(event)
+        at_ns = self._anchor_ns + round(elapsed_ms * 1e6)
+        if at_ns - self._anchor_ns > _ANCHOR_NS:
+            self._anchor, self._anchor_ns = event, at_ns
+        return at_ns
+
+    def _event(self) -> torch.cuda.Event:
+        # Blocking: a thread that waits for it sleeps rather than spins.
+        return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+
+class CudaCopy:
+    """A copy on a CUDA device's copy stream, between two events."""
+
+    def __init__(self, device: CudaDevice, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._device = device
+        self._start = start
+        self.end = end
+
+    def done(self) -> bool:
+        """See `Copy.done`."""
+        return bool(self.end.query())  # type: ignore[no-untyped-call]
+
+    def times_ns(self) -> tuple[int, int]:
+        """See `Copy.times_ns`."""
+        return self._device.clock_ns(self._start), self._device.clock_ns(self.end)
+
+
+def open_device(device: torch.device | str) -> Device:
+    """Make the device that goes with a torch device.
+
+    Raises:
+        ValueError: Neither a CPU nor a CUDA device.
+    """
+    chosen = torch.device(device)
+    if chosen.type == "cpu":
+        return CpuDevice()
+    if chosen.type == "cuda":
+        return CudaDevice(chosen)
+    raise ValueError(f"device: expected a CPU or a CUDA device, got {str(chosen)!r}")
+
+
+def measured(budget: Budget, device: torch.device | str) -> Budget:
+    """Fill in what a budget leaves open from the memory that is free now, less a margin.
+
+    On a CPU both sizes come out of the same RAM: what is given for one is not counted again for the other, and with
+    neither given all of it is the device's, because a cached block is there no closer to disk than a resident one.
+
+    Args:
+        budget: Sizes as the user gave them.
+        device: Where the model computes.
+
+    Returns:
+        A budget with both sizes in bytes and the same folder.
+
+    Raises:
+        ValueError: Neither a CPU nor a CUDA device.
+    """
+    chosen = torch.device(device)
+    device_bytes, host_bytes = budget.device_bytes, budget.host_bytes
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected a CPU or a CUDA device, got {str(chosen)!r}")
+    if device_bytes is not None and host_bytes is not None:
+        return Budget(device=device_bytes, host=host_bytes, disk=budget.disk)
+    if chosen.type == "cuda" and device_bytes is None:
+        free_bytes, _ = torch.cuda.mem_get_info(chosen)
+        # Torch has taken this from the driver and uses it for nothing.
+        idle_bytes = torch.cuda.memory_reserved(chosen) - torch.cuda.memory_allocated(chosen)
+        device_bytes = int((free_bytes + idle_bytes) * (1 - _CUDA_MARGIN))
+    ram_bytes = int(available_ram_bytes() * (1 - _RAM_MARGIN))
+    if chosen.type == "cpu":
+        if device_bytes is None:
+            device_bytes = max(0, ram_bytes - (host_bytes or 0))
+        ram_bytes = max(0, ram_bytes - device_bytes)
+    return Budget(device=device_bytes, host=ram_bytes if host_bytes is None else host_bytes, disk=budget.disk)

@@ -1,0 +1,318 @@
+"""Moves blocks up: disk to host buffer, host buffer to device slot. Decides what to start next; waits for nothing."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offload.buffers import StagingBuffer
+from offload.device import Copy, Device
+from offload.file_io import FileReader, Transfer
+from offload.layout import BlockLayout
+from offload.plan import Placement, PlacementPlan
+from offload.ring import Ring, Slot
+from offload.trace import Trace
+from offload.visits import VisitOrder
+
+POISON = 0xFF
+"""Every 16-, 32- and 64-bit float made of such bytes is NaN."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    block: int
+    slot: Slot
+    transfer: Transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moving:
+    block: int
+    source: Slot
+    copy: Copy
+
+
+class Pipeline:
+    """The storage of all blocks and the transfers under way. Not safe by itself: one lock guards all of it.
+
+    Where the device computes from host memory, reads land in the slots that visits are served from. Where it has its
+    own, they land in staging buffers, or in the host cache, and are copied into slots from there.
+
+    Args:
+        layouts: How each block is read.
+        plan: Where each block lives, and how many buffers there are.
+        reader: Reads; stays the caller's.
+        device: Where slots are; stays the caller's.
+        trace: Gets a span for every finished read and copy.
+        poison: Fill buffers with `POISON` when they are given free, so that a use after the release shows.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        *,
+        plan: PlacementPlan,
+        reader: FileReader,
+        device: Device,
+        trace: Trace,
+        poison: bool,
+    ) -> None:
+        self._layouts = tuple(layouts)
+        self._plan = plan
+        self._reader = reader
+        self._device = device
+        self._trace = trace
+        self._poison = poison
+        self._moving = frozenset(plan.moving)
+        self._buffers: dict[Slot, StagingBuffer] = {}
+        self._reads: deque[_Read] = deque()
+        self._copies: deque[_Moving] = deque()
+        # A read is queued behind the one that the disk is busy with; more would only delay an unexpected visit.
+        self._max_reads = max(2, plan.num_staging)
+        self._last_read_ns = 0
+        through = [
+            layout.buffer_bytes
+            for block, layout in enumerate(self._layouts)
+            if plan.placements[block] != Placement.HOST and (block in self._moving or not device.is_host)
+        ]
+        self._staging = Ring([self._host_slot(max(through, default=0)) for _ in range(plan.num_staging)])
+        self._ring = self._staging
+        if not device.is_host:
+            slot_bytes = max((self._layouts[block].buffer_bytes for block in self._moving), default=0)
+            self._ring = Ring([self._device_slot(slot_bytes) for _ in range(plan.num_slots)])
+        # What visits are served from for good, and host copies of what moves to the device from there.
+        self._kept: dict[int, Slot] = {}
+        self._cached: dict[int, Slot] = {}
+        self.order = VisitOrder(len(self._layouts))
+        """What to fetch ahead of the visits."""
+        self.demands: Counter[int] = Counter()
+        """Blocks that a visit is waiting for now."""
+        self.errors: dict[int, BaseException] = {}
+        """Why blocks could not be fetched. They are not tried again until this is cleared."""
+        self.num_reads = [0] * len(self._layouts)
+        """Finished reads of each block."""
+        self.bytes_read = 0
+        """Bytes of all finished reads."""
+
+    @property
+    def waits_for_reads(self) -> bool:
+        """Whether nothing but the end of a read can let the next transfer start, or another one is queued behind it.
+
+        Where blocks are copied, a slot that comes free lets the next copy start at once: that must not wait for a read.
+        """
+        return self._device.is_host and (len(self._reads) > 1 or bool(self._reads and self.demands))
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything has been started that has not been collected."""
+        return bool(self._reads or self._copies)
+
+    def find(self, block: int) -> Slot | None:
+        """The slot from which a visit to the block can be served now, or None."""
+        slot = self._on_device(block)
+        return slot if slot is not None and slot.ready else None
+
+    def held_blocks(self, wanted: int) -> list[int]:
+        """The blocks of all slots that `wanted` could be fetched into, if visits hold them all; else none."""
+        if wanted not in self._moving or not all(slot.holds for slot in self._ring):
+            return []
+        return sorted(slot.block for slot in self._ring if slot.block is not None)
+
+    def slots(self) -> Iterator[Slot]:
+        """All memory from which visits are served."""
+        yield from self._ring
+        yield from self._kept.values()
+
+    def allocated_bytes(self) -> dict[str, int]:
+        """Bytes allocated by role. Of host memory the system counts a page once it has been written to."""
+        own = [*self._kept.items(), *self._cached.items()]
+        by_tier = {
+            tier: sum(slot.tensor.numel() for block, slot in own if self._plan.placements[block] == tier)
+            for tier in (Placement.RESIDENT, Placement.HOST)
+        }
+        return {
+            "resident_bytes": by_tier[Placement.RESIDENT],
+            "ring_bytes": sum(slot.tensor.numel() for slot in self._ring),
+            "host_cache_bytes": by_tier[Placement.HOST],
+            "staging_bytes": 0 if self._device.is_host else sum(slot.tensor.numel() for slot in self._staging),
+        }
+
+    def collect(self) -> bool:
+        """Take note of reads and copies that have finished. False if there were none."""
+        finished_reads = [read for read in self._reads if read.transfer.done()]
+        for read in finished_reads:
+            self._reads.remove(read)
+            self._finish_read(read)
+        num_copies = 0
+        # One stream: copies finish in the order in which they were started.
+        while self._copies and self._copies[0].copy.done():
+            self._finish_copy(self._copies.popleft())
+            num_copies += 1
+        return bool(finished_reads or num_copies)
+
+    def start(self) -> bool:
+        """Start the one transfer that is needed soonest. False if nothing is needed, or there is no room for it yet."""
+        # In the order of need: what comes later must not take the room of what comes sooner.
+        can_read = len(self._reads) < self._max_reads
+        can_copy = not self._device.is_host
+        num_waiting = 0
+        for block in self._missing():
+            source = self._cached.get(block) or self._staging.find(block)
+            if source is None:
+                if can_read and self._read(block):
+                    return True
+                can_read = False
+            if source is not None and source.ready and can_copy:
+                if self._copy(block, source, leave=num_waiting):
+                    return True
+                can_copy = False
+            num_waiting += block in self._moving
+            if not (can_read or can_copy) or num_waiting > len(self._ring) + len(self._staging):
+                break
+        return False
+
+    def oldest_transfer(self) -> Transfer | None:
+        """The read that was started first among those not collected."""
+        return self._reads[0].transfer if self._reads else None
+
+    def free(self, slot: Slot) -> None:
+        """End of the last visit to a slot: from here on it may be given to another block."""
+        if slot.block in self._kept:
+            return
+        if self._poison:
+            slot.tensor.fill_(POISON)
+            slot.clear()
+        # Recorded after everything that reads the slot was enqueued, by the thread that enqueued it.
+        slot.mark = self._device.mark()
+
+    def close(self) -> None:
+        """Give all memory back; nothing may be under way. Views that somebody still holds keep theirs."""
+        self._device.close()
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._buffers.clear()
+        self._staging = self._ring = Ring([])
+        self._kept, self._cached = {}, {}
+
+    def _on_device(self, block: int) -> Slot | None:
+        return self._kept.get(block) or self._ring.find(block)
+
+    def _missing(self) -> Iterator[int]:
+        """Blocks that have no place on the device yet, in the order of need, each once."""
+        seen = set(self.errors)
+        for block in (*self.demands, *self.order.upcoming()):
+            if block not in seen and self._on_device(block) is None:
+                yield block
+            seen.add(block)
+
+    def _next_use(self, block: int) -> int:
+        return -1 if block in self.demands else self.order.next_use(block)
+
+    def _read(self, block: int) -> bool:
+        """Start reading a block from disk. False if there is no room for it yet."""
+        slot: Slot | None = None
+        try:
+            slot = self._landing(block)
+            if slot is None:
+                return False
+            transfer = self._reader.read(self._layouts[block], slot.tensor)
+        # Whatever it is belongs to the thread that visits the block: it is raised there.
+        except Exception as error:  # noqa: BLE001
+            self._fail_read(block, slot, error)
+        else:
+            self._reads.append(_Read(block=block, slot=slot, transfer=transfer))
+        return True
+
+    def _landing(self, block: int) -> Slot | None:
+        """Where a read of the block goes: a buffer of its own for what stays in host memory, else a staging buffer."""
+        own = self._kept if self._device.is_host else self._cached
+        placement = self._plan.placements[block]
+        if placement == Placement.HOST or (placement == Placement.RESIDENT and self._device.is_host):
+            own[block] = self._host_slot(self._layouts[block].buffer_bytes)
+            own[block].block = block
+            return own[block]
+        return self._staging.take(block, next_use=self._next_use)
+
+    def _finish_read(self, read: _Read) -> None:
+        transfer = read.transfer
+        if transfer.start_ns:
+            # The disk serves requests in the order they came: what overlaps the read before is time spent in the queue.
+            start_ns = min(max(transfer.start_ns, self._last_read_ns), transfer.end_ns)
+            name = self._layouts[read.block].name
+            self._trace.add("disk", name, start_ns, transfer.end_ns, nbytes=transfer.nbytes)
+            self._last_read_ns = transfer.end_ns
+        error = outcome(transfer)
+        if error is not None:
+            self._fail_read(read.block, read.slot, error)
+            return
+        read.slot.ready = True
+        self.num_reads[read.block] += 1
+        self.bytes_read += transfer.nbytes
+
+    def _fail_read(self, block: int, slot: Slot | None, error: BaseException) -> None:
+        self.errors[block] = error
+        if slot is None:
+            return
+        slot.clear()
+        if self._kept.get(block) is slot or self._cached.get(block) is slot:
+            self._kept.pop(block, None)
+            self._cached.pop(block, None)
+            self._buffers.pop(slot).close()
+
+    def _copy(self, block: int, source: Slot, *, leave: int) -> bool:
+        """Start copying a block from host memory to the device. False if there is no room for it yet."""
+        nbytes = self._layouts[block].buffer_bytes
+        slot: Slot | None = None
+        try:
+            if block in self._moving:
+                slot = self._ring.take(block, next_use=self._next_use, leave=leave)
+            else:
+                slot = self._device_slot(nbytes)
+            if slot is None:
+                return False
+            copy = self._device.copy(source.tensor[:nbytes], into=slot.tensor[:nbytes], after=slot.mark)
+        # As above: the device is out of memory, for one.
+        except Exception as error:  # noqa: BLE001
+            self.errors[block] = error
+            if slot is not None:
+                slot.clear()
+            return True
+        if block not in self._moving:
+            self._kept[block] = slot
+        slot.block, slot.ready, slot.copy = block, True, copy
+        # The source must not be overwritten before it has been copied.
+        source.holds += 1
+        self._copies.append(_Moving(block=block, source=source, copy=copy))
+        return True
+
+    def _finish_copy(self, moving: _Moving) -> None:
+        start_ns, end_ns = moving.copy.times_ns()
+        layout = self._layouts[moving.block]
+        self._trace.add("copy", layout.name, start_ns, end_ns, nbytes=layout.buffer_bytes)
+        source = moving.source
+        source.holds -= 1
+        if moving.block not in self._cached:
+            if self._poison:
+                source.tensor.fill_(POISON)
+            source.clear()
+
+    def _host_slot(self, nbytes: int) -> Slot:
+        buffer = self._device.staging(nbytes)
+        slot = Slot(tensor=buffer.tensor)
+        self._buffers[slot] = buffer
+        return slot
+
+    def _device_slot(self, nbytes: int) -> Slot:
+        tensor: Tensor = self._device.slot(nbytes)
+        return Slot(tensor=tensor, mark=self._device.mark())
+
+
+def outcome(transfer: Transfer) -> BaseException | None:
+    """Wait for a read to end, and return why it failed if it did."""
+    try:
+        transfer.wait()
+    # Whatever it is belongs to the thread that visits the block: it is raised there.
+    except BaseException as error:  # noqa: BLE001
+        return error
+    return None

@@ -1,0 +1,227 @@
+"""What happened when: every transfer, wait and computation as a span on the lane of the resource that was busy."""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+LANES = ("disk", "copy", "compute", "stall")
+"""The usual lanes, in the order in which a saved trace shows them; any other name is a lane of its own below these."""
+
+
+class Span(NamedTuple):
+    """One stretch of time in which one resource was busy. Times are `time.perf_counter_ns()`."""
+
+    lane: str
+    """Resource: "disk", "copy", "compute", "stall" or another name."""
+    name: str
+    """What it was busy with, such as a block's name."""
+    start_ns: int
+    """Beginning."""
+    end_ns: int
+    """End, not before the beginning."""
+    nbytes: int
+    """Bytes moved; 0 where nothing moves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneTotal:
+    """One lane's spans summed up."""
+
+    num_spans: int
+    """Number of spans."""
+    nbytes: int
+    """Bytes that they moved."""
+    busy_s: float
+    """Seconds in which at least one span was open: overlapping spans count once."""
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes per busy second; 0 if the lane was never busy."""
+        return self.nbytes / self.busy_s if self.busy_s > 0 else 0.0
+
+
+class Trace:
+    """The newest spans of a run, bounded in number. Any thread may add and read.
+
+    Args:
+        capacity: Spans that are kept; older ones are dropped, and counted in `num_dropped`.
+    """
+
+    def __init__(self, capacity: int = 100_000) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity: expected at least 1 span, got {capacity}")
+        self._spans: deque[Span] = deque(maxlen=capacity)
+        self._lock = threading.Lock()
+        self._num_added = 0
+        # Replaced, never changed: add() reads it without the lock.
+        self._listeners: tuple[Callable[[Span], None], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    @property
+    def num_dropped(self) -> int:
+        """Spans that were added and are no longer kept."""
+        with self._lock:
+            return self._num_added - len(self._spans)
+
+    def add(self, lane: str, name: str, start_ns: int, end_ns: int, *, nbytes: int = 0) -> None:
+        """Record a span that is over. Times are `time.perf_counter_ns()`.
+
+        Raises:
+            ValueError: The span ends before it starts.
+        """
+        if end_ns < start_ns:
+            raise ValueError(f"span {name!r} on lane {lane!r} ends {start_ns - end_ns} ns before it starts")
+        span = Span(lane, name, start_ns, end_ns, nbytes)
+        with self._lock:
+            self._spans.append(span)
+            self._num_added += 1
+        for listener in self._listeners:
+            listener(span)
+
+    def span(self, lane: str, name: str, *, nbytes: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Record the time that the body of a ``with`` takes, also when it raises."""
+        return _Running(self, lane, name, nbytes)
+
+    def listen(self, callback: Callable[[Span], None]) -> Callable[[], None]:
+        """Call `callback` with every span from now on, in the thread that adds it and before `add` returns.
+
+        It must be quick and must not raise: spans come from the training thread and from the threads that move bytes.
+
+        Returns:
+            A function that stops the calls.
+        """
+        with self._lock:
+            self._listeners = (*self._listeners, callback)
+
+        def stop() -> None:
+            with self._lock:
+                self._listeners = tuple(kept for kept in self._listeners if kept is not callback)
+
+        return stop
+
+    def spans(self, since_ns: int | None = None) -> tuple[Span, ...]:
+        """Spans kept, in the order in which they were added; with `since_ns`, those that ended after it."""
+        with self._lock:
+            spans = tuple(self._spans)
+        if since_ns is None:
+            return spans
+        return tuple(span for span in spans if span.end_ns > since_ns)
+
+    def totals(self, since_ns: int | None = None) -> dict[str, LaneTotal]:
+        """Sum up the kept spans by lane.
+
+        Args:
+            since_ns: Count the spans that ended after it: all of their bytes, but only the busy time after it.
+        """
+        lanes: dict[str, list[Span]] = {}
+        for span in self.spans(since_ns):
+            lanes.setdefault(span.lane, []).append(span)
+        return {
+            lane: LaneTotal(
+                num_spans=len(spans),
+                nbytes=sum(span.nbytes for span in spans),
+                busy_s=busy_ns(spans, since_ns=since_ns) / 1e9,
+            )
+            for lane, spans in lanes.items()
+        }
+
+    def save(self, path: str | os.PathLike[str], *, since_ns: int | None = None) -> None:
+        """Write the kept spans as Chrome trace events, which Perfetto and chrome://tracing open.
+
+        One row per lane; spans of a lane that overlap get further rows, because a row of the format can only nest. The
+        file appears whole or not at all.
+
+        Args:
+            path: File to write, usually ending in ``.json``. Its folder must exist.
+            since_ns: Leave out spans that ended before.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        target = Path(path)
+        document = {"traceEvents": _chrome_events(self.spans(since_ns)), "displayTimeUnit": "ms"}
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            unfinished.write_text(json.dumps(document))
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+class _Running:
+    """A span that is open. A class rather than a generator: half the cost per span."""
+
+    __slots__ = ("_lane", "_name", "_nbytes", "_start_ns", "_trace")
+
+    def __init__(self, trace: Trace, lane: str, name: str, nbytes: int) -> None:
+        self._trace, self._lane, self._name, self._nbytes = trace, lane, name, nbytes
+        self._start_ns = 0
+
+    def __enter__(self) -> None:
+        self._start_ns = time.perf_counter_ns()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._trace.add(
+            self._lane, self._name, start_ns=self._start_ns, end_ns=time.perf_counter_ns(), nbytes=self._nbytes
+        )
+
+
+def busy_ns(spans: Iterable[Span], *, since_ns: int | None = None) -> int:
+    """Length of the union of the spans' intervals, of the part after `since_ns` if that is given."""
+    total_ns = 0
+    covered_to_ns = since_ns
+    for span in sorted(spans, key=lambda span: span.start_ns):
+        start_ns = span.start_ns if covered_to_ns is None else max(span.start_ns, covered_to_ns)
+        if span.end_ns > start_ns:
+            total_ns += span.end_ns - start_ns
+            covered_to_ns = span.end_ns
+    return total_ns
+
+
+def _chrome_events(spans: tuple[Span, ...]) -> list[Mapping[str, object]]:
+    """Trace events: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU."""
+    pid = os.getpid()
+    rows: dict[tuple[str, int], int] = {}
+    events: list[Mapping[str, object]] = []
+    origin_ns = min((span.start_ns for span in spans), default=0)
+    for span, depth in _rows(spans):
+        tid = rows.setdefault((span.lane, depth), len(rows) + 1)
+        args: dict[str, object] = {}
+        if span.nbytes:
+            args["bytes"] = span.nbytes
+            if span.end_ns > span.start_ns:
+                args["GB/s"] = round(span.nbytes / (span.end_ns - span.start_ns), 3)
+        times = {"ts": (span.start_ns - origin_ns) / 1e3, "dur": (span.end_ns - span.start_ns) / 1e3}
+        events.append({"ph": "X", "pid": pid, "tid": tid, "name": span.name, "cat": span.lane, "args": args, **times})
+    names: list[Mapping[str, object]] = [_named(pid, "process_name", "offload")]
+    for (lane, depth), tid in rows.items():
+        names.append({**_named(pid, "thread_name", f"{lane} ({depth + 1})" if depth else lane), "tid": tid})
+        names.append({"ph": "M", "pid": pid, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}})
+    return names + events
+
+
+def _named(pid: int, event: str, name: str) -> dict[str, object]:
+    return {"ph": "M", "pid": pid, "name": event, "args": {"name": name}}
+
+
+def _rows(spans: tuple[Span, ...]) -> Iterator[tuple[Span, int]]:
+    """Each span with the first row of its lane that is free when it starts; lanes in the order of `LANES`."""
+    lanes = {lane: [span for span in spans if span.lane == lane] for lane in (*LANES, *(span.lane for span in spans))}
+    for lane_spans in lanes.values():
+        row_ends_ns: list[int] = []
+        for span in sorted(lane_spans, key=lambda span: (span.start_ns, span.end_ns)):
+            depth = next((row for row, end_ns in enumerate(row_ends_ns) if end_ns <= span.start_ns), len(row_ends_ns))
+            row_ends_ns[depth : depth + 1] = [span.end_ns]
+            yield span, depth
