@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 ARCHITECTURES: tuple[str, ...] = tuple(OVERRIDES)
 """The names, as in a config's `model_type` and in transformers' MODEL_FOR_CAUSAL_LM_MAPPING, in alphabetical order."""
 
+COMPOSITES: dict[str, str] = dict.fromkeys(
+    ("llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), "image_text"
+) | {"dots3_note": "multimodal"}
+"""Those whose checkpoints hold a multimodal model of another class than the causal one, and its kind."""
+
 
 def tiny_config(name: str, changes: Mapping[str, object] | None = None) -> PreTrainedConfig:
     """Build the configuration of the tiny model of an architecture.
@@ -68,21 +73,29 @@ def tiny_model(
         seed: Of the weights.
 
     Returns:
-        The class that `AutoModelForCausalLM` picks, fp32 values rounded to `dtype`.
+        The class whose checkpoint is published, fp32 values rounded to `dtype`: the one `AutoModelForCausalLM` picks,
+        but for `COMPOSITES` the multimodal one, of which `AutoModelForCausalLM` loads the text part.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+    published = {"multimodal": AutoModelForMultimodalLM, "image_text": AutoModelForImageTextToText}
+    auto_class = published[COMPOSITES[name]] if name in COMPOSITES else AutoModelForCausalLM
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, changes), dtype=torch.float32)
+    model = auto_class.from_config(tiny_config(name, changes), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     persistent = set(model.state_dict(keep_vars=True))
     with torch.no_grad():
-        for _, parameter in model.named_parameters():
+        for parameter in model.parameters():
             _randomise(parameter, generator)
         for key, buffer in model.named_buffers():
             if key in persistent and buffer.is_floating_point() and _is_constant(buffer):
                 buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
-    return cast("PreTrainedModel", model.to(dtype))
+    # Not `model.to`, which would drop the imaginary part of Llama 4's rotary table.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return cast("PreTrainedModel", model)
 
 
 def build(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 SLIDING_WINDOW = 8
-"""Tokens; smaller than any sequence the tests use."""
+"""Tokens; smaller than `SEQUENCE`, so that the window matters."""
+
+SEQUENCE = 16
+"""Tokens a test's sequence has: Reformer takes no other length, xLSTM and Reformer only multiples of their chunks."""
 
 MAX_POSITIONS = 64
 """Tokens; no test's sequence is longer."""
