@@ -1,0 +1,147 @@
+"""What the resident model answers: loss, logits and adapter gradients by plain transformers, PEFT and autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from tests.zoo.sizes import SEQUENCE
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+FIRST_TOKEN, LAST_TOKEN = 3, 120
+"""Text tokens: above the special ones, below the smallest of the zoo's vocabularies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One forward and backward."""
+
+    loss: Tensor
+    """Scalar."""
+    logits: Tensor
+    """(batch, tokens, vocabulary)."""
+    gradients: dict[str, Tensor]
+    """By parameter name, of every trainable parameter that got one."""
+
+
+def batch_of(
+    num_sequences: int = 2, num_tokens: int = SEQUENCE, *, seed: int = 0, padding: bool = False
+) -> dict[str, Tensor]:
+    """Make a batch of random text.
+
+    Args:
+        num_sequences: Batch size.
+        num_tokens: Length of each sequence.
+        seed: Of the tokens.
+        padding: Pad the first sequence on the right: its last 3 tokens are masked and have no label.
+
+    Returns:
+        `input_ids` and `labels` of shape (num_sequences, num_tokens), with `padding` also `attention_mask`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(FIRST_TOKEN, LAST_TOKEN, (num_sequences, num_tokens), generator=generator)
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    if padding:
+        mask = torch.ones_like(tokens)
+        mask[0, -3:] = 0
+        batch["labels"][0, -3:] = -100
+        batch["attention_mask"] = mask
+    return batch
+
+
+def adapt(model: PreTrainedModel, peft_config: PeftConfig, *, seed: int = 0) -> PeftModel:
+    """Wrap a model with an adapter whose values are all different from their initial ones.
+
+    A freshly made LoRA adapter adds nothing and gives half of its parameters no gradient, which would hide errors.
+
+    Args:
+        model: Resident or streamed; PEFT changes it in place.
+        peft_config: The adapter.
+        seed: Of the adapter's values, which depend on parameter names only.
+
+    Returns:
+        The wrapped model in training mode.
+    """
+    from peft import get_peft_model
+
+    wrapped = cast("PeftModel", get_peft_model(model, peft_config))
+    with torch.no_grad():
+        for index, (_, parameter) in enumerate(sorted(trainable(wrapped).items())):
+            generator = torch.Generator().manual_seed(1000 * seed + index)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_((0.1 * noise).to(parameter))
+    return wrapped.train()
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def run(model: torch.nn.Module, batch: dict[str, Tensor]) -> Outcome:
+    """Run one forward with labels and one backward; leaves the gradients on the model cleared.
+
+    Args:
+        model: What `adapt` answered, or any causal language model with trainable parameters.
+        batch: As `batch_of` makes them.
+    """
+    model.zero_grad(set_to_none=True)
+    output = model(**batch, use_cache=False)
+    output.loss.backward()
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in trainable(model).items() if parameter.grad is not None
+    }
+    model.zero_grad(set_to_none=True)
+    return Outcome(loss=output.loss.detach(), logits=output.logits.detach(), gradients=gradients)
+
+
+def resident(
+    folder: Path, *, dtype: torch.dtype = torch.float32, attention: str | None = None, checkpointing: bool = False
+) -> PreTrainedModel:
+    """Load a checkpoint the ordinary way, frozen, on the CPU.
+
+    Args:
+        folder: What `tests.zoo.architectures.build` wrote.
+        dtype: Compute dtype.
+        attention: "sdpa" or "eager"; transformers' choice where None.
+        checkpointing: Recompute each block in the backward, as the Trainer's `gradient_checkpointing` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model.requires_grad_(False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return cast("PreTrainedModel", model)
+
+
+def reference(
+    folder: Path,
+    peft_config: PeftConfig,
+    batch: dict[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    checkpointing: bool = False,
+    seed: int = 0,
+) -> Outcome:
+    """Loss, logits and adapter gradients of the resident model.
+
+    Args:
+        folder: What `tests.zoo.architectures.build` wrote.
+        peft_config: The adapter; its values are drawn by `adapt`.
+        batch: As `batch_of` makes them.
+        dtype: Compute dtype.
+        attention: "sdpa" or "eager"; transformers' choice where None.
+        checkpointing: Recompute each block in the backward.
+        seed: Of the adapter's values.
+    """
+    model = resident(folder, dtype=dtype, attention=attention, checkpointing=checkpointing)
+    return run(adapt(model, peft_config, seed=seed), batch)
