@@ -1,27 +1,50 @@
 """Moves bytes and tensors between disk, host memory and a compute device. Knows nothing of models."""
 
+from offload.budget import Budget
 from offload.buffers import StagingBuffer, view_tensor
+from offload.device import measured, open_device
 from offload.errors import BudgetError, Closed, OffloadError, ReadError, SourceChanged, SourceError, TierFull
 from offload.file_io import FileReader, Transfer
 from offload.layout import BlockLayout, lay_out
+from offload.plan import Placement, PlacementPlan
+from offload.planner import place_blocks
+from offload.probe import DiskRate, probe_compute, probe_disk
+from offload.scheduler import Counters, Scheduler
 from offload.sources import SafetensorsSource
 from offload.spec import BlockSpec, TensorSpec
+from offload.trace import Span, Trace
+from offload.units import format_bytes, parse_bytes
 
 __all__ = [
     "BlockLayout",
     "BlockSpec",
+    "Budget",
     "BudgetError",
     "Closed",
+    "Counters",
+    "DiskRate",
     "FileReader",
     "OffloadError",
+    "Placement",
+    "PlacementPlan",
     "ReadError",
     "SafetensorsSource",
+    "Scheduler",
     "SourceChanged",
     "SourceError",
+    "Span",
     "StagingBuffer",
     "TensorSpec",
     "TierFull",
+    "Trace",
     "Transfer",
+    "format_bytes",
     "lay_out",
+    "measured",
+    "open_device",
+    "parse_bytes",
+    "place_blocks",
+    "probe_compute",
+    "probe_disk",
     "view_tensor",
 ]

@@ -176,18 +176,20 @@ def _refuse_write(args: tuple[object, ...], what: str) -> NoReturn:
     )
 
 
-def refuse_copy_of_model(model: torch.nn.Module) -> None:
-    """Make `copy.deepcopy(model)` a clear refusal instead of the whole checkpoint in memory."""
+def refuse_copy(module: torch.nn.Module, *, what: str, reason: str, instead: str) -> None:
+    """Make `copy.deepcopy(module)` a clear refusal.
+
+    Args:
+        module: The module; the refusal hangs on this instance.
+        what: The copy, or the option that asks for it, as the user knows it.
+        reason: Why it cannot be.
+        instead: What to do.
+    """
 
     def refuse(memo: dict[int, object]) -> NoReturn:
-        raise UnsupportedError(
-            "copy.deepcopy(model)",
-            reason="a copy would hold every weight of the checkpoint",
-            instead="load a second streamed model, or use the adapter's own reference "
-            "(peft's disable_adapter), which TRL does when given peft_config",
-        )
+        raise UnsupportedError(what, reason=reason, instead=instead)
 
-    model.__dict__["__deepcopy__"] = refuse
+    module.__dict__["__deepcopy__"] = refuse
 
 
-__all__ = ["AbsentParameter", "refuse_copy_of_model"]
+__all__ = ["AbsentParameter", "refuse_copy"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.models.absent import AbsentParameter, refuse_copy_of_model
+from lowmem.models.absent import AbsentParameter, refuse_copy
 from lowmem.models.blocks import DecoderBlock, find_blocks
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from offload import BlockSpec, SourceError, TensorSpec
@@ -227,7 +227,20 @@ def fill(
     # Two entries, both the compute device: Trainer and accelerate then leave the placement alone.
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     model.hf_device_map = {model.base_model_prefix: device, head or "lm_head": device}
-    refuse_copy_of_model(model)
+    refuse_copy(
+        model,
+        what="copy.deepcopy(model)",
+        reason="a copy would hold every weight of the checkpoint",
+        instead="the adapter's own reference (peft's disable_adapter, which TRL uses when given peft_config), or a "
+        "second streamed model",
+    )
+    for streamed in built.blocks:
+        refuse_copy(
+            streamed.block.module,
+            what=f"a copy of the decoder block {streamed.block.name} (modules_to_save)",
+            reason="a trained copy of a whole block would not be streamed",
+            instead="modules_to_save with modules inside the blocks, or LoRA on the block's layers",
+        )
     return model.eval()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 
 import torch
 from torch import Tensor
 
+from lowmem.models.absent import AbsentParameter
 from offload import BlockSpec, FileReader, StagingBuffer, TensorSpec, lay_out, view_tensor
 
 _ROWS_PER_READ = 1024
@@ -44,6 +46,8 @@ class GatheredEmbedding:
             IndexError: An id lies outside the vocabulary.
             OffloadError: The rows cannot be read.
         """
+        if not isinstance(self._module._parameters["weight"], AbsentParameter):
+            return self._forward(input)
         ids, local = torch.unique(input, return_inverse=True)
         vocabulary = self._spec.shape[0]
         if ids.numel() and not (int(ids[0]) >= 0 and int(ids[-1]) < vocabulary):
@@ -60,6 +64,14 @@ class GatheredEmbedding:
         finally:
             self._module._parameters["weight"] = weight
             self._module.padding_idx = padding_idx  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> GatheredEmbedding:
+        """What a copied module (`modules_to_save`) gets: its table is real, so it looks up as its class does."""
+        copied = GatheredEmbedding.__new__(GatheredEmbedding)
+        module = memo[id(self._module)]
+        assert isinstance(module, torch.nn.Module)
+        copied.__dict__.update(self.__dict__, _module=module, _forward=MethodType(type(module).forward, module))
+        return copied
 
     def _rows(self, ids: list[int]) -> Tensor:
         rows = torch.empty(len(ids), self._spec.shape[1], dtype=self._dtype)

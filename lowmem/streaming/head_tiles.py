@@ -19,8 +19,8 @@ class HeadTiles:
     max_bytes: int = 32 * 1024**2
     """Bound of all buffers of a tile together. The vocabulary width is what it leaves room for, at least one word."""
 
-    max_words: int = 4096
-    """Upper bound of the vocabulary width: wider tiles are no faster and fall out of the caches."""
+    max_words: int = 16384
+    """Upper bound of the vocabulary width: wider tiles are no faster."""
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "max_bytes", "max_words"):

@@ -152,7 +152,10 @@ class Runtime:
         self._bound = index
         try:
             for slot in slots:
-                slot.module._parameters[slot.attribute] = torch.nn.Parameter(values[slot.key], requires_grad=False)
+                # .data: a version counter of its own. Views share their buffer's, and an in-place change of one weight
+                # (torch's parametrizations do `set_`) would then look like a change of all.
+                value = values[slot.key].data
+                slot.module._parameters[slot.attribute] = torch.nn.Parameter(value, requires_grad=False)
             yield
         finally:
             for slot, param in zip(slots, absent, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
-from lowmem.models.absent import AbsentParameter, refuse_copy_of_model
+from lowmem.models.absent import AbsentParameter, refuse_copy
 
 
 class _Weight:
@@ -110,7 +110,7 @@ def test_pickling_is_refused(weight: _Weight, tmp_path) -> None:  # type: ignore
 
 
 def test_copying_the_model_is_refused(weight: _Weight) -> None:
-    refuse_copy_of_model(weight.linear)
+    refuse_copy(weight.linear, what="copy.deepcopy(model)", reason="so", instead="that")
     with pytest.raises(UnsupportedError, match=r"copy\.deepcopy\(model\)"):
         copy.deepcopy(weight.linear)
     assert weight.num_reads == 0
