@@ -24,10 +24,10 @@ from offload.stamp import FileStamp
 class Transfer:
     """A read in progress: a future without a value. Made by `FileReader.read`."""
 
-    def __init__(self, name: str, *, into: Tensor, files: tuple[OpenedFile, ...], nbytes: int, num_pieces: int) -> None:
-        self.name = name
+    def __init__(self, layout: BlockLayout, into: Tensor, *, files: Mapping[Path, OpenedFile], num_pieces: int) -> None:
+        self.name = layout.name
         """Name of the block that is read, for errors and traces."""
-        self.nbytes = nbytes
+        self.nbytes = layout.read_bytes
         """Bytes asked of the files, alignment and merged gaps included."""
         self.start_ns = 0
         """When the first request was sent, on `time.perf_counter_ns`'s clock; 0 before that."""
@@ -35,6 +35,7 @@ class Transfer:
         """When the last request had been answered; 0 before that."""
         # Kept alive while requests write into it, whatever the caller does.
         self._into: Tensor | None = into
+        self._extents = layout.extents
         self._files = files
         self._num_left = num_pieces
         self._lock = threading.Lock()
@@ -73,17 +74,22 @@ class Transfer:
             if self._num_left > 0:
                 return
         try:
-            # After the last byte, so that a file rewritten while it was being read is found out.
             if self._error is None:
-                for file in self._files:
-                    file.check_unchanged()
-        except OffloadError as changed:
-            self._error = changed
+                self._check_and_drop()
+        except (OffloadError, OSError) as failure:
+            self._error = failure
         finally:
             self.end_ns = time.perf_counter_ns()
             self.start_ns = self.start_ns or self.end_ns
             self._into = None
             self._finished.set()
+
+    def _check_and_drop(self) -> None:
+        # After the last byte, so that a file rewritten while it was being read is found out.
+        for file in self._files.values():
+            file.check_unchanged()
+        for extent in self._extents:
+            self._files[extent.file].drop_cached(extent.file_offset_bytes, nbytes=extent.nbytes)
 
     def begin_piece(self) -> bool:
         """Note that a piece is about to be read. False if it need not be, because another one has failed."""
@@ -200,13 +206,7 @@ class FileReader:
             except OffloadError as error:
                 files, failure = {}, error
             requests = _split(layout, self._request_bytes) if failure is None else []
-            transfer = Transfer(
-                layout.name,
-                into=into,
-                files=tuple(files.values()),
-                nbytes=layout.read_bytes,
-                num_pieces=len(requests),
-            )
+            transfer = Transfer(layout, into, files=files, num_pieces=len(requests))
             for path, offset_bytes, nbytes, start, stop in requests:
                 self._service.queue.put(_Piece(transfer, files[path], offset_bytes, nbytes, view[start:stop], direct))
         if not requests:

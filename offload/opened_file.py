@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offload.errors import ReadError, SourceChanged
-from offload.layout import PAGE_BYTES
+from offload.layout import PAGE_BYTES, round_up
 from offload.stamp import FileStamp, check_stamp, stamp_of
 
 Pread = Callable[[int, list[memoryview], int], int]
@@ -49,6 +49,7 @@ class OpenedFile:
                 # Refused, or gone: which of the two, the check below finds out.
                 self._direct_fd = None
         self._direct = self._direct_fd is not None
+        self._is_cached = False
         try:
             self.check_unchanged()
             # The path may have been replaced between the two opens.
@@ -78,7 +79,6 @@ class OpenedFile:
             SourceChanged: The file ends before the last of those bytes.
         """
         done = 0
-        buffered_from = nbytes
         while done < nbytes:
             # A direct read cannot go on from inside a page, where a short one may have ended: the other descriptor can.
             direct = direct and self._direct and done % PAGE_BYTES == 0
@@ -98,14 +98,21 @@ class OpenedFile:
                 ) from error
             if num_read == 0:
                 self._raise_early_end(offset_bytes + done, nbytes=nbytes - done)
-            if not direct:
-                buffered_from = min(buffered_from, done)
+            self._is_cached = self._is_cached or not direct
             done += num_read
-        if buffered_from < nbytes and hasattr(os, "posix_fadvise"):
-            # A process whose page cache counts against its memory limit must not fill it with bytes read once.
-            start = offset_bytes + buffered_from
-            length = -(-(offset_bytes + nbytes) // PAGE_BYTES) * PAGE_BYTES - start
-            os.posix_fadvise(self._buffered_fd, start, length, os.POSIX_FADV_DONTNEED)
+        if not direct:
+            self.drop_cached(offset_bytes, nbytes=nbytes)
+
+    def drop_cached(self, offset_bytes: int, *, nbytes: int) -> None:
+        """Drop a range from the page cache, if reads have gone through it.
+
+        A process whose page cache counts against its memory limit must not fill it with bytes that it reads once. The
+        system keeps pages that it cached in one piece with pages outside the range, so that a range that was read in
+        several pieces wants to be dropped again as a whole.
+        """
+        if self._is_cached and hasattr(os, "posix_fadvise"):
+            length = round_up(offset_bytes + nbytes, PAGE_BYTES) - offset_bytes
+            os.posix_fadvise(self._buffered_fd, offset_bytes, length, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         """Check that it is still the file that was opened: two system calls, no reading.
