@@ -54,7 +54,7 @@ class Device(Protocol):
     def wait_for(self, copy: Copy) -> None:
         """Let whatever the calling thread computes from now on come after the copy."""
 
-    def close(self) -> None:
+    def synchronize(self) -> None:
         """Wait until nothing on the device touches slots or staging buffers any more."""
 
 
@@ -89,7 +89,7 @@ class CpuDevice:
     def wait_for(self, copy: Copy) -> None:
         """Do nothing: copies are over when they return."""
 
-    def close(self) -> None:
+    def synchronize(self) -> None:
         """Do nothing: nothing runs behind the caller's back."""
 
 
@@ -163,8 +163,8 @@ class CudaDevice:
         # The visit must not compute with weights that are still arriving.
         torch.cuda.current_stream(self.torch_device).wait_event(copy.end)
 
-    def close(self) -> None:
-        """See `Device.close`."""
+    def synchronize(self) -> None:
+        """See `Device.synchronize`."""
         # Slots go back to the allocator and staging buffers are unpinned after this: neither a copy nor a kernel of any
         # stream may still be using them.
         torch.cuda.synchronize(self.torch_device)

@@ -177,21 +177,28 @@ class Fetcher:
     def _run(self) -> None:
         """Body of the fetching thread."""
         try:
-            with self._changed:
-                woken = True
-                while not self._closed:
-                    progress = self._pipeline.collect()
-                    if progress or woken:
-                        while self._pipeline.start():
-                            progress = True
-                    if progress:
-                        self._changed.notify_all()
-                    woken = self._sleep()
+            try:
+                self._fetch()
+            finally:
+                self._drain()
         # Nobody waits for this thread's result: visits find it here instead of waiting for ever.
         except BaseException as error:  # noqa: BLE001
             self._failure = error
-        finally:
-            self._drain()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _fetch(self) -> None:
+        """Start what can be started, take note of what has ended, and wait for more, until this is closed."""
+        with self._changed:
+            woken = True
+            while not self._closed:
+                progress = self._pipeline.collect()
+                if progress or woken:
+                    while self._pipeline.start():
+                        progress = True
+                if progress:
+                    self._changed.notify_all()
+                woken = self._sleep()
 
     def _sleep(self) -> bool:
         """Give the lock away until there may be something to do. False if only time has passed."""
@@ -217,4 +224,3 @@ class Fetcher:
                     self._changed.acquire()
                 self._pipeline.collect()
             self._pipeline.close()
-            self._changed.notify_all()

@@ -188,7 +188,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Give all memory back; nothing may be under way. Views that somebody still holds keep theirs."""
-        self._device.close()
+        self._device.synchronize()
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()

@@ -73,6 +73,7 @@ class Scheduler:
         self._blocks = tuple(blocks)
         self._layouts = tuple(lay_out(block) for block in self._blocks)
         _check_plan(plan, self._layouts, device)
+        self._device = device
         self._pipeline = Pipeline(self._layouts, plan=plan, reader=reader, device=device, trace=trace, poison=poison)
         self._fetcher = Fetcher(self._pipeline, names=[block.name for block in self._blocks], trace=trace)
         self._finalizer = weakref.finalize(self, self._fetcher.close)
@@ -139,6 +140,8 @@ class Scheduler:
             raise IndexError(f"block: expected a number from 0 to {len(self._blocks) - 1}, got {block}")
         hold = self._fetcher.acquire(block)
         try:
+            if hold.slot.copy is not None:
+                self._device.wait_for(hold.slot.copy)
             offsets = self._layouts[block].tensor_offsets
             yield {
                 spec.name: view_tensor(hold.slot.tensor, offsets[spec.name], spec=spec)

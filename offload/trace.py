@@ -64,9 +64,6 @@ class Trace:
         # Replaced, never changed: add() reads it without the lock.
         self._listeners: tuple[Callable[[Span], None], ...] = ()
 
-    def __len__(self) -> int:
-        return len(self._spans)
-
     @property
     def num_dropped(self) -> int:
         """Spans that were added and are no longer kept."""
