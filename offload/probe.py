@@ -43,9 +43,8 @@ def probe_disk(files: Sequence[Path], *, max_s: float = 0.5, max_bytes: int = 25
     """Find the number and the size of requests that read these files fastest.
 
     Tries 1, 2, 4 and 8 requests of 4 MiB in flight, then 1 and 16 MiB with the best number, never more than 64 MiB in
-    flight. Reads past the page cache
-    where the file system allows it; where it does not, pages that were cached before make the rates too good. Never
-    writes. Needs 32 MiB of memory.
+    flight. Reads past the page cache where the file system allows it; where it does not, pages that were cached before
+    make the rates too good. Never writes. Needs 32 MiB of memory.
 
     Args:
         files: Files on the disk in question; the larger they are, the better the measurement.
