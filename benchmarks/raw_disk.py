@@ -1,0 +1,97 @@
+"""What the disk itself delivers: plain O_DIRECT reads of the same files, with nothing of this project in between."""
+
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How to read."""
+
+    num_threads: int
+    request_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawRate:
+    """What came of it."""
+
+    setting: Setting
+    nbytes: int
+    seconds: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.nbytes / self.seconds
+
+
+SETTINGS = tuple(
+    Setting(num_threads=num_threads, request_bytes=request_bytes)
+    for num_threads, request_bytes in itertools.product((1, 2, 4, 8), (1 * _MIB, 4 * _MIB, 16 * _MIB))
+)
+
+
+def read_raw(files: Sequence[Path], setting: Setting, *, max_bytes: int) -> RawRate:
+    """Read up to `max_bytes` from the beginning of the files on, in order, each thread taking the next request.
+
+    Raises:
+        OSError: A file cannot be opened or read past the page cache.
+    """
+    requests = iter(list(_requests(files, setting.request_bytes, max_bytes=max_bytes)))
+    descriptors = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files}
+    lock = threading.Lock()
+    nbytes = 0
+    errors: list[OSError] = []
+    # Touched before the clock starts: the first touch of memory costs more than reading into it.
+    buffers = [mmap.mmap(-1, setting.request_bytes) for _ in range(setting.num_threads)]
+    for buffer in buffers:
+        buffer[:] = bytes(setting.request_bytes)
+
+    def work(buffer: mmap.mmap) -> None:
+        nonlocal nbytes
+        while True:
+            with lock:
+                request = next(requests, None)
+            if request is None:
+                return
+            try:
+                num_read = os.preadv(descriptors[request[0]], [buffer], request[1])
+            except OSError as error:
+                errors.append(error)
+                return
+            with lock:
+                nbytes += num_read
+
+    threads = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
+    start_s = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start_s
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    if errors:
+        raise errors[0]
+    return RawRate(setting=setting, nbytes=nbytes, seconds=seconds)
+
+
+def best_setting(files: Sequence[Path], *, max_bytes: int) -> Setting:
+    """The fastest of `SETTINGS` for these files."""
+    rates = [read_raw(files, setting, max_bytes=max_bytes) for setting in SETTINGS]
+    return max(rates, key=lambda rate: rate.bytes_per_s).setting
+
+
+def _requests(files: Sequence[Path], request_bytes: int, *, max_bytes: int) -> list[tuple[Path, int]]:
+    requests = [
+        (file, offset) for file in files for offset in range(0, file.stat().st_size - request_bytes, request_bytes)
+    ]
+    return requests[: max(1, max_bytes // request_bytes)]
