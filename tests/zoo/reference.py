@@ -12,11 +12,27 @@ from torch import Tensor
 from tests.zoo.sizes import SEQUENCE
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 FIRST_TOKEN, LAST_TOKEN = 3, 120
 """Text tokens: above the special ones, below the smallest of the zoo's vocabularies."""
+
+
+NOT_FOR_PEFT: dict[str, list[str]] = {
+    # PEFT refuses it: the fused kernel of a Mamba layer reads its weight past the adapter.
+    "falcon_h1": ["out_proj"],
+    "falcon_mamba": ["out_proj"],
+    "mamba": ["out_proj"],
+    "mamba2": ["out_proj"],
+    "nemotron_h": ["out_proj"],
+    # Linear layers of their own kind: grouped, or with several outputs.
+    "deepseek_v4": ["o_a_proj"],
+    "llama4": ["router"],
+    "llama4_text": ["router"],
+    "phimoe": ["router"],
+}
+"""Linear layers that "all-linear" would pick although PEFT's LoRA cannot wrap them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +89,32 @@ def adapt(model: PreTrainedModel, peft_config: PeftConfig, *, seed: int = 0) -> 
 
     wrapped = cast("PeftModel", get_peft_model(model, peft_config))
     with torch.no_grad():
-        for index, (_, parameter) in enumerate(sorted(trainable(wrapped).items())):
+        for index, (name, parameter) in enumerate(sorted(trainable(wrapped).items())):
             generator = torch.Generator().manual_seed(1000 * seed + index)
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_((0.1 * noise).to(parameter))
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            if "lora_A" in name or "lora_B" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.add_(noise.to(parameter))
     return wrapped.train()
+
+
+def lora(name: str, **options: object) -> LoraConfig:
+    """Make a LoRA configuration on every linear layer of an architecture that PEFT can adapt.
+
+    Args:
+        name: One of `ARCHITECTURES`.
+        options: Further fields, such as `use_dora=True`.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        exclude_modules=NOT_FOR_PEFT.get(name),
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -85,14 +122,16 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def run(model: torch.nn.Module, batch: dict[str, Tensor]) -> Outcome:
+def run(model: torch.nn.Module, batch: dict[str, Tensor], *, seed: int = 0) -> Outcome:
     """Run one forward with labels and one backward; leaves the gradients on the model cleared.
 
     Args:
         model: What `adapt` answered, or any causal language model with trainable parameters.
         batch: As `batch_of` makes them.
+        seed: Of torch's own generator, for dropout and jitter.
     """
     model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
     output = model(**batch, use_cache=False)
     output.loss.backward()
     gradients = {

@@ -40,7 +40,7 @@ OLDER_NAMES: dict[str, object] = {
     "num_layers": 3,
     "ffn_dim": 48,
     "dff": 48,
-    "encoder_layers": 2,
+    "encoder_layers": 3,
     "encoder_ffn_dim": 48,
     "encoder_attention_heads": 4,
     "decoder_layers": 3,
