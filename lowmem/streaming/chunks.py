@@ -1,0 +1,366 @@
+"""One decoder block's call along the sequence in chunks: exact, at the cost of one chunk's activations and the K/V.
+
+Forward runs chunk after chunk without a graph and keeps keys and values while it lasts. Backward takes the keys and
+values of all chunks again (leaving each forward as soon as they are known), then walks the chunks in reverse: a chunk is
+run again with a graph over the kept prefix, and differentiated from its output's gradient together with the gradient
+that later chunks left for its keys and values (Luo et al., "StreamBP", arXiv 2506.03077; gradients of keys and values
+are summed in fp32 here).
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lowmem.streaming.attention import ChunkMask
+from lowmem.streaming.attention_mask import CausalMask
+from lowmem.streaming.kv_carrier import KeysTaken, KVCarrier, Workspace
+from lowmem.streaming.random_state import RandomState, capture, restored
+
+CallArguments = tuple[tuple[object, ...], dict[str, object]]
+RunBlock = Callable[[CallArguments], object]
+
+CARRIER_NAMES = ("past_key_values", "layer_past")
+"""Names under which transformers' blocks take a cache."""
+
+# Arguments with one entry per token, and the dimension it lies in counted from the number of dimensions.
+_PER_TOKEN = ("position_ids", "position_embeddings", "cache_position", "per_layer_input", "per_layer_inputs")
+
+
+class NotChunkable(ValueError):  # noqa: N818 - an answer, read by who falls back to whole sequences
+    """A call that cannot be cut along the sequence; the message says why."""
+
+
+def chunk_spans(num_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
+    """The chunks of a sequence: (first token, token after the last) each."""
+    return [(start, min(start + chunk_tokens, num_tokens)) for start in range(0, num_tokens, chunk_tokens)]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One leaf of the arguments: what it is in a chunk."""
+
+    value: object
+    time_dim: int | None
+
+
+class ChunkedCall:
+    """The arguments of one call of one block, ready to be cut along the sequence.
+
+    Args:
+        raw_forward: The block class's forward without wrappers, for its parameter names; `self` first.
+        args: Positional arguments of the call, without the block.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        NotChunkable: An argument cannot be cut, or there is no mask of ours among them.
+    """
+
+    def __init__(
+        self, raw_forward: Callable[..., object], args: Sequence[object], kwargs: dict[str, object]
+    ) -> None:
+        bound = inspect.signature(raw_forward).bind(None, *args, **kwargs)
+        names = list(bound.signature.parameters)
+        taken = [name for name in CARRIER_NAMES if name in names]
+        if not taken:
+            raise NotChunkable("its forward takes no cache")
+        self._carrier_name = taken[0]
+        arguments = dict(bound.arguments)
+        arguments.pop(names[0])
+        # What a **parameter of the forward caught is passed on by its own names.
+        for name in names:
+            if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(name, {}))
+        arguments.pop(self._carrier_name, None)
+        first = next(iter(arguments))
+        hidden = arguments[first]
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            raise NotChunkable(f"its first argument {first} is not (sequences, tokens, hidden)")
+        self.batch_size, self.num_tokens = hidden.shape[:2]
+        self.hidden = hidden
+        self._leaves: list[_Leaf] = []
+        self._specs: dict[str, TreeSpec] = {}
+        self._masked = False
+        for name, value in arguments.items():
+            leaves, self._specs[name] = tree_flatten(value, is_leaf=lambda leaf: isinstance(leaf, CausalMask))
+            self._leaves += [self._leaf(name, leaf, is_hidden=leaf is hidden) for leaf in leaves]
+        if not self._masked:
+            raise NotChunkable("its mask is not one of lowmem's: the attention implementation was changed")
+
+    def _leaf(self, name: str, value: object, *, is_hidden: bool) -> _Leaf:
+        if isinstance(value, CausalMask):
+            if value.num_tokens != self.num_tokens:
+                raise NotChunkable(f"its mask has {value.num_tokens} tokens, its input {self.num_tokens}")
+            self._masked = True
+            return _Leaf(value, None)
+        if not isinstance(value, Tensor):
+            if value is None or isinstance(value, bool | int | float | str):
+                return _Leaf(value, None)
+            raise NotChunkable(f"its argument {name} is a {type(value).__name__}")
+        if is_hidden:
+            return _Leaf(value, 1)
+        if name in _PER_TOKEN:
+            if value.ndim == 1 and value.shape[0] == self.num_tokens:
+                return _Leaf(value, 0)
+            if value.ndim > 1 and value.shape[1] == self.num_tokens and value.shape[0] in (1, self.batch_size):
+                return _Leaf(value, 1)
+        elif self.num_tokens not in value.shape:
+            return _Leaf(value, None)
+        raise NotChunkable(
+            f"its argument {name} of shape {tuple(value.shape)} has no known dimension of {self.num_tokens} tokens"
+        )
+
+    def index_of(self, tensor: Tensor) -> int:
+        """Number of the leaf that is this very tensor."""
+        return next(index for index, leaf in enumerate(self._leaves) if leaf.value is tensor)
+
+    def cut(self, index: int, start: int, end: int) -> Tensor:
+        """A tensor leaf's part in the chunk of tokens [start, end): a view, or the leaf itself if it is per call."""
+        leaf = self._leaves[index]
+        assert isinstance(leaf.value, Tensor)
+        return leaf.value if leaf.time_dim is None else leaf.value.narrow(leaf.time_dim, start, end - start)
+
+    def is_per_token(self, index: int) -> bool:
+        """Whether a leaf is cut."""
+        return self._leaves[index].time_dim is not None
+
+    def arguments(self, carrier: KVCarrier, replaced: dict[int, Tensor] | None = None) -> CallArguments:
+        """Keyword arguments for the carrier's chunk; `replaced` has tensors in the place of leaves, already cut."""
+        values: list[object] = []
+        for index, leaf in enumerate(self._leaves):
+            if replaced is not None and index in replaced:
+                values.append(replaced[index])
+            elif isinstance(leaf.value, CausalMask):
+                values.append(ChunkMask(leaf.value, carrier))
+            elif isinstance(leaf.value, Tensor):
+                values.append(self.cut(index, carrier.start, carrier.end))
+            else:
+                values.append(leaf.value)
+        kwargs: dict[str, object] = {}
+        position = 0
+        for name, spec in self._specs.items():
+            kwargs[name] = tree_unflatten(values[position : position + spec.num_leaves], spec)
+            position += spec.num_leaves
+        kwargs[self._carrier_name] = carrier
+        return (), kwargs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardChunks:
+    """What a forward in chunks leaves."""
+
+    output: object
+    """As the block would have returned it for the whole sequence."""
+
+    random: tuple[RandomState, ...]
+    """The generators' state before each chunk, for backward."""
+
+
+def forward_chunks(
+    run: RunBlock, call: ChunkedCall, *, chunk_tokens: int, device: torch.device, workspace: Workspace | None = None
+) -> ForwardChunks:
+    """Run a block chunk by chunk, without a graph.
+
+    Args:
+        run: Runs the block's raw forward with given arguments; its weights are there.
+        call: The arguments for the whole sequence.
+        chunk_tokens: Tokens of a chunk; the last may have fewer.
+        device: Compute device.
+        workspace: Where keys and values go; fresh memory if not given.
+    """
+    carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
+    random: list[RandomState] = []
+    joined: _JoinedOutput | None = None
+    with torch.no_grad():
+        for start, end in chunk_spans(call.num_tokens, chunk_tokens):
+            random.append(capture(device))
+            carrier.begin(start, end, keep=True)
+            output = run(call.arguments(carrier))
+            joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens)
+            joined.put(output, start, end)
+    assert joined is not None
+    return ForwardChunks(output=joined.result(), random=tuple(random))
+
+
+class _JoinedOutput:
+    """A block's output for the whole sequence, filled chunk by chunk."""
+
+    def __init__(self, first: object, *, num_tokens: int) -> None:
+        leaves, self._spec = tree_flatten(first)
+        self._leaves: list[object] = [
+            leaf.new_empty(leaf.shape[0], num_tokens, *leaf.shape[2:]) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
+
+    def put(self, output: object, start: int, end: int) -> None:
+        for whole, part in zip(self._leaves, tree_flatten(output)[0], strict=True):
+            if isinstance(whole, Tensor):
+                if part.shape[1] != end - start:
+                    raise NotChunkable(
+                        f"it returned a tensor of shape {tuple(part.shape)} for a chunk of {end - start} tokens"
+                    )
+                whole[:, start:end] = part
+
+    def result(self) -> object:
+        return tree_unflatten(self._leaves, self._spec)
+
+
+def backward_chunks(
+    run: RunBlock,
+    call: ChunkedCall,
+    *,
+    inputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    random: Sequence[RandomState],
+    chunk_tokens: int,
+    device: torch.device,
+    workspace: Workspace | None = None,
+    overwrite_grads: bool = False,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Run a block again chunk by chunk, in reverse, and differentiate it.
+
+    Args:
+        run: As in `forward_chunks`.
+        call: The same arguments as in the forward.
+        inputs: Tensors of the call that autograd knows, the hidden states first.
+        wanted: For each input, whether its gradient is needed.
+        params: Trainable parameters.
+        grads: Gradient of each tensor of the output, or None.
+        random: What the forward answered.
+        chunk_tokens: As in the forward.
+        device: Compute device.
+        workspace: Where keys, values and their gradients go.
+        overwrite_grads: Whether the gradient of the hidden states may be written over that of the first output tensor,
+            which then must be of the same shape and type, and no one else's.
+
+    Returns:
+        Gradients of the inputs and of the parameters, None where there is none. Sums over chunks are fp32 (fp64 in
+        fp64): those of parameters, and of inputs that all chunks share, are of that type, the others of their input's.
+    """
+    spans = chunk_spans(call.num_tokens, chunk_tokens)
+    if len(spans) != len(random):
+        raise ValueError(f"the forward ran {len(random)} chunks; {chunk_tokens} tokens a chunk make {len(spans)}")
+    carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
+    _take_keys(run, call, carrier, spans=spans[:-1], random=random, device=device)
+    sums = _Sums(call, inputs, wanted, params, target=grads[0] if overwrite_grads else None)
+    for (start, end), state in zip(reversed(spans), reversed(random), strict=True):
+        carrier.begin(start, end, keep=False)
+        leaves = sums.leaves(start, end)
+        with torch.enable_grad(), restored(state, device):
+            output = run(call.arguments(carrier, leaves))
+        _differentiate(output, grads, carrier, leaves=leaves, sums=sums)
+        del output, leaves
+    return sums.input_grads(), sums.param_grads
+
+
+def _take_keys(
+    run: RunBlock,
+    call: ChunkedCall,
+    carrier: KVCarrier,
+    *,
+    spans: Sequence[tuple[int, int]],
+    random: Sequence[RandomState],
+    device: torch.device,
+) -> None:
+    """Fill the carrier with the keys and values of some chunks: neither attention nor what follows it is computed."""
+    for (start, end), state in zip(spans, random, strict=False):
+        carrier.begin(start, end, keep=True, leave=True)
+        # The same random numbers up to here as the whole forward drew: adapters have dropout on their inputs.
+        with torch.no_grad(), restored(state, device), suppress(KeysTaken):
+            run(call.arguments(carrier))
+
+
+def _differentiate(
+    output: object,
+    grads: Sequence[Tensor | None],
+    carrier: KVCarrier,
+    *,
+    leaves: dict[int, Tensor],
+    sums: "_Sums",
+) -> None:
+    """Differentiate one chunk; its keys and values have a gradient from later chunks besides the output's own."""
+    start, end = carrier.start, carrier.end
+    tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+    pairs = [
+        (value, grad[:, start:end])
+        for value, grad in zip(tensors, grads, strict=True)
+        if grad is not None and value.requires_grad
+    ]
+    later = carrier.chunk_gradients()
+    if later is not None:
+        own = (carrier.key, carrier.value)
+        pairs += [(x, g.to(x.dtype)) for x, g in zip(own, later, strict=True) if x is not None and x.requires_grad]
+    if not pairs:
+        return
+    sought = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *sums.params]
+    # autograd.grad, not backward: a parameter's hooks must fire once per step, after the sum over chunks.
+    found = torch.autograd.grad([x for x, _ in pairs], sought, [g for _, g in pairs], allow_unused=True)
+    sums.add(found, leaves, start=start, end=end)
+
+
+class _Sums:
+    """Gradients of inputs, part by part or summed, and of parameters, summed over the chunks."""
+
+    def __init__(
+        self,
+        call: ChunkedCall,
+        inputs: Sequence[Tensor],
+        wanted: Sequence[bool],
+        params: Sequence[Tensor],
+        *,
+        target: Tensor | None,
+    ) -> None:
+        self.params = params
+        self.param_grads: list[Tensor | None] = [None] * len(params)
+        self._call = call
+        self._indices = [call.index_of(value) for value in inputs]
+        self._wanted = wanted
+        self._input_grads: dict[int, Tensor | None] = {}
+        for index, value, want in zip(self._indices, inputs, wanted, strict=True):
+            if want and call.is_per_token(index):
+                reused = target if index == self._indices[0] else None
+                self._input_grads[index] = torch.empty_like(value) if reused is None else reused
+
+    def leaves(self, start: int, end: int) -> dict[int, Tensor]:
+        """The chunk's inputs as leaves of a graph, by their number in the call."""
+        return {
+            index: self._call.cut(index, start, end).detach().requires_grad_(want)
+            for index, want in zip(self._indices, self._wanted, strict=True)
+        }
+
+    def add(self, found: Sequence[Tensor | None], leaves: dict[int, Tensor], *, start: int, end: int) -> None:
+        """Take what autograd found for the leaves that need gradients, then for the parameters."""
+        gradients = iter(found)
+        for index, leaf in leaves.items():
+            if not leaf.requires_grad:
+                continue
+            grad = next(gradients)
+            if not self._call.is_per_token(index):
+                self._input_grads[index] = _sum(self._input_grads.get(index), grad)
+                continue
+            whole = self._input_grads[index]
+            assert whole is not None
+            if grad is None:
+                whole[:, start:end].zero_()
+            else:
+                whole[:, start:end] = grad
+        for number, grad in enumerate(gradients):
+            self.param_grads[number] = _sum(self.param_grads[number], grad)
+
+    def input_grads(self) -> list[Tensor | None]:
+        """One per input, None where not wanted."""
+        return [self._input_grads.get(index) for index in self._indices]
+
+
+def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if grad is None:
+        return total
+    grad = grad if grad.dtype == torch.float64 else grad.float()
+    return grad if total is None else total.add_(grad)
