@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Trains on a model and data made on the spot, inside a memory limit where one can be set; results in demo-output/.
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 # ARGS=--slow adds the slow ones; ARGS='-k pattern' and the like go to pytest.
 test: $(STAMP)

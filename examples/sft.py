@@ -28,7 +28,9 @@ def parse() -> argparse.Namespace:
     budget.add_argument("--device", help="device memory to use (on a CPU: RAM)")
     budget.add_argument("--host", help='RAM for cached weights; "0" caches none')
     budget.add_argument("--disk", help="folder for what must be written")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences per step: they share the weights' transfer")
+    parser.add_argument(
+        "--batch-size", type=int, default=4, help="sequences per step: they share the weights' transfer"
+    )
     parser.add_argument("--seq-len", type=int, default=512, help="longer examples are cut")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
@@ -49,9 +51,7 @@ def load_rows(data: str) -> Dataset:
 
 def main() -> None:
     options = parse()
-    lora = LoraConfig(
-        r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     plan = lowmem.plan(
         options.model,
         task="sft",
@@ -92,7 +92,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model(options.output)
     trainer.save_state()  # the loss curve, in trainer_state.json
-    print(f"adapter: {options.output}\nmerge it: lowmem merge {options.model} --adapter {options.output} --output merged")
+    print(
+        f"adapter: {options.output}\nmerge it: lowmem merge {options.model} --adapter {options.output} --output merged"
+    )
 
 
 if __name__ == "__main__":
