@@ -5,7 +5,7 @@ import stat
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -204,12 +204,10 @@ def _shard_path(index_file: Path, tensor: str, *, name: object) -> Path:
     if not isinstance(name, str) or not name.endswith(_SUFFIX) or "\0" in name:
         problem = f"expected the name of a {_SUFFIX} file, got {name!a}"
         raise SourceError(index_file, field=field, problem=problem, remedy=_AGAIN)
-    parts = PurePosixPath(name)
     folder = index_file.parent
-    path = folder / parts
-    # A shard itself may be a link (hub caches); a folder on the way to it may not lead outside.
-    inside = not parts.is_absolute() and ".." not in parts.parts
-    if not inside or not path.parent.resolve().is_relative_to(folder.resolve()):
+    path = folder / name
+    # A shard itself may be a link (hub caches); the way to it, links and ".." followed, may not lead outside.
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise SourceError(
             index_file,
             field=field,

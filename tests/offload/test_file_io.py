@@ -184,6 +184,23 @@ def test_short_reads_are_continued(file: Path, limit: int, direct: bool) -> None
     assert contents(buffer, layout, len(data) - 100) == data[100:]
 
 
+def test_read_cut_short_inside_a_page_is_continued_buffered_and_the_next_one_is_direct_again(file: Path) -> None:
+    data = write_bytes(file, 8 * PAGE)
+    layout = layout_of(file, 8 * PAGE)
+    buffer = poisoned(layout)
+    calls: list[tuple[int, bool]] = []
+
+    def pread(fd: int, buffers: list[memoryview], offset: int) -> int:
+        calls.append((offset, is_direct(fd)))
+        num_read = os.preadv(fd, buffers, offset)
+        return 5000 if offset == 0 else num_read
+
+    with FileReader(num_threads=1, request_bytes=4 * PAGE, pread=pread) as reader:
+        reader.read(layout, buffer).wait()
+    assert calls == [(0, True), (5000, False), (4 * PAGE, True)]
+    assert contents(buffer, layout, 8 * PAGE) == data
+
+
 def test_interrupted_reads_are_repeated(file: Path) -> None:
     data = write_bytes(file, 50_000)
     layout = layout_of(file, 50_000)

@@ -339,8 +339,9 @@ def test_index_that_names_a_tensor_its_shard_lacks_is_refused(tmp_path: Path) ->
 def test_refused_checkpoint_leaves_no_file_open(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"")
-    with pytest.raises(SourceError, match="truncated"):
+    with pytest.raises(SourceError, match="truncated") as caught:
         SafetensorsSource(tmp_path)
+    assert caught.value.__traceback__, "which keeps the source from being collected"
     assert not open_files_under(tmp_path)
     with SafetensorsSource(tmp_path / "model-00001-of-00002.safetensors"):
         assert len(open_files_under(tmp_path)) == 1
