@@ -10,10 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
+from offload.buffers import StagingBuffer
 from offload.device import CpuDevice, Device
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
 from offload.file_io import FileReader
@@ -239,6 +241,21 @@ def test_visits_nest(scheduler: Scheduler, stored: StoredBlocks) -> None:
         stored.check(2, tensors)
 
 
+def test_a_visit_inside_one_to_the_same_block_is_not_one_of_the_expected(
+    stored: StoredBlocks, reader: FileReader
+) -> None:
+    with stored.schedule(stored.plan(ring=2), CpuDevice(), reader=reader) as scheduler:
+        scheduler.expect((0, 0, 1, 2))
+        with scheduler.resident(0), scheduler.resident(0):
+            pass
+        until(lambda: scheduler.counters.num_reads[1] == 1)
+        time.sleep(0.02)
+        # Still expected once more, and before block 2.
+        with scheduler.resident(0):
+            pass
+        assert scheduler.counters.num_reads[0] == 1
+
+
 def test_nested_visits_that_leave_no_slot_are_refused(scheduler: Scheduler, stored: StoredBlocks) -> None:
     with scheduler.resident(0) as outer, scheduler.resident(1), scheduler.resident(2):
         with (
@@ -289,14 +306,35 @@ def test_an_error_on_the_way_is_kept_for_the_visit_that_needs_the_block(
         stored.check(3, tensors)
 
 
-def test_a_new_order_tries_again_what_had_failed(scheduler: Scheduler, stored: StoredBlocks, reads: SlowReads) -> None:
-    reads.num_failures = 1
-    scheduler.expect((2,))
-    until(lambda: reads.num_failures == 0)
-    time.sleep(0.01)
-    scheduler.expect((2,))
-    with scheduler.resident(2) as tensors:
-        stored.check(2, tensors)
+def test_a_new_order_tries_again_what_had_failed(stored: StoredBlocks, reads: SlowReads, reader: FileReader) -> None:
+    trace = Trace()
+    with stored.schedule(stored.plan(ring=3), CpuDevice(), reader=reader, trace=trace) as scheduler:
+        reads.num_failures = 1
+        scheduler.expect((2,))
+        until(lambda: len(trace.spans()) == 1)
+        scheduler.expect((2,))
+        with scheduler.resident(2) as tensors:
+            stored.check(2, tensors)
+
+
+def test_buffers_of_failed_reads_are_given_back(stored: StoredBlocks, reads: SlowReads, reader: FileReader) -> None:
+    class CountingDevice(CpuDevice):
+        buffers: ClassVar[list[StagingBuffer]] = []
+
+        def staging(self, nbytes: int) -> StagingBuffer:
+            self.buffers.append(super().staging(nbytes))
+            return self.buffers[-1]
+
+    with stored.schedule(stored.plan(ring=2, resident=4), CountingDevice(), reader=reader) as scheduler:
+        for _ in range(3):
+            reads.num_failures = 1
+            with pytest.raises(ReadError, match="Input/output error"), scheduler.resident(1):
+                raise AssertionError("its bytes never came")
+    *failed, last = CountingDevice.buffers
+    assert last.nbytes == stored.buffer_bytes[1]
+    for buffer in failed[-2:]:
+        with pytest.raises(Closed, match="closed"):
+            _ = buffer.tensor
 
 
 def test_a_file_that_changes_is_an_error_of_the_visit(scheduler: Scheduler, stored: StoredBlocks) -> None:
@@ -366,7 +404,7 @@ def test_reset_gives_back_the_slots_of_visits_that_never_ended(scheduler: Schedu
     with scheduler.resident(5) as tensors:
         for visit in abandoned:
             visit.__exit__(None, None, None)
-        for block in (0, 1):
+        for block in (2, 3, 4):
             with scheduler.resident(block):
                 pass
         stored.check(5, tensors)
