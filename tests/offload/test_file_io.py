@@ -78,6 +78,17 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "data.bin"
 
 
+@pytest.fixture
+def direct_file(file: Path) -> Path:
+    file.write_bytes(bytes(PAGE))
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except (AttributeError, OSError):
+        pytest.skip("the system or its temporary folder has no direct reads")
+    os.close(fd)
+    return file
+
+
 # ---- bytes
 
 
@@ -184,7 +195,10 @@ def test_short_reads_are_continued(file: Path, limit: int, direct: bool) -> None
     assert contents(buffer, layout, len(data) - 100) == data[100:]
 
 
-def test_read_cut_short_inside_a_page_is_continued_buffered_and_the_next_one_is_direct_again(file: Path) -> None:
+def test_read_cut_short_inside_a_page_is_continued_buffered_and_the_next_one_is_direct_again(
+    direct_file: Path,
+) -> None:
+    file = direct_file
     data = write_bytes(file, 8 * PAGE)
     layout = layout_of(file, 8 * PAGE)
     buffer = poisoned(layout)
@@ -220,7 +234,8 @@ def test_interrupted_reads_are_repeated(file: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_refused_direct_reads_fall_back_to_buffered_ones(file: Path, code: int) -> None:
+def test_refused_direct_reads_fall_back_to_buffered_ones(direct_file: Path, code: int) -> None:
+    file = direct_file
     data = write_bytes(file, 50_000)
     layout = layout_of(file, 50_000)
     refused: list[int] = []
@@ -239,7 +254,10 @@ def test_refused_direct_reads_fall_back_to_buffered_ones(file: Path, code: int) 
     assert len(refused) == 1, "a file that refused once is not asked again"
 
 
-def test_buffer_that_is_not_page_aligned_is_read_into_without_direct_reads(file: Path) -> None:
+def test_buffer_that_is_not_page_aligned_is_read_into_without_direct_reads(
+    direct_file: Path,
+) -> None:
+    file = direct_file
     data = write_bytes(file, 50_000)
     layout = layout_of(file, 50_000)
     modes: list[bool] = []
