@@ -5,7 +5,9 @@ its file reads leave. A process that exceeds it is killed by the kernel, so a ru
 """
 
 import os
+import re
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,8 @@ class Outcome:
         returncode: Exit status; negative for a signal, as in `subprocess`.
         output: Its standard output; standard error goes to `stderr`'s destination.
         wall_s: From start to end.
-        peak_rss_bytes: Largest resident set, shared library pages included, of the process itself.
+        peak_rss_bytes: Largest resident set of the process itself, shared libraries included, as last seen before its
+            end (it is looked at every 20 ms); 0 where there is no /proc.
         peak_bytes: Largest use of the group, page cache included; None without a group.
         num_oom_kills: How many processes the kernel killed for memory; None without a group.
     """
@@ -163,29 +166,62 @@ def _run(
     start_s = time.perf_counter()
     lines: list[str] = []
     child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    watch = _PeakWatch(child.pid)
+    watch.start()
     try:
         assert child.stdout is not None
         for line in child.stdout:
             lines.append(line)
             if echo:
                 print(line, end="", flush=True)
-        # wait4 rather than wait: it alone reports this child's resources, not the largest of all children.
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        returncode = child.wait()
     finally:
-        if child.returncode is None:
+        if child.poll() is None:
             child.kill()
             child.wait()
+        watch.stop()
         if child.stdout is not None:
             child.stdout.close()
     return Outcome(
-        returncode=child.returncode,
+        returncode=returncode,
         output="".join(lines),
         wall_s=time.perf_counter() - start_s,
-        peak_rss_bytes=usage.ru_maxrss * 1024,
+        peak_rss_bytes=watch.peak_bytes,
         peak_bytes=group.peak_bytes if group else None,
         num_oom_kills=group.num_oom_kills if group else None,
     )
+
+
+class _PeakWatch(threading.Thread):
+    """Looks at a process's high-water mark until told to stop.
+
+    The kernel's account of a child that has ended (ru_maxrss) will not do: it begins with the resident set of whoever
+    started it.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._pid = pid
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.02):
+            self.peak_bytes = max(self.peak_bytes, peak_rss_bytes(self._pid))
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def peak_rss_bytes(pid: int) -> int:
+    """High-water mark of a process's resident set since its program started; 0 if it has ended, or not on Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _find_controller() -> tuple[Path, _Names]:

@@ -6,7 +6,7 @@ interleave the steps of several jobs.
 
 import argparse
 import json
-import resource
+import os
 import sys
 import tempfile
 import time
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback,
 from trl import SFTConfig, SFTTrainer
 
 import lowmem
+from benchmarks.memory_limit import peak_rss_bytes
 
 Mode = Literal["streamed", "resident", "plain"]
 STEP_PREFIX = "step "
@@ -111,7 +112,7 @@ def run(job: Job, *, lockstep: bool = False) -> dict[str, object]:
         "step_s": meter.step_s,
         "disk_read_bytes": meter.disk_read_bytes,
         "losses": [float(loss) for loss in losses],
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(os.getpid()),
         "plan": None if plan is None else plan.to_dict(),
     }
 
