@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -56,6 +55,18 @@ def scheduler(stored: StoredBlocks, reader: FileReader) -> Iterator[Scheduler]:
     """Three slots for six blocks, on the processor."""
     with stored.schedule(stored.plan(ring=3), CpuDevice(), reader=reader) as scheduler:
         yield scheduler
+
+
+class RememberingDevice(CpuDevice):
+    """The processor, with a list of the buffers that were made for it."""
+
+    def __init__(self, *, separate_slots: bool = False) -> None:
+        super().__init__(separate_slots=separate_slots)
+        self.buffers: list[StagingBuffer] = []
+
+    def staging(self, nbytes: int) -> StagingBuffer:
+        self.buffers.append(super().staging(nbytes))
+        return self.buffers[-1]
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -169,6 +180,14 @@ def test_a_released_slot_is_poisoned(stored: StoredBlocks, reader: FileReader) -
         with scheduler.resident(0) as tensors:
             stored.check(0, tensors)
         assert scheduler.counters.num_reads[0] == 2
+
+
+def test_a_staging_buffer_is_poisoned_once_it_has_been_copied(stored: StoredBlocks, reader: FileReader) -> None:
+    device = RememberingDevice(separate_slots=True)
+    plan = stored.plan(ring=2, is_host=False)
+    with stored.schedule(plan, device, reader=reader, poison=True) as scheduler, scheduler.resident(0) as tensors:
+        until(lambda: any(bool(torch.all(buffer.tensor == 0xFF)) for buffer in device.buffers))
+        stored.check(0, tensors)
 
 
 def test_on_the_processor_a_visit_sees_the_buffer_itself(stored: StoredBlocks, reader: FileReader) -> None:
@@ -318,23 +337,16 @@ def test_a_new_order_tries_again_what_had_failed(stored: StoredBlocks, reads: Sl
 
 
 def test_buffers_of_failed_reads_are_given_back(stored: StoredBlocks, reads: SlowReads, reader: FileReader) -> None:
-    class CountingDevice(CpuDevice):
-        buffers: ClassVar[list[StagingBuffer]] = []
-
-        def staging(self, nbytes: int) -> StagingBuffer:
-            self.buffers.append(super().staging(nbytes))
-            return self.buffers[-1]
-
-    with stored.schedule(stored.plan(ring=2, resident=4), CountingDevice(), reader=reader) as scheduler:
+    device = RememberingDevice()
+    with stored.schedule(stored.plan(ring=2, resident=4), device, reader=reader) as scheduler:
         for _ in range(3):
             reads.num_failures = 1
             with pytest.raises(ReadError, match="Input/output error"), scheduler.resident(1):
                 raise AssertionError("its bytes never came")
-    *failed, last = CountingDevice.buffers
-    assert last.nbytes == stored.buffer_bytes[1]
-    for buffer in failed[-2:]:
-        with pytest.raises(Closed, match="closed"):
-            _ = buffer.tensor
+        assert [buffer.nbytes for buffer in device.buffers] == [stored.buffer_bytes[1]] * 3
+        for buffer in device.buffers:
+            with pytest.raises(Closed, match="the staging buffer was closed"):
+                _ = buffer.tensor
 
 
 def test_a_file_that_changes_is_an_error_of_the_visit(scheduler: Scheduler, stored: StoredBlocks) -> None:
@@ -406,8 +418,7 @@ def test_reset_gives_back_the_slots_of_visits_that_never_ended(scheduler: Schedu
             visit.__exit__(None, None, None)
         for block in (2, 3, 4):
             with scheduler.resident(block):
-                pass
-        stored.check(5, tensors)
+                stored.check(5, tensors)
 
 
 def test_an_interrupt_while_waiting_leaves_a_working_scheduler(
