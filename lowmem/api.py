@@ -64,9 +64,7 @@ def from_pretrained(
     chosen = pick_device(device)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     compute = pick_dtype(dtype, device=chosen, stored=config.dtype or torch.float32)
-    opened = open_checkpoint(
-        folder, name=str(model), device=chosen, dtype=compute, trust_remote_code=trust_remote_code
-    )
+    opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, trust_remote_code=trust_remote_code)
     if plan is None:
         from lowmem.planner import plan_for
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,6 +58,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[DecoderBlock, ...]:
         for index, layer in enumerate(layers)
     )
     _refuse_shared_parameters(model, blocks)
+    _refuse_shared_state(architecture, blocks)
     return blocks
 
 
@@ -93,6 +95,21 @@ def _refuse_shared_parameters(model: PreTrainedModel, blocks: tuple[DecoderBlock
             reason=f"{tied[0]} is tied across modules",
             instead="a model whose decoder blocks have parameters of their own",
         )
+
+
+# Arguments through which a block leaves tensors for later blocks without returning them: their gradient would be lost.
+_SHARED_STATE = frozenset({"shared_kv_states"})
+
+
+def _refuse_shared_state(architecture: str, blocks: tuple[DecoderBlock, ...]) -> None:
+    for block in blocks:
+        shared = _SHARED_STATE.intersection(inspect.signature(block.raw_forward).parameters)
+        if shared:
+            raise UnsupportedError(
+                f"architecture {architecture}",
+                reason=f"its blocks hand keys and values to later blocks through {shared.pop()}, past autograd",
+                instead="a model whose blocks take and return tensors only",
+            )
 
 
 def refuse_config(config: PretrainedConfig) -> None:

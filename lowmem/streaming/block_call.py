@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lowmem.errors import UnsupportedError
 
 
 class BlockCall:
@@ -17,6 +19,13 @@ class BlockCall:
 
     def __init__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
+        for leaf in leaves:
+            if isinstance(leaf, MutableMapping | MutableSequence | MutableSet):
+                raise UnsupportedError(
+                    f"a decoder block that is handed a {type(leaf).__name__}",
+                    reason="what blocks write into it for one another would have no gradient",
+                    instead="a model whose blocks take and return tensors only",
+                )
         self._hidden = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), -1)
         if self._hidden < 0:
             raise ValueError("a decoder block was called without a tensor")
