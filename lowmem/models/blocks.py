@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -97,18 +96,14 @@ def _refuse_shared_parameters(model: PreTrainedModel, blocks: tuple[DecoderBlock
         )
 
 
-# Arguments through which a block leaves tensors for later blocks without returning them: their gradient would be lost.
-_SHARED_STATE = frozenset({"shared_kv_states"})
-
-
 def _refuse_shared_state(architecture: str, blocks: tuple[DecoderBlock, ...]) -> None:
+    """Refuse blocks that leave tensors for later blocks without returning them: their gradient would be lost."""
     for block in blocks:
-        shared = _SHARED_STATE.intersection(inspect.signature(block.raw_forward).parameters)
-        if shared:
+        if any(getattr(module, "is_kv_shared_layer", False) for module in block.module.modules()):
             raise UnsupportedError(
                 f"architecture {architecture}",
-                reason=f"its blocks hand keys and values to later blocks through {shared.pop()}, past autograd",
-                instead="a model whose blocks take and return tensors only",
+                reason=f"{block.name} takes keys and values of an earlier block, past autograd",
+                instead="a model whose blocks share no keys and values (num_kv_shared_layers=0)",
             )
 
 

@@ -20,7 +20,9 @@ class BlockCall:
     def __init__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
         for leaf in leaves:
-            if isinstance(leaf, MutableMapping | MutableSequence | MutableSet):
+            # Loading has seen to it that no block takes what an earlier one leaves in a KVSharingDict.
+            shared = isinstance(leaf, MutableMapping | MutableSequence | MutableSet)
+            if shared and type(leaf).__name__ != "KVSharingDict":
                 raise UnsupportedError(
                     f"a decoder block that is handed a {type(leaf).__name__}",
                     reason="what blocks write into it for one another would have no gradient",
