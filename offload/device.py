@@ -145,7 +145,7 @@ class CudaDevice:
         return event
 
     def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> "CudaCopy":
-        """See `Device.copy`. From pageable memory the driver makes this wait for `after` in the calling thread."""
+        """See `Device.copy`. From pageable memory the driver may make the calling thread wait for `after`."""
         start, end = self._event(), self._event()
         with torch.cuda.stream(self._copies):
             if after is not None:

@@ -87,8 +87,8 @@ class Fetcher:
         with self.locked() as pipeline:
             slot = pipeline.find(block)
             # A visit inside a visit to the same block is not one that the order knows of.
-            if slot is None or slot.holds == 0:
-                pipeline.order.visit(block)
+            if (slot is None or slot.holds == 0) and not pipeline.order.visit(block):
+                self._changed.notify_all()
             self.num_visits += 1
             if slot is None:
                 slot = self._wait_for(block)
@@ -96,7 +96,6 @@ class Fetcher:
                 self.num_hits += 1
             slot.holds += 1
             slot.last_use = self.num_visits
-            self._changed.notify_all()
             return Hold(slot=slot, epoch=self._epoch)
 
     def release(self, hold: Hold) -> None:
@@ -104,10 +103,11 @@ class Fetcher:
         with self._changed:
             if self._closed or hold.epoch != self._epoch:
                 return
-            if hold.slot.holds == 1:
-                self._pipeline.free(hold.slot)
+            may_be_reused = hold.slot.holds == 1 and self._pipeline.free(hold.slot)
             hold.slot.holds -= 1
-            self._changed.notify_all()
+            # Waking the other thread costs more than all the rest, so not where it would find nothing to do.
+            if may_be_reused:
+                self._changed.notify_all()
 
     def reset(self) -> None:
         """Give back all claims, forget the order and the errors. What has been fetched stays."""

@@ -176,15 +176,16 @@ class Pipeline:
         """The read that was started first among those not collected."""
         return self._reads[0].transfer if self._reads else None
 
-    def free(self, slot: Slot) -> None:
-        """End of the last visit to a slot: from here on it may be given to another block."""
+    def free(self, slot: Slot) -> bool:
+        """End the last visit to a slot. False if the block stays there anyway, else it may be given to another one."""
         if slot.block in self._kept:
-            return
+            return False
         if self._poison:
             slot.tensor.fill_(POISON)
             slot.clear()
         # Recorded after everything that reads the slot was enqueued, by the thread that enqueued it.
         slot.mark = self._device.mark()
+        return True
 
     def close(self) -> None:
         """Give all memory back; nothing may be under way. Views that somebody still holds keep theirs."""

@@ -42,17 +42,19 @@ class VisitOrder:
         self._here = 0
         self._after_excursion = None
 
-    def visit(self, block: int) -> None:
-        """Note that a block is being visited now."""
+    def visit(self, block: int) -> bool:
+        """Note that a block is being visited now. False if it is not the one expected next."""
         if self._expects(self._here, block):
             self._here += 1
             self._after_excursion = None
-        elif self._after_excursion is not None and self._expects(self._after_excursion, block):
+            return True
+        if self._after_excursion is not None and self._expects(self._after_excursion, block):
             self._here = self._after_excursion + 1
             self._after_excursion = None
         else:
             found = self._find(block)
             self._after_excursion = None if found is None else found + 1
+        return False
 
     def next_use(self, block: int) -> int:
         """Visits until the block is visited: 0 for the very next one, `NEVER` if it is not expected."""

@@ -116,6 +116,7 @@ def test_a_copy_waits_for_what_still_computes_with_the_slot() -> None:
         buffer.tensor.fill_(2)
         slot = device.slot(16 * MIB)
         slot.fill_(1)
+        slot.clone()  # loads the kernel: that would wait for the sleep below
         torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)  # about 0.1 s, behind which the kernel that reads the slot is queued
         seen = slot.clone()
