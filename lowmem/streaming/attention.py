@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowmem.streaming.attention_mask import CausalMask, MaskRule, is_causal
 from lowmem.streaming.attention_parts import AttentionJob, PartwiseAttention
-from lowmem.streaming.kv_carrier import KVCarrier
+from lowmem.streaming.kv_carrier import KVCarrier, Prefix
 
 IMPLEMENTATIONS = {"sdpa": "lowmem_sdpa", "eager": "lowmem_eager"}
 """Our names, by the implementation of transformers that each stands in for."""
@@ -134,10 +134,8 @@ def _attend(
     kwargs: dict[str, object],
 ) -> AttentionOutput:
     if isinstance(attention_mask, ChunkMask):
-        carrier = attention_mask.carrier
-        if key is not carrier.key or value is not carrier.value:
-            raise ChunkedAttentionError(f"{type(module).__name__} changes its keys or values after the cache")
-        return _by_parts(query, key, value, attention_mask.mask, carrier, kwargs), None
+        prefix = attention_mask.carrier.take(key, value)
+        return _by_parts(query, key, value, attention_mask.mask, attention_mask.carrier.start, prefix, kwargs), None
     if not isinstance(attention_mask, CausalMask):
         return stands_in_for(module, query, key, value, attention_mask, **kwargs)
     mask = attention_mask
@@ -147,7 +145,7 @@ def _attend(
     if mask.rows.shape[0] * mask.num_tokens**2 <= _DENSE_BYTES or query.device.type != "cpu":
         dense = mask.dense() if sdpa else _additive_mask(mask, query.dtype)
         return stands_in_for(module, query, key, value, dense, **kwargs)
-    return _by_parts(query, key, value, mask, None, kwargs), None
+    return _by_parts(query, key, value, mask, 0, None, kwargs), None
 
 
 def _additive_mask(mask: CausalMask, dtype: torch.dtype) -> Tensor:
@@ -160,10 +158,11 @@ def _by_parts(
     key: Tensor,
     value: Tensor,
     mask: CausalMask,
-    carrier: KVCarrier | None,
+    start: int,
+    prefix: Prefix | None,
     kwargs: dict[str, object],
 ) -> Tensor:
-    """Attention of a chunk, or of a whole sequence without a carrier: (sequences, tokens, heads, head)."""
+    """Attention of the tokens from `start` on, a chunk or all: (sequences, tokens, heads, head)."""
     if kwargs.get("position_bias") is not None:
         raise ChunkedAttentionError("attention with a position bias cannot be computed by parts")
     dropout, scaling, softcap = kwargs.get("dropout"), kwargs.get("scaling"), kwargs.get("softcap")
@@ -171,8 +170,8 @@ def _by_parts(
     dropout = dropout if isinstance(dropout, float) else 0.0
     job = AttentionJob(
         mask=mask,
-        start=0 if carrier is None else carrier.start,
-        prefix=None if carrier is None else carrier.prefix,
+        start=start,
+        prefix=prefix,
         scale=scaling if isinstance(scaling, float) else query.shape[-1] ** -0.5,
         softcap=float(softcap) if isinstance(softcap, int | float) else None,
         dropout=dropout,

@@ -28,8 +28,8 @@ RunBlock = Callable[[CallArguments], object]
 CARRIER_NAMES = ("past_key_values", "layer_past")
 """Names under which transformers' blocks take a cache."""
 
-# Arguments with one entry per token, and the dimension it lies in counted from the number of dimensions.
-_PER_TOKEN = ("position_ids", "position_embeddings", "cache_position", "per_layer_input", "per_layer_inputs")
+# Arguments with one entry per token.
+_PER_TOKEN = frozenset({"position_ids", "position_embeddings", "cache_position", "attention_scaling"})
 
 
 class NotChunkable(ValueError):  # noqa: N818 - an answer, read by who falls back to whole sequences
@@ -104,13 +104,13 @@ class ChunkedCall:
             raise NotChunkable(f"its argument {name} is a {type(value).__name__}")
         if is_hidden:
             return _Leaf(value, 1)
+        if name not in _PER_TOKEN and self.num_tokens not in value.shape:
+            return _Leaf(value, None)
         if name in _PER_TOKEN:
-            if value.ndim == 1 and value.shape[0] == self.num_tokens:
-                return _Leaf(value, 0)
             if value.ndim > 1 and value.shape[1] == self.num_tokens and value.shape[0] in (1, self.batch_size):
                 return _Leaf(value, 1)
-        elif self.num_tokens not in value.shape:
-            return _Leaf(value, None)
+            if list(value.shape).count(self.num_tokens) == 1:
+                return _Leaf(value, list(value.shape).index(self.num_tokens))
         raise NotChunkable(
             f"its argument {name} of shape {tuple(value.shape)} has no known dimension of {self.num_tokens} tokens"
         )
@@ -157,8 +157,22 @@ class ForwardChunks:
     output: object
     """As the block would have returned it for the whole sequence."""
 
+    record: "ChunkRecord"
+    """What backward needs of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkRecord:
+    """How a forward in chunks went."""
+
+    spans: tuple[tuple[int, int], ...]
+    """First token, and token after the last, of each chunk."""
+
     random: tuple[RandomState, ...]
-    """The generators' state before each chunk, for backward."""
+    """The generators' state before each chunk."""
+
+    num_attentions: int
+    """Attentions of the block."""
 
 
 def forward_chunks(
@@ -174,17 +188,21 @@ def forward_chunks(
         workspace: Where keys and values go; fresh memory if not given.
     """
     carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
+    spans = tuple(chunk_spans(call.num_tokens, chunk_tokens))
     random: list[RandomState] = []
     joined: _JoinedOutput | None = None
     with torch.no_grad():
-        for start, end in chunk_spans(call.num_tokens, chunk_tokens):
+        for start, end in spans:
             random.append(capture(device))
             carrier.begin(start, end, keep=True)
             output = run(call.arguments(carrier))
+            if not carrier.num_attentions:
+                raise NotChunkable("it computes no attention of ours")
             joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens)
             joined.put(output, start, end)
     assert joined is not None
-    return ForwardChunks(output=joined.result(), random=tuple(random))
+    record = ChunkRecord(spans=spans, random=tuple(random), num_attentions=carrier.num_attentions)
+    return ForwardChunks(output=joined.result(), record=record)
 
 
 class _JoinedOutput:
@@ -218,8 +236,7 @@ def backward_chunks(
     wanted: Sequence[bool],
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    random: Sequence[RandomState],
-    chunk_tokens: int,
+    record: ChunkRecord,
     device: torch.device,
     workspace: Workspace | None = None,
     overwrite_grads: bool = False,
@@ -233,8 +250,7 @@ def backward_chunks(
         wanted: For each input, whether its gradient is needed.
         params: Trainable parameters.
         grads: Gradient of each tensor of the output, or None.
-        random: What the forward answered.
-        chunk_tokens: As in the forward.
+        record: What the forward answered.
         device: Compute device.
         workspace: Where keys, values and their gradients go.
         overwrite_grads: Whether the gradient of the hidden states may be written over that of the first output tensor,
@@ -244,13 +260,16 @@ def backward_chunks(
         Gradients of the inputs and of the parameters, None where there is none. Sums over chunks are fp32 (fp64 in
         fp64): those of parameters, and of inputs that all chunks share, are of that type, the others of their input's.
     """
-    spans = chunk_spans(call.num_tokens, chunk_tokens)
-    if len(spans) != len(random):
-        raise ValueError(f"the forward ran {len(random)} chunks; {chunk_tokens} tokens a chunk make {len(spans)}")
     carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
-    _take_keys(run, call, carrier, spans=spans[:-1], random=random, device=device)
+    chunks = list(zip(record.spans, record.random, strict=True))
+    for (start, end), state in chunks[:-1]:
+        # Keys and values only: the last attention and what follows it are not computed. The random numbers up to there
+        # are those that the forward drew: adapters have dropout on their inputs.
+        carrier.begin(start, end, keep=True, leave_at=record.num_attentions - 1)
+        with torch.no_grad(), restored(state, device), suppress(KeysTaken):
+            run(call.arguments(carrier))
     sums = _Sums(call, inputs, wanted, params, target=grads[0] if overwrite_grads else None)
-    for (start, end), state in zip(reversed(spans), reversed(random), strict=True):
+    for (start, end), state in reversed(chunks):
         carrier.begin(start, end, keep=False)
         leaves = sums.leaves(start, end)
         with torch.enable_grad(), restored(state, device):
@@ -258,23 +277,6 @@ def backward_chunks(
         _differentiate(output, grads, carrier, leaves=leaves, sums=sums)
         del output, leaves
     return sums.input_grads(), sums.param_grads
-
-
-def _take_keys(
-    run: RunBlock,
-    call: ChunkedCall,
-    carrier: KVCarrier,
-    *,
-    spans: Sequence[tuple[int, int]],
-    random: Sequence[RandomState],
-    device: torch.device,
-) -> None:
-    """Fill the carrier with the keys and values of some chunks: neither attention nor what follows it is computed."""
-    for (start, end), state in zip(spans, random, strict=False):
-        carrier.begin(start, end, keep=True, leave=True)
-        # The same random numbers up to here as the whole forward drew: adapters have dropout on their inputs.
-        with torch.no_grad(), restored(state, device), suppress(KeysTaken):
-            run(call.arguments(carrier))
 
 
 def _differentiate(
@@ -293,10 +295,7 @@ def _differentiate(
         for value, grad in zip(tensors, grads, strict=True)
         if grad is not None and value.requires_grad
     ]
-    later = carrier.chunk_gradients()
-    if later is not None:
-        own = (carrier.key, carrier.value)
-        pairs += [(x, g.to(x.dtype)) for x, g in zip(own, later, strict=True) if x is not None and x.requires_grad]
+    pairs += carrier.own_with_gradients()
     if not pairs:
         return
     sought = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *sums.params]

@@ -1,8 +1,9 @@
-"""The keys and values of one block's call, in the place of a cache: what makes unmodified modeling code see a prefix.
+"""The keys and values of one block's call: what lets unmodified modeling code see a prefix, one chunk at a time.
 
-transformers' attention passes its keys and values through `past_key_values.update` and attends to what that returns. A
-`KVCarrier` keeps those of the whole sequence and returns a chunk's own; the attention of `lowmem.streaming.attention`
-takes the prefix from the carrier, so that the two are never joined.
+A `KVCarrier` goes into a block twice: as `past_key_values`, where it says how many tokens precede the chunk and hands a
+chunk's keys and values back as they are, and inside the mask, through which `lowmem.streaming.attention` reaches it. It
+is there that keys and values are kept, as the kernel gets them: what is done to them between cache and kernel (latent
+attention expands them, some models repeat them) is then done once per token.
 """
 
 from collections.abc import Sequence
@@ -38,17 +39,89 @@ class Workspace:
             like: A tensor on the same device.
             dtype: Type wanted.
         """
-        size = torch.Size(shape).numel()
-        nbytes = size * dtype.itemsize
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes or buffer.device != like.device:
+            # The old one goes before the new one comes.
             self._buffers.pop(name, None)
+            buffer = None
             buffer = self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
         return buffer[:nbytes].view(dtype).view(tuple(shape))
 
     def clear(self) -> None:
         """Release everything."""
         self._buffers.clear()
+
+
+class AttentionMemory:
+    """Keys and values of all tokens for one attention of a block, and their gradients.
+
+    Args:
+        number: Which attention of the block.
+        num_tokens: Tokens of the whole sequence.
+        workspace: Where they are kept.
+    """
+
+    def __init__(self, number: int, *, num_tokens: int, workspace: Workspace) -> None:
+        self._number = number
+        self._num_tokens = num_tokens
+        self._workspace = workspace
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._grads: tuple[Tensor, Tensor] | None = None
+        self.own: tuple[Tensor, Tensor] | None = None
+        """Keys and values of the present chunk, with their graph."""
+
+    def keep(self, start: int, key: Tensor, value: Tensor) -> None:
+        """Write keys and values of the tokens from `start` on, (sequences, key heads, tokens, head)."""
+        if self._kept is None:
+            self._kept = (self._take("key", key, dtype=key.dtype), self._take("value", value, dtype=value.dtype))
+        for whole, part in zip(self._kept, (key, value), strict=True):
+            whole[:, :, start : start + part.shape[2]] = part.detach()
+
+    def before(self, start: int) -> "Prefix | None":
+        """Keys and values of the tokens before `start`; None if there are none."""
+        if start == 0:
+            return None
+        if self._kept is None:
+            raise RuntimeError(f"a chunk from token {start} was run before those that precede it")
+        key, value = (kept[:, :, :start] for kept in self._kept)
+        return Prefix(key, value, self)
+
+    def add_gradient(self, start: int, key: Tensor, value: Tensor) -> None:
+        """Add gradients of the keys and values from token `start` on, in fp32 (fp64 for fp64)."""
+        if self._grads is None:
+            assert self._kept is not None
+            self._grads = (self._zeros("grad_key", self._kept[0]), self._zeros("grad_value", self._kept[1]))
+        for total, grad in zip(self._grads, (key, value), strict=True):
+            total[:, :, start : start + grad.shape[2]] += grad
+
+    def own_with_gradients(self, start: int) -> list[tuple[Tensor, Tensor]]:
+        """The present chunk's keys and values, where they need gradients, each with that from later chunks."""
+        if self._grads is None or self.own is None:
+            return []
+        pairs = zip(self.own, self._grads, strict=True)
+        return [
+            (own, grads[:, :, start : start + own.shape[2]].to(own.dtype)) for own, grads in pairs if own.requires_grad
+        ]
+
+    def _take(self, name: str, like: Tensor, *, dtype: torch.dtype) -> Tensor:
+        shape = (*like.shape[:2], self._num_tokens, *like.shape[3:])
+        return self._workspace.take(f"{name} {self._number}", shape, like=like, dtype=dtype)
+
+    def _zeros(self, name: str, like: Tensor) -> Tensor:
+        return self._take(name, like, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32).zero_()
+
+
+class Prefix:
+    """Keys and values before a chunk, (sequences, key heads, tokens, head), and where their gradients go."""
+
+    def __init__(self, key: Tensor, value: Tensor, memory: AttentionMemory) -> None:
+        self.key, self.value = key, value
+        self._memory = memory
+
+    def add_gradient(self, start: int, key: Tensor, value: Tensor) -> None:
+        """Add the gradient of the keys and values from token `start` on."""
+        self._memory.add_gradient(start, key, value)
 
 
 class KVCarrier:
@@ -62,54 +135,37 @@ class KVCarrier:
     def __init__(self, *, num_tokens: int, workspace: Workspace) -> None:
         self.start = 0
         self.end = 0
-        self.key: Tensor | None = None
-        """The chunk's own keys, (sequences, key heads, tokens, head), as `update` got them; None before."""
-
-        self.value: Tensor | None = None
+        self._memories: list[AttentionMemory] = []
         self._num_tokens = num_tokens
         self._workspace = workspace
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._grads: tuple[Tensor, Tensor] | None = None
+        self._num_seen = 0
         self._keep = False
-        self._leave = False
+        self._leave_at: int | None = None
 
-    def begin(self, start: int, end: int, *, keep: bool, leave: bool = False) -> None:
+    def begin(self, start: int, end: int, *, keep: bool, leave_at: int | None = None) -> None:
         """Set up for the chunk of tokens [start, end).
 
         Args:
             start: First token.
             end: Token after the last.
-            keep: Whether its keys and values are written into the carrier.
-            leave: Whether `update` then leaves the block's forward with `KeysTaken`.
+            keep: Whether its keys and values are kept for the chunks after it.
+            leave_at: At which attention of the block its forward is left with `KeysTaken`; None to finish it.
         """
         self.start, self.end = start, end
-        self.key = self.value = None
-        self._keep, self._leave = keep, leave
+        self._keep, self._leave_at, self._num_seen = keep, leave_at, 0
+        for memory in self._memories:
+            memory.own = None
+
+    @property
+    def num_attentions(self) -> int:
+        """How many attentions the block has computed in the present chunk."""
+        return self._num_seen
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int | None = None, cache_kwargs: object = None
     ) -> tuple[Tensor, Tensor]:
-        """What attention calls with a chunk's keys and values; returns them.
-
-        Raises:
-            KeysTaken: The forward is to be left here.
-            RuntimeError: A block calls it twice, or with other shapes than (sequences, key heads, tokens, head).
-        """
+        """What attention calls with a chunk's keys and values, or with latents of them: returns the same."""
         del layer_idx, cache_kwargs
-        tokens = self.end - self.start
-        if self.key is not None or key_states.shape[2] != tokens or value_states.shape[2] != tokens:
-            raise RuntimeError(
-                f"a block in chunks of {tokens} tokens gave keys of shape {tuple(key_states.shape)} and values of shape "
-                f"{tuple(value_states.shape)}{' a second time' if self.key is not None else ''}; expected "
-                "(sequences, key heads, tokens, head) once; load the model with chunk_tokens=None"
-            )
-        self.key, self.value = key_states, value_states
-        if self._keep:
-            kept_key, kept_value = self._take_kept(key_states, value_states)
-            kept_key[:, :, self.start : self.end] = key_states.detach()
-            kept_value[:, :, self.start : self.end] = value_states.detach()
-        if self._leave:
-            raise KeysTaken
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -117,56 +173,31 @@ class KVCarrier:
         del layer_idx
         return self.start
 
-    @property
-    def prefix(self) -> "Prefix | None":
-        """Keys and values of the tokens before the chunk; None if there are none."""
-        if self.start == 0:
-            return None
-        if self._kept is None:
-            raise RuntimeError(f"a chunk from token {self.start} was run before those that precede it")
-        key, value = (kept[:, :, : self.start] for kept in self._kept)
-        return Prefix(key, value, self)
+    def take(self, key: Tensor, value: Tensor) -> Prefix | None:
+        """What our attention calls with a chunk's own keys and values; answers those of the tokens before.
 
-    def expect_gradients(self) -> None:
-        """Get ready to sum gradients of kept keys and values; they are zero until something is added."""
-        self._grads = None
+        Raises:
+            KeysTaken: The forward is to be left here.
+            RuntimeError: These are not the keys of the chunk's tokens.
+        """
+        tokens = self.end - self.start
+        if key.ndim != 4 or key.shape[2] != tokens or value.shape[2] != tokens:
+            raise RuntimeError(
+                f"a chunk of {tokens} tokens has keys of shape {tuple(key.shape)} and values of shape "
+                f"{tuple(value.shape)}, expected (sequences, key heads, {tokens}, head); use chunk_tokens=None"
+            )
+        number = self._num_seen
+        self._num_seen += 1
+        if number == len(self._memories):
+            self._memories.append(AttentionMemory(number, num_tokens=self._num_tokens, workspace=self._workspace))
+        memory = self._memories[number]
+        if self._keep:
+            memory.keep(self.start, key, value)
+        if number == self._leave_at:
+            raise KeysTaken
+        memory.own = (key, value)
+        return memory.before(self.start)
 
-    def add_gradient(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Add gradients of the keys and values from token `start` on, in fp32 (fp64 for fp64)."""
-        if self._grads is None:
-            assert self._kept is not None
-            self._grads = (self._zeros("grad_key", self._kept[0]), self._zeros("grad_value", self._kept[1]))
-        for total, grad in zip(self._grads, (key, value), strict=True):
-            total[:, :, start : start + grad.shape[2]] += grad
-
-    def chunk_gradients(self) -> tuple[Tensor, Tensor] | None:
-        """Gradients of the chunk's own keys and values through later chunks; None if there are none."""
-        if self._grads is None:
-            return None
-        key, value = (grads[:, :, self.start : self.end] for grads in self._grads)
-        return key, value
-
-    def _take_kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self._kept is None:
-            self._kept = (self._take("key", key), self._take("value", value))
-        return self._kept
-
-    def _take(self, name: str, like: Tensor) -> Tensor:
-        shape = (*like.shape[:2], self._num_tokens, *like.shape[3:])
-        return self._workspace.take(name, shape, like=like, dtype=like.dtype)
-
-    def _zeros(self, name: str, like: Tensor) -> Tensor:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return self._workspace.take(name, like.shape, like=like, dtype=dtype).zero_()
-
-
-class Prefix:
-    """Keys and values before a chunk, and where their gradients go."""
-
-    def __init__(self, key: Tensor, value: Tensor, carrier: KVCarrier) -> None:
-        self.key, self.value = key, value
-        self._carrier = carrier
-
-    def add_gradient(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Add the gradient of the keys and values from token `start` on."""
-        self._carrier.add_gradient(start, key, value)
+    def own_with_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """The chunk's own keys and values that later chunks left gradients for, with these."""
+        return [pair for memory in self._memories for pair in memory.own_with_gradients(self.start)]
