@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "lowmem-checkpoints")
     parser.add_argument("--shape", choices=SHAPES, default="1.1b")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--device-budget", default="1200MiB")
+    parser.add_argument("--device-budget", default="smallest")
     arguments = parser.parse_args()
     if disk_read_bytes() is None or sys.platform != "linux":
         emit_skip(BENCHMARK, arguments.shape, "O_DIRECT and /proc/self/io exist on Linux only")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.passes --root /nvme/checkpoints [--shape 350m] [--seq-len 64]
 
-Nothing is cached (host budget 0) and nothing resident unless the device budget has room, so one pass reads the bytes of
-all blocks; the block at the turnaround stays, so two passes read 2 L - 1 of L blocks.
+Nothing is cached (host budget 0), and with the smallest device budget nothing is resident, so one pass reads the bytes
+of all L blocks; the block at the turnaround stays, so two passes read 2 L - 1 blocks.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, action="append", help="again for several; 1 and 32 if not given")
-    parser.add_argument("--device-budget", default="1GiB")
+    parser.add_argument("--device-budget", default="smallest")
     arguments = parser.parse_args()
     if disk_read_bytes() is None:
         emit_skip(BENCHMARK, arguments.shape, "no /proc/self/io: bytes from storage are counted on Linux only")

@@ -41,7 +41,7 @@ class Job:
     rank: int = 16
     dtype: str = "float32"
     device_budget: str | None = None
-    """For "streamed"; "resident" takes what it needs."""
+    """For "streamed": a size, or "smallest" for the least that works, which streams everything. None: measured."""
     host_budget: str = "0"
     seed: int = 0
 
@@ -121,20 +121,29 @@ def load(job: Job, lora: LoraConfig) -> tuple[PreTrainedModel, "lowmem.Plan | No
     """The model in one of the three modes, with the plan of the first two."""
     if job.mode == "plain":
         return AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype)), None
-    budget = lowmem.Budget(device=job.device_budget, host=job.host_budget)
+    plan = make_plan(job, lora, device_budget=device_budget_of(job, lora))
+    return lowmem.from_pretrained(str(job.folder), plan=plan, dtype=getattr(torch, job.dtype)), plan
+
+
+def device_budget_of(job: Job, lora: LoraConfig) -> str | int | None:
+    """What the device may hold in this job."""
     if job.mode == "resident":
         # Room for every block even in a wider type, and for activations; what is not needed is not allocated.
-        stored_bytes = sum(file.stat().st_size for file in job.folder.glob("*.safetensors"))
-        budget = lowmem.Budget(device=4 * stored_bytes + (4 << 30), host="0")
-    plan = lowmem.plan(
+        return 4 * sum(file.stat().st_size for file in job.folder.glob("*.safetensors")) + (4 << 30)
+    if job.device_budget == "smallest":
+        return make_plan(job, lora, device_budget="0").smallest_device_bytes
+    return job.device_budget
+
+
+def make_plan(job: Job, lora: LoraConfig, *, device_budget: str | int | None) -> "lowmem.Plan":
+    return lowmem.plan(
         str(job.folder),
         task="sft",
         batch_size=job.batch_size,
         seq_len=job.seq_len,
         peft_config=lora,
-        budget=budget,
+        budget=lowmem.Budget(device=device_budget, host=job.host_budget),
     )
-    return lowmem.from_pretrained(str(job.folder), plan=plan, dtype=getattr(torch, job.dtype)), plan
 
 
 def training_arguments(job: Job, output: str) -> SFTConfig:

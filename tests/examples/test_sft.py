@@ -1,0 +1,50 @@
+"""examples/sft.py, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import ROOT, child_environment
+from examples.demo_model import DemoShape, make_rows, make_tokenizer, write_model, write_rows
+
+SHAPE = DemoShape(hidden=64, num_layers=6, mlp=176, num_heads=4, num_kv_heads=2)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    rows = make_rows(64)
+    write_model(tmp_path / "model", make_tokenizer(rows), shape=SHAPE)
+    write_rows(tmp_path / "train.jsonl", rows)
+    return tmp_path
+
+
+def run_sft(inputs: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / "sft.py"), "--output", str(inputs / "out")]
+    command += ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), *options]
+    env = {**child_environment(), "HF_HOME": os.environ["HF_HOME"], "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_trains_saves_and_goes_on_where_it_stopped(inputs: Path) -> None:
+    train = ["--host", "0", "--batch-size", "4", "--save-steps", "2", "--seq-len", "64"]
+    first = run_sft(inputs, *train, "--max-steps", "2")
+    assert first.returncode == 0, first.stderr
+    names = ("adapter_model.safetensors", "trace.json", "timeline.png", "trainer_state.json")
+    assert all((inputs / "out" / name).stat().st_size > 0 for name in names)
+    second = run_sft(inputs, *train, "--max-steps", "4", "--resume")
+    assert second.returncode == 0, second.stderr
+    history = json.loads((inputs / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_plan_that_does_not_fit_stops_before_anything_loads(inputs: Path) -> None:
+    done = run_sft(inputs, "--device", "1KiB", "--host", "0")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert not (inputs / "out").exists()
