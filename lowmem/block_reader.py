@@ -1,0 +1,202 @@
+"""The widths of a decoder block, read from its modules: what its recomputation keeps depends on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import nn
+
+from lowmem.shapes import BlockShape, ExpertsShape, LinearShape, Part
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Activations that transformers writes in Python, one kept tensor for each operation: the most that any of them keeps.
+_PYTHON_ACTIVATIONS = {
+    "NewGELUActivation": 6,
+    "FastGELUActivation": 6,
+    "QuickGELUActivation": 3,
+    "LaplaceActivation": 4,
+}
+_ONE_KERNEL = 1
+
+
+def read_block(block: nn.Module, config: PretrainedConfig, *, buffer_bytes: int, workspace_bytes: int) -> BlockShape:
+    """Read one decoder block's widths from its modules.
+
+    Args:
+        block: The block, on any device, with its adapter's modules in it; only these require gradients.
+        config: The model's configuration.
+        buffer_bytes: Bytes it takes in a buffer.
+        workspace_bytes: Bytes that unpacking it writes.
+    """
+    config = config.get_text_config()
+    attention = {path: module for path, module in block.named_modules() if _is_attention(module)}
+    norms = [path for path, module in block.named_modules() if _is_norm(module)]
+    num_inner_norms = sum(_is_under(path, attention) for path in norms)
+    heads = _Heads(config)
+    trainable = [param for param in block.parameters() if param.requires_grad]
+    num_params = sum(param.numel() for param in block.parameters() if not param.requires_grad)
+    experts, num_idle_params = _experts(block, config)
+    return BlockShape(
+        buffer_bytes=buffer_bytes,
+        workspace_bytes=workspace_bytes,
+        num_params=num_params,
+        num_active_params=num_params - num_idle_params,
+        hidden_size=int(config.hidden_size),
+        query_size=heads.num_queries * heads.key_width,
+        key_size=heads.num_keys * heads.key_width,
+        value_size=heads.num_keys * heads.value_width,
+        num_heads=heads.num_queries,
+        linears=tuple(_linears(block, attention, int(config.hidden_size))),
+        num_norms=max(1, len(norms) - num_inner_norms),
+        has_query_key_norm=num_inner_norms > 0,
+        activation_copies=max(
+            (_PYTHON_ACTIVATIONS.get(type(module).__name__, _ONE_KERNEL) for module in block.modules()),
+            default=_ONE_KERNEL,
+        ),
+        experts=experts,
+        num_adapter_params=sum(param.numel() for param in trainable),
+        adapter_bytes=sum(param.nbytes for param in trainable),
+    )
+
+
+class _StackAdapter(Protocol):
+    """PEFT's wrapper of one stack of experts."""
+
+    def get_param(self) -> nn.Parameter:
+        """The stack."""
+
+
+class _Heads:
+    """Numbers and widths of attention heads, under the names that configurations use."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        def first(*names: str) -> int | None:
+            found = (getattr(config, name, None) for name in names)
+            return next((int(value) for value in found if value), None)
+
+        self.num_queries = int(config.num_attention_heads)
+        width = first("head_dim") or int(config.hidden_size) // self.num_queries
+        low_rank = first("kv_lora_rank") is not None
+        self.num_keys = (
+            self.num_queries if low_rank else (first("num_key_value_heads", "num_kv_heads") or self.num_queries)
+        )
+        rotary, plain = first("qk_rope_head_dim") or 0, first("qk_nope_head_dim") or 0
+        self.key_width = first("qk_head_dim") or (rotary + plain) or width
+        self.value_width = first("v_head_dim") or width
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__
+
+
+def _is_under(path: str, parents: dict[str, nn.Module]) -> bool:
+    return any(path.startswith(f"{parent}.") for parent in parents)
+
+
+def _linears(block: nn.Module, attention: dict[str, nn.Module], hidden_size: int) -> Iterator[LinearShape]:
+    """Its linear layers outside the routed experts, in module order."""
+    found = dict(_walk(block, ""))
+    outs: dict[str, str] = {}
+    for path, (module, _) in found.items():
+        if _features(module)[1] == hidden_size:
+            # The last one of a group that leads back to the hidden size: o_proj, down_proj.
+            outs[_group(path, attention)] = path
+    for path, (module, adapter) in found.items():
+        group = _group(path, attention)
+        is_out = outs.get(group) == path
+        if group in attention:
+            part = Part.ATTENTION_OUT if is_out else Part.ATTENTION_IN
+        else:
+            part = Part.MLP_OUT if is_out else Part.MLP_IN
+        in_features, out_features = _features(module)
+        yield LinearShape(
+            part=part,
+            in_features=in_features,
+            out_features=out_features,
+            rank=0 if adapter is None else _rank_of(adapter),
+            has_dropout=adapter is not None and _has_dropout(adapter),
+            is_dora=adapter is not None and any(getattr(adapter, "use_dora", {}).values()),
+        )
+
+
+def _group(path: str, attention: dict[str, nn.Module]) -> str:
+    return next((parent for parent in attention if path.startswith(f"{parent}.")), path.rpartition(".")[0])
+
+
+def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, tuple[nn.Module, nn.Module | None]]]:
+    """Paths of linear layers with their adapters; does not descend into an adapter's own layers."""
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}" if path else name
+        base = getattr(child, "base_layer", None)
+        if isinstance(base, nn.Module):
+            if _is_linear(base):
+                yield child_path, (base, child)
+            else:
+                yield from _walk(base, child_path)
+        elif _is_linear(child):
+            yield child_path, (child, None)
+        else:
+            yield from _walk(child, child_path)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D (gpt2) is a linear layer whose weight is stored transposed.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """Widths of a linear layer's input and output."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    num_in, num_out = module.weight.shape  # type: ignore[misc]
+    return int(num_in), int(num_out)
+
+
+def _rank_of(adapter: nn.Module) -> int:
+    ranks = getattr(adapter, "r", None)
+    if isinstance(ranks, dict) and ranks:
+        return max(int(rank) for rank in ranks.values())
+    # An adapter of another kind than LoRA keeps about what a LoRA of as many parameters keeps.
+    num_params = sum(param.numel() for param in adapter.parameters() if param.requires_grad)
+    in_features, out_features = _features(cast("nn.Module", adapter.base_layer))
+    return max(1, num_params // (in_features + out_features))
+
+
+def _has_dropout(adapter: nn.Module) -> bool:
+    dropouts = getattr(adapter, "lora_dropout", None)
+    return isinstance(dropouts, nn.ModuleDict) and any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in dropouts.values()
+    )
+
+
+def _experts(block: nn.Module, config: PretrainedConfig) -> tuple[ExpertsShape | None, int]:
+    """The routed experts, and how many of their weights one token does not go through."""
+    stacks = [
+        (module, param) for module in block.modules() for param in module.parameters(recurse=False) if param.dim() == 3
+    ]
+    stacks = [(module, param) for module, param in stacks if not param.requires_grad]
+    if not stacks:
+        return None, 0
+    num_experts = stacks[0][1].shape[0]
+    names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_selected_experts")
+    num_per_token = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), num_experts)
+    product_size = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    num_params = sum(param.numel() for _, param in stacks)
+    # PEFT nests one wrapper for each stack; a set finds the adapted ones, the stacks give the order of use.
+    wrapped = [cast("_StackAdapter", module) for module in block.modules() if hasattr(module, "parameter_name")]
+    adapted = {id(wrapper.get_param()) for wrapper in wrapped}
+    shape = ExpertsShape(
+        num_experts=num_experts,
+        num_per_token=num_per_token,
+        expanded_size=product_size * (2 if getattr(stacks[0][0], "has_gate", True) else 1),
+        product_size=product_size,
+        adapted_bytes=tuple(param.nbytes for _, param in stacks if id(param) in adapted),
+    )
+    return shape, num_params - num_params * num_per_token // num_experts

@@ -1,0 +1,172 @@
+"""What each tensor role takes in each tier for one step, everything but the blocks' own bytes. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
+from lowmem.job import Job
+from lowmem.shapes import ModelShapes, itemsize
+
+ALWAYS = "always"
+"""The phase of what is held throughout a step; phases other than this one exclude each other."""
+PHASES = ("embedding", "forward", "generation", "head", "block")
+"""Moments of a step: rows are looked up; a whole batch goes through a block without gradients; tokens are generated;
+the head and its loss run; a block is recomputed and differentiated."""
+
+_FP32_BYTES = 4
+_TOKEN_ID_BYTES = 8
+# Bounds that the tiled head and the gathered embedding keep: `HeadTiles.max_bytes`, and 1024 rows of two pages more.
+_HEAD_TILE_BYTES = 32 << 20
+_GATHERED_ROWS = 1024
+_PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleBytes:
+    """What one tensor role takes in one tier."""
+
+    role: str
+    """What it is, in words."""
+    tier: str
+    """"device", "host" or "disk"."""
+    nbytes: int
+    """Bytes."""
+    phase: str = ALWAYS
+    """When they are held."""
+
+    def __post_init__(self) -> None:
+        if self.tier not in ("device", "host", "disk") or self.phase not in (ALWAYS, *PHASES) or self.nbytes < 0:
+            raise ValueError(f"{self.role}: tier {self.tier!r}, phase {self.phase!r}, {self.nbytes} bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a planner decides besides the blocks' places."""
+
+    micro_batch: int
+    """Sequences that go through a block at a time in training."""
+    boundary_tier: str
+    """"device" or "host": where block inputs wait for the backward."""
+    embedding_on_disk: bool
+    """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
+
+
+def peak_bytes(roles: Iterable[RoleBytes], tier: str) -> int:
+    """Largest bytes held in a tier at any moment: what is always there, and the largest phase."""
+    by_phase = dict.fromkeys((ALWAYS, *PHASES), 0)
+    for role in roles:
+        if role.tier == tier:
+            by_phase[role.phase] += role.nbytes
+    return by_phase.pop(ALWAYS) + max(by_phase.values())
+
+
+def peak_phase(roles: Iterable[RoleBytes], tier: str) -> str:
+    """The phase in which a tier holds most."""
+    by_phase = dict.fromkeys(PHASES, 0)
+    for role in roles:
+        if role.tier == tier and role.phase != ALWAYS:
+            by_phase[role.phase] += role.nbytes
+    return max(by_phase, key=lambda phase: by_phase[phase])
+
+
+def step_roles(shapes: ModelShapes, job: Job, choice: Choice) -> tuple[RoleBytes, ...]:
+    """Every role of a step but the blocks' stored bytes and their buffers; roles of no bytes are left out."""
+    roles = (*_weights(shapes, job, choice), *_activations(shapes, job, choice), *_phases(shapes, job, choice))
+    return tuple(role for role in roles if role.nbytes)
+
+
+def _device(role: str, nbytes: int, *, phase: str = ALWAYS) -> RoleBytes:
+    return RoleBytes(role=role, tier="device", nbytes=nbytes, phase=phase)
+
+
+def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
+    yield _device("unpacked block", shapes.workspace_bytes)
+    if choice.embedding_on_disk:
+        yield RoleBytes(role="embedding", tier="disk", nbytes=shapes.embedding_stored_bytes)
+    else:
+        yield _device("embedding", shapes.embedding_bytes)
+    yield _device("head", shapes.head_bytes)
+    yield _device("norms and buffers", shapes.other_bytes)
+    yield _device("adapters", shapes.adapter_bytes)
+    if job.trains:
+        yield _device("adapter gradients", shapes.adapter_bytes)
+        # AdamW: first and second moments in the parameters' own dtype.
+        yield _device("optimizer state", 2 * shapes.adapter_bytes)
+
+
+def boundary_bytes(shapes: ModelShapes, job: Job) -> int:
+    """Bytes of all block inputs of one training forward."""
+    if not job.trains:
+        return 0
+    return len(shapes.blocks) * job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
+
+
+def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
+    compute = itemsize(shapes.compute_dtype)
+    hidden_bytes = job.num_tokens * shapes.hidden_size * compute
+    yield RoleBytes(role="boundary activations", tier=choice.boundary_tier, nbytes=boundary_bytes(shapes, job))
+    # A block's output in parts and whole in the forward, its two gradients in the backward; its input where that was
+    # brought back from the host.
+    num_in_flight = 2 + (choice.boundary_tier == "host")
+    yield _device("batch in flight", num_in_flight * hidden_bytes)
+    mask = job.num_sequences * job.seq_len**2 if job.has_mask else 0
+    # Ids, labels, mask and positions; cosines and sines of the widest heads.
+    head_width = max(block.query_size // block.num_heads for block in shapes.blocks)
+    per_token = 4 * _TOKEN_ID_BYTES + 2 * head_width * compute
+    yield _device("inputs and masks", job.num_tokens * per_token + mask)
+
+
+def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
+    if choice.embedding_on_disk:
+        yield _device("embedding rows", _gathered_bytes(shapes, job), phase="embedding")
+    if job.has_whole_forwards:
+        whole = _batch(shapes, job, num_sequences=max(job.num_sequences, job.num_generated))
+        widest = max(block_forward_bytes(block, whole) for block in shapes.blocks)
+        yield _device("block forward", widest, phase="generation" if job.generates else "forward")
+    if job.generates:
+        cache = job.num_generated * job.seq_len * shapes.key_value_bytes_per_token
+        yield _device("K/V cache", cache, phase="generation")
+        # The last token's logits, and the copies that sampling sorts.
+        yield _device("logits", 4 * _FP32_BYTES * job.num_generated * shapes.vocab_size, phase="generation")
+    if job.trains:
+        yield _device("head and loss", _head_bytes(shapes, job), phase="head")
+        yield _device("block recomputation", recompute_bytes(shapes, job, choice.micro_batch), phase="block")
+
+
+def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:
+    return MicroBatch(
+        num_sequences=num_sequences,
+        seq_len=job.seq_len,
+        dtype=shapes.compute_dtype,
+        device=job.device,
+        has_mask=job.has_mask,
+    )
+
+
+def recompute_bytes(shapes: ModelShapes, job: Job, micro_batch: int) -> int:
+    """Bytes of the largest block's recomputation and backward for one micro-batch.
+
+    Several micro-batches add up a block's adapter gradients in fp32 before autograd gets them.
+    """
+    batch = _batch(shapes, job, num_sequences=micro_batch)
+    sums = max(block.num_adapter_params for block in shapes.blocks) * _FP32_BYTES
+    # Blocks of one shape are computed once.
+    widest = max(block_recompute_bytes(block, batch) for block in set(shapes.blocks))
+    return widest + (sums if micro_batch < job.num_sequences else 0)
+
+
+def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
+    row_bytes = -(-shapes.embedding_stored_bytes // shapes.vocab_size)
+    num_rows = min(job.num_tokens, shapes.vocab_size)
+    rows = num_rows * shapes.hidden_size * itemsize(shapes.compute_dtype)
+    return rows + min(num_rows, _GATHERED_ROWS) * (row_bytes + 2 * _PAGE_BYTES)
+
+
+def _head_bytes(shapes: ModelShapes, job: Job) -> int:
+    """The final norm and the tiled head: hidden states before and after, their gradients, and one tile."""
+    compute = itemsize(shapes.compute_dtype)
+    per_token = shapes.hidden_size * (5 * compute + 3 * _FP32_BYTES) + 16 * _FP32_BYTES
+    tile = min(_HEAD_TILE_BYTES, 2 * _FP32_BYTES * job.num_tokens * shapes.vocab_size)
+    return job.num_tokens * per_token + tile

@@ -1,0 +1,156 @@
+"""The ways in which one step can be run, and which of them fit. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lowmem.costs import Choice, RoleBytes, boundary_bytes, peak_bytes, step_roles
+from lowmem.job import Job
+from lowmem.rates import Rates
+from lowmem.shapes import ModelShapes
+from lowmem.step_time import StepTime, predict
+from offload import BudgetError, PlacementPlan, place_blocks
+
+_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a micro-batch from which on more of them make a block's products no faster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One way to run a step."""
+
+    choice: Choice
+    """Micro-batch and tiers."""
+    placement: PlacementPlan
+    """Where the blocks are."""
+    roles: tuple[RoleBytes, ...]
+    """Bytes of everything, blocks and their buffers included."""
+    time: StepTime
+    """Predicted step."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak of the device."""
+        return peak_bytes(self.roles, "device")
+
+
+@dataclass(frozen=True)
+class Room:
+    """A model, a job and what they have to fit into."""
+
+    shapes: ModelShapes
+    job: Job
+    rates: Rates
+    device_bytes: int
+    host_bytes: int
+
+    def best(self) -> Draft | None:
+        """The draft to take, or None if none fits.
+
+        The largest useful micro-batch that fits; with it, the shortest step; among equals, what moves least.
+        """
+        for micro_batch in self._micro_batches():
+            drafts = [draft for choice in self._choices(micro_batch) if (draft := self._draft(choice)) is not None]
+            if drafts:
+                return min(drafts, key=lambda draft: round(draft.time.step_s, 3))
+        return None
+
+    @cached_property
+    def smallest(self) -> Draft:
+        """The draft that takes the least device memory with this host budget, whether it fits or not."""
+        micro_batch = self.job.micro_batch or 1
+        drafts = [self._least(choice) for choice in self._choices(micro_batch)]
+        return min(drafts, key=lambda draft: draft.device_bytes)
+
+    def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
+        """The same job with another budget."""
+        return Room(
+            self.shapes,
+            self.job,
+            self.rates,
+            self.device_bytes if device_bytes is None else device_bytes,
+            self.host_bytes if host_bytes is None else host_bytes,
+        )
+
+    def with_batch_size(self, batch_size: int) -> Room:
+        """The same budget with another batch size, the micro-batch free."""
+        job = replace(self.job, batch_size=batch_size, micro_batch=None)
+        return Room(self.shapes, job, self.rates, self.device_bytes, self.host_bytes)
+
+    def with_seq_len(self, seq_len: int) -> Room:
+        """The same budget with other sequences; what is generated shrinks with them."""
+        completion = min(self.job.completion_tokens, seq_len)
+        job = replace(self.job, seq_len=seq_len, completion_tokens=completion)
+        return Room(self.shapes, job, self.rates, self.device_bytes, self.host_bytes)
+
+    def _micro_batches(self) -> Iterator[int]:
+        """Sizes to try, largest first: the batch in equal parts, none of them larger than it takes to be fast."""
+        if self.job.micro_batch is not None:
+            yield min(self.job.micro_batch, self.job.num_sequences)
+            return
+        sizes = sorted({-(-self.job.num_sequences // parts) for parts in range(1, self.job.num_sequences + 1)})
+        enough = _ENOUGH_TOKENS[self.job.device]
+        largest = next((size for size in sizes if size * self.job.seq_len >= enough), sizes[-1])
+        yield from (size for size in reversed(sizes) if size <= largest)
+
+    def _choices(self, micro_batch: int) -> Iterator[Choice]:
+        """Ways to place the embedding and the boundary activations, those that move least first."""
+        boundary = boundary_bytes(self.shapes, self.job)
+        tiers = ("device", "host") if boundary and boundary <= self.host_bytes else ("device",)
+        places = (False, True) if self.shapes.embedding_gatherable else (False,)
+        for tier in tiers:
+            for on_disk in places:
+                yield Choice(micro_batch=micro_batch, boundary_tier=tier, embedding_on_disk=on_disk)
+
+    def _draft(self, choice: Choice) -> Draft | None:
+        """What a choice leads to if it fits."""
+        roles = step_roles(self.shapes, self.job, choice)
+        left_device = self.device_bytes - peak_bytes(roles, "device")
+        left_host = self.host_bytes - peak_bytes(roles, "host")
+        if min(left_device, left_host) < 0:
+            return None
+        try:
+            placement = self._place(device_bytes=left_device, host_bytes=left_host)
+        except BudgetError:
+            return None
+        return self._finish(choice, roles, placement)
+
+    def _least(self, choice: Choice) -> Draft:
+        """What a choice takes with as little device memory for blocks as possible."""
+        roles = step_roles(self.shapes, self.job, choice)
+        left_host = self.host_bytes - peak_bytes(roles, "host")
+        try:
+            placement = self._place(device_bytes=0, host_bytes=left_host)
+        except BudgetError as error:
+            placement = self._place(device_bytes=error.needed_bytes, host_bytes=left_host)
+        return self._finish(choice, roles, placement)
+
+    def _place(self, *, device_bytes: int, host_bytes: int) -> PlacementPlan:
+        return place_blocks(
+            [block.buffer_bytes for block in self.shapes.blocks],
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            device_is_host=self.job.device == "cpu",
+            num_passes=self.job.num_passes,
+        )
+
+    def _finish(self, choice: Choice, roles: tuple[RoleBytes, ...], placement: PlacementPlan) -> Draft:
+        return Draft(
+            choice=choice,
+            placement=placement,
+            roles=(*_block_roles(placement), *roles),
+            time=predict(self.shapes, self.job, choice=choice, placement=placement, rates=self.rates),
+        )
+
+
+def _block_roles(placement: PlacementPlan) -> tuple[RoleBytes, ...]:
+    roles = (
+        RoleBytes(role="decoder blocks", tier="device", nbytes=placement.resident_bytes),
+        RoleBytes(role="decoder blocks", tier="host", nbytes=placement.host_bytes),
+        RoleBytes(role="decoder blocks", tier="disk", nbytes=placement.streamed_bytes),
+        RoleBytes(role="block ring", tier="device", nbytes=placement.ring_size * placement.slot_bytes),
+        RoleBytes(role="staging buffers", tier="host", nbytes=placement.staging_bytes),
+    )
+    return tuple(role for role in roles if role.nbytes)

@@ -1,0 +1,223 @@
+"""What the planner knows of a model: sizes and widths, as plain numbers. No tensor, no module, no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+
+class Part(StrEnum):
+    """Where in a decoder block a linear layer stands; it decides what of its input is kept for the backward."""
+
+    ATTENTION_IN = "attention_in"
+    """Projects the normed hidden states: q, k, v and what leads to them."""
+    ATTENTION_OUT = "attention_out"
+    """Projects what the heads made back to the hidden size."""
+    MLP_IN = "mlp_in"
+    """Expands the hidden states: gate and up."""
+    MLP_OUT = "mlp_out"
+    """Projects the expanded states back: down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """One linear layer of a block."""
+
+    part: Part
+    """Where it stands."""
+    in_features: int
+    """Width of its input."""
+    out_features: int
+    """Width of its output."""
+    rank: int = 0
+    """Rank of its adapter; 0 where it has none."""
+    has_dropout: bool = False
+    """Whether its adapter drops inputs."""
+    is_dora: bool = False
+    """Whether its adapter scales the rows of the adapted weight (DoRA)."""
+
+    def __post_init__(self) -> None:
+        if min(self.in_features, self.out_features) < 1 or self.rank < 0:
+            raise ValueError(f"a linear layer of {self.in_features} x {self.out_features}, rank {self.rank}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsShape:
+    """The routed experts of a block, stored as stacked weights."""
+
+    num_experts: int
+    """How many there are."""
+    num_per_token: int
+    """How many each token goes through."""
+    expanded_size: int
+    """Width that one expert expands a token to before the gate: twice `product_size` where gated."""
+    product_size: int
+    """Width that one expert's second projection reads."""
+    adapted_bytes: tuple[int, ...] = ()
+    """Compute bytes of each stack that an adapter changes, in the order of use; PEFT forms a changed stack whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """One decoder block."""
+
+    buffer_bytes: int
+    """Bytes it takes in a buffer: its stored tensors with what page alignment adds."""
+    num_params: int
+    """Weights, adapters not counted."""
+    num_active_params: int
+    """Weights that one token is multiplied with: all but the experts that it does not go through."""
+    workspace_bytes: int
+    """Bytes that unpacking it writes: the parameters that are not used where they were read."""
+    hidden_size: int
+    """Width of its input and output."""
+    query_size: int
+    """Width of all heads' queries together."""
+    key_size: int
+    """Width of all heads' keys together; fewer heads than queries have is usual."""
+    value_size: int
+    """Width of all heads' values together."""
+    num_heads: int
+    """Query heads."""
+    linears: tuple[LinearShape, ...]
+    """Its linear layers outside the routed experts."""
+    num_norms: int = 2
+    """Norms over the hidden size."""
+    has_query_key_norm: bool = False
+    """Whether queries and keys are normed per head."""
+    activation_copies: int = 1
+    """Expanded-size tensors that the activation function keeps: 1 for one kernel, more for one written in Python."""
+    experts: ExpertsShape | None = None
+    """Its routed experts, if any."""
+    num_adapter_params: int = 0
+    """Trainable parameters in it."""
+    adapter_bytes: int = 0
+    """Bytes of the trainable parameters in it."""
+
+    def __post_init__(self) -> None:
+        for name in ("buffer_bytes", "num_params", "hidden_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BlockShape.{name} is {getattr(self, name)}; expected a positive number")
+
+    def with_lora(self, rank: int) -> BlockShape:
+        """The same block with a LoRA adapter in fp32 on each of its linear layers."""
+        num_params = sum(rank * (linear.in_features + linear.out_features) for linear in self.linears)
+        return replace(
+            self,
+            linears=tuple(replace(linear, rank=rank) for linear in self.linears),
+            num_adapter_params=num_params,
+            adapter_bytes=num_params * itemsize("float32"),
+        )
+
+    def of_part(self, part: Part) -> tuple[LinearShape, ...]:
+        """Its linear layers that stand in one place."""
+        return tuple(linear for linear in self.linears if linear.part == part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShapes:
+    """A model and its adapter."""
+
+    name: str
+    """Name people know it by."""
+    blocks: tuple[BlockShape, ...]
+    """Decoder blocks in visiting order."""
+    vocab_size: int
+    """Rows of the embedding table."""
+    embedding_bytes: int
+    """The embedding table in the compute dtype; 0 where the head is the same tensor, which then counts it."""
+    embedding_stored_bytes: int
+    """The embedding table as stored; 0 where the head is the same tensor."""
+    embedding_gatherable: bool = False
+    """Whether single rows of the table can be read from the checkpoint."""
+    head_bytes: int
+    """The output head in the compute dtype."""
+    num_head_params: int
+    """Weights that each token's hidden state is multiplied with in the head."""
+    other_bytes: int
+    """Everything else outside the blocks in the compute dtype: norms, position tables, buffers."""
+    compute_dtype: str = "float32"
+    """Dtype the model computes in, by torch's name."""
+    adapter: str = "none"
+    """The adapter in words."""
+    num_outer_adapter_params: int = 0
+    """Trainable parameters outside the blocks (`modules_to_save`, an adapted head)."""
+    outer_adapter_bytes: int = 0
+    """Bytes of the trainable parameters outside the blocks."""
+    stored_dtypes: tuple[str, ...] = ()
+    """Dtypes the blocks are stored in, by torch's name."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError(f"{self.name}: expected at least one decoder block")
+
+    def with_score_head(self) -> ModelShapes:
+        """The same model with one score for a head, as reward models have; a tied embedding stays for itself."""
+        is_tied = self.embedding_bytes == 0
+        return replace(
+            self,
+            embedding_bytes=self.head_bytes if is_tied else self.embedding_bytes,
+            embedding_stored_bytes=self.head_bytes if is_tied else self.embedding_stored_bytes,
+            head_bytes=self.hidden_size * itemsize(self.compute_dtype),
+            num_head_params=self.hidden_size,
+        )
+
+    def with_lora(self, rank: int) -> ModelShapes:
+        """The same model with a LoRA adapter in fp32 on every linear layer outside the routed experts."""
+        return replace(
+            self,
+            blocks=tuple(block.with_lora(rank) for block in self.blocks),
+            adapter=f"LoRA r={rank} on all linear layers (assumed)",
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states between blocks."""
+        return self.blocks[0].hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """Weights of all blocks."""
+        return sum(block.num_params for block in self.blocks)
+
+    @property
+    def num_active_params(self) -> int:
+        """Weights of all blocks that one token is multiplied with."""
+        return sum(block.num_active_params for block in self.blocks)
+
+    @property
+    def num_adapter_params(self) -> int:
+        """All trainable parameters."""
+        return self.num_outer_adapter_params + sum(block.num_adapter_params for block in self.blocks)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of all trainable parameters."""
+        return self.outer_adapter_bytes + sum(block.adapter_bytes for block in self.blocks)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Buffer bytes of all blocks."""
+        return sum(block.buffer_bytes for block in self.blocks)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Size of the one workspace that blocks are unpacked into."""
+        return max(block.workspace_bytes for block in self.blocks)
+
+    @property
+    def key_value_bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes in the K/V cache of a generation."""
+        return sum(block.key_size + block.value_size for block in self.blocks) * itemsize(self.compute_dtype)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a floating-point dtype, by torch's name ("bfloat16").
+
+    Raises:
+        ValueError: Not a floating-point type that models compute in.
+    """
+    sizes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+    if dtype not in sizes:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(sizes)}")
+    return sizes[dtype]
