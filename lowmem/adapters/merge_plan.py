@@ -1,0 +1,319 @@
+"""Planning a merge: which stored tensors are copied, which rows change, and what the configuration must say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowmem.adapters.shards import OutputTensor
+from lowmem.adapters.updates import Update
+from lowmem.errors import UnsupportedError
+from lowmem.models.blocks import refuse_config
+from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
+from offload import SafetensorsSource, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowmem.adapters.saved_adapter import SavedAdapter, WholeLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Consecutive rows of a stored tensor that are consecutive rows of one parameter."""
+
+    start: int
+    """First row in the stored tensor."""
+    num_rows: int
+    """How many."""
+    target_start: int
+    """First row in the parameter."""
+    updates: tuple[Update, ...]
+    """What changes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedTensor:
+    """A tensor of the output and how it is made."""
+
+    output: OutputTensor
+    """As it will be stored."""
+    source: TensorSpec
+    """The stored tensor that it is made of."""
+    segments: tuple[Segment, ...] = ()
+    """All its rows, where some of them change; empty where it is copied."""
+    whole_layer: tuple[WholeLayer, str] | None = None
+    """A layer that PEFT merges, and which of its parameters this is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """Everything a merge writes."""
+
+    tensors: tuple[MergedTensor, ...]
+    """In the order in which they are written."""
+    sources: Mapping[str, TensorSpec]
+    """Stored tensor of each parameter that is stored as it is in the model."""
+    config_changes: Mapping[str, object] = field(default_factory=dict)
+    """Fields of config.json that get new values."""
+
+
+def plan_merge(
+    folder: Path,
+    adapter: Path,
+    *,
+    source: SafetensorsSource,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool = False,
+) -> MergePlan:
+    """Match an adapter's updates with the stored tensors of its base model. Reads no tensor of the base.
+
+    Args:
+        folder: The base model's folder.
+        adapter: The adapter's folder.
+        source: The base model's tensors.
+        dtype: Type to store floating-point weights in; None to keep each its own.
+        trust_remote_code: As in transformers.
+
+    Raises:
+        UnsupportedError: The adapter has no merged form in an ordinary checkpoint of this model.
+        ValueError: The adapter does not fit the model.
+        SourceError: The checkpoint does not fit its configuration.
+    """
+    from transformers import AutoConfig
+
+    from lowmem.adapters.saved_adapter import read_adapter
+
+    refuse_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    model = _on_meta(folder, {}, trust_remote_code=trust_remote_code)
+    mapping = map_checkpoint(model, source.tensors)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    ties, aliases = _ties(model), _aliases(model)
+    saved = _also_for(aliases, read_adapter(model, adapter))
+    unknown = sorted((set(saved.updates) | set(saved.whole_layers)) - set(shapes))
+    if unknown:
+        raise ValueError(f"{adapter}: the adapter changes {unknown[0]}, which the model does not have")
+    changes: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    extras = _untie(ties, saved, mapping)
+    if extras is not None:
+        changes["tie_word_embeddings"] = False
+        _check_unties(folder, changes, ties=ties, trust_remote_code=trust_remote_code)
+    tensors = [tensor for recipe in _distinct(mapping) for tensor in _made_of(recipe, saved, shapes, dtype=dtype)]
+    tensors += [_merged_tensor(source.tensors[name], dtype=dtype) for name in sorted(mapping.unexpected)]
+    tensors += [_changed(spec, name, saved, name=name, dtype=dtype) for name, spec in (extras or {}).items()]
+    position = {name: number for number, name in enumerate(source.tensors)}
+    tensors.sort(key=lambda tensor: position.get(tensor.output.name, len(position)))
+    plain = {name: recipe.sources[0] for name, recipe in mapping.recipes.items() if recipe.convert is None}
+    return MergePlan(tensors=tuple(tensors), sources=plain, config_changes=changes)
+
+
+def _on_meta(folder: Path, changes: Mapping[str, object], *, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _ties(model: PreTrainedModel) -> list[list[str]]:
+    """Names of the model's tensors, those that are one tensor together."""
+    groups: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), []).append(name)
+    return list(groups.values())
+
+
+def _aliases(model: PreTrainedModel) -> list[list[str]]:
+    """Names of tensors that several paths lead to because the module itself is shared: an adapter sees one of them."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name in model.state_dict():
+        path, _, attribute = name.rpartition(".")
+        groups.setdefault((id(model.get_submodule(path)), attribute), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _also_for(aliases: list[list[str]], saved: SavedAdapter) -> SavedAdapter:
+    updates, whole_layers = dict(saved.updates), dict(saved.whole_layers)
+    for names in aliases:
+        for found in [name for name in names if name in saved.updates]:
+            updates.update(dict.fromkeys(names, saved.updates[found]))
+        for found in [name for name in names if name in saved.whole_layers]:
+            whole_layers.update(dict.fromkeys(names, saved.whole_layers[found]))
+    return replace(saved, updates=updates, whole_layers=whole_layers)
+
+
+def _untie(ties: list[list[str]], saved: SavedAdapter, mapping: CheckpointMap) -> dict[str, TensorSpec] | None:
+    """What must be stored apart because tied tensors change differently: new names and what they start from.
+
+    None where all that is tied stays tied.
+    """
+    parted = False
+    for names in ties:
+        changed = [name for name in names if name in saved.updates or name in saved.whole_layers]
+        whole = [saved.whole_layers.get(name) for name in names]
+        if not changed or (_same_for_all(names, saved) and all(layer is whole[0] for layer in whole)):
+            continue
+        if any(whole):
+            raise UnsupportedError(
+                f"merging an adapter of {changed[0]}",
+                reason=f"it is one tensor with {', '.join(name for name in names if name != changed[0])}",
+                instead="LoRA on these modules, or PEFT's merge_and_unload on a model that is in memory",
+            )
+        parted = True
+    if not parted:
+        return None
+    # The configuration has one switch for all ties: every name gets a tensor of its own.
+    extras: dict[str, TensorSpec] = {}
+    for names in ties:
+        stored = next((mapping.recipes[name].sources[0] for name in names if name in mapping.recipes), None)
+        if stored is not None:
+            extras.update((name, stored) for name in names if name not in mapping.recipes)
+    return extras
+
+
+def _same_for_all(names: list[str], saved: SavedAdapter) -> bool:
+    first, *others = (saved.updates.get(name, ()) for name in names)
+    return all(
+        len(first) == len(other) and all(one.same_as(two) for one, two in zip(first, other, strict=True))
+        for other in others
+    )
+
+
+def _check_unties(
+    folder: Path, changes: Mapping[str, object], *, ties: list[list[str]], trust_remote_code: bool
+) -> None:
+    left = [names for names in _ties(_on_meta(folder, changes, trust_remote_code=trust_remote_code)) if len(names) > 1]
+    if any(names in ties for names in left):
+        raise UnsupportedError(
+            f"merging an adapter of one of {', '.join(left[0])}",
+            reason="the adapter changes them differently, and the architecture always makes them one tensor",
+            instead="an adapter of both (ensure_weight_tying=True), or the adapter without merging",
+        )
+
+
+def _distinct(mapping: CheckpointMap) -> list[Recipe]:
+    return list({id(recipe): recipe for recipe in mapping.recipes.values()}.values())
+
+
+def _made_of(
+    recipe: Recipe, saved: SavedAdapter, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype | None
+) -> list[MergedTensor]:
+    """The stored tensors of a recipe after the merge."""
+    changed = [name for name in recipe.targets if name in saved.updates or name in saved.whole_layers]
+    if not changed:
+        return [_merged_tensor(spec, dtype=dtype) for spec in recipe.sources]
+    if recipe.convert is None:
+        return [_changed(recipe.sources[0], recipe.targets[0], saved, name=recipe.sources[0].name, dtype=dtype)]
+    runs = None if any(name in saved.whole_layers for name in changed) else _trace_rows(recipe, shapes)
+    needs_all = any(update.sees_all_rows for name in changed for update in saved.updates.get(name, ()))
+    if runs is None or needs_all:
+        raise UnsupportedError(
+            f"merging an adapter of {changed[0]}",
+            reason=f"it is stored in another form ({recipe.sources[0].name}), whose rows are not its rows",
+            instead="PEFT's merge_and_unload on a model that is in memory",
+        )
+    return [
+        _merged_tensor(
+            spec,
+            dtype=dtype,
+            segments=tuple(
+                Segment(start=start, num_rows=num, target_start=first, updates=saved.updates.get(target, ()))
+                for start, num, target, first in runs[spec.name]
+            ),
+        )
+        for spec in recipe.sources
+    ]
+
+
+def _changed(
+    spec: TensorSpec, target: str, saved: SavedAdapter, *, name: str, dtype: torch.dtype | None
+) -> MergedTensor:
+    """A tensor that is stored as the parameter is, and that an adapter may change."""
+    if target in saved.whole_layers:
+        whole = (saved.whole_layers[target], target.rpartition(".")[2])
+        return _merged_tensor(spec, name=name, dtype=dtype, whole_layer=whole)
+    updates = saved.updates.get(target, ())
+    segments = (Segment(start=0, num_rows=num_rows(spec.shape), target_start=0, updates=updates),) if updates else ()
+    return _merged_tensor(spec, name=name, dtype=dtype, segments=segments)
+
+
+def _merged_tensor(
+    spec: TensorSpec,
+    *,
+    dtype: torch.dtype | None,
+    name: str | None = None,
+    segments: tuple[Segment, ...] = (),
+    whole_layer: tuple[WholeLayer, str] | None = None,
+) -> MergedTensor:
+    stored = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+    output = OutputTensor(name=name or spec.name, dtype=stored, shape=spec.shape)
+    return MergedTensor(output=output, source=spec, segments=segments, whole_layer=whole_layer)
+
+
+def num_rows(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor seen as a matrix: all dimensions but the last; one dimension is a column."""
+    return torch.Size(shape[:-1] if len(shape) > 1 else shape).numel()
+
+
+def _trace_rows(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[tuple[int, int, str, int]]] | None:
+    """Find where a conversion moves each row of the stored tensors, by sending row numbers through it.
+
+    Returns:
+        By stored name, runs of (first row, number of rows, parameter, first row there); None where the conversion does
+        more than move whole rows.
+    """
+    assert recipe.convert is not None
+    starts: list[int] = []
+    markers: list[Tensor] = []
+    total = 0
+    for spec in recipe.sources:
+        count = num_rows(spec.shape)
+        starts.append(total)
+        markers.append(torch.arange(total, total + count).reshape(_narrow(spec.shape)))
+        total += count
+    if recipe.cast_first is not None or len({spec.shape[-1] for spec in recipe.sources if len(spec.shape) > 1}) > 1:
+        return None
+    try:
+        made = recipe.convert(markers)
+    except (RuntimeError, ValueError, IndexError):
+        return None
+    target_of, row_of = torch.full((total,), -1), torch.full((total,), -1)
+    for number, (name, rows) in enumerate(made.items()):
+        width = {shapes[name][-1]} if len(shapes[name]) > 1 else set()
+        if tuple(rows.shape) != _narrow(shapes[name]) or width - {recipe.sources[0].shape[-1]}:
+            return None
+        target_of[rows.reshape(-1)] = number
+        row_of[rows.reshape(-1)] = torch.arange(rows.numel())
+    if bool((target_of < 0).any()) or sum(rows.numel() for rows in made.values()) != total:
+        return None
+    names = list(made)
+    return {
+        spec.name: [
+            (first, count, names[int(target_of[start + first])], int(row_of[start + first]))
+            for first, count in _runs(target_of, row_of, start, num_rows(spec.shape))
+        ]
+        for spec, start in zip(recipe.sources, starts, strict=True)
+    }
+
+
+def _narrow(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-1], 1) if len(shape) > 1 else shape
+
+
+def _runs(target_of: Tensor, row_of: Tensor, start: int, count: int) -> list[tuple[int, int]]:
+    targets, rows = target_of[start : start + count], row_of[start : start + count]
+    breaks = ((targets.diff() != 0) | (rows.diff() != 1)).nonzero().squeeze(1) + 1
+    firsts = [0, *breaks.tolist()]
+    return [(first, last - first) for first, last in zip(firsts, [*firsts[1:], count], strict=True)]
+
+
+__all__ = ["MergePlan", "MergedTensor", "Segment", "num_rows", "plan_merge"]
