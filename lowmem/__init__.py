@@ -1,1 +1,39 @@
 """Fine-tune a model that fits in neither device memory nor RAM, exactly, with transformers, PEFT and TRL unmodified."""
+
+from typing import TYPE_CHECKING
+
+from lowmem.errors import UnsupportedError
+from offload import Budget
+
+if TYPE_CHECKING:
+    from lowmem.adapters.merge import merge
+    from lowmem.api import from_pretrained
+    from lowmem.monitor import Monitor
+    from lowmem.planner import plan
+    from lowmem.step_plan import Plan
+
+__version__ = "0.1.0"
+
+# Imported when first used: transformers, PEFT and TRL take seconds and hundreds of MB, and a plan needs none of TRL.
+_LAZY = {
+    "Monitor": "lowmem.monitor",
+    "Plan": "lowmem.step_plan",
+    "from_pretrained": "lowmem.api",
+    "merge": "lowmem.adapters.merge",
+    "plan": "lowmem.planner",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = ["Budget", "Monitor", "Plan", "UnsupportedError", "from_pretrained", "merge", "plan"]

@@ -1,4 +1,4 @@
-"""The public face: `from_pretrained`, `plan`, `merge`. Thin: each checks its arguments and hands on."""
+"""`from_pretrained`: checks its arguments, plans if nobody has, and hands on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem.errors import UnsupportedError
 from offload import Budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowmem.plan import Plan
+    from lowmem.step_plan import Plan
 
 
 def from_pretrained(
@@ -56,8 +55,9 @@ def from_pretrained(
     """
     from lowmem.loading import load, open_checkpoint, pick_device, pick_dtype, read_config
     from lowmem.models.checkpoint import resolve
+    from lowmem.planner import plan_for, refuse_options
 
-    _refuse_options(tuning=tuning, quantization=quantization)
+    refuse_options(tuning=tuning, quantization=quantization)
     if plan is not None and (budget is not None or micro_batch is not None or chunk_tokens is not None):
         raise ValueError("give plan, or budget, micro_batch and chunk_tokens, not both: the plan holds them already")
     folder = resolve(model, revision=revision)
@@ -66,26 +66,9 @@ def from_pretrained(
     compute = pick_dtype(dtype, device=chosen, stored=config.dtype or torch.float32)
     opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, trust_remote_code=trust_remote_code)
     if plan is None:
-        from lowmem.planner import plan_for
-
         plan = plan_for(opened, budget=budget, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
     plan.require_fit()
     return load(opened, plan=plan)
-
-
-def _refuse_options(*, tuning: str, quantization: str | None) -> None:
-    if tuning != "adapter":
-        raise UnsupportedError(
-            f"tuning={tuning!r}",
-            reason="training every weight needs a store for changing weights, which is not there yet",
-            instead='tuning="adapter" with a PEFT LoraConfig',
-        )
-    if quantization is not None:
-        raise UnsupportedError(
-            f"quantization={quantization!r}",
-            reason="packed weights cannot be streamed yet",
-            instead="quantization=None: the stored bf16 or fp16 weights are streamed as they are",
-        )
 
 
 __all__ = ["from_pretrained"]

@@ -23,7 +23,7 @@ from offload import BlockSpec, FileReader, SafetensorsSource, Scheduler, Trace, 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from lowmem.plan import Plan
+    from lowmem.step_plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from lowmem.step_time import StepTime
 from offload import Placement, PlacementPlan
 
 if TYPE_CHECKING:
-    from lowmem.plan import Plan
+    from lowmem.step_plan import Plan
 
 _T = TypeVar("_T")
 
@@ -24,7 +24,7 @@ def plan_from_dict(data: Mapping[str, object]) -> Plan:
     Raises:
         ValueError: A field is missing or has the wrong type; names it.
     """
-    from lowmem.plan import Plan
+    from lowmem.step_plan import Plan
 
     plain = {"version", "summary", "job", "choice", "placement", "roles", "time", "rates", "advice", "stored_dtypes"}
     return _make(

@@ -10,7 +10,7 @@ from lowmem.durations import format_seconds
 from offload import Placement, format_bytes
 
 if TYPE_CHECKING:
-    from lowmem.plan import Plan
+    from lowmem.step_plan import Plan
 
 _TIERS = ("device", "host", "disk")
 _PHASES = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lowmem.streaming.block_call import BlockCall
 
 if TYPE_CHECKING:
-    from lowmem.plan import Plan
+    from lowmem.step_plan import Plan
 
 
 class MicroBatchChoice:

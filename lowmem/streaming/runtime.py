@@ -19,7 +19,7 @@ from lowmem.streaming.unpack import Unpacker
 from lowmem.streaming.visit import Phase, Visit
 
 if TYPE_CHECKING:
-    from lowmem.plan import Plan
+    from lowmem.step_plan import Plan
     from offload import Scheduler, Trace
 
 _ATTRIBUTE = "_lowmem_runtime"
