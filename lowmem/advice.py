@@ -33,7 +33,8 @@ def _to_fit(room: Room, draft: Draft) -> Iterator[str]:
             f"{format_bytes(needed - room.device_bytes)} more than given."
         )
     boundary = boundary_bytes(room.shapes, room.job)
-    if draft.choice.boundary_tier == "device" and boundary > room.host_bytes:
+    # On a CPU both budgets are RAM: moving activations from one to the other gains nothing.
+    if room.job.device != "cpu" and draft.choice.boundary_tier == "device" and boundary > room.host_bytes:
         with_host = room.with_budget(host_bytes=boundary).smallest
         if with_host.device_bytes < needed:
             yield (

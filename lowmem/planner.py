@@ -11,10 +11,10 @@ from lowmem.advice import advise
 from lowmem.drafts import Room
 from lowmem.errors import UnsupportedError
 from lowmem.job import Job, make_job
-from lowmem.step_plan import Plan
 from lowmem.rates import Rates, assumed_rates, measure_rates
 from lowmem.shape_reader import read_shapes
 from lowmem.shapes import ModelShapes
+from lowmem.step_plan import Plan
 from offload import Budget, measured
 
 if TYPE_CHECKING:

@@ -71,13 +71,13 @@ def measure_rates(files: Sequence[Path], *, device: torch.device, dtype: torch.d
         disk_bytes_per_s=disk.read_bytes_per_s,
         disk_num_threads=disk.num_threads,
         disk_request_bytes=disk.request_bytes,
-        copy_bytes_per_s=_probe_copy(device),
+        copy_bytes_per_s=probe_copy(device),
         compute_flops_per_s=probe_compute(dtype, device),
         measured=("disk", "copy", "compute"),
     )
 
 
-def _probe_copy(device: torch.device) -> float:
+def probe_copy(device: torch.device) -> float:
     """Bytes per second of pinned copies to a GPU, or of widening bf16 to fp32 on a CPU (bytes written)."""
     is_cuda = device.type == "cuda"
     source = torch.zeros(_COPY_BYTES // 2, dtype=torch.bfloat16, pin_memory=is_cuda)

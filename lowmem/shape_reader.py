@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -88,7 +89,9 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     if getattr(config, "init_lora_weights", True) is not True:
         # Other initialisations read the weights, which are not here; they change values, not shapes.
         config.init_lora_weights = True
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # PEFT asks transformers for a property by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
         get_peft_model(model, config, low_cpu_mem_usage=True)
 
 

@@ -1,0 +1,210 @@
+"""The command line: plan a job, look at the machine, measure it, merge an adapter, draw a trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_FAILED = 2
+"""Exit status where something was refused or went wrong; 1 is for answers of "no" (`plan`, `doctor`)."""
+
+app = typer.Typer(
+    help="Fine-tune a model that fits in neither device memory nor RAM.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Local folder, or hub id, of a safetensors checkpoint.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ComputeOn = Annotated[str | None, typer.Option(help="Compute device: cpu or cuda; the GPU if there is one.")]
+ComputeIn = Annotated[str | None, typer.Option(help="Compute dtype; float32 on a CPU.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    task: Annotated[str, typer.Option(help="sft, dpo, kto, reward, grpo, rloo or generate.")] = "sft",
+    batch_size: Annotated[int, typer.Option(help="Examples per device and forward.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and completion together.")] = 2048,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
+    completion_tokens: Annotated[int | None, typer.Option(help="Tokens generated for each sequence.")] = None,
+    lora_r: Annotated[int, typer.Option(help="Rank of the LoRA adapter; 0 for none.")] = 16,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapter's inputs.")] = 0.0,
+    dora: Annotated[bool, typer.Option("--dora", help="Train DoRA instead of LoRA.")] = False,
+    target_modules: Annotated[str, typer.Option(help="all-linear, or names separated by commas.")] = "all-linear",
+    device: Annotated[str | None, typer.Option(help="Device memory, 20GiB for instance; measured if absent.")] = None,
+    host: Annotated[str | None, typer.Option(help="RAM to cache blocks in; measured if absent, 0 for none.")] = None,
+    disk: Annotated[Path | None, typer.Option(help="Folder for what must be written.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences that go through a block at a time.")] = None,
+    on: ComputeOn = None,
+    dtype: ComputeIn = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure disk and compute first (1 s).")] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a job fits, what takes how much where, and how long a step takes. Loads nothing.
+
+    Exits with 1 if the job does not fit.
+    """
+    from lowmem.planner import plan as make_plan
+    from offload import Budget
+
+    made = make_plan(
+        model,
+        task=task,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        completion_tokens=completion_tokens,
+        peft_config=_lora(lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules),
+        budget=Budget(device=device, host=host, disk=disk),
+        micro_batch=micro_batch,
+        device=on,
+        dtype=dtype,
+        rates="measure" if measure else None,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(json.dumps(made.to_dict()) if as_json else str(made))
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+def _lora(rank: int, *, dropout: float, dora: bool, target_modules: str) -> PeftConfig | None:
+    if rank == 0:
+        return None
+    from peft import LoraConfig
+
+    names = target_modules if target_modules == "all-linear" else target_modules.split(",")
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=dora, target_modules=names, task_type="CAUSAL_LM"
+    )
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="A checkpoint whose files and disk to check too.")] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check versions, memory, devices and, with a model, its files and the disk they lie on.
+
+    Exits with 1 if something has to be done before training can work.
+    """
+    from dataclasses import asdict
+
+    from lowmem.doctor import examine
+    from lowmem.models.checkpoint import resolve
+
+    folder = None if model is None else resolve(model, revision=revision)
+    num_broken = 0
+    for check in examine(folder, trust_remote_code=trust_remote_code):
+        num_broken += check.is_broken
+        if as_json:
+            typer.echo(json.dumps(asdict(check)))
+            continue
+        mark = "FAIL" if check.is_broken else "note" if check.remedy else "ok"
+        typer.echo(f"{mark:4}  {check.name:14}  {check.finding}")
+        if check.remedy:
+            typer.echo(f"{'':22}-> {check.remedy}")
+    if num_broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: Model,
+    on: ComputeOn = None,
+    dtype: ComputeIn = None,
+    revision: Revision = None,
+) -> None:
+    """Measure disk, copies and computation as training uses them; one JSON line each."""
+    from lowmem.loading import pick_device, pick_dtype, read_config
+    from lowmem.models.checkpoint import resolve
+    from lowmem.probes import probe_lines
+    from offload import SafetensorsSource
+
+    folder = resolve(model, revision=revision)
+    device = pick_device(on)
+    compute = pick_dtype(dtype, device=device, stored=read_config(folder).dtype)
+    with SafetensorsSource(folder) as source:
+        for line in probe_lines(source.files, device=device, dtype=compute):
+            typer.echo(json.dumps(line))
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="The checkpoint that the adapter was trained on: folder or hub id.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of the saved adapter.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must be empty or absent.")],
+    dtype: Annotated[str | None, typer.Option(help="Type to store weights in; each keeps its own if absent.")] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write model and adapter as one ordinary checkpoint, a tensor at a time."""
+    from lowmem.adapters.merge import merge as merge_adapter
+
+    folder = merge_adapter(
+        model, adapter=adapter, output=output, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    typer.echo(str(folder))
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="A trace that lowmem.Monitor saved.")],
+    png: Annotated[Path | None, typer.Option(help="Draw a step's timeline into this file.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which step of the trace, from 1; one of median length.")] = None,
+) -> None:
+    """Say how busy disk, copies and computation were in each step of a trace, and draw one of them."""
+    from lowmem.timeline import draw_timeline
+    from lowmem.trace_file import read_spans, steps_of
+
+    steps = steps_of(read_spans(file))
+    if step is not None and not 1 <= step <= len(steps):
+        raise ValueError(f"--step {step}: the trace has steps 1 to {len(steps)}")
+    for timeline in steps:
+        busy = ", ".join(
+            f"{lane} {timeline.busy_percent(lane):.0f}%" for lane in sorted({span.lane for span in timeline.spans})
+        )
+        read = timeline.num_bytes("disk")
+        typer.echo(f"step {timeline.step}: {timeline.duration_s:.3f} s, {busy}, {read / 1e9:.2f} GB read")
+    if png is not None:
+        by_length = sorted(steps, key=lambda timeline: timeline.duration_s)
+        chosen = by_length[len(by_length) // 2] if step is None else steps[step - 1]
+        draw_timeline(chosen, png)
+        typer.echo(f"step {chosen.step} drawn: {png}")
+
+
+def main() -> None:
+    """Run the command line. What was refused or went wrong is told in one line, with exit status 2."""
+    try:
+        app()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        _fail(error)
+    except RuntimeError as error:
+        # Imported only now: `--help` does not wait for torch.
+        from offload import OffloadError
+
+        if not isinstance(error, OffloadError):
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    message = " ".join(str(error).split()) or type(error).__name__
+    sys.stderr.write(f"lowmem: {message}\n")
+    sys.exit(_FAILED)

@@ -1,0 +1,208 @@
+"""Checks of this machine: what is there, what is missing and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from lowmem.memory import cgroup_memory
+from offload import OffloadError, SafetensorsSource, StagingBuffer, format_bytes, probe_disk
+from offload.opened_file import OpenedFile
+from offload.ram import available_ram_bytes
+
+_PAGE_BYTES = 4096
+_NEEDED_TO_TRAIN = ("torch", "safetensors", "transformers", "peft", "trl", "accelerate", "datasets")
+_SMALL_RAM_BYTES = 1 << 30
+_SLOW_DISK_BYTES_PER_S = 3e8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    """What."""
+    finding: str
+    """What was found."""
+    remedy: str = ""
+    """What to do about it; empty where nothing has to be done."""
+    is_broken: bool = False
+    """Whether training cannot work before that is done."""
+
+
+def examine(folder: Path | None, *, trust_remote_code: bool = False) -> Iterator[Check]:
+    """Look at versions, memory, devices and, with a model, at its files and the disk they lie on.
+
+    Args:
+        folder: A checkpoint's folder; None to leave the checks of files out.
+        trust_remote_code: As in transformers.
+    """
+    yield from _versions()
+    yield from _memory()
+    yield _pinning()
+    yield _gpu()
+    yield _defaults()
+    if folder is not None:
+        yield from _files(folder, trust_remote_code=trust_remote_code)
+
+
+def _versions() -> Iterator[Check]:
+    minimums = _minimum_versions()
+    for name in _NEEDED_TO_TRAIN:
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Check(name=name, finding="not installed", remedy="pip install 'lowmem[train]'", is_broken=True)
+            continue
+        needed = minimums.get(name, "")
+        is_old = bool(needed) and _numbers(found) < _numbers(needed)
+        remedy = f"pip install -U '{name}>={needed}'" if is_old else ""
+        yield Check(name=name, finding=found, remedy=remedy, is_broken=is_old)
+
+
+def _minimum_versions() -> dict[str, str]:
+    """Smallest versions that this package's own metadata asks for; none where it runs from its source folder."""
+    try:
+        requirements = metadata.requires("lowmem") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([A-Za-z0-9_-]+)\s*>=\s*([0-9.]+)", requirement) for requirement in requirements)
+    return {match[1]: match[2] for match in found if match is not None}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _memory() -> Iterator[Check]:
+    free_bytes = available_ram_bytes()
+    is_small = free_bytes < _SMALL_RAM_BYTES
+    remedy = "close other programs or raise the limit: Python and its libraries alone take over half a GiB"
+    yield Check(name="RAM", finding=f"{format_bytes(free_bytes)} can be taken", remedy=remedy if is_small else "")
+    group = cgroup_memory()
+    if group is not None and group.limit_bytes is not None:
+        yield Check(
+            name="memory limit",
+            finding=f"{format_bytes(group.limit_bytes)}, {format_bytes(group.usage_bytes)} in use ({group.path})",
+        )
+    else:
+        yield Check(name="memory limit", finding="none set by a control group")
+
+
+def _pinning() -> Check:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY:
+        return Check(name="locked memory", finding="unlimited")
+    needs_remedy = torch.cuda.is_available()
+    return Check(
+        name="locked memory",
+        finding=f"up to {format_bytes(limit)} for one process",
+        remedy="if pinning fails, copies to the GPU are slower: raise it with ulimit -l" if needs_remedy else "",
+    )
+
+
+def _gpu() -> Check:
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(0)
+        bf16 = "with bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "without bf16"
+        return Check(
+            name="GPU",
+            finding=f"{properties.name}, {format_bytes(free_bytes)} of {format_bytes(total_bytes)} free, {bf16}",
+        )
+    if torch.version.cuda is None:
+        return Check(name="GPU", finding="none used: this torch was built without CUDA; computing on the CPU")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "found by the CUDA driver" if hidden is None else f"left by CUDA_VISIBLE_DEVICES={hidden!r}"
+    return Check(name="GPU", finding=f"none {why}; computing on the CPU")
+
+
+def _defaults() -> Check:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "float32" if device == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    words = f"device {device}, dtype {dtype}, {torch.get_num_threads()} threads"
+    if device == "cpu":
+        words += ", bf16 instructions " + (
+            "there" if _cpu_has_bf16() else "not there: bf16 would be up to 100 times slower"
+        )
+    return Check(name="defaults", finding=words)
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+
+
+def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
+    try:
+        with SafetensorsSource(folder) as source:
+            files = source.files
+            nbytes = sum(spec.nbytes for spec in source.tensors.values())
+            yield Check(
+                name="files", finding=f"{len(files)} shards, {len(source.tensors)} tensors, {format_bytes(nbytes)}"
+            )
+    except OffloadError as error:
+        yield Check(name="files", finding=str(error), remedy="do what this message says", is_broken=True)
+        return
+    yield _architecture(folder, trust_remote_code=trust_remote_code)
+    largest = max(files, key=lambda file: file.stat().st_size)
+    try:
+        yield _direct(largest)
+        rate = probe_disk(files)
+    except OffloadError as error:
+        yield Check(name="disk", finding=str(error), remedy="do what this message says", is_broken=True)
+        return
+    is_slow = rate.read_bytes_per_s < _SLOW_DISK_BYTES_PER_S
+    yield Check(
+        name="disk",
+        finding=f"{rate.read_bytes_per_s / 1e9:.2f} GB/s with {rate.num_threads} requests of "
+        f"{format_bytes(rate.request_bytes)} in flight",
+        remedy="put the model on a local NVMe drive, or give a host budget that caches it" if is_slow else "",
+    )
+
+
+def _architecture(folder: Path, *, trust_remote_code: bool) -> Check:
+    from lowmem.loading import open_checkpoint
+
+    try:
+        device = torch.device("cpu")
+        opened = open_checkpoint(
+            folder, name=folder.name, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except (OffloadError, ValueError, FileNotFoundError) as error:
+        return Check(name="architecture", finding=str(error), remedy="do what this message says", is_broken=True)
+    opened.source.close()
+    blocks = opened.built.blocks
+    return Check(
+        name="architecture", finding=f"{type(opened.built.model).__name__}, {len(blocks)} blocks, can be streamed"
+    )
+
+
+def _direct(file: Path) -> Check:
+    """Read one page past the page cache, as training will."""
+    opened = OpenedFile(file, stamp=None, direct=True, pread=os.preadv)
+    nbytes = min(_PAGE_BYTES, file.stat().st_size)
+    try:
+        with StagingBuffer(_PAGE_BYTES) as buffer:
+            opened.read(buffer.tensor.numpy().data, offset_bytes=0, nbytes=nbytes, direct=opened.direct)
+        works = opened.direct
+    finally:
+        opened.close()
+    return Check(
+        name="direct reads",
+        finding="work" if works else f"are refused by the file system of {file.parent}",
+        remedy="" if works else "reads go through the page cache, which is slower; a local ext4 or xfs disk has them",
+    )
+
+
+__all__ = ["Check", "examine"]
