@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lowmem.streaming.attention_joined import joined_attention
 from lowmem.streaming.attention_mask import CausalMask, MaskRule, is_causal
 from lowmem.streaming.attention_parts import AttentionJob, PartwiseAttention
 from lowmem.streaming.kv_carrier import KVCarrier, Prefix
@@ -142,7 +143,7 @@ def _attend(
     sdpa = "sdpa" in stands_in_for.__name__
     if sdpa and mask.rule.plain:
         return stands_in_for(module, query, key, value, None, **kwargs)
-    if mask.rows.shape[0] * mask.num_tokens**2 <= _DENSE_BYTES or query.device.type != "cpu":
+    if mask.rows.shape[0] * mask.num_tokens**2 <= _DENSE_BYTES:
         dense = mask.dense() if sdpa else _additive_mask(mask, query.dtype)
         return stands_in_for(module, query, key, value, dense, **kwargs)
     return _by_parts(query, key, value, mask, 0, None, kwargs), None
@@ -180,6 +181,8 @@ def _by_parts(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    if kind != "cpu" and job.softcap is None and not isinstance(sinks, Tensor):
+        return joined_attention(query, key, value, job)
     with torch.autocast(kind, enabled=False):
         out: Tensor = PartwiseAttention.apply(  # type: ignore[no-untyped-call]
             query, key, value, sinks if isinstance(sinks, Tensor) else None, job

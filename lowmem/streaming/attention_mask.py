@@ -17,6 +17,8 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Queries of a tile where the rule has to be evaluated: few enough that a tile is skipped or whole more often than not.
 _QUERY_TOKENS = 512
+# Bytes of the dense masks that one rule keeps for the blocks after.
+_DENSE_BYTES = 16 * 1024**2
 
 
 class PartKind(Enum):
@@ -100,11 +102,14 @@ class CausalMask:
 
     def dense(self) -> Tensor:
         """The whole mask, (sequences, 1, T, T); for short sequences only. Shared by the blocks of a pass."""
-        key = self._rows_key()
-        if key not in self.rule.dense:
+        key, kept = self._rows_key(), self.rule.dense
+        if key not in kept:
             tokens = range(self.num_tokens)
-            self.rule.dense[key] = self.evaluate(tokens, tokens).contiguous()
-        return self.rule.dense[key]
+            dense = self.evaluate(tokens, tokens).contiguous()
+            if dense.nbytes + sum(mask.nbytes for mask in kept.values()) > _DENSE_BYTES:
+                return dense
+            kept[key] = dense
+        return kept[key]
 
     def tiles(self, start: int, end: int) -> tuple[QueryTile, ...]:
         """The queries [start, end) in tiles with the keys they see. Found once for all blocks of a pass."""

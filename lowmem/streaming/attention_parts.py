@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from lowmem.streaming.attention_mask import CausalMask, Part, PartKind, QueryTile, split_part
 
 # Bounds of one part: bytes of its mask or scores, and keys where there is neither.
-_PART_BYTES = 8 * 1024**2
+_PART_BYTES = {"cpu": 8 * 1024**2, "cuda": 256 * 1024**2}
 _PART_KEYS = 4096
 
 
@@ -57,7 +57,9 @@ class _AttentionContext(FunctionCtx):
 
 
 class PartwiseAttention(torch.autograd.Function):
-    """Attention of a chunk's queries to the prefix and to the chunk itself, on a CPU.
+    """Attention of a chunk's queries to the prefix and to the chunk itself.
+
+    On a CPU by torch's fused kernel wherever that can do it; else, and elsewhere, from scores of a bounded size.
 
     Args of `apply`:
         query: (sequences, heads, tokens, head).
@@ -166,20 +168,21 @@ def _sink_gradient(sinks: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) ->
     return -(delta * (sinks.to(lse.dtype).view(1, -1, 1) - lse).exp_()).sum((0, 2))
 
 
-def _uses_scores(job: AttentionJob) -> bool:
+def _uses_scores(query: Tensor, job: AttentionJob) -> bool:
     """Whether the fused kernel cannot do it, so that scores are computed."""
-    return job.softcap is not None or job.dropout > 0
+    return job.softcap is not None or job.dropout > 0 or query.device.type != "cpu"
 
 
 def _pieces(tile: QueryTile, query: Tensor, job: AttentionJob) -> Iterator[Part]:
     """The parts of a tile, cut so that no mask and no scores outgrow their bound."""
     num_queries = tile.end - tile.start
+    part_bytes = _PART_BYTES.get(query.device.type, _PART_BYTES["cpu"])
     for part in tile.parts:
         num_keys = _PART_KEYS
-        if _uses_scores(job):
-            num_keys = _PART_BYTES // (query.shape[0] * query.shape[1] * num_queries * _sum_dtype(query).itemsize)
+        if _uses_scores(query, job):
+            num_keys = part_bytes // (query.shape[0] * query.shape[1] * num_queries * _sum_dtype(query).itemsize)
         elif part.kind is PartKind.MASKED:
-            num_keys = _PART_BYTES // (query.shape[0] * num_queries * query.dtype.itemsize)
+            num_keys = part_bytes // (query.shape[0] * num_queries * query.dtype.itemsize)
         yield from split_part(part, at=job.start, num_keys=max(16, min(num_keys, _PART_KEYS)))
 
 
@@ -217,7 +220,7 @@ def _part_forward(
     """Output and log-sum-exp of one part."""
     mask = _part_mask(tile, part, job)
     causal = part.kind is PartKind.CAUSAL
-    if _uses_scores(job):
+    if _uses_scores(query, job):
         scores, _ = _scores(query, key, mask, causal=causal, job=job)
         lse = scores.logsumexp(-1)
         probs = torch.sub(scores, lse.unsqueeze(-1), out=scores).exp_().nan_to_num_(nan=0.0)
@@ -241,7 +244,7 @@ def _part_backward(
     """Gradients of queries, keys and values through one part."""
     mask = _part_mask(tile, part, job)
     causal = part.kind is PartKind.CAUSAL
-    if _uses_scores(job):
+    if _uses_scores(state.query, job):
         return _scores_backward(state, key, value, mask, tile=tile, part=part, job=job)
     widths = key.shape[-1], value.shape[-1]
     query, wide_key, wide_value = _same_width(state.query, key, value)

@@ -14,6 +14,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from lowmem.streaming.block_call import BlockCall, micro_batches
 from lowmem.streaming.boundary import Boundary
 from lowmem.streaming.random_state import RandomState, capture, restored
+from offload import StagingBuffer
+
+_ALIGN_BYTES = 64
 
 
 class VisitedBlock(Protocol):
@@ -115,7 +118,11 @@ class RecordedCall:
             if pairs:
                 sums.add(rows, cut, [value for value, _ in pairs], [grad for _, grad in pairs])
             del pairs, cut
-        return sums.result()
+        del inputs
+        result = sums.result()
+        for boundary in self._boundaries:
+            boundary.release()
+        return result
 
     def _cut(self, rows: slice) -> slice | None:
         return None if len(self._rows) == 1 else rows
@@ -167,7 +174,7 @@ class _GradientSums:
         def typed(grads: list[Tensor | None], values: Sequence[Tensor]) -> list[Tensor | None]:
             return [None if grad is None else grad.to(value.dtype) for grad, value in zip(grads, values, strict=True)]
 
-        return typed(self._input_grads, self._inputs), typed(self._param_grads, self._params)
+        return typed(self._input_grads, self._inputs), _off_the_heap(typed(self._param_grads, self._params))
 
 
 class BlockFunction(torch.autograd.Function):
@@ -203,6 +210,32 @@ class BlockEntry(Protocol):
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Visit the block and run the call's backward."""
+
+
+def _off_the_heap(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of one block's parameters in one piece of memory of their own, on a CPU.
+
+    They live until the optimizer step. Small and left on the heap between a block's temporaries, they would keep its
+    pages from being used again, and each further block would cost as much memory as the first.
+    """
+    on_cpu = [grad for grad in grads if grad is not None and grad.device.type == "cpu"]
+    if not on_cpu:
+        return grads
+    memory = StagingBuffer(sum(_aligned(grad) for grad in on_cpu)).tensor
+    moved: list[Tensor | None] = []
+    start = 0
+    for grad in grads:
+        if grad is None:
+            moved.append(None)
+            continue
+        place = memory[start : start + grad.numel() * grad.element_size()].view(grad.dtype).view(grad.shape)
+        moved.append(place.copy_(grad))
+        start += _aligned(grad)
+    return moved
+
+
+def _aligned(grad: Tensor) -> int:
+    return -(-grad.numel() * grad.element_size() // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 def _join(parts: list[object]) -> object:

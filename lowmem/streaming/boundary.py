@@ -4,18 +4,83 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from offload import StagingBuffer
 
 
 class Boundary(Protocol):
     """One kept activation."""
 
     def take(self) -> Tensor:
-        """Give it back on the compute device, once; its tier's memory is free afterwards."""
+        """Give it back on the compute device, once."""
+
+    def release(self) -> None:
+        """Let go of it: its tier's memory is free afterwards. May be called repeatedly."""
 
 
-class DeviceBoundary:
-    """Kept where it is, by reference."""
+class BoundaryTier(Protocol):
+    """Where boundary activations wait for the backward."""
+
+    def keep(self, value: Tensor) -> Boundary:
+        """Keep an activation of any shape; the caller may drop its own reference afterwards."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory the tier has taken for kept activations."""
+
+
+class DeviceTier:
+    """Kept by reference, in the device's memory."""
+
+    held_bytes = 0
+
+    def keep(self, value: Tensor) -> Boundary:
+        """Keep an activation where it is."""
+        return _Referenced(value)
+
+
+class HostTier:
+    """Copied into page-aligned buffers that one step after another uses.
+
+    On a CPU this is where all boundaries go. They outlive the temporaries of many blocks: left on the heap, they would
+    pin the pages around them, and the process would grow by a block's temporaries for each few blocks.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no buffers."""
+        self._free: list[StagingBuffer] = []
+        self.held_bytes = 0
+
+    def keep(self, value: Tensor) -> Boundary:
+        """Copy an activation into a buffer of this tier."""
+        nbytes = value.numel() * value.element_size()
+        buffer = self._take_buffer(nbytes)
+        kept = buffer.tensor[:nbytes].view(value.dtype).view(value.shape)
+        kept.copy_(value)
+        return _Buffered(kept, buffer, self)
+
+    def give_back(self, buffer: StagingBuffer) -> None:
+        """Have a buffer for the next activation."""
+        self._free.append(buffer)
+
+    def _take_buffer(self, nbytes: int) -> StagingBuffer:
+        """The smallest free buffer that is large enough, unless it would waste half; else a new one."""
+        fitting = [buffer for buffer in self._free if nbytes <= buffer.nbytes <= 2 * nbytes]
+        if fitting:
+            best = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._free.remove(best)
+            return best
+        # Lengths have changed: what is too small or too large now would only add up.
+        self.held_bytes -= sum(buffer.nbytes for buffer in self._free)
+        self._free.clear()
+        self.held_bytes += nbytes
+        return StagingBuffer(nbytes)
+
+
+class _Referenced:
+    """An activation that stays where it is."""
 
     def __init__(self, value: Tensor) -> None:
         self._value: Tensor | None = value.detach()
@@ -25,25 +90,57 @@ class DeviceBoundary:
         """Give the activation back.
 
         Raises:
-            RuntimeError: It was changed in place since the forward, or was taken before.
+            RuntimeError: It was changed in place since the forward, or was released before.
         """
-        value = self._value
-        if value is None:
-            raise RuntimeError(
-                "backward ran twice through a streamed block; run the forward again (retain_graph is "
-                "not supported: the block keeps nothing for a second backward)"
-            )
-        if value._version != self._version:
+        if self._value is None:
+            raise RuntimeError(_TWICE)
+        if self._value._version != self._version:
             raise RuntimeError(
                 "a boundary activation was changed in place after its block's forward; clone it before changing it"
             )
+        return self._value
+
+    def release(self) -> None:
+        """Drop the reference."""
         self._value = None
-        return value
 
 
-def bytes_of(value: Tensor) -> int:
-    """Bytes of an activation."""
-    return value.numel() * value.element_size()
+class _Buffered:
+    """An activation in a buffer of a tier; a graph that is dropped without a backward gives the buffer back too."""
+
+    def __init__(self, value: Tensor, buffer: StagingBuffer, tier: HostTier) -> None:
+        self._value: Tensor | None = value
+        self._buffer, self._tier = buffer, tier
+
+    def take(self) -> Tensor:
+        """Give the activation back: a view of the tier's buffer, valid until `release`.
+
+        Raises:
+            RuntimeError: It was released before.
+        """
+        if self._value is None:
+            raise RuntimeError(_TWICE)
+        return self._value
+
+    def release(self) -> None:
+        """Let the next activation have the buffer."""
+        if self._value is not None:
+            self._value = None
+            self._tier.give_back(self._buffer)
+
+    def __del__(self) -> None:
+        self.release()
 
 
-__all__ = ["Boundary", "DeviceBoundary", "bytes_of"]
+_TWICE = (
+    "backward ran twice through a streamed block; run the forward again (retain_graph is not supported: a block keeps "
+    "nothing for a second backward)"
+)
+
+
+def tier_for(device: torch.device) -> BoundaryTier:
+    """The tier that fits a device: the host's buffers on a CPU, the device itself otherwise."""
+    return HostTier() if device.type == "cpu" else DeviceTier()
+
+
+__all__ = ["Boundary", "BoundaryTier", "DeviceTier", "HostTier", "tier_for"]

@@ -90,7 +90,7 @@ class ChunkedCall:
             leaves, self._specs[name] = tree_flatten(value, is_leaf=lambda leaf: isinstance(leaf, CausalMask))
             self._leaves += [self._leaf(name, leaf, is_hidden=leaf is hidden) for leaf in leaves]
         if not self._masked:
-            raise NotChunkable("its mask is not one of lowmem's: the attention implementation was changed")
+            raise NotChunkable("none of its arguments is a mask of lowmem's")
 
     def _leaf(self, name: str, value: object, *, is_hidden: bool) -> _Leaf:
         if isinstance(value, CausalMask):
@@ -186,6 +186,9 @@ def forward_chunks(
         chunk_tokens: Tokens of a chunk; the last may have fewer.
         device: Compute device.
         workspace: Where keys and values go; fresh memory if not given.
+
+    Raises:
+        NotChunkable: The block has no attention that goes through lowmem's; nothing has happened then.
     """
     carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
     spans = tuple(chunk_spans(call.num_tokens, chunk_tokens))
@@ -197,7 +200,8 @@ def forward_chunks(
             carrier.begin(start, end, keep=True)
             output = run(call.arguments(carrier))
             if not carrier.num_attentions:
-                raise NotChunkable("it computes no attention of ours")
+                restore(random[0], device)
+                raise NotChunkable("it computes no attention of lowmem's")
             joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens)
             joined.put(output, start, end)
     assert joined is not None

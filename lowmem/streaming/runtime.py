@@ -13,7 +13,7 @@ from torch import Tensor
 from lowmem.models.build import StreamedBlock
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import BlockFunction, RecordedCall
-from lowmem.streaming.boundary import Boundary, DeviceBoundary
+from lowmem.streaming.boundary import Boundary, tier_for
 from lowmem.streaming.passes import TrainingPass, VisitingOrder
 from lowmem.streaming.unpack import Unpacker
 from lowmem.streaming.visit import Phase, Visit
@@ -59,6 +59,7 @@ class Runtime:
         self._before_first: list[Callable[[], None]] = []
         self._choose_micro_batch = choose_micro_batch
         self._bound: int | None = None
+        self.boundaries = tier_for(device)
 
     @property
     def num_blocks(self) -> int:
@@ -82,7 +83,11 @@ class Runtime:
     def memory(self) -> dict[str, int]:
         """Bytes held now, by role."""
         held = self.scheduler.memory()
-        return {**held, "workspace_bytes": self._unpacker.workspace_bytes}
+        return {
+            **held,
+            "workspace_bytes": self._unpacker.workspace_bytes,
+            "boundary_bytes": self.boundaries.held_bytes,
+        }
 
     def call(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Run one block as its module would: recorded where gradients will be asked for, else just run.
@@ -228,7 +233,7 @@ class _Entry:
         )
 
     def keep(self, value: Tensor) -> Boundary:
-        return DeviceBoundary(value)
+        return self._runtime.boundaries.keep(value)
 
 
 def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowmem.models.build import StreamedBlock
+from offload import StagingBuffer
 
 _ALIGN_BYTES = 64
 """A cache line: every parameter begins on one, as torch's own allocations do."""
@@ -76,7 +77,7 @@ class Unpacker:
         if not offsets:
             return {}
         if self._buffer is None:
-            self._buffer = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=self._device)
+            self._buffer = _allocate(self.workspace_bytes, self._device)
         shapes = {slot.key: slot for slot in block.slots}
         views = {}
         for name, offset in offsets.items():
@@ -84,6 +85,13 @@ class Unpacker:
             nbytes = slot.shape.numel() * slot.dtype.itemsize
             views[name] = self._buffer[offset : offset + nbytes].view(slot.dtype).view(slot.shape)
         return views
+
+
+def _allocate(nbytes: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        # Huge pages: fewer faults on first touch, and fewer table walks in every product that reads the weights.
+        return StagingBuffer(nbytes).tensor
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def _workspace_offsets(block: StreamedBlock) -> tuple[dict[str, int], int]:
