@@ -199,7 +199,13 @@ OTHERS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("peft_type", sorted(_WHOLE_LAYER_TYPES))
+COMMON = {"ADALORA", "IA3", "LOHA", "OFT", "VERA"}
+"""Run on every change; the others with --slow."""
+
+
+@pytest.mark.parametrize(
+    "peft_type", [pytest.param(t, marks=() if t in COMMON else pytest.mark.slow) for t in sorted(_WHOLE_LAYER_TYPES)]
+)
 def test_other_adapter_types_merge_as_peft_merges_them(peft_type: str, bases: Path, tmp_path: Path) -> None:
     config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](target_modules=TARGETS, **OTHERS.get(peft_type, {}))
     worst, changed = compare(base_of(bases, "llama"), config, tmp_path, torch.float32)
