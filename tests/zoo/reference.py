@@ -35,6 +35,19 @@ NOT_FOR_PEFT: dict[str, list[str]] = {
 """Linear layers that "all-linear" would pick although PEFT's LoRA cannot wrap them."""
 
 
+NO_DORA_ON_EXPERTS: frozenset[str] = frozenset(
+    (
+        *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+        *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash"),
+        *("mellum", "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next", "solar_open"),
+    )
+)
+"""Where "all-linear" takes in the fused experts, which PEFT's LoRA can wrap and its DoRA cannot."""
+
+ATTENTION_ONLY = r".*\.(self_attn|linear_attn|mixer)(\.\d)?\.\w*proj\w*"
+"""The linear layers of attention of all kinds, by full name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """One forward and backward."""
@@ -99,19 +112,22 @@ def adapt(model: PreTrainedModel, peft_config: PeftConfig, *, seed: int = 0) -> 
     return wrapped.train()
 
 
-def lora(name: str, **options: object) -> LoraConfig:
+def lora(name: str, *, use_dora: bool = False, **options: object) -> LoraConfig:
     """Make a LoRA configuration on every linear layer of an architecture that PEFT can adapt.
 
     Args:
         name: One of `ARCHITECTURES`.
-        options: Further fields, such as `use_dora=True`.
+        use_dora: Decompose the weights; leaves out experts.
+        options: Further fields, such as `use_rslora=True`.
     """
     from peft import LoraConfig
 
     return LoraConfig(
         r=4,
         lora_alpha=8,
-        target_modules="all-linear",
+        fan_in_fan_out=name in ("gpt2", "gpt-sw3"),
+        target_modules=ATTENTION_ONLY if use_dora and name in NO_DORA_ON_EXPERTS else "all-linear",
+        use_dora=use_dora,
         exclude_modules=NOT_FOR_PEFT.get(name),
         **options,  # type: ignore[arg-type]
     )
@@ -154,7 +170,11 @@ def resident(
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    # The grouped kernel that transformers picks for experts has no fp64.
+    experts = "eager" if dtype == torch.float64 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, experts_implementation=experts
+    )
     model.requires_grad_(False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
