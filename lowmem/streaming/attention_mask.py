@@ -1,8 +1,8 @@
 """Which keys each query sees, as a rule and the few tiles in which it matters, instead of a T x T tensor.
 
-transformers describes a mask as a function of (batch, head, query, key) indices before it evaluates it over all of them.
-A `CausalMask` keeps that function and evaluates it for one tile at a time. It travels through the model in place of the
-mask tensor.
+transformers describes a mask as a function of (batch, head, query, key) indices before it evaluates it over all of
+them. A `CausalMask` keeps that function and evaluates it for one tile at a time. It travels through the model in place
+of the mask tensor.
 """
 
 from collections.abc import Callable, Iterator
@@ -162,7 +162,7 @@ def split_part(part: Part, *, at: int, num_keys: int) -> Iterator[Part]:
 
 
 def is_causal(mask: CausalMask) -> bool:
-    """Whether no query sees the key after it: false for bidirectional masks and for bidirectional blocks in causal ones."""
+    """Whether no query sees the key after it: false for bidirectional masks and for bidirectional blocks in others."""
     if mask.num_tokens < 2:
         return True
     device = mask.rule.device

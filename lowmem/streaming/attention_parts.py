@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 
 from lowmem.streaming.attention_mask import CausalMask, Part, PartKind, QueryTile, split_part
 
-# Bounds of one part: bytes of its mask or scores, and keys where there is neither.
-_PART_BYTES = {"cpu": 8 * 1024**2, "cuda": 256 * 1024**2}
+# Bounds of one part: bytes of its mask or scores (a GPU wants large kernels), and keys where there is neither.
+_CPU_PART_BYTES = 8 * 1024**2
+_GPU_PART_BYTES = 256 * 1024**2
 _PART_KEYS = 4096
 
 
@@ -176,7 +177,7 @@ def _uses_scores(query: Tensor, job: AttentionJob) -> bool:
 def _pieces(tile: QueryTile, query: Tensor, job: AttentionJob) -> Iterator[Part]:
     """The parts of a tile, cut so that no mask and no scores outgrow their bound."""
     num_queries = tile.end - tile.start
-    part_bytes = _PART_BYTES.get(query.device.type, _PART_BYTES["cpu"])
+    part_bytes = _CPU_PART_BYTES if query.device.type == "cpu" else _GPU_PART_BYTES
     for part in tile.parts:
         num_keys = _PART_KEYS
         if _uses_scores(query, job):

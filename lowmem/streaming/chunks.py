@@ -1,17 +1,16 @@
 """One decoder block's call along the sequence in chunks: exact, at the cost of one chunk's activations and the K/V.
 
 Forward runs chunk after chunk without a graph and keeps keys and values while it lasts. Backward takes the keys and
-values of all chunks again (leaving each forward as soon as they are known), then walks the chunks in reverse: a chunk is
-run again with a graph over the kept prefix, and differentiated from its output's gradient together with the gradient
+values of all chunks again (leaving each forward as soon as they are known), then walks the chunks in reverse: a chunk
+is run again with a graph over the kept prefix, and differentiated from its output's gradient together with the gradient
 that later chunks left for its keys and values (Luo et al., "StreamBP", arXiv 2506.03077; gradients of keys and values
 are summed in fp32 here).
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ CARRIER_NAMES = ("past_key_values", "layer_past")
 _PER_TOKEN = frozenset({"position_ids", "position_embeddings", "cache_position", "attention_scaling"})
 
 
-class NotChunkable(ValueError):  # noqa: N818 - an answer, read by who falls back to whole sequences
+class NotChunkable(ValueError):
     """A call that cannot be cut along the sequence; the message says why."""
 
 
@@ -61,9 +60,7 @@ class ChunkedCall:
         NotChunkable: An argument cannot be cut, or there is no mask of ours among them.
     """
 
-    def __init__(
-        self, raw_forward: Callable[..., object], args: Sequence[object], kwargs: dict[str, object]
-    ) -> None:
+    def __init__(self, raw_forward: Callable[..., object], args: Sequence[object], kwargs: dict[str, object]) -> None:
         bound = inspect.signature(raw_forward).bind(None, *args, **kwargs)
         names = list(bound.signature.parameters)
         taken = [name for name in CARRIER_NAMES if name in names]
@@ -188,7 +185,7 @@ def forward_chunks(
         workspace: Where keys and values go; fresh memory if not given.
 
     Raises:
-        NotChunkable: The block has no attention that goes through lowmem's; nothing has happened then.
+        NotChunkable: The block has no attention that goes through lowmem's. Random numbers may have been drawn.
     """
     carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
     spans = tuple(chunk_spans(call.num_tokens, chunk_tokens))
@@ -200,7 +197,6 @@ def forward_chunks(
             carrier.begin(start, end, keep=True)
             output = run(call.arguments(carrier))
             if not carrier.num_attentions:
-                restore(random[0], device)
                 raise NotChunkable("it computes no attention of lowmem's")
             joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens)
             joined.put(output, start, end)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-class KeysTaken(Exception):  # noqa: N818 - leaves a block's forward early, and is not an error
-    """Raised through a block's forward once its keys and values are known and nothing else is wanted."""
+class KeysTaken(Exception):
+    """Leaves a block's forward once its keys and values are known and nothing else is wanted; not an error."""
 
 
 class Workspace:
