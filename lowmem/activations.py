@@ -9,6 +9,7 @@ the backward of attention, counts where heads are wide and the MLP is narrow.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from lowmem.shapes import BlockShape, ExpertsShape, LinearShape, Part, itemsize
 
@@ -92,7 +93,8 @@ def block_recompute_bytes(block: BlockShape, batch: MicroBatch) -> int:
         at_gradient = batch.num_tokens * (saved.total + 2 * compute * hidden * block.experts.num_per_token)
         held = max(sum(stacks[: index + 1]) + stack for index, stack in enumerate(stacks))
         peak = max(peak + sum(stacks), at_gradient + held)
-    return peak + _mask_bytes(batch) + block.adapter_bytes + _dora_tile_bytes(block, is_mixed=is_mixed)
+    peak += _mask_bytes(batch) + block.adapter_bytes + _dora_tile_bytes(block, is_mixed=is_mixed)
+    return ceil(peak * block.correction)
 
 
 def block_saved_bytes(block: BlockShape, batch: MicroBatch) -> int:
@@ -209,4 +211,5 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch) -> int:
         sizes = block.experts.expanded_size + 2 * block.experts.product_size + 3 * hidden
         experts = compute * block.experts.num_per_token * sizes + _experts_saved(block.experts, 0, 0)
     stacks = () if block.experts is None else block.experts.adapted_bytes
-    return batch.num_tokens * (stream + max(attention, mlp, experts)) + _mask_bytes(batch) + sum(stacks)
+    peak = batch.num_tokens * (stream + max(attention, mlp, experts)) + _mask_bytes(batch) + sum(stacks)
+    return ceil(peak * block.correction)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice, product
 from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import nn
@@ -31,25 +32,28 @@ def read_block(block: nn.Module, config: PretrainedConfig, *, buffer_bytes: int,
         buffer_bytes: Bytes it takes in a buffer.
         workspace_bytes: Bytes that unpacking it writes.
     """
-    config = config.get_text_config()
+    # A block's own configuration first: where layers differ, the model's does not say.
+    own = (child.config for child in block.modules() if isinstance(getattr(child, "config", None), type(config)))
+    configs = (*islice(own, 1), config.get_text_config())
+    hidden_size = _field(configs, "hidden_size", "n_embd", "d_model") or 1
     attention = {path: module for path, module in block.named_modules() if _is_attention(module)}
     norms = [path for path, module in block.named_modules() if _is_norm(module)]
     num_inner_norms = sum(_is_under(path, attention) for path in norms)
-    heads = _Heads(config)
+    heads = _Heads(configs, hidden_size)
     trainable = [param for param in block.parameters() if param.requires_grad]
     num_params = sum(param.numel() for param in block.parameters() if not param.requires_grad)
-    experts, num_idle_params = _experts(block, config)
+    experts, num_idle_params = _experts(block, configs)
     return BlockShape(
         buffer_bytes=buffer_bytes,
         workspace_bytes=workspace_bytes,
         num_params=num_params,
         num_active_params=num_params - num_idle_params,
-        hidden_size=int(config.hidden_size),
+        hidden_size=hidden_size,
         query_size=heads.num_queries * heads.key_width,
         key_size=heads.num_keys * heads.key_width,
         value_size=heads.num_keys * heads.value_width,
         num_heads=heads.num_queries,
-        linears=tuple(_linears(block, attention, int(config.hidden_size))),
+        linears=tuple(_linears(block, attention, hidden_size)),
         num_norms=max(1, len(norms) - num_inner_norms),
         has_query_key_norm=num_inner_norms > 0,
         activation_copies=max(
@@ -72,20 +76,32 @@ class _StackAdapter(Protocol):
 class _Heads:
     """Numbers and widths of attention heads, under the names that configurations use."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, configs: Sequence[PretrainedConfig], hidden_size: int) -> None:
         def first(*names: str) -> int | None:
-            found = (getattr(config, name, None) for name in names)
-            return next((int(value) for value in found if value), None)
+            return _field(configs, *names)
 
-        self.num_queries = int(config.num_attention_heads)
-        width = first("head_dim") or int(config.hidden_size) // self.num_queries
-        low_rank = first("kv_lora_rank") is not None
-        self.num_keys = (
-            self.num_queries if low_rank else (first("num_key_value_heads", "num_kv_heads") or self.num_queries)
-        )
+        self.num_queries = first("num_attention_heads") or 1
+        width = first("head_dim") or hidden_size // self.num_queries
+        num_keys = first("num_key_value_heads", "num_kv_heads") or self.num_queries
+        # Low-rank keys and values are expanded to all heads.
+        self.num_keys = num_keys if first("kv_lora_rank") is None else self.num_queries
         rotary, plain = first("qk_rope_head_dim") or 0, first("qk_nope_head_dim") or 0
         self.key_width = first("qk_head_dim") or (rotary + plain) or width
         self.value_width = first("v_head_dim") or width
+
+
+def _field(configs: Sequence[PretrainedConfig], *names: str) -> int | None:
+    """The first of some fields that a configuration has as a number above 0; the largest where it has one per layer."""
+    for config, name in product(configs, names):
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # transformers: it differs between layers, and this is not a layer's configuration
+            continue
+        if isinstance(value, (list, tuple)):
+            value = max((entry for entry in value if isinstance(entry, int)), default=None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -176,18 +192,21 @@ def _has_dropout(adapter: nn.Module) -> bool:
     )
 
 
-def _experts(block: nn.Module, config: PretrainedConfig) -> tuple[ExpertsShape | None, int]:
+def _experts(block: nn.Module, configs: Sequence[PretrainedConfig]) -> tuple[ExpertsShape | None, int]:
     """The routed experts, and how many of their weights one token does not go through."""
     stacks = [
-        (module, param) for module in block.modules() for param in module.parameters(recurse=False) if param.dim() == 3
+        (module, param)
+        for module in block.modules()
+        if not isinstance(module, (nn.Conv1d, nn.Conv2d))
+        for param in module.parameters(recurse=False)
+        if param.dim() == 3 and min(param.shape) > 1 and not param.requires_grad
     ]
-    stacks = [(module, param) for module, param in stacks if not param.requires_grad]
     if not stacks:
         return None, 0
     num_experts = stacks[0][1].shape[0]
     names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_selected_experts")
-    num_per_token = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), num_experts)
-    product_size = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    num_per_token = min(num_experts, _field(configs, *names) or num_experts)
+    product_size = _field(configs, "moe_intermediate_size", "intermediate_size") or stacks[-1][1].shape[1]
     num_params = sum(param.numel() for _, param in stacks)
     # PEFT nests one wrapper for each stack; a set finds the adapted ones, the stacks give the order of use.
     wrapped = [cast("_StackAdapter", module) for module in block.modules() if hasattr(module, "parameter_name")]

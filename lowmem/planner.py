@@ -12,7 +12,7 @@ from lowmem.drafts import Room
 from lowmem.errors import UnsupportedError
 from lowmem.job import Job, make_job
 from lowmem.rates import Rates, assumed_rates, measure_rates
-from lowmem.shape_reader import read_shapes
+from lowmem.shape_reader import corrected, read_shapes
 from lowmem.shapes import ModelShapes
 from lowmem.step_plan import Plan
 from offload import Budget, measured
@@ -162,7 +162,7 @@ def plan_for(
         micro_batch: As in `plan`.
         chunk_tokens: As in `plan`.
     """
-    shapes = read_shapes(opened).with_lora(_ASSUMED_RANK)
+    shapes = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2]).with_lora(_ASSUMED_RANK)
     filled = measured(budget or Budget(), opened.device)
     longest = getattr(opened.built.model.config.get_text_config(), "max_position_embeddings", None)
     lengths = [length for length in _UNPLANNED_SEQ_LENS if not isinstance(longest, int) or length <= longest]
@@ -202,7 +202,7 @@ def refuse_options(*, tuning: str, quantization: str | None) -> None:
 
 
 def _shapes_for(opened: Opened, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
-    shapes = read_shapes(opened, peft_config=peft_config)
+    shapes = corrected(read_shapes(opened, peft_config=peft_config), opened, seq_len=job.seq_len)
     if peft_config is None and job.trains:
         shapes = shapes.with_lora(_ASSUMED_RANK)
     return shapes.with_score_head() if job.task == "reward" else shapes

@@ -93,6 +93,8 @@ class BlockShape:
     """Trainable parameters in it."""
     adapter_bytes: int = 0
     """Bytes of the trainable parameters in it."""
+    correction: float = 1.0
+    """What the activations that its widths give are multiplied with: known from a dry run of its own code."""
 
     def __post_init__(self) -> None:
         for name in ("buffer_bytes", "num_params", "hidden_size", "num_heads"):
