@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
 from lowmem.job import Job
 from lowmem.shapes import ModelShapes, itemsize
+from lowmem.streaming.head_tiles import HeadTiles
 
 ALWAYS = "always"
 """The phase of what is held throughout a step; phases other than this one exclude each other."""
@@ -17,8 +18,7 @@ the head and its loss run; a block is recomputed and differentiated."""
 
 _FP32_BYTES = 4
 _TOKEN_ID_BYTES = 8
-# Bounds that the tiled head and the gathered embedding keep: `HeadTiles.max_bytes`, and 1024 rows of two pages more.
-_HEAD_TILE_BYTES = 32 << 20
+# Rows that the gathered embedding reads at a time; each may take two pages more than its bytes.
 _GATHERED_ROWS = 1024
 _PAGE_BYTES = 4096
 
@@ -165,8 +165,14 @@ def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
 
 
 def _head_bytes(shapes: ModelShapes, job: Job) -> int:
-    """The final norm and the tiled head: hidden states before and after, their gradients, and one tile."""
-    compute = itemsize(shapes.compute_dtype)
-    per_token = shapes.hidden_size * (5 * compute + 3 * _FP32_BYTES) + 16 * _FP32_BYTES
-    tile = min(_HEAD_TILE_BYTES, 2 * _FP32_BYTES * job.num_tokens * shapes.vocab_size)
-    return job.num_tokens * per_token + tile
+    """The final norm and the tiled head: normed and shifted states, their gradients, and one tile."""
+    compute, tiles = itemsize(shapes.compute_dtype), HeadTiles()
+    per_token = shapes.hidden_size * (5 * _FP32_BYTES + compute) + 16 * _FP32_BYTES
+    num_tokens = min(tiles.num_tokens, job.num_tokens)
+    # Logits, what they are turned into, one more for a cap; a weight in another dtype is converted by the tile.
+    sizes = {
+        "bytes_per_logit": 3 * _FP32_BYTES,
+        "bytes_per_word": shapes.hidden_size * _FP32_BYTES if compute < _FP32_BYTES else 0,
+    }
+    num_words = tiles.num_words(num_tokens=num_tokens, vocab=shapes.vocab_size, **sizes)
+    return job.num_tokens * per_token + num_words * (num_tokens * sizes["bytes_per_logit"] + sizes["bytes_per_word"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -154,7 +155,8 @@ def plan_for(
 ) -> Plan:
     """Plan for a model that is about to be loaded for a job that nobody has described.
 
-    Supposes training of a LoRA of rank 16 on one sequence of the longest of a few lengths that fits.
+    Supposes training of a LoRA of rank 16 on one sequence of the longest of a few lengths that fits; if none does, of
+    an adapter so small that it does not count.
 
     Args:
         opened: The checkpoint; left as it is.
@@ -162,11 +164,9 @@ def plan_for(
         micro_batch: As in `plan`.
         chunk_tokens: As in `plan`.
     """
-    shapes = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2]).with_lora(_ASSUMED_RANK)
+    bare = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2])
     filled = measured(budget or Budget(), opened.device)
-    longest = getattr(opened.built.model.config.get_text_config(), "max_position_embeddings", None)
-    lengths = [length for length in _UNPLANNED_SEQ_LENS if not isinstance(longest, int) or length <= longest]
-    for seq_len in lengths or _UNPLANNED_SEQ_LENS[-1:]:
+    for shapes, seq_len in product((bare.with_lora(_ASSUMED_RANK), bare), _unplanned_seq_lens(opened)):
         job = make_job(
             "sft",
             batch_size=micro_batch or 1,
@@ -179,6 +179,13 @@ def plan_for(
         if made.fits:
             break
     return made
+
+
+def _unplanned_seq_lens(opened: Opened) -> tuple[int, ...]:
+    longest = getattr(opened.built.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return _UNPLANNED_SEQ_LENS
+    return tuple(length for length in _UNPLANNED_SEQ_LENS if length <= longest) or (max(1, longest),)
 
 
 def refuse_options(*, tuning: str, quantization: str | None) -> None:

@@ -97,6 +97,8 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.simplefilter("ignore", FutureWarning)
+        # PEFT says this of the patterns that it makes itself for stacked experts.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
         get_peft_model(model, config, low_cpu_mem_usage=True)
 
 

@@ -1,0 +1,287 @@
+"""The command line: what each command prints, its exit status, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lowmem import cli, doctor
+from lowmem.rates import probe_copy
+from offload import Trace
+from tests.zoo.architectures import build
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("llama", tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capsys)
+
+
+class Run:
+    """Runs the command line in this process, through its real entry."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: object) -> int:
+        self._monkeypatch.setattr(sys, "argv", ["lowmem", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        self.out, self.err = self._capsys.readouterr()
+        return int(exited.value.code or 0)
+
+    def lines(self) -> list[dict[str, object]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+def small(*more: object) -> Sequence[object]:
+    return ("--seq-len", 16, "--device", "2MiB", "--host", "0", "--lora-r", 4, *more)
+
+
+def test_plan_prints_the_table(run: Run, llama: Path) -> None:
+    assert run("plan", llama, *small("--batch-size", 2)) == 0
+    assert run.out.splitlines()[1].startswith("FITS: device")
+    assert "LoRA r=4 on all-linear" in run.out
+    assert run.err == ""
+
+
+def test_plan_prints_json_that_can_be_read_back(run: Run, llama: Path) -> None:
+    from lowmem.step_plan import Plan
+
+    assert run("plan", llama, *small("--json", "--task", "grpo", "--completion-tokens", 8)) == 0
+    (line,) = run.lines()
+    plan = Plan.from_dict(line)
+    assert (plan.task, plan.passes, plan.seq_len) == ("grpo", 10, 16)
+
+
+def test_plan_exits_with_1_where_nothing_fits_and_says_what_would(run: Run, llama: Path) -> None:
+    assert run("plan", llama, "--seq-len", 16, "--device", "1KiB", "--host", "0") == 1
+    assert "DOES NOT FIT" in run.out
+    assert "smallest device budget that fits" in run.out
+
+
+def test_plan_passes_adapter_options_on(run: Run, llama: Path) -> None:
+    adapter = ("--dora", "--target-modules", "q_proj,v_proj", "--lora-dropout", 0.1)
+    assert run("plan", llama, *small(*adapter)) == 0
+    assert "DoRA r=4 on q_proj, v_proj, dropout 0.1" in run.out
+
+
+def test_plan_measures_when_asked(run: Run, llama: Path) -> None:
+    assert run("plan", llama, *small("--measure")) == 0
+    assert "measured" in run.out
+    assert "assumed" not in run.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "pretrain"], "task='pretrain': expected one of sft"),
+        (["--device", "12XB"], "Budget.device: expected bytes"),
+        (["--batch-size", "0"], "batch_size=0: expected at least 1"),
+        (["--on", "mps"], "device='mps' is not supported"),
+        (["--target-modules", "nothing_like_it"], "nothing_like_it"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(run: Run, llama: Path, arguments: list[str], message: str) -> None:
+    assert run("plan", llama, "--seq-len", 16, *arguments) == 2
+    assert run.err.startswith("lowmem: ")
+    assert message in run.err
+    assert run.err.count("\n") == 1
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor", "bench"])
+def test_a_model_that_is_not_there_is_one_line_and_status_2(run: Run, command: str, tmp_path: Path) -> None:
+    assert run(command, tmp_path / "none") == 2
+    assert (
+        run.err
+        == f"lowmem: {tmp_path / 'none'}: no such folder; give a local folder or a hub id of the form owner/name\n"
+    )
+
+
+def test_damaged_files_are_one_line_and_status_2(run: Run, llama: Path, tmp_path: Path) -> None:
+    damage(llama, tmp_path)
+    assert run("plan", tmp_path, *small()) == 2
+    assert run.err.startswith(f"lowmem: {tmp_path}")
+
+
+def damage(source: Path, target: Path) -> Path:
+    """Copy a checkpoint and cut its last shard short."""
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    shard = max(target.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    return shard
+
+
+def test_our_own_bugs_keep_their_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+def test_doctor_finds_this_machine_fit(run: Run, llama: Path) -> None:
+    assert run("doctor", llama, "--json") == 0
+    checks = {line["name"]: line for line in run.lines()}
+    for name in ("torch", "transformers", "RAM", "memory limit", "GPU", "defaults", "files", "architecture", "disk"):
+        assert checks[name]["finding"]
+        assert not checks[name]["is_broken"]
+    assert "LlamaForCausalLM, 3 blocks" in str(checks["architecture"]["finding"])
+    assert "GB/s" in str(checks["disk"]["finding"])
+
+
+def test_doctor_prints_a_line_for_each_check(run: Run) -> None:
+    assert run("doctor") == 0
+    assert all(line.startswith(("ok ", "note", "    ")) for line in run.out.splitlines())
+
+
+def test_doctor_exits_with_1_and_names_a_damaged_shard(run: Run, llama: Path, tmp_path: Path) -> None:
+    shard = damage(llama, tmp_path)
+    assert run("doctor", tmp_path) == 1
+    assert "FAIL  files" in run.out
+    assert shard.name in run.out
+
+
+def test_doctor_names_an_architecture_that_cannot_be_streamed(run: Run, llama: Path, tmp_path: Path) -> None:
+    for file in llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+    assert run("doctor", tmp_path) == 1
+    assert "FAIL  architecture" in run.out
+
+
+def test_doctor_names_an_old_or_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=99.1", 'trl>=1.0; extra == "train"'])
+    found = {check.name: check for check in doctor.examine(None)}
+    assert found["torch"].is_broken
+    assert found["torch"].remedy == "pip install -U 'torch>=99.1'"
+    assert not found["trl"].is_broken
+
+
+def test_bench_prints_one_json_line_for_each_measurement(run: Run, llama: Path) -> None:
+    assert run("bench", llama) == 0
+    lines = run.lines()
+    assert {line["probe"] for line in lines} == {"disk", "copy", "compute"}
+    assert sum(bool(line.get("is_chosen")) for line in lines) == 1
+    rates = [line.get("gb_per_s", line.get("gflop_per_s")) for line in lines]
+    assert all(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def test_copies_are_measured_in_bytes_written() -> None:
+    assert probe_copy(torch.device("cpu")) > 1e7
+
+
+def test_merge_writes_a_checkpoint(run: Run, llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    assert run("merge", llama, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged") == 0
+    assert run.out == f"{tmp_path / 'merged'}\n"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    expected = peft_model.merge_and_unload().state_dict()
+    changed = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(merged[changed], expected[changed], atol=1e-2, rtol=1e-2)
+    untouched = "model.layers.0.self_attn.k_proj.weight"
+    stored = {name: value for file in llama.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert torch.equal(merged[untouched], stored[untouched].float())
+
+
+def test_merge_into_a_full_folder_is_refused(run: Run, llama: Path) -> None:
+    assert run("merge", llama, "--adapter", llama, "--output", llama) == 2
+    assert run.err.startswith("lowmem: ")
+
+
+def save_trace(path: Path, *, num_steps: int = 3) -> Path:
+    """Steps of 10 s: a read and a forward, then a backward; each step a second longer than the one before."""
+    trace = Trace()
+    second, now = 10**9, 5 * 10**9
+    trace.add("disk", "resident", start_ns=0, end_ns=second, nbytes=7)
+    for step in range(num_steps):
+        length = (10 + step) * second
+        trace.add("disk", "block 0", start_ns=now, end_ns=now + 2 * second, nbytes=10**9)
+        trace.add("compute", "forward 0", start_ns=now, end_ns=now + 5 * second, nbytes=0)
+        trace.add("compute", "forward 1", start_ns=now + 5 * second, end_ns=now + 6 * second, nbytes=0)
+        trace.add("compute", "backward 1", start_ns=now + 6 * second, end_ns=now + 7 * second, nbytes=0)
+        trace.add("compute", "backward 0", start_ns=now + 7 * second, end_ns=now + length, nbytes=0)
+        now += length
+    trace.save(path)
+    return path
+
+
+def test_trace_sums_up_each_step(run: Run, tmp_path: Path) -> None:
+    assert run("trace", save_trace(tmp_path / "trace.json")) == 0
+    lines = run.out.splitlines()
+    assert lines[0] == "step 1: 10.000 s, compute 100%, disk 20%, 1.00 GB read"
+    assert [line.split(":")[0] for line in lines] == ["step 1", "step 2", "step 3"]
+
+
+@pytest.mark.parametrize(("arguments", "step"), [([], 2), (["--step", "3"], 3)])
+def test_trace_draws_the_median_step_or_the_one_asked_for(
+    run: Run, tmp_path: Path, arguments: list[str], step: int
+) -> None:
+    png = tmp_path / "step.png"
+    assert run("trace", save_trace(tmp_path / "trace.json"), "--png", png, *arguments) == 0
+    assert f"step {step} drawn: {png}" in run.out
+    assert png.read_bytes()[:4] == PNG
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "not a trace file"),
+        ("[]", "no list of traceEvents"),
+        ('{"traceEvents": []}', "holds no spans"),
+        ('{"traceEvents": [{"ph": "X", "ts": 1}]}', "an event is not one of ours"),
+    ],
+)
+def test_files_that_are_no_traces_are_one_line_and_status_2(run: Run, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "trace.json").write_text(text)
+    assert run("trace", tmp_path / "trace.json") == 2
+    assert message in run.err
+    assert run.err.count("\n") == 1
+
+
+def test_a_step_that_the_trace_does_not_have_is_refused(run: Run, tmp_path: Path) -> None:
+    assert run("trace", save_trace(tmp_path / "trace.json"), "--step", 9) == 2
+    assert "steps 1 to 3" in run.err
+
+
+def test_a_trace_without_steps_is_shown_whole(run: Run, tmp_path: Path) -> None:
+    trace = Trace()
+    trace.add("disk", "block 0", start_ns=0, end_ns=10**9, nbytes=1)
+    trace.save(tmp_path / "trace.json")
+    assert run("trace", tmp_path / "trace.json") == 0
+    assert run.out.startswith("step 1: 1.000 s, disk 100%")
+
+
+def test_help_loads_no_training_libraries() -> None:
+    program = (
+        "import sys; sys.argv = ['lowmem', '--help']\n"
+        "import lowmem.cli\n"
+        "try: lowmem.cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'transformers', 'trl', 'peft', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "doctor" in done.stdout

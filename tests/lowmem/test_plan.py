@@ -1,0 +1,166 @@
+"""The plan as data: summed up, printed, stored and read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from lowmem.costs import RoleBytes, peak_bytes
+from lowmem.durations import format_seconds
+from lowmem.job import make_job
+from lowmem.planner import plan_step
+from lowmem.rates import Rates, assumed_rates
+from lowmem.shapes import BlockShape, LinearShape, Part, itemsize
+from lowmem.step_plan import Plan
+from offload import Budget
+from tests.lowmem.llama_shapes import llama, llama_block
+
+
+def planned(task: str = "sft", *, device: str = "24MiB", **job: Any) -> Plan:
+    shapes = llama(num_blocks=16)
+    arguments = {"batch_size": 2, "seq_len": 64, **job}
+    return plan_step(
+        shapes, make_job(task, **arguments), budget=Budget(device=device, host="1MiB"), rates=assumed_rates("cpu")
+    )
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "kto", "reward", "grpo", "rloo", "generate"])
+@pytest.mark.parametrize("device", ["1MiB", "24MiB", "1GiB"])
+def test_a_plan_survives_json(task: str, device: str) -> None:
+    plan = planned(task, device=device)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_the_summary_says_what_the_properties_say() -> None:
+    plan = planned()
+    summary = plan.to_dict()["summary"]
+    assert isinstance(summary, dict)
+    for name, value in summary.items():
+        assert getattr(plan, name) == value
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="version 1, got 7"):
+        Plan.from_dict({**planned().to_dict(), "version": 7})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("job", None, "job: expected an object"),
+        ("job", {"task": "sft"}, "job: missing fields"),
+        ("roles", "many", "roles: expected a list"),
+        ("placement", {"placements": ["nowhere"], "block_bytes": [1]}, "placement.placements: 'nowhere'"),
+        ("surprise", 1, "unknown fields .'surprise'."),
+    ],
+)
+def test_damaged_plans_are_refused_by_field(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.from_dict({**planned().to_dict(), field: value})
+
+
+def test_plans_are_frozen_and_can_be_keys() -> None:
+    plan = planned()
+    assert {plan: 1}[planned()] == 1
+    with pytest.raises(FrozenInstanceError):
+        plan.model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "kto", "reward", "grpo", "rloo", "generate"])
+@pytest.mark.parametrize("device", ["1MiB", "24MiB", "1GiB"])
+def test_text_is_short_and_names_what_matters(task: str, device: str) -> None:
+    plan = planned(task, device=device)
+    text = str(plan)
+    lines = text.splitlines()
+    assert len(lines) < 40
+    assert max(map(len, lines)) < 200
+    assert lines[1].startswith("FITS" if plan.fits else "DOES NOT FIT")
+    for word in (plan.model, task, plan.bottleneck, "assumed", *(role.role for role in plan.roles), *plan.advice):
+        assert word in text
+
+
+def test_the_table_is_aligned() -> None:
+    lines = str(planned()).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("role"))
+    end = next(index for index, line in enumerate(lines) if line.startswith("peak"))
+    column = lines[start].index("device") + len("device")
+    for line in (*lines[start + 2 : end - 1], lines[end]):
+        assert line[column - 1] != " "
+        assert line[column : column + 2] in ("  ", "")
+
+
+def test_html_holds_the_same_numbers_and_escapes_names() -> None:
+    plan = replace(planned(), model="<b>")
+    page = plan._repr_html_()
+    assert "<b><b>" not in page
+    assert "&lt;b&gt;" in page
+    assert page.count("<tr>") == len({(role.role, role.phase) for role in plan.roles}) + 2
+
+
+def test_chunk_tokens_are_none_until_sequences_are_chunked() -> None:
+    assert planned().chunk_tokens is None
+
+
+def test_bytes_of_a_role_by_tier() -> None:
+    plan = planned()
+    tiers = [plan.bytes_of("decoder blocks", tier=tier) for tier in ("device", "host", "disk")]
+    assert sum(tiers) == plan.bytes_of("decoder blocks")
+    assert plan.bytes_of("nothing") == 0
+
+
+def test_peaks_take_the_largest_of_phases_that_exclude_each_other() -> None:
+    roles = [
+        RoleBytes(role="a", tier="device", nbytes=1),
+        RoleBytes(role="b", tier="device", nbytes=10, phase="head"),
+        RoleBytes(role="c", tier="device", nbytes=20, phase="block"),
+        RoleBytes(role="d", tier="host", nbytes=100),
+    ]
+    assert peak_bytes(roles, "device") == 21
+    assert peak_bytes(roles, "host") == 100
+    assert peak_bytes(roles, "disk") == 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{"tier": "cloud"}, {"nbytes": -1}, {"phase": "later"}], ids=["tier", "bytes", "phase"]
+)
+def test_roles_are_checked(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="blocks: tier"):
+        RoleBytes(**{"role": "blocks", "tier": "device", "nbytes": 1, **fields})
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(ValueError, match="hidden_size is 0"):
+        replace(llama_block(), hidden_size=0)
+    with pytest.raises(ValueError, match="at least one decoder block"):
+        replace(llama(), blocks=())
+    with pytest.raises(ValueError, match="0 x 4"):
+        LinearShape(part=Part.MLP_IN, in_features=0, out_features=4)
+    with pytest.raises(ValueError, match="int8"):
+        itemsize("int8")
+
+
+def test_an_assumed_lora_counts_every_linear_layer() -> None:
+    block: BlockShape = replace(llama_block(rank=0), num_adapter_params=0, adapter_bytes=0)
+    assert block.with_lora(8) == llama_block(rank=8)
+
+
+def test_a_score_head_frees_a_tied_embedding() -> None:
+    shapes = llama(tied=True)
+    scored = shapes.with_score_head()
+    assert scored.embedding_bytes == shapes.head_bytes
+    assert scored.head_bytes == shapes.hidden_size * 4
+
+
+def test_rates_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="disk_bytes_per_s is 0"):
+        Rates(disk_bytes_per_s=0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.32, "320 ms"), (12.34, "12.3 s"), (504, "8.4 min"), (11160, "3.1 h"), (0, "0 ms")]
+)
+def test_durations_are_written_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

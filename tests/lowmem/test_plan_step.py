@@ -1,0 +1,281 @@
+"""The pure planner: what fits, what is chosen, what is predicted, what is advised. No model, no device, no file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lowmem.drafts import Room
+from lowmem.job import Job, make_job
+from lowmem.planner import plan_step
+from lowmem.rates import Rates, assumed_rates
+from lowmem.shapes import ModelShapes
+from lowmem.step_plan import Plan
+from offload import Budget, BudgetError, Placement
+from tests.lowmem.llama_shapes import llama, llama_block
+
+MIB = 1 << 20
+RATES = Rates(disk_bytes_per_s=1e9, copy_bytes_per_s=1e10, compute_flops_per_s=1e11)
+
+
+def planned(
+    shapes: ModelShapes | None = None,
+    *,
+    device: int | str = "1GiB",
+    host: int | str = "0",
+    rates: Rates = RATES,
+    job: Job | None = None,
+) -> Plan:
+    job = job or make_job("sft", batch_size=1, seq_len=64)
+    return plan_step(shapes or llama(), job, budget=Budget(device=device, host=host), rates=rates)
+
+
+def test_everything_is_resident_where_it_fits() -> None:
+    plan = planned()
+    assert plan.fits
+    assert set(plan.placements) == {Placement.RESIDENT}
+    assert not plan.embedding_on_disk
+    assert plan.disk_bytes == 0
+    assert plan.time.read_bytes == 0
+
+
+def test_device_bytes_are_what_is_always_held_and_the_largest_phase() -> None:
+    plan = planned()
+    always = sum(role.nbytes for role in plan.roles if role.tier == "device" and role.phase == "always")
+    phases = {
+        phase: sum(role.nbytes for role in plan.roles if role.tier == "device" and role.phase == phase)
+        for phase in ("head", "block")
+    }
+    assert min(phases.values()) > 0
+    assert plan.device_bytes == always + max(phases.values())
+
+
+def test_less_memory_never_gives_a_faster_step() -> None:
+    sizes = [planned(device=size * MIB).smallest_device_bytes for size in (1, 64)]
+    assert sizes[0] == sizes[1]
+    steps = [planned(device=sizes[0] + extra * MIB).step_s for extra in (0, 1, 2, 4, 8, 16, 64)]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] > steps[-1]
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "kto", "reward", "grpo", "rloo", "generate"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("host", [0, 1 * MIB, 64 * MIB])
+def test_smallest_device_budget_is_the_smallest(task: str, device: str, tied: bool, host: int) -> None:
+    job = make_job(task, batch_size=4, seq_len=32, device=device)
+    shapes = llama(tied=tied)
+    needed = planned(shapes, device=0, host=host, job=job).smallest_device_bytes
+    assert planned(shapes, device=needed, host=host, job=job).fits
+    assert not planned(shapes, device=needed - 1, host=host, job=job).fits
+
+
+def test_a_plan_that_does_not_fit_raises_with_the_budget_that_does() -> None:
+    plan = planned(device="64KiB")
+    assert not plan.fits
+    with pytest.raises(BudgetError, match=str(plan.smallest_device_bytes)) as caught:
+        plan.require_fit()
+    assert caught.value.needed_bytes == plan.smallest_device_bytes
+    assert planned(device=caught.value.needed_bytes).fits
+
+
+def test_a_plan_that_fits_passes_require_fit() -> None:
+    planned().require_fit()
+
+
+def test_device_and_host_stay_within_their_budgets() -> None:
+    for device in (12 * MIB, 14 * MIB, 18 * MIB):
+        for host in (0, 2 * MIB, 8 * MIB):
+            plan = planned(device=device, host=host)
+            assert plan.fits == (device >= plan.smallest_device_bytes)
+            if plan.fits:
+                assert plan.device_bytes <= device
+                assert plan.host_bytes - plan.placement.staging_bytes <= host
+
+
+def test_streamed_blocks_are_cached_on_the_host_where_it_has_room() -> None:
+    small = planned(device=0).smallest_device_bytes
+    plan = planned(device=small, host="1GiB")
+    assert Placement.HOST in plan.placements
+    assert Placement.STREAMED not in plan.placements
+    assert plan.time.read_bytes == 0
+
+
+def test_micro_batch_shrinks_until_it_fits_and_takes_the_largest_that_does() -> None:
+    shapes, job = llama(), make_job("sft", batch_size=8, seq_len=64)
+    roomy = planned(shapes, job=job)
+    assert roomy.micro_batch == 8
+    sizes = []
+    for micro_batch in (1, 2, 3, 4, 8):
+        fixed = planned(shapes, device=0, job=replace(job, micro_batch=micro_batch))
+        sizes.append(fixed.smallest_device_bytes)
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    for micro_batch, nbytes in zip((1, 2, 3, 4, 8), sizes, strict=True):
+        largest = max(size for size, needed in zip((1, 2, 3, 4, 8), sizes, strict=True) if needed <= nbytes)
+        assert planned(shapes, device=nbytes, job=job).micro_batch == largest >= micro_batch
+
+
+def test_micro_batch_is_no_larger_than_it_takes_to_be_fast() -> None:
+    assert planned(job=make_job("sft", batch_size=64, seq_len=512)).micro_batch == 2
+
+
+def test_a_given_micro_batch_is_kept() -> None:
+    assert planned(job=make_job("sft", batch_size=8, seq_len=64, micro_batch=3)).micro_batch == 3
+
+
+def test_dpo_counts_both_sequences_of_a_pair() -> None:
+    single, paired = (planned(job=make_job(task, batch_size=4, seq_len=64)) for task in ("sft", "dpo"))
+    assert paired.bytes_of("boundary activations") == 2 * single.bytes_of("boundary activations")
+    assert paired.job.num_sequences == 8
+
+
+def test_boundary_activations_go_to_the_host_where_the_device_has_no_room() -> None:
+    job = make_job("sft", batch_size=8, seq_len=256, device="cuda")
+    on_device = planned(job=job, device=0).smallest_device_bytes
+    with_host = planned(job=job, device=0, host="64MiB").smallest_device_bytes
+    assert with_host < on_device
+    plan = planned(job=job, device=with_host, host="64MiB")
+    assert plan.fits
+    assert plan.boundary_tier == "host"
+    assert plan.bytes_of("boundary activations", tier="device") == 0
+    assert plan.bytes_of("boundary activations", tier="host") == 8 * 8 * 256 * 256 * 4
+
+
+def test_boundary_activations_stay_where_host_has_no_room_for_them() -> None:
+    assert planned(job=make_job("sft", batch_size=8, seq_len=256), device=0, host=0).boundary_tier == "device"
+
+
+def test_embedding_stays_on_disk_where_memory_is_short_unless_it_is_the_head() -> None:
+    untied = planned(device=0)
+    assert untied.embedding_on_disk
+    assert untied.bytes_of("embedding", tier="disk") == 1000 * 256 * 2
+    tied = planned(llama(tied=True), device=0)
+    assert not tied.embedding_on_disk
+
+
+def test_equal_dtypes_need_no_workspace() -> None:
+    assert planned(llama(stored_itemsize=4)).bytes_of("unpacked block") == 0
+    assert planned(llama(stored_itemsize=2)).bytes_of("unpacked block") == llama().blocks[0].num_params * 4
+
+
+def test_training_state_is_counted_per_trainable_byte() -> None:
+    plan, nbytes = planned(), llama().adapter_bytes
+    assert plan.bytes_of("adapters") == nbytes
+    assert plan.bytes_of("adapter gradients") == nbytes
+    assert plan.bytes_of("optimizer state") == 2 * nbytes
+
+
+def test_generation_needs_no_training_state() -> None:
+    plan = planned(job=make_job("generate", batch_size=4, seq_len=64, completion_tokens=16))
+    for role in ("adapter gradients", "optimizer state", "boundary activations", "block recomputation"):
+        assert plan.bytes_of(role) == 0
+    # 8 blocks, 128 key and 128 value elements of 4 bytes for each of 64 tokens of 4 sequences
+    assert plan.bytes_of("K/V cache") == 8 * 2 * 128 * 4 * 64 * 4
+
+
+def test_block_bytes_are_counted_once_over_all_tiers() -> None:
+    for device in (12 * MIB, 14 * MIB, 16 * MIB):
+        plan = planned(device=device, host=MIB)
+        assert plan.bytes_of("decoder blocks") == llama().stored_bytes
+
+
+def test_step_is_as_long_as_its_slowest_lane() -> None:
+    small = planned(device=0).smallest_device_bytes
+    plan = planned(device=small, rates=replace(RATES, disk_bytes_per_s=1e6))
+    assert plan.bottleneck == "disk"
+    assert plan.step_s == pytest.approx(plan.time.disk_s)
+    assert plan.time.read_bytes == plan.placement.step_read_bytes
+    slow = planned(device=small, rates=replace(RATES, compute_flops_per_s=1e7))
+    assert slow.bottleneck == "compute"
+    assert slow.step_s == pytest.approx(slow.time.compute_s, rel=1e-3)
+
+
+def test_compute_time_is_six_operations_per_parameter_and_token() -> None:
+    shapes = llama(hidden=1024)
+    job = make_job("sft", batch_size=4, seq_len=16)
+    plan = planned(shapes, device="8GiB", job=job, rates=replace(RATES, copy_bytes_per_s=1e15))
+    products = 6 * (shapes.num_params + shapes.num_adapter_params + shapes.num_head_params) * job.num_tokens / 1e11
+    assert plan.time.compute_s == pytest.approx(products, rel=0.02)
+
+
+def test_a_gpu_waits_for_copies_of_what_is_not_resident() -> None:
+    job = make_job("sft", batch_size=1, seq_len=64, device="cuda")
+    small = planned(job=job, device=0, host="1GiB").smallest_device_bytes
+    plan = planned(job=job, device=small, host="1GiB", rates=replace(RATES, copy_bytes_per_s=1e6))
+    assert plan.bottleneck == "copy"
+    assert plan.time.copy_s >= 2 * llama().stored_bytes / 1e6
+
+
+def test_gradient_accumulation_multiplies_passes_and_reads_but_not_memory() -> None:
+    small = planned(device=0).smallest_device_bytes
+    one = planned(device=small)
+    four = planned(device=small, job=make_job("sft", batch_size=1, seq_len=64, gradient_accumulation_steps=4))
+    assert (one.passes, four.passes) == (2, 8)
+    assert four.device_bytes == one.device_bytes
+    assert four.time.read_bytes > 3 * one.time.read_bytes
+
+
+def test_batch_size_changes_neither_passes_nor_bytes_read() -> None:
+    small = planned(device=0).smallest_device_bytes
+    batched = make_job("sft", batch_size=32, seq_len=64)
+    large = planned(device=planned(device=0, job=batched).smallest_device_bytes, job=batched)
+    assert large.passes == planned(device=small).passes == 2
+    assert large.time.read_bytes <= planned(device=small).time.read_bytes
+
+
+def test_equal_inputs_give_equal_plans() -> None:
+    first, second = planned(device=13 * MIB), planned(device=13 * MIB)
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != planned(device=14 * MIB)
+
+
+def test_both_sizes_of_the_budget_are_needed() -> None:
+    with pytest.raises(ValueError, match=r"offload\.measured"):
+        plan_step(llama(), make_job("sft", batch_size=1, seq_len=8), budget=Budget(device="1GiB"), rates=RATES)
+
+
+def test_advice_names_the_smallest_budget_where_nothing_fits() -> None:
+    plan = planned(device="64KiB")
+    assert any(str(plan.smallest_device_bytes) in sentence for sentence in plan.advice)
+
+
+def test_advised_host_budget_is_as_fast_as_it_says() -> None:
+    slow = replace(RATES, disk_bytes_per_s=1e7)
+    small = planned(device=0).smallest_device_bytes
+    plan = planned(device=small, rates=slow)
+    assert plan.bottleneck == "disk"
+    assert any("host budget" in sentence for sentence in plan.advice)
+    better = planned(device=small, host=plan.placement.streamed_bytes, rates=slow)
+    assert better.step_s < 0.95 * plan.step_s
+
+
+def test_advice_to_take_a_larger_batch_where_the_disk_decides() -> None:
+    job = make_job("sft", batch_size=1, seq_len=8)
+    slow = replace(RATES, disk_bytes_per_s=1e7)
+    plan = planned(llama(num_blocks=64), device="48MiB", rates=slow, job=job)
+    assert plan.fits
+    assert plan.bottleneck == "disk"
+    assert any("batch_size=" in sentence for sentence in plan.advice)
+
+
+def test_advice_is_silent_on_memory_where_computation_decides() -> None:
+    advice = planned(rates=replace(RATES, compute_flops_per_s=1e6)).advice
+    assert len(advice) == 1
+    assert "limited by computation" in advice[0]
+
+
+def test_blocks_of_different_sizes_are_planned_by_the_largest() -> None:
+    small, large = llama_block(mlp=256), llama_block(mlp=1024)
+    shapes = replace(llama(), blocks=(small, large, small, small, large, large, small))
+    plan = planned(shapes, device=0)
+    assert plan.bytes_of("unpacked block") == large.workspace_bytes
+    assert plan.placement.slot_bytes == large.buffer_bytes
+
+
+def test_room_with_another_budget_keeps_the_job() -> None:
+    room = Room(llama(), make_job("sft", batch_size=2, seq_len=8), assumed_rates("cpu"), 1, 2)
+    changed = room.with_budget(device_bytes=5)
+    assert (changed.device_bytes, changed.host_bytes, changed.job) == (5, 2, room.job)
