@@ -84,6 +84,9 @@ class ChunkedCall:
         self._specs: dict[str, TreeSpec] = {}
         self._masked = False
         for name, value in arguments.items():
+            if isinstance(value, dict):
+                # What a block writes into it would go into a copy.
+                raise NotChunkable(f"its argument {name} is a dict")
             leaves, self._specs[name] = tree_flatten(value, is_leaf=lambda leaf: isinstance(leaf, CausalMask))
             self._leaves += [self._leaf(name, leaf, is_hidden=leaf is hidden) for leaf in leaves]
         if not self._masked:
@@ -173,7 +176,13 @@ class ChunkRecord:
 
 
 def forward_chunks(
-    run: RunBlock, call: ChunkedCall, *, chunk_tokens: int, device: torch.device, workspace: Workspace | None = None
+    run: RunBlock,
+    call: ChunkedCall,
+    *,
+    chunk_tokens: int,
+    device: torch.device,
+    workspace: Workspace | None = None,
+    into: Tensor | None = None,
 ) -> ForwardChunks:
     """Run a block chunk by chunk, without a graph.
 
@@ -183,6 +192,7 @@ def forward_chunks(
         chunk_tokens: Tokens of a chunk; the last may have fewer.
         device: Compute device.
         workspace: Where keys and values go; fresh memory if not given.
+        into: Where the first tensor of the output is written; fresh memory if not given.
 
     Raises:
         NotChunkable: The block has no attention that goes through lowmem's. Random numbers may have been drawn.
@@ -198,7 +208,7 @@ def forward_chunks(
             output = run(call.arguments(carrier))
             if not carrier.num_attentions:
                 raise NotChunkable("it computes no attention of lowmem's")
-            joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens)
+            joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens, into=into)
             joined.put(output, start, end)
     assert joined is not None
     record = ChunkRecord(spans=spans, random=tuple(random), num_attentions=carrier.num_attentions)
@@ -208,12 +218,14 @@ def forward_chunks(
 class _JoinedOutput:
     """A block's output for the whole sequence, filled chunk by chunk."""
 
-    def __init__(self, first: object, *, num_tokens: int) -> None:
+    def __init__(self, first: object, *, num_tokens: int, into: Tensor | None) -> None:
         leaves, self._spec = tree_flatten(first)
-        self._leaves: list[object] = [
-            leaf.new_empty(leaf.shape[0], num_tokens, *leaf.shape[2:]) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ]
+        self._leaves: list[object] = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                leaf = leaf.new_empty(leaf.shape[0], num_tokens, *leaf.shape[2:]) if into is None else into
+                into = None
+            self._leaves.append(leaf)
 
     def put(self, output: object, start: int, end: int) -> None:
         for whole, part in zip(self._leaves, tree_flatten(output)[0], strict=True):
@@ -239,7 +251,7 @@ def backward_chunks(
     record: ChunkRecord,
     device: torch.device,
     workspace: Workspace | None = None,
-    overwrite_grads: bool = False,
+    into: Tensor | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Run a block again chunk by chunk, in reverse, and differentiate it.
 
@@ -253,8 +265,8 @@ def backward_chunks(
         record: What the forward answered.
         device: Compute device.
         workspace: Where keys, values and their gradients go.
-        overwrite_grads: Whether the gradient of the hidden states may be written over that of the first output tensor,
-            which then must be of the same shape and type, and no one else's.
+        into: Where the gradient of the first input is written; fresh memory if not given. May be the gradient of the
+            output: a chunk's is read before that of its input is written.
 
     Returns:
         Gradients of the inputs and of the parameters, None where there is none. Sums over chunks are fp32 (fp64 in
@@ -268,7 +280,7 @@ def backward_chunks(
         carrier.begin(start, end, keep=True, leave_at=record.num_attentions - 1)
         with torch.no_grad(), restored(state, device), suppress(KeysTaken):
             run(call.arguments(carrier))
-    sums = _Sums(call, inputs, wanted, params, target=grads[0] if overwrite_grads else None)
+    sums = _Sums(call, inputs, wanted, params, into=into)
     for (start, end), state in reversed(chunks):
         carrier.begin(start, end, keep=False)
         leaves = sums.leaves(start, end)
@@ -314,7 +326,7 @@ class _Sums:
         wanted: Sequence[bool],
         params: Sequence[Tensor],
         *,
-        target: Tensor | None,
+        into: Tensor | None,
     ) -> None:
         self.params = params
         self.param_grads: list[Tensor | None] = [None] * len(params)
@@ -324,8 +336,8 @@ class _Sums:
         self._input_grads: dict[int, Tensor | None] = {}
         for index, value, want in zip(self._indices, inputs, wanted, strict=True):
             if want and call.is_per_token(index):
-                reused = target if index == self._indices[0] else None
-                self._input_grads[index] = torch.empty_like(value) if reused is None else reused
+                given = into if index == self._indices[0] else None
+                self._input_grads[index] = torch.empty_like(value) if given is None else given
 
     def leaves(self, start: int, end: int) -> dict[int, Tensor]:
         """The chunk's inputs as leaves of a graph, by their number in the call."""
