@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowmem.streaming import attention
 from lowmem.streaming.attention_joined import joined_attention

@@ -1,19 +1,13 @@
-"""A block in chunks against the block as it is: outputs and gradients."""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+"""A block in chunks: adapters, dropout, types, memory that is used again, and what is refused."""
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from lowmem.streaming import attention
-from lowmem.streaming.chunkable import ARCHITECTURES, can_chunk, enable_chunks, has_attention
+from lowmem.streaming.chunkable import can_chunk, enable_chunks, has_attention
 from lowmem.streaming.chunks import (
     CallArguments,
     ChunkedCall,
-    ChunkRecord,
     NotChunkable,
     backward_chunks,
     chunk_spans,
@@ -21,236 +15,20 @@ from lowmem.streaming.chunks import (
 )
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.random_state import restored
-from tests.zoo.architectures import tiny_model
-
-CPU = torch.device("cpu")
-TOKENS = 16
-PADDINGS = ("none", "left", "right", "packed")
-CHUNKS = (1, 5, 64)
-# Their own code computes norms, routers or softmax in fp32 whatever the model's type, and rounds gradients to it.
-FP32_INSIDE = frozenset(
-    """
-    afmoe axk1 beam cohere cohere2 cohere2_moe cohere_compass_text deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5_moe
-    exaone_moe flint gemma gemma2 gemma3_text glm4_moe glm4_moe_lite granite_swa granitemoe_swa helium hy_v3 kolibri1
-    laguna llama4_text longcat_flash mimo_v2_flash minimax_m2 moshi qwen3_5_moe_text qwen3_5_text qwen3_next
-    recurrent_gemma solar_open vaultgemma bailing_hybrid kimi_linear nemotron_h lfm2_moe minimax
-    """.split()  # noqa: SIM905
+from tests.lowmem.chunked_blocks import (
+    CHUNKS,
+    CPU,
+    TOKENS,
+    RecordedCall,
+    adapted_block,
+    assert_close,
+    batch_of,
+    checkpointed,
+    chunked,
+    first_tensor,
+    record_calls,
 )
-FAMILIES = (
-    "cohere2 deepseek_v3 gemma2 gemma3_text glm4 gpt2 gpt_neox gpt_oss granite llama llama4_text mistral mixtral olmo2 "
-    "phi3 qwen2 qwen3 qwen3_moe smollm3"
-).split()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedCall:
-    """One call of one block, with the model's original attention and with ours."""
-
-    model: nn.Module
-    block: nn.Module
-    raw: Callable[..., object]
-    plain: CallArguments
-    ours: CallArguments
-    implementation: str
-
-    def run(self, arguments: CallArguments) -> object:
-        self.model.config._attn_implementation = attention.IMPLEMENTATIONS[self.implementation]
-        return self.raw(self.block, *arguments[0], **arguments[1])
-
-    def run_plain(self, hidden: Tensor) -> Tensor:
-        self.model.config._attn_implementation = self.implementation
-        (_, *rest), kwargs = self.plain
-        return first_tensor(checkpoint(self.raw, self.block, hidden, *rest, use_reentrant=False, **kwargs))
-
-    @property
-    def hidden(self) -> Tensor:
-        return self.ours[0][0]  # type: ignore[return-value]
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    names: list[str] = []
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{n}.") for n in names):
-            names.append(name)
-            found.append(module)
-    return found
-
-
-def raw_forward(block: nn.Module) -> Callable[..., object]:
-    forward = type(block).forward
-    return getattr(forward, "__wrapped__", forward)
-
-
-def record_arguments(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[nn.Module, CallArguments]]:
-    """What each block is called with, hidden states always the first positional argument."""
-    calls: list[tuple[nn.Module, CallArguments]] = []
-
-    def spying(block: nn.Module) -> Callable[..., object]:
-        def forward(*args: object, **kwargs: object) -> object:
-            if not args:
-                args = (kwargs.pop("hidden_states"),)
-            # Padding of the block before, see `with_seeing_queries`.
-            args = (args[0].nan_to_num(), *args[1:])  # type: ignore[attr-defined]
-            calls.append((block, (args, dict(kwargs))))
-            return raw_forward(block)(block, *args, **kwargs)
-
-        return forward
-
-    for block in blocks_of(model):
-        block.forward = spying(block)
-    with torch.no_grad():
-        model(**inputs, use_cache=False)
-    for block in blocks_of(model):
-        del block.forward
-    return calls
-
-
-def with_seeing_queries(arguments: CallArguments) -> CallArguments:
-    """Eager attention answers nan in fp64 for a query that sees nothing; padding, whose output no one reads."""
-    args, kwargs = arguments
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.is_floating_point():
-        blind = (mask < 0).all(-1, keepdim=True) & torch.eye(mask.shape[-1], dtype=torch.bool)
-        kwargs = {**kwargs, "attention_mask": mask.masked_fill(blind, 0.0)}
-    return args, kwargs
-
-
-def record_calls(model: nn.Module, inputs: dict[str, Tensor]) -> list[RecordedCall]:
-    implementation = model.config.get_text_config()._attn_implementation.removeprefix("lowmem_")
-    model.config._attn_implementation = implementation
-    plain = [(block, with_seeing_queries(arguments)) for block, arguments in record_arguments(model, inputs)]
-    enable_chunks(model)
-    ours = record_arguments(model, inputs)
-    return [
-        RecordedCall(
-            model=model, block=block, raw=raw_forward(block), plain=args, ours=our_args, implementation=implementation
-        )
-        for (block, args), (_, our_args) in zip(plain, ours, strict=True)
-    ]
-
-
-def batch_of(padding: str, *, vocab: int = 100) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs of a model and which tokens are none of the padding."""
-    ids = torch.randint(3, vocab, (1 if padding == "packed" else 2, TOKENS))
-    valid = torch.ones_like(ids)
-    if padding == "packed":
-        # Edges of documents inside chunks and between them.
-        positions = torch.cat([torch.arange(length) for length in (4, 6, 6)]).unsqueeze(0)
-        return {"input_ids": ids, "position_ids": positions}, valid.bool()
-    if padding == "none":
-        return {"input_ids": ids}, valid.bool()
-    valid[1, slice(0, 5) if padding == "left" else slice(-5, None)] = 0
-    return {"input_ids": ids, "attention_mask": valid}, valid.bool()
-
-
-def first_tensor(output: object) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
-
-
-def checkpointed(call: RecordedCall, params: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """Output and gradients (of hidden states, then of parameters) of torch's non-reentrant checkpointing."""
-    hidden = call.hidden.detach().clone().requires_grad_()
-    output = call.run_plain(hidden)
-    return output, list(torch.autograd.grad(output, [hidden, *params], grad, allow_unused=True))
-
-
-def chunked(
-    call: RecordedCall, params: Sequence[Tensor], grad: Tensor, *, chunk_tokens: int, workspace: Workspace | None = None
-) -> tuple[Tensor, list[Tensor | None], ChunkRecord]:
-    cut = ChunkedCall(call.raw, *call.ours)
-    forward = forward_chunks(call.run, cut, chunk_tokens=chunk_tokens, device=CPU, workspace=workspace)
-    inputs, found = backward_chunks(
-        call.run,
-        cut,
-        inputs=[call.hidden],
-        wanted=[True],
-        params=params,
-        grads=[grad],
-        record=forward.record,
-        device=CPU,
-        workspace=workspace,
-    )
-    return first_tensor(forward.output), [*inputs, *found], forward.record
-
-
-def assert_close(got: Sequence[Tensor | None], want: Sequence[Tensor | None], *, tolerance: float) -> None:
-    for found, expected in zip(got, want, strict=True):
-        if found is None or expected is None:
-            assert found is None or not found.any()
-            assert expected is None or not expected.any()
-            continue
-        # What cancels to nothing in exact arithmetic (a bias before a softmax) is compared with the ordinary size.
-        size = max(float(expected.detach().norm()), 0.1)
-        assert float((found.detach() - expected.detach()).norm()) / size < tolerance
-
-
-def tiny(name: str) -> nn.Module:
-    model = tiny_model(name, dtype=torch.float64)
-    # torch has no grouped product in fp64.
-    model.config._experts_implementation = "eager"
-    # Two of its routers add random numbers while they train: another draw for each way to cut a sequence.
-    return model.eval() if name == "phimoe" else model.train()
-
-
-def check_block(name: str, call: RecordedCall, valid: Tensor, *, chunks: Sequence[int]) -> bool:
-    """Compare one block, in chunks of several sizes; whether it could be chunked."""
-    params = [param for param in call.block.parameters() if param.requires_grad]
-    grad = torch.randn(call.hidden.shape, dtype=torch.float64) * valid.unsqueeze(-1)
-    output, grads = checkpointed(call, params, grad)
-    tolerance = 5e-6 if name in FP32_INSIDE else 1e-12
-    for chunk_tokens in chunks:
-        try:
-            got, found, _ = chunked(call, params, grad, chunk_tokens=chunk_tokens)
-        except NotChunkable:
-            # Of a hybrid model's blocks, those without attention; one class serves for all of nemotron_h's.
-            assert not has_attention(call.block) or name == "nemotron_h"
-            return False
-        assert_close([got[valid]], [output[valid]], tolerance=tolerance)
-        assert_close([found[0][valid], *found[1:]], [grads[0][valid], *grads[1:]], tolerance=tolerance)
-    return True
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_equal_those_of_checkpointing(name: str) -> None:
-    model = tiny(name)
-    for padding, chunks in (("none", (64,)), ("left", (5,)), ("right", (5,)), ("packed", (1, 5))):
-        inputs, valid = batch_of(padding)
-        calls = record_calls(model, inputs)
-        for call in (calls[0], calls[-1]):
-            assert check_block(name, call, valid, chunks=chunks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_gradients_equal_those_of_checkpointing_for_every_architecture_named(name: str, padding: str) -> None:
-    inputs, valid = batch_of(padding)
-    assert any([check_block(name, call, valid, chunks=CHUNKS) for call in record_calls(tiny(name), inputs)])
-
-
-def adapted_block(kind: str, *, name: str = "llama") -> tuple[RecordedCall, list[nn.Parameter], Tensor]:
-    """A block of a tiny model with an adapter whose parameters are all non-zero."""
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny(name)
-    if kind != "full":
-        config = LoraConfig(
-            r=3,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] + ["up_proj", "down_proj"] * (name == "llama"),
-            lora_dropout=0.3 if kind == "dropout" else 0.0,
-            use_dora=kind == "dora",
-        )
-        get_peft_model(model, config)
-        model.double().train()
-        with torch.no_grad():
-            for adapter in (param for key, param in model.named_parameters() if "lora_B" in key):
-                adapter.normal_()
-    inputs, valid = batch_of("packed")
-    call = record_calls(model, inputs)[0]
-    return call, [param for param in call.block.parameters() if param.requires_grad], valid
+from tests.zoo.architectures import tiny_model
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -506,7 +284,7 @@ def test_calls_that_cannot_be_cut_say_why() -> None:
         ChunkedCall(call.raw, args, {**kwargs, "attention_mask": None})
     with pytest.raises(NotChunkable, match="argument shared is a dict"):
         ChunkedCall(call.raw, args, {**kwargs, "shared": {}})
-    with pytest.raises(NotChunkable, match="argument table of shape .* has no known dimension of 16 tokens"):
+    with pytest.raises(NotChunkable, match=r"argument table of shape .* has no known dimension of 16 tokens"):
         ChunkedCall(call.raw, args, {**kwargs, "table": torch.empty(3, TOKENS)})
     with pytest.raises(NotChunkable, match="its mask has 16 tokens, its input 9"):
         ChunkedCall(call.raw, (args[0][:, :9],), kwargs)
