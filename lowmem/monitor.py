@@ -13,9 +13,10 @@ from transformers.trainer_callback import CallbackHandler
 
 from lowmem.progress import StepEstimate, StepProgress
 from lowmem.step_record import RepresentativeStep, StepRecord, StepRecorder, log_values
-from lowmem.streaming.runtime import Runtime, runtime_of
+from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 from lowmem.streaming.visit import Visit
 from lowmem.timeline import draw_timeline, require_matplotlib
+from lowmem.training_options import refuse_training_options
 
 Output = str | os.PathLike[str] | Literal[False] | None
 
@@ -52,6 +53,14 @@ class Monitor(TrainerCallback):
         self._progress, self._every_s = progress, every_s
         self._has_warned = False
         self._run: _Run | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Refuse options that a streamed model cannot honour, as soon as the Trainer is made."""
+        model = kwargs.get("model")
+        if isinstance(model, nn.Module) and is_streamed(model):
+            refuse_training_options(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ class Preparation:
         self._model = weakref.ref(model)
         self._adapters: tuple[object, ...] = ()
         self._has_head = False
+        self._warned = False
 
     def __call__(self) -> None:
         """Check and prepare what is new.
@@ -45,6 +47,14 @@ class Preparation:
             install().register(model)
             self._has_head = True
 
+        if not self._warned and torch.is_autocast_enabled("cpu") and model.device.type == "cpu" and not has_fast_bf16():
+            self._warned = True
+            warnings.warn(
+                "bf16 autocast on a processor without bf16 instructions: matrix products are up to a hundred times "
+                "slower than in fp32; give SFTConfig(bf16=False), which TRL's default is not",
+                stacklevel=2,
+            )
+
     def _prepare_adapters(self, model: torch.nn.Module) -> None:
         from lowmem.adapters.dora import install as install_dora
         from lowmem.adapters.support import check_peft_model
@@ -53,4 +63,9 @@ class Preparation:
         install_dora(model, frozen_base=True)
 
 
-__all__ = ["Preparation"]
+def has_fast_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices with instructions of its own."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+__all__ = ["Preparation", "has_fast_bf16"]

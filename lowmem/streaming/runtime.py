@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowmem.errors import UnsupportedError
 from lowmem.models.build import StreamedBlock
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import BlockFunction, RecordedCall
@@ -97,6 +98,12 @@ class Runtime:
             args: Positional arguments of the block's forward.
             kwargs: Keyword arguments of the block's forward.
         """
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "torch.compile",
+                reason="a compiled graph cannot have its weights exchanged from block to block",
+                instead="the model as it is",
+            )
         if index == 0:
             for callback in self._before_first:
                 callback()
@@ -290,4 +297,9 @@ def runtime_of(model: torch.nn.Module) -> Runtime:
     raise ValueError("not a streamed model: it was not made by lowmem.from_pretrained")
 
 
-__all__ = ["Runtime", "attach", "runtime_of"]
+def is_streamed(model: torch.nn.Module) -> bool:
+    """Whether a runtime runs this model's blocks."""
+    return any(_ATTRIBUTE in module.__dict__ for module in model.modules())
+
+
+__all__ = ["Runtime", "attach", "is_streamed", "runtime_of"]

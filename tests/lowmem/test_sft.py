@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CASES: dict[str, tuple[Callable[[], Dataset], dict[str, object]]] = {
     "defaults": (texts, {}),
-    "no checkpointing": (texts, {"gradient_checkpointing": False}),
+    "no checkpointing": (texts, {"activation_checkpointing": False}),
     "accumulation, no clipping": (texts, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}),
     "packing": (texts, {"packing": True, "max_length": 48}),
     "padding free": (texts, {"padding_free": True, "max_length": None}),
