@@ -1,0 +1,101 @@
+"""A module that treats each token by itself (a final norm), in token tiles and with nothing kept but its input."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+RunTokens = Callable[[Tensor], Tensor]
+
+
+class _TokenwiseContext(FunctionCtx):
+    """What forward leaves for backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    run: RunTokens
+    tile_tokens: int
+
+
+class TokenwiseFunction(torch.autograd.Function):
+    """Run a function of single tokens over tiles; backward runs it again, a tile at a time.
+
+    Args of `apply`:
+        run: Maps (tokens, hidden) to (tokens, hidden), each token by itself, with no random numbers.
+        tile_tokens: Tokens of a tile.
+        hidden: (..., hidden).
+        params: Parameters that `run` uses and that are trained. Their gradients are summed in fp32 (fp64 in fp64).
+
+    Returns:
+        Of the shape of `hidden`.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: _TokenwiseContext, run: RunTokens, tile_tokens: int, hidden: Tensor, *params: Tensor
+    ) -> Tensor:
+        ctx.run, ctx.tile_tokens = run, tile_tokens
+        ctx.save_for_backward(hidden, *params)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        out: Tensor | None = None
+        for start in range(0, rows.shape[0], tile_tokens):
+            part = run(rows[start : start + tile_tokens])
+            out = part.new_empty(rows.shape[0], part.shape[-1]) if out is None else out
+            out[start : start + tile_tokens] = part
+        return run(rows).view(hidden.shape) if out is None else out.view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        hidden, *params = ctx.saved_tensors
+        rows, grads = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, grad_out))
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[2] else None
+        sums: list[Tensor | None] = [None] * len(params)
+        for start in range(0, rows.shape[0], ctx.tile_tokens):
+            tile = slice(start, start + ctx.tile_tokens)
+            leaf = rows[tile].detach().requires_grad_(grad_rows is not None)
+            with torch.enable_grad():
+                out = ctx.run(leaf)
+            sought = ([leaf] if grad_rows is not None else []) + [param for param in params if param.requires_grad]
+            found = list(torch.autograd.grad(out, sought, grads[tile], allow_unused=True))
+            if grad_rows is not None:
+                _write(grad_rows[tile], found.pop(0))
+            _add_all(sums, params, found)
+        return (
+            None,
+            None,
+            None if grad_rows is None else grad_rows.view(hidden.shape),
+            *(None if total is None else total.to(param.dtype) for total, param in zip(sums, params, strict=True)),
+        )
+
+
+def _write(target: Tensor, grad: Tensor | None) -> None:
+    if grad is None:
+        target.zero_()
+    else:
+        target.copy_(grad)
+
+
+def _add_all(sums: list[Tensor | None], params: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
+    gradients = iter(found)
+    for index, param in enumerate(params):
+        grad = next(gradients) if param.requires_grad else None
+        if grad is not None:
+            grad = grad if grad.dtype == torch.float64 else grad.float()
+            total = sums[index]
+            sums[index] = grad if total is None else total.add_(grad)
+
+
+def tokenwise(run: RunTokens, hidden: Tensor, *, params: Sequence[Tensor] = (), tile_tokens: int = 256) -> Tensor:
+    """As `TokenwiseFunction.apply`; without gradients, just the tiles.
+
+    Args:
+        run: Maps (tokens, hidden) to (tokens, hidden), each token by itself.
+        hidden: (..., hidden).
+        params: Parameters that `run` uses.
+        tile_tokens: Tokens of a tile.
+    """
+    trained = [param for param in params if param.requires_grad]
+    out: Tensor = TokenwiseFunction.apply(run, tile_tokens, hidden, *trained)  # type: ignore[no-untyped-call]
+    return out
