@@ -126,6 +126,10 @@ def plan(
     from lowmem.models.checkpoint import resolve
 
     refuse_options(tuning=tuning, quantization=quantization)
+    if peft_config is not None:
+        from lowmem.adapters.support import check_peft_config
+
+        check_peft_config(peft_config)
     chosen = pick_device(device)
     job = make_job(
         task,
