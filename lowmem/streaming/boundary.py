@@ -42,14 +42,20 @@ class DeviceTier:
 
 
 class HostTier:
-    """Copied into page-aligned buffers that one step after another uses.
+    """Copied into page-aligned buffers of host RAM that one step after another uses.
 
-    On a CPU this is where all boundaries go. They outlive the temporaries of many blocks: left on the heap, they would
-    pin the pages around them, and the process would grow by a block's temporaries for each few blocks.
+    Copies from and to a GPU wait for it: exact, and slower than they could be. On a CPU this is where all boundaries go.
+    They outlive the temporaries of many blocks: left on the heap, they would pin the pages around them, and the process
+    would grow by a block's temporaries for each few blocks.
     """
 
-    def __init__(self) -> None:
-        """Begin with no buffers."""
+    def __init__(self, device: torch.device) -> None:
+        """Begin with no buffers.
+
+        Args:
+            device: Compute device, where activations come from and go back to.
+        """
+        self._device = device
         self._free: list[StagingBuffer] = []
         self.held_bytes = 0
 
@@ -60,6 +66,10 @@ class HostTier:
         kept = buffer.tensor[:nbytes].view(value.dtype).view(value.shape)
         kept.copy_(value)
         return _Buffered(kept, buffer, self)
+
+    def on_device(self, kept: Tensor) -> Tensor:
+        """A kept activation where blocks compute: the buffer itself on a CPU, a copy elsewhere."""
+        return kept.to(self._device)
 
     def give_back(self, buffer: StagingBuffer) -> None:
         """Have a buffer for the next activation."""
@@ -113,14 +123,14 @@ class _Buffered:
         self._buffer, self._tier = buffer, tier
 
     def take(self) -> Tensor:
-        """Give the activation back: a view of the tier's buffer, valid until `release`.
+        """Give the activation back, on a CPU as a view of the tier's buffer; valid until `release`.
 
         Raises:
             RuntimeError: It was released before.
         """
         if self._value is None:
             raise RuntimeError(_TWICE)
-        return self._value
+        return self._tier.on_device(self._value)
 
     def release(self) -> None:
         """Let the next activation have the buffer."""
@@ -138,9 +148,15 @@ _TWICE = (
 )
 
 
-def tier_for(device: torch.device) -> BoundaryTier:
-    """The tier that fits a device: the host's buffers on a CPU, the device itself otherwise."""
-    return HostTier() if device.type == "cpu" else DeviceTier()
+def tier_for(device: torch.device, *, planned: str) -> BoundaryTier:
+    """The tier that a plan names.
+
+    Args:
+        device: Compute device.
+        planned: "device" or "host". On a CPU both are RAM, and buffers of the tier's own serve either.
+    """
+    on_host = planned == "host" or device.type == "cpu"
+    return HostTier(device) if on_host else DeviceTier()
 
 
 __all__ = ["Boundary", "BoundaryTier", "DeviceTier", "HostTier", "tier_for"]

@@ -60,7 +60,7 @@ class Runtime:
         self._before_first: list[Callable[[], None]] = []
         self._choose_micro_batch = choose_micro_batch
         self._bound: int | None = None
-        self.boundaries = tier_for(device)
+        self.boundaries = tier_for(device, planned=plan.boundary_tier)
 
     @property
     def num_blocks(self) -> int:

@@ -61,7 +61,7 @@ def model(checkpoint: Path) -> Iterator[nn.Module]:
         built.blocks,
         scheduler=Scheduler(specs, plan=placement, reader=reader, device=open_device(cpu), trace=trace),
         unpacker=Unpacker(built.blocks, device=cpu),
-        plan=SimpleNamespace(step_s=1.5, host_bytes=10, device_bytes=20),  # type: ignore[arg-type]
+        plan=SimpleNamespace(step_s=1.5, host_bytes=10, device_bytes=20, boundary_tier="device"),  # type: ignore[arg-type]
         trace=trace,
         device=cpu,
         choose_micro_batch=lambda call: None,
