@@ -97,11 +97,6 @@ def block_recompute_bytes(block: BlockShape, batch: MicroBatch) -> int:
     return ceil(peak * block.correction)
 
 
-def block_saved_bytes(block: BlockShape, batch: MicroBatch) -> int:
-    """Bytes that autograd keeps at the end of the recomputation's forward, weights and the block's input aside."""
-    return batch.num_tokens * _saved_per_token(block, batch).total + _mask_bytes(batch)
-
-
 def _adapter_itemsize(block: BlockShape) -> int:
     return block.adapter_bytes // block.num_adapter_params if block.num_adapter_params else 0
 

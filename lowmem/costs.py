@@ -175,4 +175,6 @@ def _head_bytes(shapes: ModelShapes, job: Job) -> int:
         "bytes_per_word": shapes.hidden_size * _FP32_BYTES if compute < _FP32_BYTES else 0,
     }
     num_words = tiles.num_words(num_tokens=num_tokens, vocab=shapes.vocab_size, **sizes)
-    return job.num_tokens * per_token + num_words * (num_tokens * sizes["bytes_per_logit"] + sizes["bytes_per_word"])
+    tile = num_words * (num_tokens * sizes["bytes_per_logit"] + sizes["bytes_per_word"])
+    # A trained head's gradient is summed in fp32 and then brought into its own type.
+    return job.num_tokens * per_token + tile + 2 * shapes.outer_adapter_bytes

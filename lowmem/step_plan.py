@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from lowmem.costs import ALWAYS, Choice, RoleBytes, peak_bytes
+from lowmem.costs import Choice, RoleBytes, peak_bytes
 from lowmem.job import Job
 from lowmem.rates import Rates
 from lowmem.step_time import StepTime
@@ -218,4 +218,4 @@ class Plan:
         return plan_html(self)
 
 
-__all__ = ["ALWAYS", "Plan"]
+__all__ = ["Plan"]

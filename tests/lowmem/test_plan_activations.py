@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import GPT2Config, PretrainedConfig
 
-from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes, block_saved_bytes
+from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
 from tests.lowmem.block_peak import Measured, config_of, measure
 from tests.lowmem.llama_shapes import llama_block
 
@@ -28,7 +28,6 @@ def check(found: Measured) -> None:
     predicted = block_recompute_bytes(found.block, found.batch)
     assert found.peak_bytes <= predicted <= MOST * found.peak_bytes, predicted / found.peak_bytes
     assert found.forward_bytes <= block_forward_bytes(found.block, found.batch)
-    assert block_saved_bytes(found.block, found.batch) < predicted
 
 
 # PEFT 0.21.2, about the patterns that it makes itself for stacked experts.
