@@ -44,9 +44,9 @@ class DeviceTier:
 class HostTier:
     """Copied into page-aligned buffers of host RAM that one step after another uses.
 
-    Copies from and to a GPU wait for it: exact, and slower than they could be. On a CPU this is where all boundaries go.
-    They outlive the temporaries of many blocks: left on the heap, they would pin the pages around them, and the process
-    would grow by a block's temporaries for each few blocks.
+    Copies from and to a GPU wait for it: exact, and slower than they could be. On a CPU this is where all boundaries
+    go. They outlive the temporaries of many blocks: left on the heap, they would pin the pages around them, and the
+    process would grow by a block's temporaries for each few blocks.
     """
 
     def __init__(self, device: torch.device) -> None:

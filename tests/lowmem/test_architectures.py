@@ -62,6 +62,9 @@ CORE = (
 )
 """Run on every change; the others with --slow."""
 
+ALL_KINDS = ("llama", "mixtral", "phi3")
+"""Run with every kind of adapter on every change."""
+
 KINDS: dict[str, dict[str, object]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -124,26 +127,57 @@ def test_streamed_lora_step_equals_the_resident_one(name: str, checkpoint: Calla
     assert_equal(run(adapt(model, lora(name)), batch), expected)
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora"])
-@pytest.mark.parametrize("name", slow_unless_core(EXACT))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(
+            name, kind, marks=[] if name in ALL_KINDS or (kind == "dora" and name in CORE) else pytest.mark.slow
+        )
+        for name in EXACT
+        for kind in ("rslora", "dora")
+    ],
+)
 def test_streamed_step_with_other_adapters_equals_the_resident_one(
     name: str, kind: str, checkpoint: Callable[..., Path]
 ) -> None:
     folder, batch = checkpoint(name), batch_of()
-    model = resident(folder)
-    config = lora(name, **KINDS[kind])
-    expected = run(adapt(model, config), batch)
+    expected = run(adapt(resident(folder), lora(name, **KINDS[kind])), batch)
+    outcome = run(adapt(streamed(folder), lora(name, **KINDS[kind])), batch)
     allowed = TOLERANCE
-    if kind == "dora":
-        # Another formula of the same norm: as near to the true gradient as the resident model's own fp32 result.
-        exact = run(adapt(resident(folder, dtype=torch.float64), config).double(), batch)
-        allowed = max(allowed, 2 * largest_error(expected, exact)[1])
-    assert_equal(run(adapt(streamed(folder), config), batch), expected, allowed=allowed)
+    if kind == "dora" and largest_error(outcome, expected)[1] > TOLERANCE:
+        # The norm is another formula of the same value: as near to the truth as the resident model's own fp32 result.
+        exact = run(adapt(resident(folder, dtype=torch.float64), lora(name, **KINDS[kind])).double(), batch)
+        allowed = 4 * largest_error(expected, exact)[1]
+    assert_equal(outcome, expected, allowed=allowed)
 
 
-@pytest.mark.parametrize("name", slow_unless_core(EXACT))
+def slow_or_failing(names: tuple[str, ...]) -> list[object]:
+    cut_wrongly = pytest.mark.xfail(reason="its language ids, one number per sequence, are not cut yet", strict=True)
+    slow = [pytest.mark.slow]
+    return [
+        name if name in CORE else pytest.param(name, marks=[*slow, cut_wrongly] if name == "xmod" else slow)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", slow_or_failing(EXACT))
 def test_one_sequence_at_a_time_equals_the_whole_batch(name: str, checkpoint: Callable[..., Path]) -> None:
     folder, batch = checkpoint(name), batch_of(3, padding=True)
+    expected = run(adapt(resident(folder), lora(name)), batch)
+    assert_equal(run(adapt(streamed(folder, micro_batch=1), lora(name)), batch), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "bloom", "falcon", "gpt2", "cohere2"),
+        pytest.param("mpt", marks=pytest.mark.xfail(reason="its position bias is cut as if by sequence", strict=True)),
+    ],
+)
+def test_batch_as_large_as_the_number_of_heads_is_cut_by_sequence_only(
+    name: str, checkpoint: Callable[..., Path]
+) -> None:
+    folder, batch = checkpoint(name), batch_of(4)
     expected = run(adapt(resident(folder), lora(name)), batch)
     assert_equal(run(adapt(streamed(folder, micro_batch=1), lora(name)), batch), expected)
 
@@ -222,6 +256,21 @@ def test_weights_stored_in_bf16_are_computed_in_fp32(name: str, tmp_path: Path) 
 def test_router_loss_is_refused_because_its_gradient_would_be_lost(name: str, checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(UnsupportedError, match="output_router_logits"):
         streamed(checkpoint(name, output_router_logits=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", pytest.param("qwen3_5", marks=pytest.mark.xfail(reason="the text model forgets its name", strict=True))],
+)
+def test_adapter_records_the_folder_as_its_base_model(name: str, checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint(name)
+    adapted = adapt(streamed(folder), lora(name))
+    assert adapted.active_peft_config.base_model_name_or_path == str(folder)
+
+
+def test_encoder_decoder_is_refused(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(UnsupportedError, match="encoder-decoder"):
+        streamed(checkpoint("bart", is_encoder_decoder=True))
 
 
 @pytest.mark.parametrize("num_shared", [2, 4])

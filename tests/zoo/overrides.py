@@ -253,8 +253,7 @@ OVERRIDES: dict[str, Fields] = {
         "interleave_moe_layer_step": 2,
         "attention_chunk_size": 8,
     },
-    "longcat_flash": MULTI_HEAD
-    | {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "zero_expert_num": 2, "num_layers": 2},
+    "longcat_flash": MULTI_HEAD | {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "zero_expert_num": 2},
     "mamba": {},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
     "marian": {},

@@ -44,7 +44,7 @@ NO_DORA_ON_EXPERTS: frozenset[str] = frozenset(
 )
 """Where "all-linear" takes in the fused experts, which PEFT's LoRA can wrap and its DoRA cannot."""
 
-ATTENTION_ONLY = r".*\.(self_attn|linear_attn|mixer)(\.\d)?\.\w*proj\w*"
+ATTENTION_ONLY = r".*\.(self_attn|linear_attn|mixer)(\.\d)?\.(?!gate_)\w*proj\w*"
 """The linear layers of attention of all kinds, by full name."""
 
 

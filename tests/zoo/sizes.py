@@ -92,7 +92,7 @@ RECURRENT: dict[str, object] = {
     "state_size": 8,
 }
 
-NO_DROPOUT: dict[str, object] = dict.fromkeys(
+NO_NOISE: dict[str, object] = dict.fromkeys(
     (
         "activation_dropout",
         "attention_dropout",
@@ -108,12 +108,14 @@ NO_DROPOUT: dict[str, object] = dict.fromkeys(
         "hidden_dropout_prob",
         "lsh_attention_probs_dropout_prob",
         "local_attention_probs_dropout_prob",
+        "input_jitter_noise",
         "resid_dropout",
         "resid_pdrop",
         "residual_dropout",
+        "router_jitter_noise",
     ),
     0.0,
 )
 
-COMMON: dict[str, object] = TRANSFORMER | OLDER_NAMES | EXPERTS | LATENT_ATTENTION | RECURRENT | NO_DROPOUT
+COMMON: dict[str, object] = TRANSFORMER | OLDER_NAMES | EXPERTS | LATENT_ATTENTION | RECURRENT | NO_NOISE
 """Values by field name, used where a configuration has the field."""
