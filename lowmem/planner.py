@@ -125,11 +125,7 @@ def plan(
     from lowmem.loading import open_checkpoint, pick_device, pick_dtype, read_config
     from lowmem.models.checkpoint import resolve
 
-    refuse_options(tuning=tuning, quantization=quantization)
-    if peft_config is not None:
-        from lowmem.adapters.support import check_peft_config
-
-        check_peft_config(peft_config)
+    refuse_options(tuning=tuning, quantization=quantization, peft_config=peft_config)
     chosen = pick_device(device)
     job = make_job(
         task,
@@ -192,12 +188,16 @@ def _unplanned_seq_lens(opened: Opened) -> tuple[int, ...]:
     return tuple(length for length in _UNPLANNED_SEQ_LENS if length <= longest) or (max(1, longest),)
 
 
-def refuse_options(*, tuning: str, quantization: str | None) -> None:
+def refuse_options(*, tuning: str, quantization: str | None, peft_config: PeftConfig | None = None) -> None:
     """Refuse what cannot be planned or loaded yet.
 
     Raises:
-        UnsupportedError: Full tuning, or a quantisation.
+        UnsupportedError: Full tuning, a quantisation, or an adapter that cannot be trained exactly.
     """
+    if peft_config is not None:
+        from lowmem.adapters.support import check_peft_config
+
+        check_peft_config(peft_config)
     if tuning != "adapter":
         raise UnsupportedError(
             f"tuning={tuning!r}",

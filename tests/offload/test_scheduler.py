@@ -421,6 +421,15 @@ def test_reset_gives_back_the_slots_of_visits_that_never_ended(scheduler: Schedu
                 stored.check(5, tensors)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where the shell started the tests with it ignored (in the background)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_waiting_leaves_a_working_scheduler(
     scheduler: Scheduler, stored: StoredBlocks, reads: SlowReads
 ) -> None:
