@@ -61,7 +61,8 @@ def open_checkpoint(
     from lowmem.models.blocks import refuse_config
 
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    config.name_or_path = name
+    # The text part as well: of some checkpoints only that is built.
+    config.name_or_path = config.get_text_config().name_or_path = name
     refuse_config(config)
     source = SafetensorsSource(folder)
     try:

@@ -24,8 +24,10 @@ def refuse_training_options(args: TrainingArguments) -> None:
         UnsupportedError: Names the option, the reason and what to use instead.
     """
     kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
-    for option in ("every_n_layers", "offload", "selective"):
-        if kwargs.get(option) not in (None, False, 1):
+    harmless = {"every_n_layers": (None, 1), "offload": (None, False), "selective": (None, False)}
+    for option, values in harmless.items():
+        # By identity: True equals 1.
+        if not any(kwargs.get(option) is value for value in values):
             raise UnsupportedError(
                 f"activation_checkpointing_kwargs={{{option!r}: {kwargs[option]!r}}}",
                 reason=_BLOCKS,

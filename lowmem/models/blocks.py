@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -107,6 +107,22 @@ def _refuse_shared_state(architecture: str, blocks: tuple[DecoderBlock, ...]) ->
             )
 
 
+_NOT_DECODER_BLOCKS = {"rwkv": "its blocks hand a recurrent state to one another that they change in place"}
+
+
+def refuse_router_logits() -> NoReturn:
+    """Refuse the auxiliary loss of mixtures of experts.
+
+    Raises:
+        UnsupportedError: Always.
+    """
+    raise UnsupportedError(
+        "output_router_logits=True",
+        reason="router logits are collected inside the blocks, which are recomputed: their gradient would be lost",
+        instead="output_router_logits=False (config.json or the model's config): training without the auxiliary loss",
+    )
+
+
 def refuse_config(config: PretrainedConfig) -> None:
     """Refuse what the configuration alone shows to be unsupported, before anything loads.
 
@@ -121,6 +137,14 @@ def refuse_config(config: PretrainedConfig) -> None:
             reason="its packed weights cannot be unpacked block by block yet",
             instead="the bf16, fp16 or fp32 checkpoint of the same model",
         )
+    if config.model_type in _NOT_DECODER_BLOCKS:
+        raise UnsupportedError(
+            f"architecture {config.model_type}",
+            reason=_NOT_DECODER_BLOCKS[config.model_type],
+            instead="a decoder-only causal language model with attention",
+        )
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        refuse_router_logits()
     if config.is_encoder_decoder:
         raise UnsupportedError(
             f"architecture {config.model_type}",

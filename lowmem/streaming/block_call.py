@@ -28,6 +28,8 @@ class BlockCall:
                     reason="what blocks write into it for one another would have no gradient",
                     instead="a model whose blocks take and return tensors only",
                 )
+        # Per head, not per sequence, whatever their numbers are.
+        self._has_head_bias = isinstance(kwargs.get("position_bias"), Tensor)
         self._hidden = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), -1)
         if self._hidden < 0:
             raise ValueError("a decoder block was called without a tensor")
@@ -57,7 +59,7 @@ class BlockCall:
     @property
     def can_split(self) -> bool:
         """Whether every tensor is either one for all sequences or has one row per sequence."""
-        if self.batch_size == 1:
+        if self.batch_size == 1 or self._has_head_bias:
             return False
         return all(_splits(leaf, self.batch_size) for leaf in self._leaves if leaf is not None)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
+from lowmem.models.blocks import refuse_router_logits
 from lowmem.models.build import StreamedBlock
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import BlockFunction, RecordedCall
@@ -109,6 +110,8 @@ class Runtime:
                 callback()
         if not torch.is_grad_enabled():
             return self._run(index, args, kwargs)
+        if kwargs.get("output_router_logits"):
+            refuse_router_logits()
         kwargs = _without_cache(kwargs)
         call = BlockCall(args, kwargs)
         params = [param for param in self._blocks[index].block.module.parameters() if param.requires_grad]

@@ -116,7 +116,7 @@ def test_planning_leaves_the_checkpoint_and_the_random_state_alone(llama: Path) 
 
 
 def test_planning_does_not_change_the_users_configuration(llama: Path) -> None:
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="orthogonal")
     before = lora.to_dict()
     plan(llama, seq_len=16, peft_config=lora, budget=BUDGET)
     assert lora.to_dict() == before
