@@ -20,9 +20,9 @@ from benchmarks.memory_limit import LimitUnavailable, Outcome, run_limited
 from examples.demo_model import DemoShape, make_rows, make_tokenizer, write_model, write_rows
 from offload.units import format_bytes, parse_bytes
 
-LIMIT = "700MiB"
-DEVICE_BUDGET = "300MiB"
-NUM_STEPS = 20
+LIMIT = "1000MiB"
+DEVICE_BUDGET = "380MiB"
+NUM_STEPS = 14
 NUM_RESIDENT_STEPS = 5
 BATCH_SIZE = 12
 NUM_ROWS = 400
