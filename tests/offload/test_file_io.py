@@ -24,6 +24,7 @@ from offload.file_io import FileReader, Transfer
 from offload.layout import BlockLayout, lay_out
 from offload.sources import SafetensorsSource
 from offload.spec import BlockSpec, TensorSpec
+from tests.offload.own_threads import own_threads
 
 PAGE = 4096
 POISON = 0xA5
@@ -561,7 +562,7 @@ def test_reader_that_is_dropped_ends_its_threads(file: Path) -> None:
     reader = FileReader(num_threads=3)
     layout = layout_of(file, 10 * PAGE)
     reader.read(layout, poisoned(layout)).wait()
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("offload-read-")]
+    threads = own_threads("offload-read-")
     assert len(threads) == 3
     dropped = weakref.ref(reader)
     del reader

@@ -21,6 +21,7 @@ from offload.file_io import FileReader
 from offload.plan import Placement, PlacementPlan
 from offload.scheduler import Scheduler
 from offload.trace import Trace
+from tests.offload.own_threads import own_threads
 from tests.offload.stored_blocks import DelayedDevice, SlowReads, StoredBlocks
 
 NUM_BLOCKS = 6
@@ -77,7 +78,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def fetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "offload-fetch"]
+    return own_threads("offload-fetch")
 
 
 def run_step(scheduler: Scheduler, stored: StoredBlocks) -> None:
