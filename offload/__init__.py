@@ -3,16 +3,30 @@
 from offload.budget import Budget
 from offload.buffers import StagingBuffer, view_tensor
 from offload.device import measured, open_device
-from offload.errors import BudgetError, Closed, OffloadError, ReadError, SourceChanged, SourceError, TierFull
-from offload.file_io import FileReader, Transfer
+from offload.errors import (
+    BudgetError,
+    Closed,
+    OffloadError,
+    ReadError,
+    SourceChanged,
+    SourceError,
+    TierFull,
+    WriteError,
+)
+from offload.file_io import FileReader
+from offload.file_writer import FileWriter
 from offload.layout import BlockLayout, lay_out
+from offload.own_file import OwnFile
 from offload.plan import Placement, PlacementPlan
 from offload.planner import place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
+from offload.scratch import Scratch
+from offload.slots import FileSlot
 from offload.sources import SafetensorsSource
 from offload.spec import BlockSpec, TensorSpec
 from offload.trace import Span, Trace
+from offload.transfer import Transfer
 from offload.units import format_bytes, parse_bytes
 
 __all__ = [
@@ -24,12 +38,16 @@ __all__ = [
     "Counters",
     "DiskRate",
     "FileReader",
+    "FileSlot",
+    "FileWriter",
     "OffloadError",
+    "OwnFile",
     "Placement",
     "PlacementPlan",
     "ReadError",
     "SafetensorsSource",
     "Scheduler",
+    "Scratch",
     "SourceChanged",
     "SourceError",
     "Span",
@@ -38,6 +56,7 @@ __all__ = [
     "TierFull",
     "Trace",
     "Transfer",
+    "WriteError",
     "format_bytes",
     "lay_out",
     "measured",

@@ -59,6 +59,26 @@ class ReadError(OffloadError):
         self.nbytes = nbytes
 
 
+class WriteError(OffloadError):
+    """The operating system could not write a range of a file, or could not bring it to the disk.
+
+    Args:
+        file: The file in question.
+        offset_bytes: Where in the file the failing request began.
+        nbytes: How many bytes it was to write.
+        reason: What the operating system said.
+    """
+
+    def __init__(self, file: Path, *, offset_bytes: int, nbytes: int, reason: str) -> None:
+        super().__init__(
+            f"{file}: writing {nbytes} bytes at offset {offset_bytes} failed: {reason}; "
+            "check the disk (dmesg, smartctl) or write to another one (Budget.disk)"
+        )
+        self.file = file
+        self.offset_bytes = offset_bytes
+        self.nbytes = nbytes
+
+
 class BudgetError(OffloadError):
     """A budget is too small for the job.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from offload.errors import Closed, OffloadError
-from offload.pipeline import Pipeline, outcome
+from offload.pipeline import Pipeline
 from offload.ring import Slot
 from offload.trace import Trace
 
@@ -207,7 +207,7 @@ class Fetcher:
         if transfer is not None and pipeline.waits_for_reads:
             self._changed.release()
             try:
-                outcome(transfer)
+                transfer.outcome()
             finally:
                 self._changed.acquire()
             return True
@@ -219,7 +219,7 @@ class Fetcher:
             while (transfer := self._pipeline.oldest_transfer()) is not None:
                 self._changed.release()
                 try:
-                    outcome(transfer)
+                    transfer.outcome()
                 finally:
                     self._changed.acquire()
                 self._pipeline.collect()

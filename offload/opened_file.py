@@ -13,8 +13,8 @@ Pread = Callable[[int, list[memoryview], int], int]
 """Reads at an offset into buffers, as ``os.preadv(fd, buffers, offset)`` does; tests inject faults through it."""
 
 # Linux only: elsewhere, and on file systems that refuse the flag, reads go through the page cache.
-_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
-_DIRECT_REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+DIRECT_REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
 class OpenedFile:
@@ -42,9 +42,9 @@ class OpenedFile:
         except OSError as error:
             raise ReadError(path, offset_bytes=0, nbytes=0, reason=f"opening it: {error.strerror}") from error
         self._stamp = stamp or stamp_of(self._buffered_fd)
-        if direct and _O_DIRECT:
+        if direct and O_DIRECT:
             try:
-                self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
+                self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | O_DIRECT)
             except OSError:
                 # Refused, or gone: which of the two, the check below finds out.
                 self._direct_fd = None
@@ -89,7 +89,7 @@ class OpenedFile:
             except InterruptedError:
                 continue
             except OSError as error:
-                if direct and error.errno in _DIRECT_REFUSED:
+                if direct and error.errno in DIRECT_REFUSED:
                     self._direct = False
                     continue
                 reason = f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"

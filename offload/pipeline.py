@@ -8,11 +8,12 @@ from torch import Tensor
 
 from offload.buffers import StagingBuffer
 from offload.device import Copy, Device
-from offload.file_io import FileReader, Transfer
+from offload.file_io import FileReader
 from offload.layout import BlockLayout
 from offload.plan import Placement, PlacementPlan
 from offload.ring import Ring, Slot
 from offload.trace import Trace
+from offload.transfer import Transfer
 from offload.visits import VisitOrder
 
 POISON = 0xFF
@@ -243,7 +244,7 @@ class Pipeline:
             name = self._layouts[read.block].name
             self._trace.add("disk", name, start_ns, transfer.end_ns, nbytes=transfer.nbytes)
             self._last_read_ns = transfer.end_ns
-        error = outcome(transfer)
+        error = transfer.outcome()
         if error is not None:
             self._fail_read(read.block, read.slot, error)
             return
@@ -307,13 +308,3 @@ class Pipeline:
     def _device_slot(self, nbytes: int) -> Slot:
         tensor: Tensor = self._device.slot(nbytes)
         return Slot(tensor=tensor, mark=self._device.mark())
-
-
-def outcome(transfer: Transfer) -> BaseException | None:
-    """Wait for a read to end, and return why it failed if it did."""
-    try:
-        transfer.wait()
-    # Whatever it is belongs to the thread that visits the block: it is raised there.
-    except BaseException as error:  # noqa: BLE001
-        return error
-    return None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from offload import StagingBuffer
+from lowmem.streaming.boundary_disk import TAKEN_TWICE, DiskTier
+from offload import Scratch, StagingBuffer
+
+if TYPE_CHECKING:
+    from offload import Trace
 
 
 class Boundary(Protocol):
@@ -30,6 +35,9 @@ class BoundaryTier(Protocol):
     def held_bytes(self) -> int:
         """Bytes of memory the tier has taken for kept activations."""
 
+    def close(self) -> None:
+        """Let go of everything; nothing can be kept or taken afterwards."""
+
 
 class DeviceTier:
     """Kept by reference, in the device's memory."""
@@ -39,6 +47,9 @@ class DeviceTier:
     def keep(self, value: Tensor) -> Boundary:
         """Keep an activation where it is."""
         return _Referenced(value)
+
+    def close(self) -> None:
+        """Nothing of its own to let go of."""
 
 
 class HostTier:
@@ -75,6 +86,11 @@ class HostTier:
         """Have a buffer for the next activation."""
         self._free.append(buffer)
 
+    def close(self) -> None:
+        """Let go of the buffers that no activation is in."""
+        self.held_bytes -= sum(buffer.nbytes for buffer in self._free)
+        self._free.clear()
+
     def _take_buffer(self, nbytes: int) -> StagingBuffer:
         """The smallest free buffer that is large enough, unless it would waste half; else a new one."""
         fitting = [buffer for buffer in self._free if nbytes <= buffer.nbytes <= 2 * nbytes]
@@ -103,7 +119,7 @@ class _Referenced:
             RuntimeError: It was changed in place since the forward, or was released before.
         """
         if self._value is None:
-            raise RuntimeError(_TWICE)
+            raise RuntimeError(TAKEN_TWICE)
         if self._value._version != self._version:
             raise RuntimeError(
                 "a boundary activation was changed in place after its block's forward; clone it before changing it"
@@ -129,7 +145,7 @@ class _Buffered:
             RuntimeError: It was released before.
         """
         if self._value is None:
-            raise RuntimeError(_TWICE)
+            raise RuntimeError(TAKEN_TWICE)
         return self._tier.on_device(self._value)
 
     def release(self) -> None:
@@ -142,21 +158,35 @@ class _Buffered:
         self.release()
 
 
-_TWICE = (
-    "backward ran twice through a streamed block; run the forward again (retain_graph is not supported: a block keeps "
-    "nothing for a second backward)"
-)
-
-
-def tier_for(device: torch.device, *, planned: str) -> BoundaryTier:
+def tier_for(
+    device: torch.device,
+    *,
+    planned: str,
+    disk: Path | None = None,
+    num_buffers: int = 2,
+    trace: Trace | None = None,
+) -> BoundaryTier:
     """The tier that a plan names.
 
     Args:
         device: Compute device.
-        planned: "device" or "host". On a CPU both are RAM, and buffers of the tier's own serve either.
+        planned: "device", "host" or "disk". On a CPU the first two are RAM, and buffers of the tier's own serve either.
+        disk: Folder for "disk"; made if it is not there. Nothing of it is left when the process ends.
+        num_buffers: With "disk", buffers of host RAM, each as large as the largest activation.
+        trace: With "disk", where transfers are recorded.
+
+    Raises:
+        ValueError: "disk" without a folder, or another word.
+        WriteError: The folder cannot be written.
     """
+    if planned == "disk":
+        if disk is None:
+            raise ValueError("boundary activations on disk need a folder: give Budget.disk")
+        return DiskTier(device, Scratch(disk, trace=trace), num_buffers=num_buffers)
+    if planned not in ("device", "host"):
+        raise ValueError(f'planned: expected "device", "host" or "disk", got {planned!r}')
     on_host = planned == "host" or device.type == "cpu"
     return HostTier(device) if on_host else DeviceTier()
 
 
-__all__ = ["Boundary", "BoundaryTier", "DeviceTier", "HostTier", "tier_for"]
+__all__ = ["Boundary", "BoundaryTier", "DeviceTier", "DiskTier", "HostTier", "tier_for"]

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from offload.buffers import StagingBuffer, view_tensor
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
-from offload.file_io import FileReader, Transfer
+from offload.file_io import FileReader
 from offload.layout import BlockLayout, lay_out
 from offload.sources import SafetensorsSource
 from offload.spec import BlockSpec, TensorSpec
+from offload.transfer import Transfer
 from tests.offload.own_threads import own_threads
 
 PAGE = 4096
