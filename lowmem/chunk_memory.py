@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lowmem.activations import MicroBatch, block_recompute_bytes
+from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
 from lowmem.shapes import BlockShape, itemsize
 
 _FP32_BYTES = 4
@@ -60,3 +60,15 @@ def chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> Chun
         keys_values_grads=states * batch.seq_len * gradient_bytes,
         attention=one_part + queries + (2 * _PART_BYTES if batch.has_mask else 0),
     )
+
+
+def forward_chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> int:
+    """Bytes that a block's forward in chunks, without gradients, holds at its largest.
+
+    Args:
+        block: The block's widths.
+        batch: The micro-batch.
+        chunk_tokens: Tokens of a chunk, at least 1.
+    """
+    chunk = replace(batch, seq_len=min(chunk_tokens, batch.seq_len), has_mask=False)
+    return block_forward_bytes(block, chunk) + chunk_bytes(block, batch, chunk_tokens).keys_values

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
+from lowmem.chunk_memory import chunk_bytes, forward_chunk_bytes
 from lowmem.job import Job
 from lowmem.shapes import ModelShapes, itemsize
 from lowmem.streaming.head_tiles import HeadTiles
@@ -21,6 +22,8 @@ _TOKEN_ID_BYTES = 8
 # Rows that the gathered embedding reads at a time; each may take two pages more than its bytes.
 _GATHERED_ROWS = 1024
 _PAGE_BYTES = 4096
+# As lowmem.streaming.attention_mask keeps them.
+_DENSE_MASK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,10 @@ class Choice:
 
     micro_batch: int
     """Sequences that go through a block at a time in training."""
+    chunk_tokens: int | None
+    """Tokens of a sequence that go through a block at a time; None for all."""
     boundary_tier: str
-    """"device" or "host": where block inputs wait for the backward."""
+    """"device", "host" or "disk": where block inputs wait for the backward."""
     embedding_on_disk: bool
     """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
 
@@ -109,9 +114,9 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     yield RoleBytes(role="boundary activations", tier=choice.boundary_tier, nbytes=boundary_bytes(shapes, job))
     # A block's output in parts and whole in the forward, its two gradients in the backward; its input where that was
     # brought back from the host.
-    num_in_flight = 2 + (choice.boundary_tier == "host")
+    num_in_flight = 2 + (choice.boundary_tier != "device")
     yield _device("batch in flight", num_in_flight * hidden_bytes)
-    mask = job.num_sequences * job.seq_len**2 if job.has_mask else 0
+    mask = _mask_bytes(shapes, job)
     # Ids, labels, mask and positions; cosines and sines of the widest heads.
     head_width = max(block.query_size // block.num_heads for block in shapes.blocks)
     per_token = 4 * _TOKEN_ID_BYTES + 2 * head_width * compute
@@ -123,7 +128,12 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         yield _device("embedding rows", _gathered_bytes(shapes, job), phase="embedding")
     if job.has_whole_forwards:
         whole = _batch(shapes, job, num_sequences=max(job.num_sequences, job.num_generated))
-        widest = max(block_forward_bytes(block, whole) for block in shapes.blocks)
+        # With a cache, a block takes whole sequences.
+        chunk = None if job.generates else choice.chunk_tokens
+        widest = max(
+            block_forward_bytes(block, whole) if chunk is None else forward_chunk_bytes(block, whole, chunk)
+            for block in set(shapes.blocks)
+        )
         yield _device("block forward", widest, phase="generation" if job.generates else "forward")
     if job.generates:
         cache = job.num_generated * job.seq_len * shapes.key_value_bytes_per_token
@@ -132,7 +142,7 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         yield _device("logits", 4 * _FP32_BYTES * job.num_generated * shapes.vocab_size, phase="generation")
     if job.trains:
         yield _device("head and loss", _head_bytes(shapes, job), phase="head")
-        yield _device("block recomputation", recompute_bytes(shapes, job, choice.micro_batch), phase="block")
+        yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:
@@ -145,16 +155,28 @@ def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:
     )
 
 
-def recompute_bytes(shapes: ModelShapes, job: Job, micro_batch: int) -> int:
+def recompute_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
     """Bytes of the largest block's recomputation and backward for one micro-batch.
 
-    Several micro-batches add up a block's adapter gradients in fp32 before autograd gets them.
+    Several micro-batches or chunks add up a block's adapter gradients in fp32 before autograd gets them.
     """
-    batch = _batch(shapes, job, num_sequences=micro_batch)
+    batch = _batch(shapes, job, num_sequences=choice.micro_batch)
     sums = max(block.num_adapter_params for block in shapes.blocks) * _FP32_BYTES
+    is_split = choice.micro_batch < job.num_sequences or choice.chunk_tokens is not None
     # Blocks of one shape are computed once.
-    widest = max(block_recompute_bytes(block, batch) for block in set(shapes.blocks))
-    return widest + (sums if micro_batch < job.num_sequences else 0)
+    widest = max(
+        block_recompute_bytes(block, batch)
+        if choice.chunk_tokens is None
+        else chunk_bytes(block, batch, choice.chunk_tokens).total
+        for block in set(shapes.blocks)
+    )
+    return widest + (sums if is_split else 0)
+
+
+def _mask_bytes(shapes: ModelShapes, job: Job) -> int:
+    """A dense mask for the whole batch; where attention is ours, only those of short sequences are built."""
+    dense = job.num_sequences * job.seq_len**2 if job.has_mask else 0
+    return dense if shapes.unchunkable else min(dense, _DENSE_MASK_BYTES)
 
 
 def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:

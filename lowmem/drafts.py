@@ -15,6 +15,8 @@ from offload import BudgetError, PlacementPlan, place_blocks
 
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch from which on more of them make a block's products no faster."""
+_CHUNK_TOKENS = (4096, 2048, 1024, 512, 256, 128)
+"""Chunk lengths to try. Shorter ones are slower and save little: keys and values of the whole sequence stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,9 @@ class Room:
 
         The largest useful micro-batch that fits; with it, the shortest step; among equals, what moves least.
         """
-        for micro_batch in self._micro_batches():
-            drafts = [draft for choice in self._choices(micro_batch) if (draft := self._draft(choice)) is not None]
+        for micro_batch, chunk_tokens in self._splits():
+            choices = self._choices(micro_batch, chunk_tokens)
+            drafts = [draft for choice in choices if (draft := self._draft(choice)) is not None]
             if drafts:
                 return min(drafts, key=lambda draft: round(draft.time.step_s, 3))
         return None
@@ -60,8 +63,8 @@ class Room:
     @cached_property
     def smallest(self) -> Draft:
         """The draft that takes the least device memory with this host budget, whether it fits or not."""
-        micro_batch = self.job.micro_batch or 1
-        drafts = [self._least(choice) for choice in self._choices(micro_batch)]
+        *_, (micro_batch, chunk_tokens) = self._splits()
+        drafts = [self._least(choice) for choice in self._choices(micro_batch, chunk_tokens)]
         return min(drafts, key=lambda draft: draft.device_bytes)
 
     def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
@@ -95,14 +98,31 @@ class Room:
         largest = next((size for size in sizes if size * self.job.seq_len >= enough), sizes[-1])
         yield from (size for size in reversed(sizes) if size <= largest)
 
-    def _choices(self, micro_batch: int) -> Iterator[Choice]:
+    def _splits(self) -> Iterator[tuple[int, int | None]]:
+        """Micro-batches and chunk lengths to try: whole sequences first, then ever shorter chunks of the fewest."""
+        asked_for = None if self.shapes.unchunkable else self.job.chunk_tokens
+        if asked_for is not None and asked_for < self.job.seq_len:
+            yield from ((micro_batch, asked_for) for micro_batch in self._micro_batches())
+            return
+        micro_batch = 1
+        for micro_batch in self._micro_batches():
+            yield micro_batch, None
+        if asked_for is None and self.job.trains and not self.shapes.unchunkable:
+            yield from ((micro_batch, chunk) for chunk in _CHUNK_TOKENS if chunk < self.job.seq_len)
+
+    def _choices(self, micro_batch: int, chunk_tokens: int | None) -> Iterator[Choice]:
         """Ways to place the embedding and the boundary activations, those that move least first."""
         boundary = boundary_bytes(self.shapes, self.job)
         tiers = ("device", "host") if boundary and boundary <= self.host_bytes else ("device",)
         places = (False, True) if self.shapes.embedding_gatherable else (False,)
         for tier in tiers:
             for on_disk in places:
-                yield Choice(micro_batch=micro_batch, boundary_tier=tier, embedding_on_disk=on_disk)
+                yield Choice(
+                    micro_batch=micro_batch,
+                    chunk_tokens=chunk_tokens,
+                    boundary_tier=tier,
+                    embedding_on_disk=on_disk,
+                )
 
     def _draft(self, choice: Choice) -> Draft | None:
         """What a choice leads to if it fits."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowmem.errors import UnsupportedError
-
 TASKS = ("sft", "dpo", "kto", "reward", "grpo", "rloo", "generate")
 """What can be planned: TRL's trainers by their short names, and generation alone."""
 
@@ -38,6 +36,8 @@ class Job:
     """Kind of the compute device: "cpu" or "cuda"."""
     micro_batch: int | None = None
     """Sequences that go through a block at a time; None for the planner's choice."""
+    chunk_tokens: int | None = None
+    """Tokens of a sequence that go through a block at a time; None for the planner's choice."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -48,6 +48,10 @@ class Job:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(
                 f"micro_batch={self.micro_batch}: expected at least 1 sequence, or None to let lowmem choose"
+            )
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens}: expected at least 1 token, or None to let lowmem choose"
             )
         if self.generates != (self.completion_tokens > 0):
             expected = "at least 1" if self.generates else "0, because nothing is generated"
@@ -155,15 +159,8 @@ def make_job(
         device: "cpu" or "cuda".
 
     Raises:
-        UnsupportedError: `chunk_tokens` was given.
         ValueError: A number is out of range or the task is unknown.
     """
-    if chunk_tokens is not None:
-        raise UnsupportedError(
-            f"chunk_tokens={chunk_tokens}",
-            reason="blocks take whole sequences so far",
-            instead="a smaller micro_batch (down to one sequence), or a shorter seq_len",
-        )
     if use_reference is None:
         use_reference = task in _WITH_REFERENCE
     elif use_reference and task in ("sft", "reward", "generate"):
@@ -180,4 +177,5 @@ def make_job(
         has_mask=batch_size > 1 or task not in ("sft", "generate"),
         device=device,
         micro_batch=micro_batch,
+        chunk_tokens=chunk_tokens,
     )

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, StreamedBlock, fill, skeleton
+from lowmem.streaming.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.embedding import GatheredEmbedding, read_now
-from lowmem.streaming.micro_batch import MicroBatchChoice
 from lowmem.streaming.preparation import Preparation
 from lowmem.streaming.runtime import Runtime, attach
+from lowmem.streaming.split_choice import SplitChoice
 from lowmem.streaming.unpack import Unpacker
 from offload import BlockSpec, FileReader, SafetensorsSource, Scheduler, Trace, open_device
 
@@ -96,6 +97,9 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     Raises:
         OffloadError: A file cannot be read, or memory cannot be had.
     """
+    from lowmem.generation.hooks import GenerationHooks
+    from lowmem.generation.room import KvRoom
+
     built, device = opened.built, opened.device
     reader = FileReader(
         num_threads=plan.rates.disk_num_threads,
@@ -132,6 +136,9 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         reader.close()
         opened.source.close()
         raise
+    chunks = can_chunk(model) is None
+    if chunks:
+        enable_chunks(model)
     runtime = Runtime(
         built.blocks,
         scheduler=scheduler,
@@ -139,9 +146,10 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         plan=plan,
         trace=trace,
         device=device,
-        choose_micro_batch=MicroBatchChoice(plan),
+        choose_split=SplitChoice(plan, can_chunk=chunks),
     )
     weakref.finalize(runtime, _close, scheduler, reader, opened.source)
+    runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     attach(model, runtime)
     runtime.before_first_block(Preparation(model))
     _give_generation_config(model, opened.folder)

@@ -110,10 +110,13 @@ def _facts(plan: Plan) -> list[str]:
     blocks = ", ".join(f"{count} {place.value}" for place, count in counts.items() if count)
     lines = [f"blocks     {len(plan.placements)}: {blocks}", *_strip(plan)]
     lines.append(f"passes     {plan.passes} over the weights per step, {format_bytes(time.read_bytes)} read from disk")
+    along = f", chunks of {plan.chunk_tokens} tokens" if plan.chunk_tokens else ""
     lines.append(
-        f"split      {job.num_sequences} sequences in micro-batches of {plan.micro_batch}, boundary activations on "
-        f"{plan.boundary_tier}, embedding {'rows from disk' if plan.embedding_on_disk else 'on device'}"
+        f"split      {job.num_sequences} sequences in micro-batches of {plan.micro_batch}{along}, boundary activations "
+        f"on {plan.boundary_tier}, embedding {'rows from disk' if plan.embedding_on_disk else 'on device'}"
     )
+    if plan.unchunkable and (job.chunk_tokens or not plan.fits):
+        lines.append(f"           whole sequences: {plan.unchunkable}")
     lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
     lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
     tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.completion_tokens) / time.step_s

@@ -64,6 +64,7 @@ def plan_step(shapes: ModelShapes, job: Job, *, budget: Budget, rates: Rates) ->
         device_budget_bytes=budget.device_bytes,
         host_budget_bytes=budget.host_bytes,
         smallest_device_bytes=room.smallest.device_bytes,
+        unchunkable=shapes.unchunkable,
         framework_bytes=_FRAMEWORK_BYTES,
         advice=advise(room, drafted, fits=best is not None),
     )
@@ -106,7 +107,8 @@ def plan(
         rates: How fast this machine is: "measure" to find out in about a second, or what an earlier measurement gave.
             Conservative numbers are assumed, and named as such, if not given.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
-        chunk_tokens: Tokens of a sequence that go through a block at a time; only None so far.
+        chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice. Models
+            whose blocks cannot be cut so take whole sequences; the plan says why.
         revision: Branch, tag or commit of the hub repository.
         trust_remote_code: Run model code that comes with the checkpoint.
         gradient_accumulation_steps: Batches per optimizer step; each passes over all weights anew.

@@ -103,6 +103,8 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
 
 
 def _shapes_of(built: Skeleton, ends: _Ends, *, opened: Opened, peft_config: PeftConfig | None) -> ModelShapes:
+    from lowmem.streaming.chunkable import can_chunk
+
     blocks = tuple(_block_shape(streamed, built.model.config) for streamed in built.blocks)
     trainable = [param for param in built.model.parameters() if param.requires_grad]
     stored = {str(spec.dtype) for streamed in built.blocks for spec in streamed.spec.tensors}
@@ -118,6 +120,7 @@ def _shapes_of(built: Skeleton, ends: _Ends, *, opened: Opened, peft_config: Pef
         other_bytes=ends.other_bytes,
         compute_dtype=str(opened.dtype).removeprefix("torch."),
         stored_dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in stored)),
+        unchunkable=can_chunk(built.model) or "",
         adapter=describe_adapter(peft_config),
         num_outer_adapter_params=sum(param.numel() for param in trainable)
         - sum(block.num_adapter_params for block in blocks),

@@ -148,6 +148,8 @@ class ModelShapes:
     """Bytes of the trainable parameters outside the blocks."""
     stored_dtypes: tuple[str, ...] = ()
     """Dtypes the blocks are stored in, by torch's name."""
+    unchunkable: str = ""
+    """Why its blocks cannot be walked along the sequence in chunks; empty if they can."""
 
     def __post_init__(self) -> None:
         if not self.blocks:

@@ -44,6 +44,8 @@ class Plan:
     """What may be kept in host RAM besides staging buffers."""
     smallest_device_bytes: int
     """Smallest device budget with which this job fits, the host budget being what it is."""
+    unchunkable: str
+    """Why the model's blocks cannot be walked along the sequence in chunks; empty if they can."""
     framework_bytes: int
     """RAM that Python, torch, transformers, PEFT and TRL take besides: in no budget, but in the process."""
     advice: tuple[str, ...] = ()
@@ -112,12 +114,12 @@ class Plan:
 
     @property
     def chunk_tokens(self) -> int | None:
-        """Tokens of a sequence that go through a block at a time: all of them, so far."""
-        return None
+        """Tokens of a sequence that go through a block at a time; None for all of them."""
+        return self.choice.chunk_tokens
 
     @property
     def boundary_tier(self) -> str:
-        """Where block inputs wait for the backward: "device" or "host"."""
+        """Where block inputs wait for the backward: "device", "host" or "disk"."""
         return self.choice.boundary_tier
 
     @property
@@ -176,6 +178,7 @@ class Plan:
             "device_budget_bytes": self.device_budget_bytes,
             "host_budget_bytes": self.host_budget_bytes,
             "smallest_device_bytes": self.smallest_device_bytes,
+            "unchunkable": self.unchunkable,
             "framework_bytes": self.framework_bytes,
             "advice": list(self.advice),
             "summary": self._summary(),

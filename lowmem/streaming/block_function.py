@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,16 +14,30 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lowmem.streaming.block_call import BlockCall, micro_batches
 from lowmem.streaming.boundary import Boundary
-from lowmem.streaming.random_state import RandomState, capture, restored
+from lowmem.streaming.kv_carrier import Workspace
+from lowmem.streaming.ownership import is_sole_owner
+from lowmem.streaming.row_records import ChunkedRows, RowsRecord, WholeRows
 from offload import StagingBuffer
 
 _ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How a call goes through its block."""
+
+    micro_batch: int | None = None
+    """Sequences at a time; None for all."""
+    chunk_tokens: int | None = None
+    """Tokens of each sequence at a time; None for all."""
 
 
 class VisitedBlock(Protocol):
     """What a recorded call needs of the runtime."""
 
     device: torch.device
+    workspace: Workspace
+    raw_forward: Callable[..., object]
 
     def forward_in_visit(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:
         """Run the block's raw forward; its weights are bound."""
@@ -37,10 +52,10 @@ class VisitedBlock(Protocol):
 class RecordedCall:
     """One call of one block in a training forward: what its backward needs to repeat it exactly."""
 
-    def __init__(self, block: VisitedBlock, call: BlockCall, *, micro_batch: int | None) -> None:
-        self._block, self._call = block, call
-        self._rows = list(micro_batches(call.batch_size, micro_batch))
-        self._random: list[RandomState] = []
+    def __init__(self, block: VisitedBlock, call: BlockCall, *, split: Split) -> None:
+        self._block, self._call, self._split = block, call, split
+        self._rows = list(micro_batches(call.batch_size, split.micro_batch))
+        self._records: list[RowsRecord] = []
         self._boundaries: list[Boundary] = []
         self._autocast = _autocast_state(block.device.type)
         self._adapters = block.adapter_state()
@@ -59,11 +74,10 @@ class RecordedCall:
         """
         parts: list[list[object]] = []
         for rows in self._rows:
-            self._random.append(capture(self._block.device))
+            record = self._new_record()
             cut = self._call.cut_inputs(inputs, self._cut(rows))
-            with self._in_autocast():
-                output = self._block.forward_in_visit(self._call.arguments(cut, self._cut(rows)))
-            leaves, self._output_spec = tree_flatten(output)
+            leaves, self._output_spec = tree_flatten(record.forward(self._call.arguments(cut, self._cut(rows))))
+            self._records.append(record)
             parts.append(leaves)
         # Each boundary is kept only after the whole call ran: a failing forward leaves nothing behind.
         self._boundaries = [self._block.keep(value) for value in inputs]
@@ -71,6 +85,21 @@ class RecordedCall:
         self._tensor_leaves = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._other_leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return tuple(leaves[index] for index in self._tensor_leaves)
+
+    def _new_record(self) -> RowsRecord:
+        if self._split.chunk_tokens is None:
+            return WholeRows(self._run, device=self._block.device)
+        return ChunkedRows(
+            self._run,
+            raw_forward=self._block.raw_forward,
+            chunk_tokens=self._split.chunk_tokens,
+            workspace=self._block.workspace,
+            device=self._block.device,
+        )
+
+    def _run(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:
+        with self._in_autocast():
+            return self._block.forward_in_visit(arguments)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> object:
         """The block's output from its tensors."""
@@ -99,25 +128,22 @@ class RecordedCall:
                 "backward; run backward before switching adapters"
             )
         inputs = [boundary.take() for boundary in self._boundaries]
-        sums = _GradientSums(inputs, params, wanted, whole=len(self._rows) == 1)
-        for rows, random in zip(self._rows, self._random, strict=True):
-            cut = [
-                value.detach().requires_grad_(want)
-                for value, want in zip(self._call.cut_inputs(inputs, self._cut(rows)), wanted, strict=True)
-            ]
-            with torch.enable_grad(), restored(random, self._block.device), self._in_autocast():
-                output = self._block.forward_in_visit(self._call.arguments(cut, self._cut(rows)))
-            outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
-            del output
-            pairs = [
-                (value, self._call.cut_inputs([grad], self._cut(rows))[0])
-                for value, grad in zip(outputs, grads, strict=True)
-                if grad is not None and value.requires_grad
-            ]
-            del outputs
-            if pairs:
-                sums.add(rows, cut, [value for value, _ in pairs], [grad for _, grad in pairs])
-            del pairs, cut
+        whole = len(self._rows) == 1
+        sums = _GradientSums(inputs, params, whole=whole)
+        # What arrived for the output may become what leaves for the input, where nobody else looks at it.
+        into = grads[0] if whole and grads[0] is not None and is_sole_owner(grads[0], like=inputs[0]) else None
+        for rows, record in zip(self._rows, self._records, strict=True):
+            cut = [value.detach() for value in self._call.cut_inputs(inputs, self._cut(rows))]
+            found = record.backward(
+                self._call.arguments(cut, self._cut(rows)),
+                inputs=cut,
+                wanted=wanted,
+                params=params,
+                grads=[None if grad is None else self._call.cut_inputs([grad], self._cut(rows))[0] for grad in grads],
+                into=into,
+            )
+            sums.add(rows, *found)
+            del cut, found
         del inputs
         result = sums.result()
         for boundary in self._boundaries:
@@ -138,26 +164,21 @@ class RecordedCall:
 class _GradientSums:
     """Gradients of inputs (by rows, or summed where one tensor serves all rows) and of parameters."""
 
-    def __init__(
-        self, inputs: Sequence[Tensor], params: Sequence[Tensor], wanted: Sequence[bool], *, whole: bool
-    ) -> None:
-        self._inputs, self._params, self._wanted, self._whole = inputs, params, wanted, whole
+    def __init__(self, inputs: Sequence[Tensor], params: Sequence[Tensor], *, whole: bool) -> None:
+        self._inputs, self._params, self._whole = inputs, params, whole
         self._input_grads: list[Tensor | None] = [None] * len(inputs)
         self._param_grads: list[Tensor | None] = [None] * len(params)
 
-    def add(self, rows: slice, cut: Sequence[Tensor], outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        sought = [value for value, want in zip(cut, self._wanted, strict=True) if want]
-        # autograd.grad, not backward: a parameter's hooks must fire once per step, after the sum.
-        found = iter(torch.autograd.grad(outputs, [*sought, *self._params], grads, allow_unused=True))
-        for index, want in enumerate(self._wanted):
-            if want:
-                self._add_input(index, rows, next(found))
-        for index, grad in enumerate(found):
+    def add(self, rows: slice, inputs: Sequence[Tensor | None], params: Sequence[Tensor | None]) -> None:
+        for index, grad in enumerate(inputs):
+            if grad is not None:
+                self._add_input(index, rows, grad)
+        for index, grad in enumerate(params):
             self._param_grads[index] = self._sum(self._param_grads[index], grad)
 
-    def _add_input(self, index: int, rows: slice, grad: Tensor | None) -> None:
+    def _add_input(self, index: int, rows: slice, grad: Tensor) -> None:
         value = self._inputs[index]
-        if grad is None or self._whole or grad.shape == value.shape:
+        if self._whole or grad.shape == value.shape:
             self._input_grads[index] = self._sum(self._input_grads[index], grad)
             return
         if self._input_grads[index] is None:
@@ -174,7 +195,7 @@ class _GradientSums:
         def typed(grads: list[Tensor | None], values: Sequence[Tensor]) -> list[Tensor | None]:
             return [None if grad is None else grad.to(value.dtype) for grad, value in zip(grads, values, strict=True)]
 
-        return typed(self._input_grads, self._inputs), _off_the_heap(typed(self._param_grads, self._params))
+        return typed(self._input_grads, self._inputs), typed(self._param_grads, self._params)
 
 
 class BlockFunction(torch.autograd.Function):
@@ -197,7 +218,7 @@ class BlockFunction(torch.autograd.Function):
         num_inputs = ctx.num_inputs  # type: ignore[attr-defined]
         wanted = ctx.needs_input_grad[2 : 2 + num_inputs]  # type: ignore[attr-defined]
         inputs, params = ctx.enter.run_backward(grads, ctx.params, wanted)  # type: ignore[attr-defined]
-        return (None, None, *inputs, *params)
+        return (None, None, *inputs, *_off_the_heap(params))
 
 
 class BlockEntry(Protocol):
@@ -248,4 +269,4 @@ def _autocast_state(device_type: str) -> tuple[str, bool, torch.dtype]:
     return device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
 
-__all__ = ["BlockEntry", "BlockFunction", "RecordedCall", "VisitedBlock"]
+__all__ = ["BlockEntry", "BlockFunction", "RecordedCall", "Split", "VisitedBlock"]

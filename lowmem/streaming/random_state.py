@@ -26,21 +26,22 @@ def capture(device: torch.device) -> RandomState:
     return RandomState(cpu=torch.get_rng_state(), cuda=cuda)
 
 
-@contextmanager
-def restored(state: RandomState, device: torch.device) -> Iterator[None]:
-    """Draw from `state` inside the block; afterwards the generators are where they were before it."""
-    outer = capture(device)
-    _set(state, device)
-    try:
-        yield
-    finally:
-        _set(outer, device)
-
-
-def _set(state: RandomState, device: torch.device) -> None:
+def restore(state: RandomState, device: torch.device) -> None:
+    """Put the generators back to where they were."""
     torch.set_rng_state(state.cpu)
     if state.cuda is not None:
         torch.cuda.set_rng_state(state.cuda, device)
 
 
-__all__ = ["RandomState", "capture", "restored"]
+@contextmanager
+def restored(state: RandomState, device: torch.device) -> Iterator[None]:
+    """Draw from `state` inside the block; afterwards the generators are where they were before it."""
+    outer = capture(device)
+    restore(state, device)
+    try:
+        yield
+    finally:
+        restore(outer, device)
+
+
+__all__ = ["RandomState", "capture", "restore", "restored"]

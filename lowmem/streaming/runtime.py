@@ -5,23 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
+from lowmem.generation.rows import ActiveRows
 from lowmem.models.blocks import refuse_router_logits
 from lowmem.models.build import StreamedBlock
 from lowmem.streaming.block_call import BlockCall
-from lowmem.streaming.block_function import BlockFunction, RecordedCall
+from lowmem.streaming.block_function import BlockFunction, RecordedCall, Split
 from lowmem.streaming.boundary import Boundary, tier_for
+from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.passes import TrainingPass, VisitingOrder
+from lowmem.streaming.row_records import ChunkedRows
+from lowmem.streaming.split_choice import SplitChoice
+from lowmem.streaming.twin import Twins
 from lowmem.streaming.unpack import Unpacker
 from lowmem.streaming.visit import Phase, Visit
 
 if TYPE_CHECKING:
+    from lowmem.full.engine import FullTuning
+    from lowmem.generation.hooks import GenerationHooks
     from lowmem.step_plan import Plan
+    from lowmem.streaming.beside import Entry
     from offload import Scheduler, Trace
 
 _ATTRIBUTE = "_lowmem_runtime"
@@ -39,7 +48,7 @@ class Runtime:
         plan: Plan,
         trace: Trace,
         device: torch.device,
-        choose_micro_batch: Callable[[BlockCall], int | None],
+        choose_split: SplitChoice,
     ) -> None:
         """Take over blocks; nothing is read yet.
 
@@ -50,7 +59,7 @@ class Runtime:
             plan: What was planned, for reports.
             trace: Where visits are recorded.
             device: Compute device.
-            choose_micro_batch: How many sequences of a call go through a block at a time; None for all.
+            choose_split: How much of a call goes through a block at a time.
         """
         self.plan, self.trace, self.device = plan, trace, device
         self.scheduler = scheduler
@@ -59,8 +68,14 @@ class Runtime:
         self._order = VisitingOrder(len(self._blocks), tell=scheduler.expect)
         self._listeners: list[Callable[[Visit], None]] = []
         self._before_first: list[Callable[[], None]] = []
-        self._choose_micro_batch = choose_micro_batch
+        self._choose_split = choose_split
+        self.chunk_workspace = Workspace()
         self._bound: int | None = None
+        self.rows = ActiveRows()
+        self.generation: GenerationHooks | None = None
+        self._twins = Twins(expects_reference=plan.job.task in ("dpo", "kto") and plan.job.uses_reference)
+        self.full: FullTuning | None = None
+        """Where every weight is trained: takes the blocks' gradients."""
         self.boundaries = tier_for(device, planned=plan.boundary_tier)
 
     @property
@@ -89,6 +104,8 @@ class Runtime:
             **held,
             "workspace_bytes": self._unpacker.workspace_bytes,
             "boundary_bytes": self.boundaries.held_bytes,
+            "chunk_bytes": self.chunk_workspace.nbytes,
+            **({} if self.generation is None else self.generation.memory()),
         }
 
     def call(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
@@ -108,8 +125,21 @@ class Runtime:
         if index == 0:
             for callback in self._before_first:
                 callback()
+        return self._twins.call(self, index, args, kwargs)
+
+    def run_block(
+        self,
+        index: int,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        *,
+        beside: Callable[[], None] | None = None,
+        recorded_beside: bool = False,
+    ) -> object:
+        """As `Visitor.run_block`."""
+        phase: Phase = "forward" if recorded_beside else "no_grad"
         if not torch.is_grad_enabled():
-            return self._run(index, args, kwargs)
+            return self._run(index, args, kwargs, beside=beside, phase=phase)
         if kwargs.get("output_router_logits"):
             refuse_router_logits()
         kwargs = _without_cache(kwargs)
@@ -118,17 +148,59 @@ class Runtime:
         inputs = call.take_inputs()
         if not params and not any(value.requires_grad for value in inputs):
             with torch.no_grad():
-                return self._run(index, *call.arguments(inputs, None))
-        micro_batch = self._choose_micro_batch(call) if call.can_split else None
-        entry = _Entry(self, index, call, micro_batch)
+                return self._run(index, *call.arguments(inputs, None), beside=beside, phase=phase)
+        entry = _Entry(self, index, call, self._choose_split(call), beside=beside)
         outputs = BlockFunction.apply(entry, len(inputs), *inputs, *params)  # type: ignore[no-untyped-call]
         return entry.rebuild(outputs)
 
-    def _run(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-        tokens = next((leaf.shape[:2].numel() for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), 0)
+    def _run(
+        self,
+        index: int,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        *,
+        beside: Callable[[], None] | None = None,
+        phase: Phase = "no_grad",
+    ) -> object:
+        shape = next((leaf.shape[:2] for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), torch.Size())
+        with self.visit(index, phase, num_tokens=shape.numel() if shape else 0):
+            output = self.run_here(index, args, kwargs)
+            if beside is not None:
+                beside()
+            return output
+
+    def run_here(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """As `Blocks.run_here`."""
+        shape = next((leaf.shape[:2] for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), torch.Size())
         block = self._blocks[index].block
-        with self.visit(index, "no_grad", num_tokens=tokens):
-            return block.raw_forward(block.module, *args, **kwargs)
+        chunk_tokens = self._choose_split.chunk_for(shape[-1], num_tokens=shape.numel()) if shape else None
+        if chunk_tokens is None or _has_cache(kwargs):
+            forward = partial(block.raw_forward, block.module)
+            if self.generation is not None:
+                return self.generation.run(forward, args, kwargs, block=index, rows=self.rows)
+            return forward(*args, **kwargs)
+        return self._chunked(index, chunk_tokens).forward((tuple(args), dict(kwargs)))
+
+    def recorded_call(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[Entry, Tensor]:
+        """As `Blocks.recorded_call`."""
+        call = BlockCall(args, kwargs)
+        (hidden,) = call.take_inputs()
+        return _Entry(self, index, call, self._choose_split(call)), hidden
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """The blocks' modules."""
+        return tuple(streamed.block.module for streamed in self._blocks)
+
+    def _chunked(self, index: int, chunk_tokens: int) -> ChunkedRows:
+        block = self._blocks[index].block
+        return ChunkedRows(
+            lambda arguments: block.raw_forward(block.module, *arguments[0], **arguments[1]),
+            raw_forward=block.raw_forward,
+            chunk_tokens=chunk_tokens,
+            workspace=self.chunk_workspace,
+            device=self.device,
+        )
 
     @contextmanager
     def visit(self, index: int, phase: Phase, *, num_tokens: int) -> Iterator[None]:
@@ -158,6 +230,11 @@ class Runtime:
         with self.scheduler.resident(index) as stored:
             yield self._unpacker.unpack(index, stored)
 
+    def trained_weights(self, index: int) -> dict[str, Tensor]:
+        """The weights of the block being visited that are trained themselves, by model name."""
+        params = {slot.key: slot.module._parameters[slot.attribute] for slot in self._blocks[index].slots}
+        return {key: param for key, param in params.items() if param is not None and param.requires_grad}
+
     @contextmanager
     def _binding(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
         if self._bound is not None:
@@ -166,11 +243,12 @@ class Runtime:
         absent = [slot.module._parameters[slot.attribute] for slot in slots]
         self._bound = index
         try:
-            for slot in slots:
+            for slot, param in zip(slots, absent, strict=True):
                 # .data: a version counter of its own. Views share their buffer's, and an in-place change of one weight
                 # (torch's parametrizations do `set_`) would then look like a change of all.
                 value = values[slot.key].data
-                slot.module._parameters[slot.attribute] = torch.nn.Parameter(value, requires_grad=False)
+                trains = param is not None and param.requires_grad
+                slot.module._parameters[slot.attribute] = torch.nn.Parameter(value, requires_grad=trains)
             yield
         finally:
             for slot, param in zip(slots, absent, strict=True):
@@ -198,7 +276,9 @@ class Runtime:
     def reset(self) -> None:
         """Make the runtime ready for a new step after an exception; safe to call at any time."""
         self._order.forget()
+        self._twins.forget()
         self._unpacker.forget()
+        self.chunk_workspace.clear()
         self.scheduler.reset()
 
     def close(self) -> None:
@@ -210,24 +290,40 @@ class Runtime:
 class _Entry:
     """One recorded call of one block of one runtime."""
 
-    def __init__(self, runtime: Runtime, index: int, call: BlockCall, micro_batch: int | None) -> None:
-        self.device = runtime.device
+    def __init__(
+        self, runtime: Runtime, index: int, call: BlockCall, split: Split, *, beside: Callable[[], None] | None = None
+    ) -> None:
+        self.device, self.workspace = runtime.device, runtime.chunk_workspace
         self._runtime, self._index = runtime, index
         self._num_tokens = call.num_tokens
         self._block = runtime.blocks[index].block
-        self._recorded = RecordedCall(self, call, micro_batch=micro_batch)
+        self.raw_forward = self._block.raw_forward
+        self._recorded, self._beside = RecordedCall(self, call, split=split), beside
         self._pass: TrainingPass | None = None
 
     def run_forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with self._runtime.visit(self._index, "forward", num_tokens=self._num_tokens):
-            self._pass = self._runtime.record(self._index)
-            return self._recorded.forward(inputs)
+            outputs = self.forward_here(inputs)
+            if self._beside is not None:
+                self._beside()
+        self._beside = None
+        return outputs
+
+    def forward_here(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self._pass = self._runtime.record(self._index)
+        return self._recorded.forward(inputs)
 
     def run_backward(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         with self._runtime.visit(self._index, "backward", num_tokens=self._num_tokens):
-            return self._recorded.backward(grads, params, wanted)
+            if self._runtime.full is None:
+                return self._recorded.backward(grads, params, wanted)
+            # Autograd holds the absent weights; what is differentiated are those that this visit has bound.
+            bound = self._runtime.trained_weights(self._index)
+            inputs, found = self._recorded.backward(grads, list(bound.values()), wanted)
+            self._runtime.full.keep_gradients(self._index, dict(zip(bound, found, strict=True)))
+            return inputs, [None] * len(params)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> object:
         return self._recorded.rebuild(tensors)
@@ -246,6 +342,13 @@ class _Entry:
         return self._runtime.boundaries.keep(value)
 
 
+_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def _has_cache(kwargs: Mapping[str, object]) -> bool:
+    return any(kwargs.get(name) is not None for name in _CACHE_NAMES)
+
+
 def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
     """A training forward keeps no K/V cache, as with transformers' own checkpointing.
 
@@ -253,7 +356,7 @@ def _without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
         RuntimeError: The cache already holds something that the block would attend to.
     """
     cleaned = dict(kwargs)
-    for name in ("past_key_values", "past_key_value", "layer_past"):
+    for name in _CACHE_NAMES:
         cache = cleaned.get(name)
         if cache is None:
             continue

@@ -4,22 +4,18 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
-from lowmem.models.build import fill, skeleton
 from lowmem.monitor import Monitor
-from lowmem.streaming.embedding import read_now
-from lowmem.streaming.runtime import Runtime, attach, runtime_of
-from lowmem.streaming.unpack import Unpacker
-from offload import FileReader, SafetensorsSource, Scheduler, Trace, lay_out, open_device, place_blocks
+from lowmem.streaming.runtime import runtime_of
 from tests.zoo.architectures import build
+from tests.zoo.streamed import streamed
 
 # PEFT asks transformers for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -47,34 +43,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(checkpoint: Path) -> Iterator[nn.Module]:
     """A streamed model with a LoRA adapter and a trained head."""
-    cpu = torch.device("cpu")
-    source = SafetensorsSource(checkpoint)
-    reader = FileReader(stamps=source.stamps)
-    config = AutoConfig.from_pretrained(checkpoint)
-    built = skeleton(config, source.tensors, dtype=torch.float32, folder=checkpoint)
-    specs = [streamed.spec for streamed in built.blocks]
-    sizes = [lay_out(spec).buffer_bytes for spec in specs]
-    placement = place_blocks(sizes, device_bytes=2 * max(sizes), host_bytes=0, device_is_host=True)
-    trace = Trace()
-    base = fill(built, device=cpu, read=lambda spec: read_now(spec, reader=reader, device=cpu), load=refuse_load)
-    runtime = Runtime(
-        built.blocks,
-        scheduler=Scheduler(specs, plan=placement, reader=reader, device=open_device(cpu), trace=trace),
-        unpacker=Unpacker(built.blocks, device=cpu),
-        plan=SimpleNamespace(step_s=1.5, host_bytes=10, device_bytes=20, boundary_tier="device"),  # type: ignore[arg-type]
-        trace=trace,
-        device=cpu,
-        choose_micro_batch=lambda call: None,
-    )
-    attach(base, runtime)
+    base = streamed(checkpoint)
     yield adapted(base)
-    runtime.close()
-    reader.close()
-    source.close()
-
-
-def refuse_load(key: str) -> torch.Tensor:
-    raise AssertionError(f"{key} was asked for outside a visit")
+    runtime_of(base).close()
 
 
 def adapted(base: nn.Module) -> nn.Module:
@@ -112,7 +83,7 @@ def test_values_land_in_the_history_of_training_steps_only(
     args = arguments(tmp_path, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2)
     trainer = Trainer(model, args, train_dataset=dataset, eval_dataset=dataset[:2], callbacks=[Monitor(progress=False)])
     metrics = trainer.train().metrics
-    logs = train_logs(trainer.state)
+    logs, plan = train_logs(trainer.state), runtime_of(model).plan
     assert len(logs) == 3
     for log in logs:
         assert log.keys() >= STEP_VALUES
@@ -120,7 +91,8 @@ def test_values_land_in_the_history_of_training_steps_only(
         assert log["tokens_per_s"] * log["step_s"] == pytest.approx(2 * 2 * NUM_REAL_TOKENS)
         assert 0 <= log["stall_percent"] <= 100
         assert log["host_peak_bytes"] == log["device_peak_bytes"] > 50 << 20
-        assert (log["planned_step_s"], log["planned_host_bytes"], log["planned_device_bytes"]) == (1.5, 10, 20)
+        planned = (log["planned_step_s"], log["planned_host_bytes"], log["planned_device_bytes"])
+        assert planned == (plan.step_s, plan.host_bytes, plan.device_bytes)
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     assert evaluations
     assert all(not STEP_VALUES & log.keys() for log in evaluations)

@@ -100,7 +100,7 @@ def test_html_holds_the_same_numbers_and_escapes_names() -> None:
     assert page.count("<tr>") == len({(role.role, role.phase) for role in plan.roles}) + 2
 
 
-def test_chunk_tokens_are_none_until_sequences_are_chunked() -> None:
+def test_short_sequences_go_whole_through_a_block() -> None:
     assert planned().chunk_tokens is None
 
 

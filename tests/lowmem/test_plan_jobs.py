@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from lowmem.errors import UnsupportedError
 from lowmem.job import Job, make_job
 
 
@@ -60,17 +59,13 @@ def test_completions_default_to_what_trl_generates() -> None:
         ({"task": "grpo", "completion_tokens": 0}, "expected at least 1"),
         ({"task": "grpo", "completion_tokens": 65}, "more than seq_len=64"),
         ({"use_reference": True}, "task sft has no reference"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0: expected at least 1"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     fields = {"task": "sft", "batch_size": 1, "seq_len": 64, **arguments}
     with pytest.raises(ValueError, match=message):
         make_job(fields.pop("task"), **fields)
-
-
-def test_chunks_are_refused_until_they_exist() -> None:
-    with pytest.raises(UnsupportedError, match=r"chunk_tokens=512 .* Instead: a smaller micro_batch"):
-        make_job("sft", batch_size=1, seq_len=1024, chunk_tokens=512)
 
 
 def test_a_job_can_be_made_by_its_fields() -> None:

@@ -161,7 +161,6 @@ def test_rates_are_assumed_measured_or_given(llama: Path) -> None:
     [
         ({"tuning": "full"}, "tuning='full' is not supported"),
         ({"quantization": "nf4"}, "quantization='nf4' is not supported"),
-        ({"chunk_tokens": 8}, "chunk_tokens=8 is not supported"),
         ({"device": "mps"}, "device='mps' is not supported"),
         ({"dtype": "int8"}, "dtype="),
     ],

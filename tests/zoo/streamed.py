@@ -14,22 +14,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def streamed(folder: Path, *, micro_batch: int | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def streamed(
+    folder: Path,
+    *,
+    micro_batch: int | None = None,
+    chunk_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
     """Open a checkpoint with the smallest device budget that works and nothing cached in RAM.
 
     Args:
         folder: What `tests.zoo.architectures.build` wrote.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
+        chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice.
         dtype: Compute dtype.
 
     Raises:
         UnsupportedError: The architecture is refused.
     """
-    try:
-        model = lowmem.from_pretrained(
-            folder, budget=Budget(device=1, host=0), micro_batch=micro_batch, device="cpu", dtype=dtype
+
+    def opened(device_bytes: int) -> PreTrainedModel:
+        return lowmem.from_pretrained(
+            folder,
+            budget=Budget(device=device_bytes, host=0),
+            micro_batch=micro_batch,
+            chunk_tokens=chunk_tokens,
+            device="cpu",
+            dtype=dtype,
         )
+
+    try:
+        return opened(1)
     except BudgetError as error:
-        smallest = Budget(device=error.needed_bytes, host=0)
-        model = lowmem.from_pretrained(folder, budget=smallest, micro_batch=micro_batch, device="cpu", dtype=dtype)
-    return model
+        return opened(error.needed_bytes)

@@ -1,0 +1,30 @@
+"""Whether a tensor that autograd handed to us may be written over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The tensor itself, and the storage object that asking for the count makes.
+_OWN_REFERENCES = 2
+
+
+def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
+    """Whether nothing but the caller sees a gradient's memory, and it can hold a tensor like another.
+
+    Autograd keeps further references where a gradient also goes elsewhere: to another consumer, or to whom
+    `torch.autograd.grad` captures it for. Then it must stay as it is.
+
+    Args:
+        grad: A gradient that a Function's backward was called with.
+        like: What is to be written into it.
+    """
+    if grad.shape != like.shape or grad.dtype != like.dtype or not grad.is_contiguous():
+        return False
+    storage = grad.untyped_storage()
+    if storage.nbytes() != grad.nbytes:
+        return False
+    return grad._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == _OWN_REFERENCES
+
+
+__all__ = ["is_sole_owner"]

@@ -1,0 +1,168 @@
+"""How sequences go through a block, and are differentiated later: whole, or in chunks along the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from lowmem.streaming.chunks import (
+    CallArguments,
+    ChunkedCall,
+    ChunkRecord,
+    NotChunkable,
+    RunBlock,
+    backward_chunks,
+    forward_chunks,
+)
+from lowmem.streaming.kv_carrier import Workspace
+from lowmem.streaming.random_state import RandomState, capture, restore, restored
+
+Gradients = tuple[list[Tensor | None], list[Tensor | None]]
+"""Of the inputs, and of the parameters."""
+
+
+class RowsRecord(Protocol):
+    """What a forward of some sequences left for their backward."""
+
+    def forward(self, arguments: CallArguments) -> object:
+        """Run them without a graph; answers the block's output."""
+
+    def backward(
+        self,
+        arguments: CallArguments,
+        *,
+        inputs: Sequence[Tensor],
+        wanted: Sequence[bool],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        into: Tensor | None = None,
+    ) -> Gradients:
+        """Run them again, with a graph, and differentiate them.
+
+        Args:
+            arguments: As in the forward; `inputs` are among them.
+            inputs: The tensors that autograd knows, the hidden states first.
+            wanted: For each input, whether its gradient is needed.
+            params: The block's trainable parameters.
+            grads: Gradient of each tensor of the output, or None.
+            into: Where the first input's gradient may be written, to save memory.
+        """
+
+
+class WholeRows:
+    """All tokens at once."""
+
+    def __init__(self, run: RunBlock, *, device: torch.device) -> None:
+        self._run, self._device = run, device
+        self._random: RandomState | None = None
+
+    def forward(self, arguments: CallArguments) -> object:
+        """As in `RowsRecord`."""
+        self._random = capture(self._device)
+        return self._run(arguments)
+
+    def backward(
+        self,
+        arguments: CallArguments,
+        *,
+        inputs: Sequence[Tensor],
+        wanted: Sequence[bool],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        into: Tensor | None = None,
+    ) -> Gradients:
+        """As in `RowsRecord`; `into` is not used."""
+        del into
+        assert self._random is not None
+        for value, want in zip(inputs, wanted, strict=True):
+            value.requires_grad_(want)
+        with torch.enable_grad(), restored(self._random, self._device):
+            output = self._run(arguments)
+        del arguments
+        outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
+        del output
+        pairs = [
+            (value, grad)
+            for value, grad in zip(outputs, grads, strict=True)
+            if grad is not None and value.requires_grad
+        ]
+        del outputs
+        if not pairs:
+            return [None] * len(inputs), [None] * len(params)
+        sought = [value for value, want in zip(inputs, wanted, strict=True) if want]
+        values, arrived = [value for value, _ in pairs], [grad for _, grad in pairs]
+        del pairs
+        # autograd.grad, not backward: a parameter's hooks must fire once per step, after the sum.
+        found = iter(torch.autograd.grad(values, [*sought, *params], arrived, allow_unused=True))
+        return [next(found) if want else None for want in wanted], list(found)
+
+
+class ChunkedRows:
+    """Chunk by chunk along the sequence; whole where the call turns out not to allow that."""
+
+    def __init__(
+        self,
+        run: RunBlock,
+        *,
+        raw_forward: Callable[..., object],
+        chunk_tokens: int,
+        workspace: Workspace,
+        device: torch.device,
+    ) -> None:
+        self._run, self._device = run, device
+        self._raw_forward, self._workspace = raw_forward, workspace
+        self._chunk_tokens = chunk_tokens
+        self._record: ChunkRecord | None = None
+        self._whole: WholeRows | None = None
+
+    def forward(self, arguments: CallArguments) -> object:
+        """As in `RowsRecord`."""
+        random = capture(self._device)
+        try:
+            forward = forward_chunks(
+                self._run,
+                ChunkedCall(self._raw_forward, *arguments),
+                chunk_tokens=self._chunk_tokens,
+                device=self._device,
+                workspace=self._workspace,
+            )
+        except NotChunkable:
+            restore(random, self._device)
+            self._whole = WholeRows(self._run, device=self._device)
+            return self._whole.forward(arguments)
+        self._record = forward.record
+        return forward.output
+
+    def backward(
+        self,
+        arguments: CallArguments,
+        *,
+        inputs: Sequence[Tensor],
+        wanted: Sequence[bool],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        into: Tensor | None = None,
+    ) -> Gradients:
+        """As in `RowsRecord`."""
+        if self._whole is not None:
+            return self._whole.backward(arguments, inputs=inputs, wanted=wanted, params=params, grads=grads, into=into)
+        assert self._record is not None
+        return backward_chunks(
+            self._run,
+            ChunkedCall(self._raw_forward, *arguments),
+            inputs=inputs,
+            wanted=wanted,
+            params=params,
+            grads=grads,
+            record=self._record,
+            device=self._device,
+            workspace=self._workspace,
+            into=into,
+        )
+
+
+__all__ = ["ChunkedRows", "Gradients", "RowsRecord", "WholeRows"]
