@@ -63,12 +63,14 @@ class BlockCall:
             return False
         return all(_splits(leaf, self.batch_size) for leaf in self._leaves if leaf is not None)
 
-    def arguments(self, inputs: Sequence[Tensor], rows: slice | None) -> tuple[tuple[object, ...], dict[str, object]]:
+    def arguments(
+        self, inputs: Sequence[Tensor], rows: slice | Tensor | None
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         """Positional and keyword arguments for some sequences of the batch.
 
         Args:
             inputs: What `take_inputs` answered, or leaves that stand for them, already cut to `rows`.
-            rows: Which sequences; None for the whole batch.
+            rows: Which sequences, as a slice or by their numbers; None for the whole batch.
         """
         leaves = [_cut(leaf, rows, self.batch_size) for leaf in self._leaves]
         for index, value in zip(self._input_positions, inputs, strict=True):
@@ -76,7 +78,7 @@ class BlockCall:
         args, kwargs = tree_unflatten(leaves, self._spec)
         return args, kwargs
 
-    def cut_inputs(self, inputs: Sequence[Tensor], rows: slice | None) -> list[Tensor]:
+    def cut_inputs(self, inputs: Sequence[Tensor], rows: slice | Tensor | None) -> list[Tensor]:
         """Some sequences of each input; an input that is one for all sequences stays whole."""
         return [cut for cut in (_cut(value, rows, self.batch_size) for value in inputs) if isinstance(cut, Tensor)]
 
@@ -87,7 +89,7 @@ def _splits(leaf: object, batch_size: int) -> bool:
     return leaf.ndim < 2 or leaf.shape[0] in (1, batch_size)
 
 
-def _cut(leaf: object, rows: slice | None, batch_size: int) -> object:
+def _cut(leaf: object, rows: slice | Tensor | None, batch_size: int) -> object:
     if rows is None or not isinstance(leaf, Tensor) or leaf.ndim < 2 or leaf.shape[0] != batch_size:
         return leaf
     return leaf[rows]

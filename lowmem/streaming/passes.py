@@ -73,7 +73,8 @@ class VisitingOrder:
             return ahead + self._last_recorded[::-1] + self._all
         waiting = [training.recorded for ref in self._passes if (training := ref()) is not None and training.recorded]
         if phase == "no_grad":
-            return ahead + (waiting[-1][::-1] if waiting else self._all)
+            # A second pass without gradients in a row: tokens are being generated, one pass each.
+            return ahead + (waiting[-1][::-1] if waiting and self._phase != "no_grad" else self._all)
         own = next((recorded for recorded in reversed(waiting) if block in recorded), self._all)
         rest = [index for index in reversed(own) if index <= block]
         return rest + self._all

@@ -1,0 +1,93 @@
+"""One block of one pass of a generation: unfinished rows only, a long prompt in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lowmem.generation.cache import StreamedCache
+from lowmem.generation.kv_layer import GrowingLayer
+from lowmem.generation.rows import ActiveRows
+from lowmem.streaming.block_call import BlockCall, flatten_output, micro_batches, tree_unflatten
+
+CACHE = "past_key_values"
+"""The keyword under which blocks get the cache."""
+
+
+def run_block(
+    run: Callable[..., object],
+    cache: StreamedCache,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    layer: int,
+    rows: ActiveRows,
+    max_tokens: int,
+) -> object:
+    """Run a block's forward on the rows that are not finished, a prompt in parts of at most `max_tokens` tokens.
+
+    Args:
+        run: The block's raw forward; its weights are there.
+        cache: The generation's cache, which is also among `kwargs`.
+        args: Positional arguments, for the whole batch.
+        kwargs: Keyword arguments, for the whole batch.
+        layer: Number of the block.
+        rows: Is told which rows are run.
+        max_tokens: Tokens that may go through at a time; one row's share of a part at least.
+
+    Returns:
+        What the block returns for the whole batch; rows that are finished are zeros.
+    """
+    call = BlockCall(args, {**kwargs, CACHE: None})
+    held = cache.layers[layer] if layer < len(cache.layers) else None
+    alive = cache.rows
+    is_long = call.num_tokens > max_tokens and isinstance(held, GrowingLayer)
+    if call.can_split:
+        cache.splittable.add(layer)
+    if not call.can_split or (alive is None and not is_long):
+        return run(*args, **kwargs)
+    batch_size, num_tokens = call.batch_size, call.num_tokens // call.batch_size
+    inputs = call.take_inputs()
+    index = torch.arange(batch_size) if alive is None else alive
+    size = max(1, max_tokens // num_tokens) if is_long else None
+    outputs = []
+    for window in micro_batches(len(index), size):
+        chosen = index[window]
+        part_args, part_kwargs = call.arguments(call.cut_inputs(inputs, chosen), chosen)
+        part_kwargs[CACHE] = cache
+        with rows.set(chosen):
+            if size is None:
+                outputs.append(run(*part_args, **part_kwargs))
+                continue
+            assert isinstance(held, GrowingLayer)
+            with held.rows(window, num_rows=len(index)):
+                outputs.append(run(*part_args, **part_kwargs))
+    if size is not None:
+        assert isinstance(held, GrowingLayer)
+        held.advance(num_tokens)
+    return _whole(outputs, index, batch_size)
+
+
+def _whole(outputs: Sequence[object], index: Tensor, batch_size: int) -> object:
+    """Outputs of some rows, put where they belong in outputs of all rows."""
+    flat = [flatten_output(output) for output in outputs]
+    spec = flat[0][1]
+    leaves = []
+    for parts in zip(*(leaves for leaves, _ in flat), strict=True):
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        if len(tensors) < len(parts) or tensors[0].ndim < 2:
+            leaves.append(parts[0])
+            continue
+        joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if joined.shape[0] == batch_size:
+            leaves.append(joined)
+            continue
+        whole = joined.new_zeros(batch_size, *joined.shape[1:])
+        whole[index.to(whole.device)] = joined
+        leaves.append(whole)
+    return tree_unflatten(leaves, spec)
+
+
+__all__ = ["CACHE", "run_block"]

@@ -1,0 +1,191 @@
+"""The two places where transformers' `generate` is told that a model is streamed.
+
+`generate` itself stays as it is: its sampling, its processors, its criteria. Two of the methods that it calls on the
+model are extended on the instance: the one that makes the cache (ours can drop rows, and counts its bytes), and the one
+that lists the criteria (ours notes what they answered). No public option reaches either for callers that do not know of
+streaming, TRL's trainers for one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList
+
+from lowmem.generation.cache import StreamedCache
+from lowmem.generation.decoding import CACHE, run_block
+from lowmem.generation.room import KvRoom
+from lowmem.generation.rows import ActiveRows
+from lowmem.generation.session import Generation, TokenProgress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ONE_TOKEN_AT_A_TIME = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+class GenerationHooks:
+    """Extends one model's `generate`.
+
+    Args:
+        model: The streamed model; held weakly.
+        room: What keys and values may take.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, room: KvRoom) -> None:
+        self._model = weakref.ref(model)
+        self._room = room
+        self._listeners: list[Callable[[TokenProgress], None]] = []
+        self._cache: weakref.ref[StreamedCache] | None = None
+        self._num_rows = 0
+        model._prepare_cache_for_generation = self._prepare_cache
+        model._get_stopping_criteria = self._stopping_criteria
+
+    def listen(self, callback: Callable[[TokenProgress], None]) -> Callable[[], None]:
+        """Call `callback` after every generated token; answers what removes it again."""
+        self._listeners.append(callback)
+        return lambda: self._listeners.remove(callback) if callback in self._listeners else None
+
+    def run(
+        self,
+        forward: Callable[..., object],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        *,
+        block: int,
+        rows: ActiveRows,
+    ) -> object:
+        """Run a block's raw forward, its weights being there: on unfinished rows where the cache knows which those are.
+
+        Args:
+            forward: Takes the block's arguments.
+            args: Positional arguments.
+            kwargs: Keyword arguments; with a `StreamedCache` among them the call belongs to a generation.
+            block: Number of the block.
+            rows: Is told which rows are run.
+        """
+        cache = kwargs.get(CACHE)
+        if not isinstance(cache, StreamedCache):
+            return forward(*args, **kwargs)
+        return run_block(forward, cache, args, kwargs, layer=block, rows=rows, max_tokens=self._room.prefill_tokens)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of keys and values that are allocated now, by tier."""
+        cache = self._cache() if self._cache is not None else None
+        held = {"device": 0, "host": 0} if cache is None else cache.allocated_bytes()
+        return {"kv_device_bytes": held["device"], "kv_host_bytes": held["host"]}
+
+    def _prepare_cache(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, object],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        model = self._model()
+        assert model is not None
+        given = model_kwargs.get("past_key_values")
+        type(model)._prepare_cache_for_generation(
+            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        self._cache = None
+        self._num_rows = batch_size * max(1, generation_config.num_return_sequences or 1)
+        ours = generation_config.cache_implementation in (None, "dynamic") and not generation_config.is_assistant
+        if given is not None or type(cache) is not DynamicCache or not ours:
+            return
+        if generation_mode not in _ONE_TOKEN_AT_A_TIME:
+            return
+        made = self._make(max_cache_length + 1)
+        model_kwargs["past_key_values"] = made
+        self._cache = weakref.ref(made)
+
+    def _make(self, max_tokens: int) -> StreamedCache:
+        model = self._model()
+        assert model is not None
+        config = model.config.get_text_config(decoder=True)
+        made = StreamedCache(config, max_tokens=max_tokens)
+        layer_bytes = _layer_bytes(model, num_rows=self._num_rows, num_tokens=max_tokens)
+        what = f"{self._num_rows} sequences of up to {max_tokens} tokens"
+        num_on_device = self._room.num_on_device(layer_bytes, num_layers=len(made.layers), what=what)
+        return StreamedCache(config, max_tokens=max_tokens, num_on_device=num_on_device)
+
+    def _stopping_criteria(
+        self,
+        generation_config: GenerationConfig,
+        stopping_criteria: StoppingCriteriaList | None,
+        tokenizer: object = None,
+    ) -> StoppingCriteriaList:
+        model = self._model()
+        assert model is not None
+        found = type(model)._get_stopping_criteria(
+            model, generation_config=generation_config, stopping_criteria=stopping_criteria, tokenizer=tokenizer
+        )
+        cache = self._cache() if self._cache is not None else None
+        # What else the caller gets back would show that finished rows are no longer computed.
+        drops = cache is not None and not generation_config.return_dict_in_generate
+        # Without such a criterion `generate` goes on with the tokens of finished rows instead of padding them.
+        drops = drops and any(hasattr(criterion, "eos_token_id") for criterion in found)
+        return _NotedCriteria(found, cache if drops else None, listeners=self._listeners)
+
+
+class _NotedCriteria(StoppingCriteriaList):
+    """The criteria of one generation, which passes on what they answer and changes none of it."""
+
+    def __init__(
+        self,
+        criteria: StoppingCriteriaList,
+        cache: StreamedCache | None,
+        *,
+        listeners: list[Callable[[TokenProgress], None]],
+    ) -> None:
+        super().__init__(criteria)
+        self._cache_to_cut, self._listeners = cache, listeners
+        self._generation: Generation | None = None
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        is_done: Tensor = super().__call__(input_ids, scores, **kwargs)
+        if self._cache_to_cut is None and not self._listeners:
+            return is_done
+        num_tokens = input_ids.shape[1]
+        if self._generation is None:
+            longest = self.max_length
+            self._generation = Generation(
+                num_rows=input_ids.shape[0],
+                num_prompt_tokens=num_tokens - 1,
+                max_tokens=1 if longest is None else longest - num_tokens + 1,
+                listeners=self._listeners,
+            )
+        done = is_done.tolist()
+        unfinished = [row for row in self._generation.unfinished if not done[row]]
+        changed = self._generation.note(num_tokens, unfinished)
+        cache = self._cache_to_cut
+        if changed and unfinished and cache is not None and cache.can_drop_rows:
+            cache.keep(unfinished)
+        return is_done
+
+
+def _layer_bytes(model: PreTrainedModel, *, num_rows: int, num_tokens: int) -> int:
+    """Bytes of the largest layer's keys and values, from what its projections put out."""
+    widest = 0
+    for module in model.modules():
+        weights = [getattr(getattr(module, name, None), "weight", None) for name in ("k_proj", "v_proj")]
+        widest = max(widest, sum(weight.shape[0] for weight in weights if isinstance(weight, Tensor)))
+    itemsize = torch.empty(0, dtype=model.dtype).itemsize
+    return num_rows * num_tokens * (widest or _width_by_config(model)) * itemsize
+
+
+def _width_by_config(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config(decoder=True)
+    num_heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // num_heads
+    return 2 * int(getattr(config, "num_key_value_heads", None) or num_heads) * int(width)
+
+
+__all__ = ["GenerationHooks"]
