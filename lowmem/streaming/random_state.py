@@ -33,6 +33,12 @@ def restore(state: RandomState, device: torch.device) -> None:
         torch.cuda.set_rng_state(state.cuda, device)
 
 
+def same_state(one: RandomState, other: RandomState) -> bool:
+    """Whether nothing was drawn between the two."""
+    pairs = ((one.cpu, other.cpu), (one.cuda, other.cuda))
+    return all(left is None or right is None or torch.equal(left, right) for left, right in pairs)
+
+
 @contextmanager
 def restored(state: RandomState, device: torch.device) -> Iterator[None]:
     """Draw from `state` inside the block; afterwards the generators are where they were before it."""
@@ -44,4 +50,4 @@ def restored(state: RandomState, device: torch.device) -> Iterator[None]:
         restore(outer, device)
 
 
-__all__ = ["RandomState", "capture", "restore", "restored"]
+__all__ = ["RandomState", "capture", "restore", "restored", "same_state"]

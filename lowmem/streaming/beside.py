@@ -1,0 +1,257 @@
+"""A second forward over the same inputs, run block by block in the visits of a first one, and asked for later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lowmem.streaming.adapter_flags import flags_set, weight_marks
+from lowmem.streaming.block_function import BlockFunction
+from lowmem.streaming.forward_state import ForwardState
+from lowmem.streaming.random_state import capture, restore, same_state
+from lowmem.streaming.same_inputs import Correspondence, Inputs, Unsuitable
+
+Arguments = tuple[tuple[object, ...], dict[str, object]]
+
+
+class Entry(Protocol):
+    """A recorded call of a block."""
+
+    def forward_here(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the forward in the visit that is under way."""
+
+    def run_backward(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Visit the block and run the backward."""
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> object:
+        """The block's output from its tensors."""
+
+
+class Blocks(Protocol):
+    """What runs the blocks: the runtime."""
+
+    device: torch.device
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """The blocks' modules."""
+
+    def run_here(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Run a block without gradients in the visit that is under way."""
+
+    def recorded_call(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[Entry, Tensor]:
+        """A call that will have a backward, and its hidden states; part of the pass that is under way."""
+
+    def run_block(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Visit a block and run it, recorded where gradients will be asked for."""
+
+
+class CannotFollow(Exception):
+    """The second forward has to have a pass of its own."""
+
+
+@dataclass
+class _Step:
+    """What one block did."""
+
+    inputs: Inputs
+    shape: torch.Size
+    dtype: torch.dtype
+    spec: TreeSpec
+    leaves: list[object]
+    entry: Entry | None
+
+    def output(self, hidden: Tensor) -> object:
+        return tree_unflatten([hidden if isinstance(leaf, _Hidden) else leaf for leaf in self.leaves], self.spec)
+
+
+class _Hidden:
+    """Where the hidden states belong in an output."""
+
+
+@dataclass
+class Beside:
+    """The second forward: runs as the first one does, and then waits to be asked for."""
+
+    state: ForwardState
+    """What it runs in."""
+    first: ForwardState
+    """What the forward runs in that takes it along."""
+    inputs: Inputs
+    """The first block's arguments, those of both forwards."""
+    marks: tuple[object, ...]
+    """The adapters' weights."""
+    hidden: Tensor = field(init=False)
+    """Its hidden states: of the blocks so far, in the end the last block's."""
+    steps: list[_Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.hidden = self.inputs.hidden.detach()
+
+    def run(self, blocks: Blocks, index: int, inputs: Inputs) -> None:
+        """Run a block whose weights are bound now.
+
+        Args:
+            blocks: Runs it.
+            index: Number of the block.
+            inputs: The first forward's arguments to it.
+
+        Raises:
+            CannotFollow: It draws random numbers (the first forward would draw others), or its output is no single
+                tensor. The generators are put back.
+        """
+        random = capture(blocks.device)
+        args, kwargs = inputs.with_hidden(self.hidden)
+        entry: Entry | None = None
+        with torch.no_grad(), flags_set(blocks.modules[index], self.state.flags[index]):
+            if self.state.grad:
+                entry, hidden = blocks.recorded_call(index, args, kwargs)
+                output = entry.rebuild(entry.forward_here([hidden]))
+            else:
+                output = blocks.run_here(index, args, kwargs)
+        if not same_state(random, capture(blocks.device)):
+            restore(random, blocks.device)
+            raise CannotFollow
+        self.hidden, leaves, spec = single_tensor(output)
+        kept = inputs if index == 0 else without_hidden(inputs)
+        self.steps.append(_Step(kept, self.hidden.shape, self.hidden.dtype, spec, leaves, entry))
+
+    def fits(self, blocks: Blocks) -> bool:
+        """Whether the adapters still have the weights that it ran with."""
+        return self.marks == weight_marks(blocks.modules)
+
+
+def single_tensor(output: object) -> tuple[Tensor, list[object], TreeSpec]:
+    """A block's output: its hidden states, and its structure with their place marked.
+
+    Raises:
+        CannotFollow: There are several tensors, or none.
+    """
+    leaves, spec = tree_flatten(output)
+    found = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(found) != 1:
+        raise CannotFollow
+    hidden = leaves[found[0]]
+    leaves[found[0]] = _Hidden()
+    return hidden, leaves, spec
+
+
+def without_hidden(inputs: Inputs) -> Inputs:
+    """For comparing the other arguments later: the hidden states need not live that long."""
+    inputs.drop_hidden()
+    return inputs
+
+
+class Answer:
+    """Gives a forward what ran beside an earlier one, block by block, without visiting any block."""
+
+    def __init__(self, beside: Beside, order: Correspondence) -> None:
+        """Begin with the first block.
+
+        Args:
+            beside: What ran.
+            order: How its sequences correspond with those of the forward that asks.
+        """
+        self._beside, self._order = beside, order
+        self._given: Tensor | None = None
+        self._asked: list[Arguments] = []
+
+    def next(self, blocks: Blocks, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """The output of the next block.
+
+        Raises:
+            CannotFollow: This call differs from the one that ran: `run_after_all` must take over.
+        """
+        index = len(self._asked)
+        step = self._beside.steps[index]
+        try:
+            inputs = Inputs(args, kwargs)
+        except Unsuitable as error:
+            raise CannotFollow from error
+        if index and (inputs.hidden is not self._given or not self._order.holds(inputs, step.inputs)):
+            raise CannotFollow
+        self._asked.append((tuple(args), dict(kwargs)))
+        last = index == blocks.num_blocks - 1
+        # Nobody reads what lies between the blocks: one element of NaN stands for it, and would be noticed.
+        value = self._beside.hidden if last else _placeholder(step.shape, step.dtype, blocks.device)
+        hidden = (
+            self._with_graph(blocks.modules[index], step, inputs.hidden, value) if torch.is_grad_enabled() else value
+        )
+        self._given = self._order.to_new(hidden) if last else hidden
+        return step.output(self._given)
+
+    def _with_graph(self, block: torch.nn.Module, step: _Step, hidden: Tensor, value: Tensor) -> Tensor:
+        assert step.entry is not None
+        params = [param for param in block.parameters() if param.requires_grad]
+        if not self._asked[1:]:
+            hidden = self._order.to_old(hidden)
+        if not params and not hidden.requires_grad:
+            return value
+        entry = _AlreadyRun(step.entry, value)
+        (output,) = BlockFunction.apply(entry, 1, hidden, *params)  # type: ignore[no-untyped-call]
+        assert isinstance(output, Tensor)
+        return output
+
+    def run_after_all(self, blocks: Blocks, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Run the blocks that were answered, then the one that is asked for now.
+
+        Raises:
+            RuntimeError: Something between the blocks has read what stood for hidden states.
+        """
+        hidden: Tensor | None = None
+        for index, call in enumerate([*self._asked, (tuple(args), dict(kwargs))]):
+            if hidden is not None:
+                call = _replaced(call, self._given if index == len(self._asked) else None, hidden)
+            output = blocks.run_block(index, *call)
+            hidden = single_tensor(output)[0]
+        return output
+
+
+def _replaced(call: Arguments, given: Tensor | None, hidden: Tensor) -> Arguments:
+    leaves, spec = tree_flatten(call)
+    index = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    if given is not None and leaves[index] is not given:
+        raise RuntimeError(
+            "the model changed its hidden states between two blocks in one forward and not in another over the same "
+            "inputs; remove hooks that do, or call it under other inputs"
+        )
+    leaves[index] = hidden
+    args, kwargs = tree_unflatten(leaves, spec)
+    return args, kwargs
+
+
+class _AlreadyRun:
+    """A recorded call whose forward lies behind."""
+
+    def __init__(self, entry: Entry, output: Tensor) -> None:
+        self._entry, self._outputs = entry, [output]
+
+    def run_forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the forward gave, once."""
+        return (self._outputs.pop(),)
+
+    def run_backward(
+        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """As the recorded call does it."""
+        return self._entry.run_backward(grads, params, wanted)
+
+
+def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    memory = torch.full((1,), float("nan"), dtype=dtype, device=device)
+    # Not a view: outputs of an autograd Function must not be views of what it made.
+    return torch.empty(0, dtype=dtype, device=device).set_(memory.untyped_storage(), 0, shape, (0,) * len(shape))
+
+
+__all__ = ["Answer", "Beside", "Blocks", "CannotFollow", "Entry", "single_tensor", "without_hidden"]

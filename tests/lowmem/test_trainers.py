@@ -1,0 +1,55 @@
+"""TRL's trainers, unmodified, on streamed models: every step logs what it logs in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.lowmem.tiny_trainers import loaders, records, trained
+from tests.zoo.architectures import build
+
+# TRL calls transformers by names that are on their way out.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "mixtral")
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "sft": ("sft", {}),
+    "dpo": ("dpo", {}),
+    "dpo, reference computed before": ("dpo", {"precompute_ref_log_probs": True}),
+    "kto": ("kto", {}),
+    "grpo": ("grpo", {}),
+    "grpo with a reference": ("grpo", {"beta": 0.1}),
+    "rloo": ("rloo", {}),
+    "rloo without a reference": ("rloo", {"beta": 0.0}),
+}
+QUICK = {("llama", "dpo"), ("llama", "grpo with a reference"), ("llama", "kto"), ("llama", "rloo"), ("mixtral", "dpo")}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = tmp_path_factory.mktemp("models")
+    return {name: Path(build(name, made / name)) for name in ARCHITECTURES}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "case"),
+    [
+        pytest.param(name, case, marks=() if (name, case) in QUICK else pytest.mark.slow)
+        for name in ARCHITECTURES
+        for case in CASES
+    ],
+)
+def test_losses_rewards_and_gradient_norms_equal_training_in_memory(
+    architecture: str, case: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    task, options = CASES[case]
+    folder = folders[architecture]
+    expected, got = (records(trained(task, load(folder), tmp_path, **options)) for load in loaders(task))
+    assert len(got) == len(expected) == 5
+    assert any(entry["grad_norm"] > 0 for entry in got)
+    for step, (one, other) in enumerate(zip(got, expected, strict=True)):
+        assert one.keys() == other.keys()
+        values = (torch.tensor([entry[name] for name in other], dtype=torch.float64) for entry in (one, other))
+        torch.testing.assert_close(
+            *values, rtol=2e-5, atol=2e-6, equal_nan=True, msg=lambda m, s=step, o=other: f"step {s}: {list(o)}\n{m}"
+        )
