@@ -8,6 +8,7 @@ from offload import Budget
 if TYPE_CHECKING:
     from lowmem.adapters.merge import merge
     from lowmem.api import from_pretrained
+    from lowmem.generation.bar import TokenBar
     from lowmem.monitor import Monitor
     from lowmem.planner import plan
     from lowmem.step_plan import Plan
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Monitor": "lowmem.monitor",
     "Plan": "lowmem.step_plan",
+    "TokenBar": "lowmem.generation.bar",
     "from_pretrained": "lowmem.api",
     "merge": "lowmem.adapters.merge",
     "plan": "lowmem.planner",
@@ -36,4 +38,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["Budget", "Monitor", "Plan", "UnsupportedError", "from_pretrained", "merge", "plan"]
+__all__ = ["Budget", "Monitor", "Plan", "TokenBar", "UnsupportedError", "from_pretrained", "merge", "plan"]

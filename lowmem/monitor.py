@@ -4,6 +4,7 @@ import inspect
 import os
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,8 @@ Output = str | os.PathLike[str] | Literal[False] | None
 class Monitor(TrainerCallback):
     """Watches the training of a streamed model.
 
-    - A bar within the step, below the Trainer's own: block, direction, bytes per second from disk, time left.
+    - A bar within the step, below the Trainer's own: block, direction, bytes per second from disk, time left; while
+      tokens are generated, how many, for how many unfinished rows, and how long the rest takes at most.
     - Values in the Trainer's logs (`log_history`, `report_to`), for the steps since the last log: `step_s`,
       `tokens_per_s` (padding not counted), `stall_percent`, `disk_read_bytes` (per step), `disk_gb_per_s`,
       `host_peak_bytes` and `device_peak_bytes` (largest so far; on a CPU both are the process's resident memory),
@@ -169,6 +171,7 @@ class _Run:
         self._representative = RepresentativeStep()
         self._progress: StepProgress | None = None
         self._stop_showing = runtime.listen(self._visited)
+        self._stop_counting: Callable[[], None] = lambda: None
         self._start_ns = time.perf_counter_ns()
 
     def show(self, *, num_forwards: int, every_s: float | None) -> None:
@@ -176,6 +179,8 @@ class _Run:
             num_blocks=self._runtime.num_blocks, num_forwards=num_forwards, planned_step_s=self._runtime.plan.step_s
         )
         self._progress = StepProgress(estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s)
+        if self._runtime.generation is not None:
+            self._stop_counting = self._runtime.generation.listen(self._progress.token)
 
     def start_step(self, step: int, num_steps: int) -> None:
         if self._progress is not None:
@@ -219,6 +224,7 @@ class _Run:
 
     def close(self) -> None:
         self._stop_showing()
+        self._stop_counting()
         self.recorder.close()
         if self._progress is not None:
             self._progress.close()

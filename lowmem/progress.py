@@ -9,6 +9,7 @@ from time import monotonic
 from tqdm.auto import notebook_tqdm, tqdm  # type: ignore[import-untyped]
 from tqdm.std import tqdm as terminal_tqdm  # type: ignore[import-untyped]
 
+from lowmem.generation.session import TokenProgress
 from offload.units import format_bytes
 
 EVERY_S = 0.5
@@ -127,6 +128,7 @@ class StepProgress:
         self._bar: tqdm | None = None
         self._shown_s = -float("inf")
         self._step: tuple[int, int] | None = None
+        self._generated: TokenProgress | None = None
 
     def start_step(self, step: int, num_steps: int) -> None:
         """Begin step `step` (from 1) of `num_steps`."""
@@ -147,6 +149,10 @@ class StepProgress:
             self._shown_s = now_s
             self._show(f"{PHASE_WORDS[phase]} {block}/{num_blocks - 1}", block, num_blocks, now_s)
 
+    def token(self, progress: TokenProgress) -> None:
+        """Note that a token was generated, until its generation has ended."""
+        self._generated = None if progress.finished else progress
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
@@ -156,6 +162,8 @@ class StepProgress:
     def _show(self, where: str, block: int, num_blocks: int, now_s: float) -> None:
         rate = self._rate.bytes_per_s(now_s)
         words = [f"{format_bytes(int(rate))}/s from disk"] if rate else []
+        if self._generated is not None:
+            words.insert(0, token_words(self._generated))
         if self._step is None:
             left, num_done, total = where, block, num_blocks
         else:
@@ -176,6 +184,13 @@ class StepProgress:
             return
         self._bar.total, self._bar.n, self._bar.bar_format = max(total, 1), num_done, layout
         self._bar.refresh()
+
+
+def token_words(progress: TokenProgress) -> str:
+    """Where a generation is, in words; `left` is what is left at most, as all rows may end sooner."""
+    left = "" if progress.left_s is None else f", {_clock(progress.left_s)} left"
+    rows = f", {progress.num_unfinished} of {progress.num_rows} rows" if progress.num_rows > 1 else ""
+    return f"token {progress.num_tokens}/{progress.max_tokens}{rows}, {progress.tokens_per_s:.3g} tokens/s{left}"
 
 
 def _clock(seconds: float) -> str:

@@ -243,3 +243,15 @@ def test_progress_is_told_after_every_token(llama: Path) -> None:
     stop()
     generate(model)
     assert len(told) == num_tokens
+
+
+def test_bar_shows_tokens_rows_and_time_left(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = streamed(llama)
+    with lowmem.TokenBar(model):
+        generate(model)
+    shown = capsys.readouterr().err
+    assert "token 1/24, " in shown
+    assert " of 6 rows, " in shown
+    assert " left " in shown
+    generate(model)
+    assert "token" not in capsys.readouterr().err
