@@ -6,6 +6,7 @@ from lowmem.errors import UnsupportedError
 from offload import Budget
 
 if TYPE_CHECKING:
+    from lowmem import optim
     from lowmem.adapters.merge import merge
     from lowmem.api import from_pretrained
     from lowmem.generation.bar import TokenBar
@@ -27,10 +28,12 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "optim":
+        return import_module("lowmem.optim")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)
 
 
@@ -38,4 +41,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["Budget", "Monitor", "Plan", "TokenBar", "UnsupportedError", "from_pretrained", "merge", "plan"]
+__all__ = ["Budget", "Monitor", "Plan", "TokenBar", "UnsupportedError", "from_pretrained", "merge", "optim", "plan"]

@@ -1,0 +1,92 @@
+"""Whole matrices in turn: BAdam, LISA, and FRUGAL by blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowmem.optim.block_schedule import active_blocks
+from lowmem.optim.inner import direction, new_inner_state
+from lowmem.optim.projected import DirectionRule
+from lowmem.optim.rule import Hyper, Payload, State, Update, counter
+from lowmem.optim.writer import check_writable, new_writer_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRule(DirectionRule):
+    """A parameter of a decoder block that has moments only in the windows of steps in which its block is chosen.
+
+    Without a residual the parameter is not touched in other windows and keeps nothing, not even an fp32 master.
+    """
+
+    def __post_init__(self) -> None:
+        assert self.place.block is not None
+
+    @property
+    def needs_full_gradient(self) -> bool:
+        """The payload is the gradient."""
+        return True
+
+    @property
+    def payload_is_linear(self) -> bool:
+        """The payload is the gradient."""
+        return True
+
+    def is_active(self, clock: int) -> bool:
+        """Always with a residual, otherwise while the block is chosen."""
+        return self.method.residual != "none" or self.is_chosen(clock)
+
+    def is_chosen(self, clock: int) -> bool:
+        """Whether the block has moments in the step after `clock` completed ones."""
+        num_blocks = self.place.num_blocks
+        count = self.method.active_blocks or max(1, round(self.method.density * num_blocks))
+        chosen = active_blocks(
+            self.method.block_order,
+            window=clock // self.method.update_gap,
+            num_blocks=num_blocks,
+            count=count,
+            seed=self.place.seed,
+        )
+        return self.place.block in chosen
+
+    def init(self, weight: Tensor) -> State:
+        """The window of the last step, steps since the moments were zero, moments, and what the writer keeps."""
+        check_writable(weight)
+        state: State = {"window": counter(-1), "inner_step": counter()}
+        state |= self._new_moments(weight)
+        return state | self._limiter_state(weight) | new_writer_state(self.method.writer, weight)
+
+    def reduce(self, gradient: Tensor, state: State) -> Payload:
+        """The gradient itself."""
+        return {"gradient": gradient}
+
+    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
+        """The inner direction if the block is chosen, the residual otherwise."""
+        gradient = payload["gradient"].float()
+        is_chosen = self.is_chosen(hyper.clock)
+        self._enter_window(gradient, state, hyper, is_chosen=is_chosen)
+        if is_chosen:
+            state["inner_step"] += 1
+            step = int(state["inner_step"])
+            update = direction(self.method.inner, gradient, state, hyper, step=step, seed=self._seed(hyper))
+            return {"direction": self._limit(update.mul_(self.method.scale), state)}
+        rest = gradient.sign() if self.method.residual == "sign" else gradient.clone()
+        return {"direction": self._limit(rest.mul_(self.method.residual_scale), state)}
+
+    def _enter_window(self, gradient: Tensor, state: State, hyper: Hyper, *, is_chosen: bool) -> None:
+        """Bring the moments in line with the window of this step."""
+        window = hyper.clock // self.method.update_gap
+        has_moments = "exp_avg" in state
+        is_new = int(state["window"]) != window
+        if has_moments and (not is_chosen or (is_new and self.method.at_refresh == "reset")):
+            for name in [name for name in state if name.startswith("exp_avg")]:
+                del state[name]
+            has_moments = False
+        if is_chosen and not has_moments:
+            state.update(self._new_moments(gradient))
+            state["inner_step"].zero_()
+        state["window"].fill_(window)
+
+    def _new_moments(self, like: Tensor) -> State:
+        return new_inner_state(self.method.inner, like.shape, state_dtype=self.method.state_dtype, device=like.device)

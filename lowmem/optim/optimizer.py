@@ -1,0 +1,247 @@
+"""A torch optimizer that runs a rule per parameter, and leaves offloaded parameters to their engine."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT, StateDict
+
+from lowmem.errors import UnsupportedError
+from lowmem.optim.offloaded import ParameterEngine, engine_of
+from lowmem.optim.rule import Hyper, Place, Rule, State
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# What torch, its schedulers and accelerate put into a group beside the optimizer's own fields.
+_TORCH_FIELDS = frozenset({"params", "param_names", "initial_lr"})
+
+
+class RuleOptimizer(Optimizer):
+    """Base of lowmem's optimizers.
+
+    Works wherever a torch optimizer does: lr, betas, eps and weight_decay are read from the group at every step,
+    gradients are taken as they are (accumulated, clipped), and `state_dict()` holds tensors and plain numbers only, so
+    that it loads with `weights_only=True`. State keeps its dtypes when it is loaded. A group field that the method
+    does not have is refused.
+
+    Args:
+        params: A model, whose trainable parameters are grouped as the subclass says, or what torch's optimizers take:
+            parameters, (name, parameter) pairs, or groups of either; a group with `project=False` gets plain AdamW.
+        defaults: The fields of a group and their values.
+
+    Raises:
+        UnsupportedError: A parameter, or a field of a group, that the method cannot honour.
+        ValueError: A value out of range.
+    """
+
+    method_name: ClassVar[str]
+    _rules: dict[int, Rule]
+    _fields: list[dict[str, Any]]
+
+    def __init__(self, params: nn.Module | ParamsT, defaults: dict[str, Any]) -> None:
+        self._rules, self._fields = {}, []
+        groups: ParamsT = self._groups_of(params) if isinstance(params, nn.Module) else params
+        super().__init__(groups, {**defaults, "project": True, "clock": 0, "method": self.method_name})
+        for param in self._params():
+            self.rule_of(param).init(_meta(param))
+        self._mark_active()
+        for engine in self._engines():
+            engine.adopt(self)
+
+    @abstractmethod
+    def _groups_of(self, model: nn.Module) -> ParamsT:
+        """The groups of a model's trainable parameters."""
+
+    @abstractmethod
+    def _rule(self, group: Mapping[str, Any], place: Place, param: Tensor) -> Rule:
+        """The rule for one parameter of a group."""
+
+    def _blocks(self, groups: list[dict[str, Any]]) -> dict[str, int]:
+        """Parameter name to number of its block, for methods that go by blocks."""
+        del groups
+        return {}
+
+    def hyper(self, group: Mapping[str, Any]) -> Hyper:
+        """The numbers of the coming step, as the group has them now."""
+        return Hyper(
+            lr=float(group["lr"]),
+            betas=(float(group["betas"][0]), float(group["betas"][1])),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            clock=int(group["clock"]),
+        )
+
+    def rule_of(self, param: Tensor) -> Rule:
+        """The rule of one of this optimizer's parameters."""
+        if id(param) not in self._rules:
+            self._follow_groups()
+        return self._rules[id(param)]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._follow_groups()
+        for group in self.param_groups:
+            hyper = self.hyper(group)
+            for param in group["params"]:
+                if engine_of(param) is None:
+                    self._update(param, hyper)
+        for engine in self._engines():
+            engine.step(self)
+        for group in self.param_groups:
+            group["clock"] += 1
+        self._mark_active()
+        return loss
+
+    def _update(self, param: Tensor, hyper: Hyper) -> None:
+        rule = self.rule_of(param)
+        state: State = self.state[param]
+        if not rule.is_active(hyper.clock):
+            rule.retire(state)
+            return
+        if param.grad is None:
+            return
+        if param.grad.is_sparse:
+            raise UnsupportedError(
+                "a sparse gradient", reason="its update is not defined row by row", instead="nn.Embedding(sparse=False)"
+            )
+        if not state:
+            state.update(rule.init(param))
+        payload = rule.reduce(param.grad, state)
+        rule.apply(param, rule.solve(payload, state, hyper), state, hyper)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does.
+
+        Raises:
+            UnsupportedError: It has a field that this method does not know.
+            ValueError: A value out of range.
+        """
+        for name in param_group:
+            if name not in self.defaults and name not in _TORCH_FIELDS:
+                raise UnsupportedError(
+                    f"the parameter group field {name!r}",
+                    reason=f"{self.method_name} has no such option and would ignore it",
+                    instead=f"one of {', '.join(sorted(self.defaults))}",
+                )
+        super().add_param_group(param_group)
+        _check_numbers(self.param_groups[-1])
+
+    def state_dict(self) -> StateDict:
+        """As torch's: tensors and plain numbers only."""
+        state_dict = super().state_dict()
+        for engine in self._engines():
+            state_dict = engine.save(state_dict)
+        return state_dict
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restore state and groups; unlike torch's, without casting state to the parameter's dtype.
+
+        Raises:
+            ValueError: The state is of another optimizer, or of parameters of other shapes.
+        """
+        for saved in state_dict["param_groups"]:
+            if saved.get("method") != self.method_name:
+                found = saved.get("method", "another optimizer")
+                raise ValueError(f"the state dict was saved by {found}, this is {self.method_name}")
+        super().load_state_dict({**state_dict, "state": {}})
+        self._follow_groups()
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for saved_id, param in zip(saved_ids, self._params(), strict=True):
+            saved_state = state_dict["state"].get(saved_id)
+            if saved_state and engine_of(param) is None:
+                self.state[param] = self._restored(param, saved_state)
+        self._mark_active()
+        for engine in self._engines():
+            engine.load(state_dict)
+
+    def _restored(self, param: Tensor, saved: State) -> State:
+        expected = self.rule_of(param).init(_meta(param))
+        missing = {name for name in expected if name not in saved and not name.startswith("exp_avg")}
+        if unknown := sorted(missing | (set(saved) - set(expected))):
+            raise ValueError(f"state of a parameter of shape {tuple(param.shape)}: {unknown} do not belong together")
+        for name, value in saved.items():
+            if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
+                raise ValueError(
+                    f"state {name!r} of a parameter of shape {tuple(param.shape)}: expected "
+                    f"{tuple(expected[name].shape)} {expected[name].dtype}, got {tuple(value.shape)} {value.dtype}"
+                )
+        # What is made on the CPU whatever the weight's device is a counter, and stays there.
+        return {
+            name: value.detach().to("cpu" if expected[name].device.type == "cpu" else param.device, copy=True)
+            for name, value in saved.items()
+        }
+
+    def _mark_active(self) -> None:
+        """Let autograd skip the parameters that the next step leaves alone: no gradients, no memory for them."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                rule = self.rule_of(param)
+                if type(rule).is_active is not Rule.is_active and engine_of(param) is None:
+                    param.requires_grad_(rule.is_active(group["clock"]))
+                    if not param.requires_grad:
+                        param.grad = None
+
+    def _follow_groups(self) -> None:
+        """Build the rules anew if a field that decides them has changed."""
+        fields = [{key: group[key] for key in group if key not in _VOLATILE} for group in self.param_groups]
+        if fields != self._fields or not self._rules:
+            self._rules, self._fields = dict(self._build_rules()), fields
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore after copying or unpickling, where rules are not part of the state."""
+        self._rules, self._fields = {}, []
+        super().__setstate__(state)
+
+    def _build_rules(self) -> Iterator[tuple[int, Rule]]:
+        blocks = self._blocks(self.param_groups)
+        num_blocks = len(set(blocks.values()))
+        num_params = sum(len(group["params"]) for group in self.param_groups)
+        index = 0
+        for group in self.param_groups:
+            names = group.get("param_names", [""] * len(group["params"]))
+            for name, param in zip(names, group["params"], strict=True):
+                block = blocks.get(name)
+                place = Place(
+                    index=index, num_params=num_params, seed=group["seed"], block=block, num_blocks=num_blocks
+                )
+                yield id(param), self._rule(group, place, param)
+                index += 1
+
+    def _params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _engines(self) -> list[ParameterEngine]:
+        """The engines of this optimizer's parameters, each once, in order of appearance."""
+        engines = {id(engine): engine for engine in map(engine_of, self._params()) if engine is not None}
+        return list(engines.values())
+
+
+# Fields that change from step to step or hold tensors; everything else decides the rules.
+_VOLATILE = frozenset({"params", "lr", "initial_lr", "betas", "weight_decay", "clock"})
+
+
+def _meta(param: Tensor) -> Tensor:
+    return torch.empty(param.shape, dtype=param.dtype, device="meta")
+
+
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    for name in ("lr", "weight_decay"):
+        if not float(group[name]) >= 0:
+            raise ValueError(f"{name}={group[name]}: expected at least 0")
+    for beta in group.get("betas", ()):
+        if not 0 <= float(beta) < 1:
+            raise ValueError(f"betas={group['betas']}: expected each at least 0 and below 1")
+    eps = group["eps"]
+    if not all(float(value) >= 0 for value in (eps if isinstance(eps, tuple | list) else (eps,))):
+        raise ValueError(f"eps={eps}: expected at least 0")

@@ -1,0 +1,245 @@
+"""One rule for all methods that keep their moments in a projection of the gradient: GaLore, Fira, FRUGAL, APOLLO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UnsupportedError
+from lowmem.optim.basis import Basis, DenseBasis, choose_coordinates, gaussian_basis, gradient_basis
+from lowmem.optim.inner import direction, new_inner_state, rotate_moments
+from lowmem.optim.limiter import limit_norm_growth, limit_update_rms, norm_of_matrices, norm_ratio
+from lowmem.optim.method import BY_DENSITY, FROM_GRADIENT, Method
+from lowmem.optim.randomness import mix
+from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counter
+from lowmem.optim.writer import check_writable, descend, new_writer_state, read_weight, write_weight
+
+_LINEAR = ("low", "gradient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionRule(Rule):
+    """What projected rules share: a direction in fp32, its limiter, and how the weight is written."""
+
+    method: Method
+    place: Place
+
+    @property
+    def payload_is_linear(self) -> bool:
+        """The gradient and its projection are linear, the sign of what is left is not."""
+        return self.method.residual != "sign"
+
+    def scale(self, payload: Payload, factor: float | Tensor) -> Payload:
+        """Scale what is linear in the gradient; signs and rotations stay."""
+        return {name: value * factor if name in _LINEAR else value for name, value in payload.items()}
+
+    def add(self, payload: Payload, other: Payload) -> None:
+        """As `Rule.add`; a rotation is the same in both."""
+        super().add(payload, {name: value for name, value in other.items() if name in _LINEAR})
+
+    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
+        """W <- (1 - lr * weight_decay) W - lr * direction."""
+        exact = read_weight(weight, state)
+        descend(exact, update["direction"], hyper)
+        write_weight(self.method.writer, weight, exact, state, seed=self._seed(hyper))
+
+    def _seed(self, hyper: Hyper) -> int:
+        return mix(self.place.own_seed, hyper.clock)
+
+    def _limiter_state(self, weight: Tensor) -> State:
+        if self.method.limiter != "norm_growth":
+            return {}
+        return {"update_norm": torch.zeros_like(norm_of_matrices(weight), dtype=torch.float32)}
+
+    def _limit(self, update: Tensor, state: State) -> Tensor:
+        if self.method.limiter == "norm_growth":
+            return limit_norm_growth(update, state["update_norm"], self.method.limit)
+        if self.method.limiter == "update_rms":
+            return limit_update_rms(update, self.method.limit)
+        return update
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedRule(DirectionRule):
+    """A matrix, or a stack of matrices (experts), by a basis on one of its sides."""
+
+    shape: tuple[int, ...]
+    """Shape of the weight."""
+
+    def __post_init__(self) -> None:
+        if len(self.shape) not in (2, 3):
+            raise UnsupportedError(
+                f"projecting a parameter of shape {self.shape}",
+                reason="a projection is defined for matrices, and for stacks of matrices such as experts",
+                instead="put the parameter into a group with project=False",
+            )
+
+    @property
+    def needs_full_gradient(self) -> bool:
+        """Whether more than the projection, and signs, goes into the update."""
+        return self.method.scale_gradient != "none" or self.method.residual in ("sgd", "fira")
+
+    @property
+    def reduce_state(self) -> frozenset[str]:
+        """The step, and a basis that is kept."""
+        return frozenset({"step", "basis"} if self._keeps_basis else {"step"})
+
+    def refreshes(self, state: State) -> bool:
+        """Whether the coming step takes a new basis."""
+        step = int(state["step"])
+        return step == 0 or (step + self._offset) % self.method.update_gap == 0
+
+    def reduces_once(self, state: State) -> bool:
+        """A basis read off the gradient has to see the whole step's."""
+        return super().reduces_once(state) or (self._keeps_basis and self.refreshes(state))
+
+    def init(self, weight: Tensor) -> State:
+        """Counters, a basis if it is read off the gradient, moments of R, the last norm, and what the writer keeps."""
+        check_writable(weight)
+        state: State = {"step": counter(), "inner_step": counter()}
+        *batch, num_rows, num_columns = self._oriented_shape
+        if self._keeps_basis:
+            state["basis"] = torch.zeros((*batch, num_rows, self._rank), device=weight.device)
+        low_shape = (*batch, self._rank, num_columns)
+        state |= new_inner_state(
+            self.method.inner, low_shape, state_dtype=self.method.state_dtype, device=weight.device
+        )
+        return state | self._limiter_state(weight) | new_writer_state(self.method.writer, weight)
+
+    def reduce(self, gradient: Tensor, state: State) -> Payload:
+        """R, with the signs of the residual if they are wanted; or the gradient where the update needs it."""
+        full = self._oriented(gradient)
+        payload: Payload = {}
+        if self.refreshes(state):
+            payload |= self._refresh(full, state)
+        if self.needs_full_gradient:
+            return payload | {"gradient": gradient}
+        basis = self._basis(state, full.device)
+        payload["low"] = basis.project(full)
+        if self.method.residual == "sign":
+            payload["sign"] = (full - basis.lift(payload["low"])).sign_().to(torch.int8)
+        return payload
+
+    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
+        """Advance the moments of R and put the update together."""
+        full = self._oriented(payload["gradient"]) if "gradient" in payload else None
+        basis = self._basis(state, next(iter(payload.values())).device)
+        low = payload["low"] if full is None else basis.project(full)
+        if int(state["step"]) > 0 and self.refreshes(state):
+            self._carry_moments(payload, low, state, hyper)
+        state["inner_step"] += 1
+        inner_step = int(state["inner_step"])
+        inner = direction(self.method.inner, low, state, hyper, step=inner_step, seed=self._seed(hyper))
+        if self.method.scale_gradient != "none":
+            assert full is not None
+            factors = norm_ratio(inner, low, per=self.method.scale_gradient)
+            update = self._limit(full * factors.mul_(self.method.scale), state)
+        else:
+            update = self._with_residual(basis, inner, low, full, payload, state)
+        state["step"] += 1
+        return {"direction": update.mT if self._is_transposed else update}
+
+    def _with_residual(
+        self, basis: Basis, inner: Tensor, low: Tensor, full: Tensor | None, payload: Payload, state: State
+    ) -> Tensor:
+        """The update: scale * P N + residual_scale * residual, limited."""
+        method = self.method
+        update = basis.lift(inner).mul_(method.scale)
+        if "sign" in payload:
+            update.add_(payload["sign"], alpha=method.residual_scale)
+        if full is not None:
+            rest = full - basis.lift(low)
+            if method.residual == "fira":
+                rest.mul_(norm_ratio(inner, low, per="channel"))
+            if self._limits_residual:
+                self._limit(rest, state)
+            update.add_(rest, alpha=method.residual_scale)
+        return update if self._limits_residual else self._limit(update, state)
+
+    def _refresh(self, full: Tensor, state: State) -> Payload:
+        """Take a new basis; returns the rotation into it if the moments want one."""
+        is_first = int(state["step"]) == 0
+        rotates = self.method.at_refresh == "rotate" and not is_first
+        if not self._keeps_basis:
+            if not rotates:
+                return {}
+            number = self._refresh_number(state)
+            last = self._basis_from_seed(number - 1, full.device)
+            return {"rotation": self._basis_from_seed(number, full.device).overlap(last)}
+        last_matrix = None if is_first else state["basis"]
+        seed = mix(self.place.own_seed, self._refresh_number(state))
+        matrix = gradient_basis(self.method.projector, full, self._rank, old=last_matrix, seed=seed)
+        payload = {"rotation": matrix.mT @ state["basis"]} if rotates else {}
+        state["basis"].copy_(matrix)
+        return payload
+
+    def _carry_moments(self, payload: Payload, low: Tensor, state: State, hyper: Hyper) -> None:
+        if self.method.at_refresh == "rotate":
+            rotate_moments(state, low.shape, payload["rotation"], seed=mix(self._seed(hyper), 1))
+        elif self.method.at_refresh == "reset":
+            for name, value in state.items():
+                if name.startswith("exp_avg"):
+                    value.zero_()
+            state["inner_step"].zero_()
+
+    def _basis(self, state: State, device: torch.device) -> Basis:
+        if self._keeps_basis:
+            return DenseBasis(state["basis"])
+        return self._basis_from_seed(self._refresh_number(state), device)
+
+    def _basis_from_seed(self, number: int, device: torch.device) -> Basis:
+        seed = mix(self.place.own_seed, number)
+        *batch, num_rows, _ = self._oriented_shape
+        if self.method.projector == "gaussian":
+            return DenseBasis(gaussian_basis((*batch, num_rows, self._rank), seed=seed, device=device))
+        return choose_coordinates(num_rows, self._rank, seed=seed, device=device)
+
+    def _oriented(self, gradient: Tensor) -> Tensor:
+        """In fp32, with the projected side first."""
+        return (gradient.mT if self._is_transposed else gradient).float()
+
+    def _refresh_number(self, state: State) -> int:
+        return (int(state["step"]) + self._offset) // self.method.update_gap
+
+    @property
+    def _limits_residual(self) -> bool:
+        return self.method.residual == "fira" and self.method.limiter == "norm_growth"
+
+    @property
+    def _keeps_basis(self) -> bool:
+        return self.method.projector in FROM_GRADIENT
+
+    @property
+    def _offset(self) -> int:
+        """Steps by which the refreshes come early, spread over the parameters."""
+        if not self.method.stagger:
+            return 0
+        return self.place.index * self.method.update_gap // self.place.num_params
+
+    @property
+    def _is_transposed(self) -> bool:
+        """Whether the columns are the projected side."""
+        num_rows, num_columns = self.shape[-2:]
+        if self.method.projector in BY_DENSITY:
+            return self.method.projector == "columns"
+        if self.method.side == "std":
+            return num_rows > num_columns
+        if self.method.side == "reverse_std":
+            return num_rows <= num_columns
+        return self.method.side == "right"
+
+    @property
+    def _oriented_shape(self) -> Sequence[int]:
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self._is_transposed else self.shape
+
+    @property
+    def _rank(self) -> int:
+        num_rows = self._oriented_shape[-2]
+        share = max(1, round(self.method.density * num_rows))
+        if self.method.projector in BY_DENSITY:
+            return share
+        # Bases read off a gradient have no more columns than the gradient has dimensions.
+        return min(self.method.rank or share, *self._oriented_shape[-2:])
