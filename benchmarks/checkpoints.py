@@ -72,6 +72,11 @@ class LlamaShape:
 
 SHAPES = {
     "tiny": LlamaShape(hidden=64, num_layers=3, mlp=176, num_heads=4, num_kv_heads=2, vocab=512),
+    "long-32k": LlamaShape(hidden=512, num_layers=8, mlp=1408, num_heads=8, num_kv_heads=2, max_positions=1 << 17),
+    "long-128k": LlamaShape(
+        hidden=512, num_layers=8, mlp=1408, num_heads=8, num_kv_heads=2, vocab=128_000, max_positions=1 << 17
+    ),
+    "long-narrow": LlamaShape(hidden=256, num_layers=2, mlp=704, num_heads=4, num_kv_heads=2, max_positions=1 << 20),
     "350m": LlamaShape(hidden=1024, num_layers=22, mlp=2816, num_heads=16, num_kv_heads=16),
     "1.1b": LlamaShape(hidden=2048, num_layers=22, mlp=5632, num_heads=32, num_kv_heads=4),
     "6.7b": LlamaShape(hidden=4096, num_layers=32, mlp=11008, num_heads=32, num_kv_heads=32),

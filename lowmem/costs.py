@@ -17,11 +17,15 @@ PHASES = ("embedding", "forward", "generation", "head", "block")
 """Moments of a step: rows are looked up; a whole batch goes through a block without gradients; tokens are generated;
 the head and its loss run; a block is recomputed and differentiated."""
 
+BOUNDARY_BUFFERS = "boundary buffers"
+"""Role of the RAM that boundary activations pass through on their way to disk; in no host budget."""
 _FP32_BYTES = 4
 _TOKEN_ID_BYTES = 8
 # Rows that the gathered embedding reads at a time; each may take two pages more than its bytes.
 _GATHERED_ROWS = 1024
 _PAGE_BYTES = 4096
+STATE_CHUNKS_BYTES = 128 << 20
+"""Buffers through which state on disk is read, updated and written back."""
 # As lowmem.streaming.attention_mask keeps them.
 _DENSE_MASK_BYTES = 16 << 20
 
@@ -56,6 +60,8 @@ class Choice:
     """"device", "host" or "disk": where block inputs wait for the backward."""
     embedding_on_disk: bool
     """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
+    state_tier: str = "device"
+    """Where every weight is trained: "device", "host" or "disk", for master weights, gradients and moments."""
 
 
 def peak_bytes(roles: Iterable[RoleBytes], tier: str) -> int:
@@ -94,6 +100,9 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
         yield _device("embedding", shapes.embedding_bytes)
     yield _device("head", shapes.head_bytes)
     yield _device("norms and buffers", shapes.other_bytes)
+    if job.tuning == "full":
+        yield from full_state(shapes, choice)
+        return
     yield _device("adapters", shapes.adapter_bytes)
     if job.trains:
         yield _device("adapter gradients", shapes.adapter_bytes)
@@ -101,11 +110,41 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
         yield _device("optimizer state", 2 * shapes.adapter_bytes)
 
 
+def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
+    """Gradients and AdamW's moments of every weight, in fp32; the master weights are the decoder blocks themselves.
+
+    Gradients of what is outside the blocks are ordinary ones, on the device; a block's own are there while it is
+    differentiated.
+    """
+    outer_bytes = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
+    widest_bytes = max(block.buffer_bytes for block in shapes.blocks)
+    yield _device("gradients", outer_bytes)
+    yield _device("block gradient", widest_bytes, phase="block")
+    tier = choice.state_tier
+    yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.stored_bytes)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)
+    if tier == "disk":
+        yield _device("gradient buffer", widest_bytes)
+        yield _device("state chunks", STATE_CHUNKS_BYTES)
+
+
 def boundary_bytes(shapes: ModelShapes, job: Job) -> int:
     """Bytes of all block inputs of one training forward."""
     if not job.trains:
         return 0
     return len(shapes.blocks) * job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
+
+
+def num_boundary_buffers(device: str) -> int:
+    """Buffers through which boundary activations go to disk and come back, each of the largest one's size.
+
+    Reading one takes a GPU longer than it should wait, so there the next is read ahead; to a CPU it is nothing.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return 1 if device == "cpu" else 2
 
 
 def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
@@ -116,6 +155,9 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     # brought back from the host.
     num_in_flight = 2 + (choice.boundary_tier != "device")
     yield _device("batch in flight", num_in_flight * hidden_bytes)
+    if choice.boundary_tier == "disk":
+        buffers = num_boundary_buffers(job.device) * hidden_bytes
+        yield RoleBytes(role=BOUNDARY_BUFFERS, tier="device" if job.device == "cpu" else "host", nbytes=buffers)
     mask = _mask_bytes(shapes, job)
     # Ids, labels, mask and positions; cosines and sines of the widest heads.
     head_width = max(block.query_size // block.num_heads for block in shapes.blocks)

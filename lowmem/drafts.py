@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
-from lowmem.costs import Choice, RoleBytes, boundary_bytes, peak_bytes, step_roles
+from lowmem.costs import BOUNDARY_BUFFERS, Choice, RoleBytes, boundary_bytes, peak_bytes, step_roles
 from lowmem.job import Job
 from lowmem.rates import Rates
 from lowmem.shapes import ModelShapes
 from lowmem.step_time import StepTime, predict
-from offload import BudgetError, PlacementPlan, place_blocks
+from offload import BudgetError, Placement, PlacementPlan, place_blocks
 
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch from which on more of them make a block's products no faster."""
+_MIN_RING, _MAX_RING = 2, 3
+"""Buffers that master weights on disk are visited from."""
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256, 128)
 """Chunk lengths to try. Shorter ones are slower and save little: keys and values of the whole sequence stay."""
 
@@ -47,6 +50,8 @@ class Room:
     rates: Rates
     device_bytes: int
     host_bytes: int
+    has_disk: bool = False
+    """Whether there is a folder for what must be written."""
 
     def best(self) -> Draft | None:
         """The draft to take, or None if none fits.
@@ -75,18 +80,19 @@ class Room:
             self.rates,
             self.device_bytes if device_bytes is None else device_bytes,
             self.host_bytes if host_bytes is None else host_bytes,
+            self.has_disk,
         )
 
     def with_batch_size(self, batch_size: int) -> Room:
         """The same budget with another batch size, the micro-batch free."""
         job = replace(self.job, batch_size=batch_size, micro_batch=None)
-        return Room(self.shapes, job, self.rates, self.device_bytes, self.host_bytes)
+        return replace(self, job=job)
 
     def with_seq_len(self, seq_len: int) -> Room:
         """The same budget with other sequences; what is generated shrinks with them."""
         completion = min(self.job.completion_tokens, seq_len)
         job = replace(self.job, seq_len=seq_len, completion_tokens=completion)
-        return Room(self.shapes, job, self.rates, self.device_bytes, self.host_bytes)
+        return replace(self, job=job)
 
     def _micro_batches(self) -> Iterator[int]:
         """Sizes to try, largest first: the batch in equal parts, none of them larger than it takes to be fast."""
@@ -113,26 +119,36 @@ class Room:
     def _choices(self, micro_batch: int, chunk_tokens: int | None) -> Iterator[Choice]:
         """Ways to place the embedding and the boundary activations, those that move least first."""
         boundary = boundary_bytes(self.shapes, self.job)
-        tiers = ("device", "host") if boundary and boundary <= self.host_bytes else ("device",)
+        tiers = ["device"]
+        if boundary and boundary <= self.host_bytes:
+            tiers.append("host")
+        if boundary and self.has_disk:
+            tiers.append("disk")
         places = (False, True) if self.shapes.embedding_gatherable else (False,)
-        for tier in tiers:
-            for on_disk in places:
-                yield Choice(
-                    micro_batch=micro_batch,
-                    chunk_tokens=chunk_tokens,
-                    boundary_tier=tier,
-                    embedding_on_disk=on_disk,
-                )
+        for state, tier, on_disk in product(self._state_tiers(), tiers, places):
+            yield Choice(
+                micro_batch=micro_batch,
+                chunk_tokens=chunk_tokens,
+                boundary_tier=tier,
+                embedding_on_disk=on_disk,
+                state_tier=state,
+            )
+
+    def _state_tiers(self) -> tuple[str, ...]:
+        """Where the state of full tuning can be, the fastest first."""
+        if self.job.tuning != "full":
+            return ("device",)
+        return ("device", "host", "disk") if self.has_disk else ("device", "host")
 
     def _draft(self, choice: Choice) -> Draft | None:
         """What a choice leads to if it fits."""
         roles = step_roles(self.shapes, self.job, choice)
         left_device = self.device_bytes - peak_bytes(roles, "device")
-        left_host = self.host_bytes - peak_bytes(roles, "host")
+        left_host = self.host_bytes - self._kept_on_host(roles)
         if min(left_device, left_host) < 0:
             return None
         try:
-            placement = self._place(device_bytes=left_device, host_bytes=left_host)
+            placement = self._place(choice, device_bytes=left_device, host_bytes=left_host)
         except BudgetError:
             return None
         return self._finish(choice, roles, placement)
@@ -140,16 +156,32 @@ class Room:
     def _least(self, choice: Choice) -> Draft:
         """What a choice takes with as little device memory for blocks as possible."""
         roles = step_roles(self.shapes, self.job, choice)
-        left_host = self.host_bytes - peak_bytes(roles, "host")
+        if self.job.tuning == "full":
+            sizes = [block.buffer_bytes for block in self.shapes.blocks]
+            return self._finish(
+                choice, roles, place_masters(sizes, tier=choice.state_tier, ring=_MIN_RING, job=self.job)
+            )
+        left_host = self.host_bytes - self._kept_on_host(roles)
         try:
-            placement = self._place(device_bytes=0, host_bytes=left_host)
+            placement = self._place(choice, device_bytes=0, host_bytes=left_host)
         except BudgetError as error:
-            placement = self._place(device_bytes=error.needed_bytes, host_bytes=left_host)
+            placement = self._place(choice, device_bytes=error.needed_bytes, host_bytes=left_host)
         return self._finish(choice, roles, placement)
 
-    def _place(self, *, device_bytes: int, host_bytes: int) -> PlacementPlan:
+    @staticmethod
+    def _kept_on_host(roles: tuple[RoleBytes, ...]) -> int:
+        return peak_bytes((role for role in roles if role.role != BOUNDARY_BUFFERS), "host")
+
+    def _place(self, choice: Choice, *, device_bytes: int, host_bytes: int) -> PlacementPlan:
+        sizes = [block.buffer_bytes for block in self.shapes.blocks]
+        if self.job.tuning == "full":
+            ring = max(_MIN_RING, min(_MAX_RING, device_bytes // max(sizes)))
+            plan = place_masters(sizes, tier=choice.state_tier, ring=ring, job=self.job)
+            if plan.device_bytes > device_bytes or plan.host_bytes > host_bytes:
+                raise BudgetError("the master weights do not fit", needed_bytes=plan.device_bytes)
+            return plan
         return place_blocks(
-            [block.buffer_bytes for block in self.shapes.blocks],
+            sizes,
             device_bytes=device_bytes,
             host_bytes=host_bytes,
             device_is_host=self.job.device == "cpu",
@@ -163,6 +195,26 @@ class Room:
             roles=(*_block_roles(placement), *roles),
             time=predict(self.shapes, self.job, choice=choice, placement=placement, rates=self.rates),
         )
+
+
+def place_masters(sizes: Sequence[int], *, tier: str, ring: int, job: Job) -> PlacementPlan:
+    """Where the master weights of all blocks are: together with the rest of their state.
+
+    Args:
+        sizes: Bytes of each block.
+        tier: "device", "host" or "disk".
+        ring: Buffers that blocks on disk are visited from.
+        job: Kind of device, and passes.
+    """
+    place = {"device": Placement.RESIDENT, "host": Placement.HOST, "disk": Placement.STREAMED}[tier]
+    return PlacementPlan(
+        placements=(place,) * len(sizes),
+        block_bytes=tuple(sizes),
+        device_is_host=job.device == "cpu",
+        num_staging=ring if tier == "disk" else 0,
+        num_slots=0,
+        num_passes=job.num_passes,
+    )
 
 
 def _block_roles(placement: PlacementPlan) -> tuple[RoleBytes, ...]:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 TASKS = ("sft", "dpo", "kto", "reward", "grpo", "rloo", "generate")
 """What can be planned: TRL's trainers by their short names, and generation alone."""
 
+TUNINGS = ("adapter", "full")
+"""What is trained."""
+
 _PAIRED = frozenset({"dpo", "reward"})
 _GENERATING = frozenset({"grpo", "rloo", "generate"})
 # TRL's defaults: beta is 0 in GRPO and 0.05 in RLOO; DPO and KTO compare with a reference always.
@@ -38,10 +41,14 @@ class Job:
     """Sequences that go through a block at a time; None for the planner's choice."""
     chunk_tokens: int | None = None
     """Tokens of a sequence that go through a block at a time; None for the planner's choice."""
+    tuning: str = "adapter"
+    """"adapter": frozen weights and PEFT adapters; "full": every weight is trained."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r}: expected one of {', '.join(TASKS)}")
+        if self.tuning not in TUNINGS:
+            raise ValueError(f"tuning={self.tuning!r}: expected one of {', '.join(TUNINGS)}")
         for name in ("batch_size", "seq_len", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
@@ -143,6 +150,7 @@ def make_job(
     micro_batch: int | None = None,
     chunk_tokens: int | None = None,
     device: str = "cpu",
+    tuning: str = "adapter",
 ) -> Job:
     """Fill in what TRL's trainers do by default.
 
@@ -157,6 +165,7 @@ def make_job(
         micro_batch: Sequences that go through a block at a time.
         chunk_tokens: Tokens of a sequence that go through a block at a time.
         device: "cpu" or "cuda".
+        tuning: One of `TUNINGS`.
 
     Raises:
         ValueError: A number is out of range or the task is unknown.
@@ -178,4 +187,5 @@ def make_job(
         device=device,
         micro_batch=micro_batch,
         chunk_tokens=chunk_tokens,
+        tuning=tuning,
     )

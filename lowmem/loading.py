@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
+from lowmem.full.master_weights import MasterWeights
+from lowmem.full.opening import Masters, open_full
 from lowmem.models.build import Skeleton, StreamedBlock, fill, skeleton
 from lowmem.streaming.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.embedding import GatheredEmbedding, read_now
 from lowmem.streaming.preparation import Preparation
+from lowmem.streaming.block_source import BlockSource
 from lowmem.streaming.runtime import Runtime, attach
 from lowmem.streaming.split_choice import SplitChoice
 from lowmem.streaming.unpack import Unpacker
@@ -41,10 +44,18 @@ class Opened:
     """Compute dtype."""
     folder: Path
     """Where it lies."""
+    num_labels: int | None = None
+    """Outputs of a sequence classification model; None for a language model."""
 
 
 def open_checkpoint(
-    folder: Path, *, name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Opened:
     """Check a checkpoint and match it with its model class.
 
@@ -53,25 +64,36 @@ def open_checkpoint(
         name: What the user called it; adapters record it as their base model.
         device: Compute device.
         dtype: Compute dtype.
+        num_labels: Outputs of a sequence classification model; None for a language model.
         trust_remote_code: As in transformers.
 
     Raises:
         UnsupportedError: The architecture or the checkpoint cannot be streamed.
         SourceError: A file is missing, damaged, or does not fit the configuration.
     """
-    from lowmem.models.blocks import refuse_config
+    from lowmem.models.blocks import refuse_config, refuse_labels
 
     config = read_config(folder, trust_remote_code=trust_remote_code)
     # The text part as well: of some checkpoints only that is built.
     config.name_or_path = config.get_text_config().name_or_path = name
     refuse_config(config)
+    if num_labels is not None:
+        refuse_labels(config, num_labels)
+        config.num_labels = num_labels
     source = SafetensorsSource(folder)
     try:
-        built = skeleton(config, source.tensors, dtype=dtype, folder=folder, trust_remote_code=trust_remote_code)
+        built = skeleton(
+            config,
+            source.tensors,
+            dtype=dtype,
+            folder=folder,
+            classifies=num_labels is not None,
+            trust_remote_code=trust_remote_code,
+        )
     except BaseException:
         source.close()
         raise
-    return Opened(source=source, built=built, device=device, dtype=dtype, folder=folder)
+    return Opened(source=source, built=built, device=device, dtype=dtype, folder=folder, num_labels=num_labels)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -108,13 +130,15 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     )
     trace = Trace()
     tables = _Weights(built.blocks, built, reader=reader, device=device)
+    masters = Masters() if plan.job.tuning == "full" else None
     gathered = gatherable_embedding(built) if plan.embedding_on_disk else None
     try:
         model = fill(
             built,
             device=device,
             read=lambda block: read_now(block, reader=reader, device=device),
-            load=tables.load,
+            load=tables.load if masters is None else masters.load,
+            store=None if masters is None else masters.store,
             absent=frozenset(() if gathered is None else (gathered,)),
         )
         if gathered is not None:
@@ -125,12 +149,10 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
                 dtype=opened.dtype,
                 device=device,
             )
-        scheduler = Scheduler(
-            [streamed.spec for streamed in built.blocks],
-            plan=plan.placement,
-            reader=reader,
-            device=open_device(device),
-            trace=trace,
+        weights = (
+            _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
+            if masters is None
+            else MasterWeights(open_full(model, opened, masters, plan=plan, reader=reader, trace=trace))
         )
     except BaseException:
         reader.close()
@@ -141,14 +163,15 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         enable_chunks(model)
     runtime = Runtime(
         built.blocks,
-        scheduler=scheduler,
-        unpacker=Unpacker(built.blocks, device=device),
+        scheduler=weights.scheduler,
+        unpacker=weights.unpacker,
         plan=plan,
         trace=trace,
         device=device,
         choose_split=SplitChoice(plan, can_chunk=chunks),
     )
-    weakref.finalize(runtime, _close, scheduler, reader, opened.source)
+    weakref.finalize(runtime, _close, weights.scheduler, reader, opened.source)
+    runtime.full = None if masters is None else masters.full
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     attach(model, runtime)
     runtime.before_first_block(Preparation(model))
@@ -156,7 +179,21 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     return model
 
 
-def _close(scheduler: Scheduler, reader: FileReader, source: SafetensorsSource) -> None:
+class _FrozenWeights:
+    """Weights that stay in the checkpoint and never change."""
+
+    def __init__(self, built: Skeleton, *, plan: Plan, reader: FileReader, device: torch.device, trace: Trace) -> None:
+        self.scheduler = Scheduler(
+            [streamed.spec for streamed in built.blocks],
+            plan=plan.placement,
+            reader=reader,
+            device=open_device(device),
+            trace=trace,
+        )
+        self.unpacker = Unpacker(built.blocks, device=device)
+
+
+def _close(scheduler: BlockSource, reader: FileReader, source: SafetensorsSource) -> None:
     # The scheduler first: it waits for the reads that still write into its buffers.
     scheduler.close()
     reader.close()

@@ -22,6 +22,8 @@ _PHASES = {
 }
 _MARKS = {Placement.RESIDENT: "#", Placement.HOST: "o", Placement.STREAMED: "."}
 _MAX_STRIP = 96
+# What makers warrant for a consumer drive of 1 TB.
+_RATED_BYTES = 600e12
 
 
 def plan_text(plan: Plan) -> str:
@@ -62,7 +64,7 @@ def _verdict(plan: Plan) -> str:
         f"{tier} {format_bytes(used)} of {format_bytes(given)}"
         for tier, used, given in (
             ("device", plan.device_bytes, plan.device_budget_bytes),
-            ("host", plan.host_bytes - plan.placement.staging_bytes, plan.host_budget_bytes),
+            ("host", plan.kept_host_bytes, plan.host_budget_bytes),
         )
     ]
     return f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {', '.join(sizes)}"
@@ -117,6 +119,12 @@ def _facts(plan: Plan) -> list[str]:
     )
     if plan.unchunkable and (job.chunk_tokens or not plan.fits):
         lines.append(f"           whole sequences: {plan.unchunkable}")
+    if plan.written_bytes:
+        num_steps = _RATED_BYTES / plan.written_bytes
+        lines.append(
+            f"writes     {format_bytes(plan.written_bytes)} per step to {plan.disk_folder}; a drive rated for "
+            f"{_RATED_BYTES / 1e12:.0f} TB of writes takes {num_steps:.2g} steps"
+        )
     lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
     lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
     tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.completion_tokens) / time.step_s

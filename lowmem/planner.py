@@ -11,7 +11,7 @@ import torch
 from lowmem.advice import advise
 from lowmem.drafts import Room
 from lowmem.errors import UnsupportedError
-from lowmem.job import Job, make_job
+from lowmem.job import TUNINGS, Job, make_job
 from lowmem.rates import Rates, assumed_rates, measure_rates
 from lowmem.shape_reader import corrected, read_shapes
 from lowmem.shapes import ModelShapes
@@ -47,7 +47,7 @@ def plan_step(shapes: ModelShapes, job: Job, *, budget: Budget, rates: Rates) ->
     """
     if budget.device_bytes is None or budget.host_bytes is None:
         raise ValueError("budget: both sizes have to be given here; offload.measured fills in what is missing")
-    room = Room(shapes, job, rates, budget.device_bytes, budget.host_bytes)
+    room = Room(shapes, job, rates, budget.device_bytes, budget.host_bytes, budget.disk is not None)
     best = room.best()
     drafted = best or room.smallest
     return Plan(
@@ -64,6 +64,7 @@ def plan_step(shapes: ModelShapes, job: Job, *, budget: Budget, rates: Rates) ->
         device_budget_bytes=budget.device_bytes,
         host_budget_bytes=budget.host_bytes,
         smallest_device_bytes=room.smallest.device_bytes,
+        disk_folder=None if budget.disk is None else str(budget.disk),
         unchunkable=shapes.unchunkable,
         framework_bytes=_FRAMEWORK_BYTES,
         advice=advise(room, drafted, fits=best is not None),
@@ -100,7 +101,7 @@ def plan(
         seq_len: Tokens of one sequence, prompt and completion together.
         peft_config: The adapter that will be trained; a LoRA of rank 16 on all linear layers is assumed if not given.
         quantization: None: weights move as they are stored.
-        tuning: "adapter": every weight is frozen and PEFT adapters train.
+        tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained.
         budget: Bounds for device and host memory; measured where absent.
         device: Compute device; the GPU if there is one, else the CPU.
         dtype: Compute dtype; float32 on a CPU, on a GPU bfloat16 where it can.
@@ -124,6 +125,7 @@ def plan(
         offload.SourceError: A file is missing, damaged, or does not fit the configuration.
         ValueError: A number is out of range.
     """
+    from lowmem.full.opening import refuse_unsupported
     from lowmem.loading import open_checkpoint, pick_device, pick_dtype, read_config
     from lowmem.models.checkpoint import resolve
 
@@ -139,12 +141,15 @@ def plan(
         micro_batch=micro_batch,
         chunk_tokens=chunk_tokens,
         device=chosen.type,
+        tuning=tuning,
     )
     folder = resolve(model, revision=revision)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     compute = pick_dtype(dtype, device=chosen, stored=config.dtype or torch.float32)
     opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, trust_remote_code=trust_remote_code)
     try:
+        if tuning == "full":
+            refuse_unsupported(opened.built, device=chosen, dtype=compute)
         shapes = _shapes_for(opened, job, peft_config=peft_config)
         found = _rates_for(opened, rates)
     finally:
@@ -153,7 +158,12 @@ def plan(
 
 
 def plan_for(
-    opened: Opened, *, budget: Budget | None = None, micro_batch: int | None = None, chunk_tokens: int | None = None
+    opened: Opened,
+    *,
+    budget: Budget | None = None,
+    micro_batch: int | None = None,
+    chunk_tokens: int | None = None,
+    tuning: str = "adapter",
 ) -> Plan:
     """Plan for a model that is about to be loaded for a job that nobody has described.
 
@@ -165,17 +175,22 @@ def plan_for(
         budget: Bounds; measured where absent.
         micro_batch: As in `plan`.
         chunk_tokens: As in `plan`.
+        tuning: As in `plan`.
     """
     bare = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2])
+    if opened.num_labels is not None:
+        bare = bare.with_score_head()
     filled = measured(budget or Budget(), opened.device)
-    for shapes, seq_len in product((bare.with_lora(_ASSUMED_RANK), bare), _unplanned_seq_lens(opened)):
+    trained = (bare.with_every_weight(),) if tuning == "full" else (bare.with_lora(_ASSUMED_RANK), bare)
+    for shapes, seq_len in product(trained, _unplanned_seq_lens(opened)):
         job = make_job(
-            "sft",
+            "sft" if opened.num_labels is None else "reward",
             batch_size=micro_batch or 1,
             seq_len=seq_len,
             micro_batch=micro_batch,
             chunk_tokens=chunk_tokens,
             device=opened.device.type,
+            tuning=tuning,
         )
         made = plan_step(shapes, job, budget=filled, rates=_rates_for(opened, None))
         if made.fits:
@@ -200,11 +215,15 @@ def refuse_options(*, tuning: str, quantization: str | None, peft_config: PeftCo
         from lowmem.adapters.support import check_peft_config
 
         check_peft_config(peft_config)
-    if tuning != "adapter":
+    if tuning not in TUNINGS:
         raise UnsupportedError(
-            f"tuning={tuning!r}",
-            reason="training every weight needs a store for changing weights, which is not there yet",
-            instead='tuning="adapter" with a PEFT LoraConfig',
+            f"tuning={tuning!r}", reason="it is not known", instead=f"one of {', '.join(map(repr, TUNINGS))}"
+        )
+    if tuning == "full" and peft_config is not None:
+        raise UnsupportedError(
+            'peft_config with tuning="full"',
+            reason="an adapter is trained on frozen weights",
+            instead='tuning="adapter" with the adapter, or tuning="full" without it',
         )
     if quantization is not None:
         raise UnsupportedError(
@@ -216,7 +235,9 @@ def refuse_options(*, tuning: str, quantization: str | None, peft_config: PeftCo
 
 def _shapes_for(opened: Opened, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
     shapes = corrected(read_shapes(opened, peft_config=peft_config), opened, seq_len=job.seq_len)
-    if peft_config is None and job.trains:
+    if job.tuning == "full":
+        shapes = shapes.with_every_weight()
+    elif peft_config is None and job.trains:
         shapes = shapes.with_lora(_ASSUMED_RANK)
     return shapes.with_score_head() if job.task == "reward" else shapes
 

@@ -174,6 +174,19 @@ class ModelShapes:
             adapter=f"LoRA r={rank} on all linear layers (assumed)",
         )
 
+    def with_every_weight(self) -> ModelShapes:
+        """The same model with every weight trained: each linear layer keeps its input, as one with an adapter does."""
+        blocks = tuple(
+            replace(
+                block,
+                linears=tuple(replace(linear, rank=1) for linear in block.linears),
+                workspace_bytes=0,
+                buffer_bytes=block.num_params * itemsize("float32"),
+            )
+            for block in self.blocks
+        )
+        return replace(self, blocks=blocks, adapter="every weight", embedding_gatherable=False)
+
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states between blocks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from lowmem.costs import Choice, RoleBytes, peak_bytes
+from lowmem.costs import BOUNDARY_BUFFERS, Choice, RoleBytes, peak_bytes
 from lowmem.job import Job
 from lowmem.rates import Rates
 from lowmem.step_time import StepTime
@@ -44,6 +44,8 @@ class Plan:
     """What may be kept in host RAM besides staging buffers."""
     smallest_device_bytes: int
     """Smallest device budget with which this job fits, the host budget being what it is."""
+    disk_folder: str | None
+    """Where what must be written goes; None if there is no such folder."""
     unchunkable: str
     """Why the model's blocks cannot be walked along the sequence in chunks; empty if they can."""
     framework_bytes: int
@@ -54,8 +56,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether device and host stay within their budgets."""
-        kept_bytes = self.host_bytes - self.placement.staging_bytes
-        return self.device_bytes <= self.device_budget_bytes and kept_bytes <= self.host_budget_bytes
+        return self.device_bytes <= self.device_budget_bytes and self.kept_host_bytes <= self.host_budget_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -68,9 +69,19 @@ class Plan:
         return peak_bytes(self.roles, "host")
 
     @property
+    def kept_host_bytes(self) -> int:
+        """What counts against the host budget: all but the buffers that transfers pass through."""
+        return self.host_bytes - self.placement.staging_bytes - self.bytes_of(BOUNDARY_BUFFERS, tier="host")
+
+    @property
     def disk_bytes(self) -> int:
-        """Bytes of the model that stay on disk only. They are read in place; nothing is written."""
+        """Bytes that are on disk only: weights, read in place, and what is written to `disk_folder`."""
         return peak_bytes(self.roles, "disk")
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written to disk in one optimizer step."""
+        return self.time.written_bytes
 
     @property
     def step_s(self) -> float:
@@ -154,10 +165,9 @@ class Plan:
                 f"{format_bytes(self.smallest_device_bytes)} ({self.smallest_device_bytes} bytes)"
             )
         else:
-            kept_bytes = self.host_bytes - self.placement.staging_bytes
             parts.append(
-                f"the host budget of {format_bytes(self.host_budget_bytes)} is too small: {format_bytes(kept_bytes)} "
-                "have to be kept there"
+                f"the host budget of {format_bytes(self.host_budget_bytes)} is too small: "
+                f"{format_bytes(self.kept_host_bytes)} have to be kept there"
             )
         return "; ".join((*parts, *(sentence.rstrip(".") for sentence in self.advice[:2])))
 
@@ -178,6 +188,7 @@ class Plan:
             "device_budget_bytes": self.device_budget_bytes,
             "host_budget_bytes": self.host_budget_bytes,
             "smallest_device_bytes": self.smallest_device_bytes,
+            "disk_folder": self.disk_folder,
             "unchunkable": self.unchunkable,
             "framework_bytes": self.framework_bytes,
             "advice": list(self.advice),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lowmem.costs import Choice, boundary_bytes
 from lowmem.job import Job
 from lowmem.rates import Rates
-from lowmem.shapes import ModelShapes, itemsize
+from lowmem.shapes import ModelShapes, Part, itemsize
 from offload import Placement, PlacementPlan
 
 _READ_LATENCY_S = 1e-4
@@ -29,11 +29,13 @@ class StepTime:
     compute_s: float
     """Time that the device computes."""
     disk_s: float
-    """Time that the disk reads."""
+    """Time that the disk reads and writes; both are supposed to be equally fast, and add up."""
     copy_s: float
     """Time that the copy engine is busy."""
     read_bytes: int
     """Bytes read from disk."""
+    written_bytes: int
+    """Bytes written to disk."""
 
     @property
     def bottleneck(self) -> str:
@@ -49,6 +51,8 @@ class _Passes:
     count: int
     flops: float
     copy_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    """Read or written besides weights."""
 
 
 def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: PlacementPlan, rates: Rates) -> StepTime:
@@ -75,33 +79,39 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     for passes in _passes(shapes, job, choice):
         compute = passes.flops / rates.compute_flops_per_s + unpack_s
         copy = copy_s + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
+        disk = disk_s + passes.disk_bytes / rates.disk_bytes_per_s
         for lane, seconds in (
-            ("step", max(compute, disk_s, copy)),
+            ("step", max(compute, disk, copy)),
             ("compute", compute),
-            ("disk", disk_s),
+            ("disk", disk),
             ("copy", copy),
         ):
             total[lane] += passes.count * seconds
     gather_s = _gather_s(shapes, job, rates) if choice.embedding_on_disk else 0.0
+    moved_bytes = _boundary_disk_bytes(shapes, job, choice)
     return StepTime(
         step_s=total["step"] + gather_s,
         compute_s=total["compute"],
         disk_s=total["disk"] + gather_s,
         copy_s=total["copy"],
-        read_bytes=placement.step_read_bytes,
+        read_bytes=placement.step_read_bytes + moved_bytes,
+        written_bytes=moved_bytes,
     )
 
 
 def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
     forward = _forward_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
-    boundary = float(boundary_bytes(shapes, job)) if choice.boundary_tier == "host" else 0.0
+    boundary = float(boundary_bytes(shapes, job)) if choice.boundary_tier != "device" else 0.0
+    on_disk = boundary if choice.boundary_tier == "disk" else 0.0
     head = 2.0 * shapes.num_head_params * job.num_tokens
     if job.num_backwards:
         # Only forwards that a backward follows leave boundary activations behind.
-        yield _Passes(count=job.num_backwards, flops=forward + head, copy_bytes=boundary)
+        yield _Passes(count=job.num_backwards, flops=forward + head, copy_bytes=boundary, disk_bytes=on_disk)
         yield _Passes(count=job.num_forwards - job.num_backwards, flops=forward + head)
         backward = 2 * forward + 1.5 * _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
-        yield _Passes(count=job.num_backwards, flops=backward + 2 * head, copy_bytes=boundary)
+        if choice.chunk_tokens is not None:
+            backward += _key_value_flops(shapes, job)
+        yield _Passes(count=job.num_backwards, flops=backward + 2 * head, copy_bytes=boundary, disk_bytes=on_disk)
     if job.num_decodes:
         num = job.num_generated
         first = _forward_flops(shapes, num_sequences=num, seq_len=max(1, job.num_prompt_tokens))
@@ -113,6 +123,21 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
 def _forward_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:
     products = 2.0 * (shapes.num_active_params + shapes.num_adapter_params) * num_sequences * seq_len
     return products + _attention_flops(shapes, num_sequences=num_sequences, seq_len=seq_len)
+
+
+def _key_value_flops(shapes: ModelShapes, job: Job) -> float:
+    """What a backward in chunks computes once more to have all keys and values first."""
+    widths = sum(
+        linear.in_features * linear.out_features
+        for block in shapes.blocks
+        for linear in block.of_part(Part.ATTENTION_IN)
+    )
+    return 2.0 * widths * job.num_tokens
+
+
+def _boundary_disk_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
+    """Bytes of boundary activations that go to disk in one optimizer step, and come back."""
+    return boundary_bytes(shapes, job) * job.num_backwards if choice.boundary_tier == "disk" else 0
 
 
 def _attention_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:

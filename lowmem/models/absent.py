@@ -1,4 +1,4 @@
-"""The parameter of a streamed block: its shape is here, its values are in the checkpoint."""
+"""The parameter of a streamed block: its shape is here, its values are in the checkpoint or in a master copy."""
 
 from __future__ import annotations
 
@@ -34,24 +34,32 @@ _SAME_VALUES = frozenset(
     detach to float half bfloat16 double cpu cuda contiguous requires_grad_ pin_memory
     """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
 )
+_HOOKS = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _REFUSED_INSTEAD = "train adapters (peft_config), or give tuning='full' where every weight is to change"
 
 
 class AbsentParameter(torch.nn.Parameter):
-    """A frozen weight that lies in the checkpoint and is read when its values are needed.
+    """A weight that lies elsewhere and is read when its values are needed: in the checkpoint where it is frozen.
 
     Shape, dtype, device and `numel()` are those of the weight in the compute dtype; the storage is one element.
     An operation that needs the values reads them, one tensor at a time, so that code which looks at a base weight
     (an adapter's initialisation, a copy for `modules_to_save`) sees the true weight and never a placeholder's zeros.
-    Writing is refused: frozen bytes are never written back.
+    Writing is refused where frozen: those bytes are never written back. A weight that is trained can be written to.
     """
 
     _load: Callable[[], Tensor]
     _key: str
+    _store: Callable[[Tensor], None] | None
 
     @staticmethod
     def of(
-        shape: Iterable[int], *, dtype: torch.dtype, device: torch.device, key: str, load: Callable[[], Tensor]
+        shape: Iterable[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        key: str,
+        load: Callable[[], Tensor],
+        store: Callable[[Tensor], None] | None = None,
     ) -> AbsentParameter:
         """Make the placeholder of one weight.
 
@@ -61,11 +69,11 @@ class AbsentParameter(torch.nn.Parameter):
             device: Compute device.
             key: Fully qualified name in the model.
             load: Reads the true values; called each time they are needed.
+            store: Takes new values; None for a frozen weight.
         """
         placeholder = torch.zeros((), dtype=dtype, device=device).expand(tuple(shape))
-        param = torch.Tensor._make_subclass(AbsentParameter, placeholder, False)
-        param._load = load
-        param._key = key
+        param = torch.Tensor._make_subclass(AbsentParameter, placeholder, store is not None)
+        param._load, param._key, param._store = load, key, store
         # transformers initialises every parameter that does not carry this mark.
         param._is_hf_initialized = True  # type: ignore[attr-defined]
         return param
@@ -92,11 +100,15 @@ class AbsentParameter(torch.nn.Parameter):
             if accessor == "set":
                 _set_property(name, args, func)
                 return None
+            if name in _HOOKS and isinstance(args[0], AbsentParameter) and args[0]._store is not None:
+                _refuse_hook(args[0], name)
             if accessor == "" and name in _FREE_FUNCTIONS:
                 return func(*args, **kwargs)
             if accessor == "" and name in _SAME_VALUES and isinstance(args[0], AbsentParameter):
                 return _same_values(args[0], name, func, args, kwargs)
             if _writes(name, args, kwargs):
+                if isinstance(args[0], AbsentParameter) and args[0]._store is not None and kwargs.get("out") is None:
+                    return _write(args[0], name, func, args[1:], kwargs)
                 _refuse_write((*args, kwargs.get("out")), f"torch's {name}")
             args, kwargs = tree_map_only(AbsentParameter, lambda param: param.materialise(), (args, kwargs))
             return func(*args, **kwargs)
@@ -134,6 +146,8 @@ def _same_values(
 ) -> object:
     """`to`, `detach` and their kin: the same absent weight while dtype and device stay as they are."""
     if name == "requires_grad_":
+        if param._store is not None:
+            return func(*args, **kwargs)
         if (args[1:] or (kwargs.get("requires_grad", True),))[0]:
             _refuse_write((param,), "requires_grad_(True)")
         return param
@@ -150,9 +164,39 @@ def _set_property(name: str, args: tuple[object, ...], func: Callable[..., objec
     param, value = args[0], args[1] if len(args) > 1 else None
     if name == "data" and value is param:
         return
-    if name in ("data", "requires_grad") and value is not False:
+    store = param._store if isinstance(param, AbsentParameter) else None
+    if name == "data" and store is not None and isinstance(value, Tensor):
+        store(value)
+        return
+    if name in ("data", "requires_grad") and value is not False and store is None:
         _refuse_write(args, f"setting .{name}")
     func(*args)
+
+
+def _write(
+    param: AbsentParameter,
+    name: str,
+    func: Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> AbsentParameter:
+    """An operation in place on a trained weight: on a copy, which then becomes the weight."""
+    assert param._store is not None
+    if torch.is_grad_enabled() and param.requires_grad:
+        raise RuntimeError(f"a leaf that requires grad, {param._key}, is changed in place; use torch.no_grad()")
+    args, kwargs = tree_map_only(AbsentParameter, lambda other: other.materialise(), (args, kwargs))
+    value = torch.empty(param.shape, dtype=param.dtype, device=param.device) if name == "copy_" else param.materialise()
+    func(value, *args, **kwargs)
+    param._store(value)
+    return param
+
+
+def _refuse_hook(param: AbsentParameter, name: str) -> NoReturn:
+    raise UnsupportedError(
+        f"{name} on {param._key}",
+        reason="its gradient goes to its tier past autograd's accumulation, so the hook would never be called",
+        instead="a Trainer callback, or param.grad after the backward",
+    )
 
 
 def _writes(name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:

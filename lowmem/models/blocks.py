@@ -153,4 +153,23 @@ def refuse_config(config: PretrainedConfig) -> None:
         )
 
 
-__all__ = ["DecoderBlock", "find_blocks", "refuse_config"]
+def refuse_labels(config: PretrainedConfig, num_labels: int) -> None:
+    """Refuse a number of labels, or an architecture that has no sequence classification model.
+
+    Raises:
+        ValueError: `num_labels` is less than 1.
+        UnsupportedError: transformers has no such class.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if num_labels < 1:
+        raise ValueError(f"num_labels={num_labels}: expected at least 1; 1 makes a reward model")
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UnsupportedError(
+            f"num_labels={num_labels} with architecture {config.model_type}",
+            reason="transformers has no sequence classification model of it",
+            instead="a reward model on another architecture, or DPO, which needs none",
+        )
+
+
+__all__ = ["DecoderBlock", "find_blocks", "refuse_config", "refuse_labels", "refuse_router_logits"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,7 @@ def skeleton(
     *,
     dtype: torch.dtype,
     folder: Path,
+    classifies: bool = False,
     trust_remote_code: bool = False,
 ) -> Skeleton:
     """Build a model on meta and match it with its checkpoint.
@@ -90,20 +92,24 @@ def skeleton(
         tensors: The checkpoint's tensors by stored name.
         dtype: Compute dtype.
         folder: Where the checkpoint lies, for error messages.
+        classifies: Whether to build the sequence classification model; its head may be missing in the checkpoint.
         trust_remote_code: As in transformers.
 
     Raises:
         UnsupportedError: The architecture cannot be streamed.
         SourceError: The checkpoint does not fit the configuration.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     _keep_in_fp32(model, dtype)
     blocks = find_blocks(model)
     mapping = map_checkpoint(model, tensors)
-    _check_missing(model, mapping, folder)
+    body = f"{model.base_model_prefix}."
+    drawn = {name for name in mapping.missing if classifies and not name.startswith(body)}
+    _check_missing(model, mapping.missing - drawn, mapping, folder)
     prefixes = {f"{block.name}.": index for index, block in enumerate(blocks)}
     by_block: list[list[Recipe]] = [[] for _ in blocks]
     resident: list[Recipe] = []
@@ -131,7 +137,7 @@ def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
             param.data = param.data.to(plan[by_group[match.lastgroup]])
 
 
-def _check_missing(model: PreTrainedModel, mapping: CheckpointMap, folder: Path) -> None:
+def _check_missing(model: PreTrainedModel, without: frozenset[str], mapping: CheckpointMap, folder: Path) -> None:
     import re
 
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -139,7 +145,7 @@ def _check_missing(model: PreTrainedModel, mapping: CheckpointMap, folder: Path)
     has = mapping.recipes
     missing = [
         name
-        for name in sorted(mapping.missing)
+        for name in sorted(without)
         if not (name in tied and (tied[name] in has or name in has))
         and not (name in tied.values() and any(has.get(k) for k, v in tied.items() if v == name))
         and not any(re.search(pattern, name) for pattern in ignored)
@@ -198,6 +204,7 @@ def fill(
     device: torch.device,
     read: ReadTensors,
     load: Callable[[str], Tensor],
+    store: Callable[[str, Tensor], None] | None = None,
     absent: frozenset[str] = frozenset(),
 ) -> PreTrainedModel:
     """Turn a meta model into one that trains: real where it is small, absent in the blocks.
@@ -207,13 +214,14 @@ def fill(
         device: Compute device.
         read: Reads stored tensors now.
         load: Reads one parameter's true values by name, on the compute device in the compute dtype.
+        store: Takes one parameter's new values by name, where the blocks' weights are to be trained; else None.
         absent: Names outside the blocks that stay absent too (an embedding table whose rows are gathered).
 
     Returns:
         The model, in eval mode, with every parameter frozen.
     """
     model = built.model
-    in_blocks = _place_absent(built, device=device, load=load, absent=absent)
+    in_blocks = _place_absent(built, device=device, load=load, store=store, absent=absent)
     buffers = {name for name, _ in model.named_buffers()}
     for streamed in built.blocks:
         for recipe in streamed.recipes:
@@ -245,13 +253,23 @@ def fill(
 
 
 def _place_absent(
-    built: Skeleton, *, device: torch.device, load: Callable[[str], Tensor], absent: frozenset[str]
+    built: Skeleton,
+    *,
+    device: torch.device,
+    load: Callable[[str], Tensor],
+    store: Callable[[str, Tensor], None] | None,
+    absent: frozenset[str],
 ) -> set[str]:
     placed: set[str] = set()
 
     def place(module: torch.nn.Module, attribute: str, key: str, shape: torch.Size, dtype: torch.dtype) -> None:
         module._parameters[attribute] = AbsentParameter.of(
-            shape, dtype=dtype, device=device, key=key, load=lambda: load(key)
+            shape,
+            dtype=dtype,
+            device=device,
+            key=key,
+            load=partial(load, key),
+            store=None if store is None else partial(store, key),
         )
         placed.add(key)
 

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lowmem.costs import num_boundary_buffers
 from lowmem.errors import UnsupportedError
 from lowmem.generation.rows import ActiveRows
 from lowmem.models.blocks import refuse_router_logits
@@ -23,7 +25,6 @@ from lowmem.streaming.passes import TrainingPass, VisitingOrder
 from lowmem.streaming.row_records import ChunkedRows
 from lowmem.streaming.split_choice import SplitChoice
 from lowmem.streaming.twin import Twins
-from lowmem.streaming.unpack import Unpacker
 from lowmem.streaming.visit import Phase, Visit
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from lowmem.generation.hooks import GenerationHooks
     from lowmem.step_plan import Plan
     from lowmem.streaming.beside import Entry
-    from offload import Scheduler, Trace
+    from lowmem.streaming.block_source import BlockSource, BlockUnpacker
+    from offload import Trace
 
 _ATTRIBUTE = "_lowmem_runtime"
 
@@ -43,8 +45,8 @@ class Runtime:
         self,
         blocks: Sequence[StreamedBlock],
         *,
-        scheduler: Scheduler,
-        unpacker: Unpacker,
+        scheduler: BlockSource,
+        unpacker: BlockUnpacker,
         plan: Plan,
         trace: Trace,
         device: torch.device,
@@ -76,7 +78,13 @@ class Runtime:
         self._twins = Twins(expects_reference=plan.job.task in ("dpo", "kto") and plan.job.uses_reference)
         self.full: FullTuning | None = None
         """Where every weight is trained: takes the blocks' gradients."""
-        self.boundaries = tier_for(device, planned=plan.boundary_tier)
+        self.boundaries = tier_for(
+            device,
+            planned=plan.boundary_tier,
+            disk=None if plan.disk_folder is None else Path(plan.disk_folder),
+            num_buffers=num_boundary_buffers(device.type),
+            trace=trace,
+        )
 
     @property
     def num_blocks(self) -> int:

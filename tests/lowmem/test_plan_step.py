@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -279,3 +280,42 @@ def test_room_with_another_budget_keeps_the_job() -> None:
     room = Room(llama(), make_job("sft", batch_size=2, seq_len=8), assumed_rates("cpu"), 1, 2)
     changed = room.with_budget(device_bytes=5)
     assert (changed.device_bytes, changed.host_bytes, changed.job) == (5, 2, room.job)
+
+
+def test_chunks_come_after_whole_sequences_and_the_longest_that_fit_first() -> None:
+    job = make_job("sft", batch_size=1, seq_len=4096)
+    assert planned(job=job, device="8GiB").chunk_tokens is None
+    smallest = planned(job=job, device=0).smallest_device_bytes
+    # Shorter ones would save nothing: the head takes more than such a chunk.
+    assert planned(job=job, device=smallest).chunk_tokens == 512
+    lengths = [planned(job=job, device=smallest + extra * MIB).chunk_tokens or 4096 for extra in (0, 8, 16, 32, 64)]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 1
+
+
+def test_chunk_tokens_are_kept_to_where_blocks_can_be_cut() -> None:
+    job = make_job("sft", batch_size=2, seq_len=512, chunk_tokens=96)
+    assert planned(job=job).chunk_tokens == 96
+    assert "chunks of 96 tokens" in str(planned(job=job))
+    whole = planned(replace(llama(), unchunkable="its blocks mix tokens"), job=job)
+    assert whole.chunk_tokens is None
+    assert "whole sequences: its blocks mix tokens" in str(whole)
+    assert planned(job=make_job("sft", batch_size=2, seq_len=64, chunk_tokens=96)).chunk_tokens is None
+
+
+def test_boundary_activations_go_to_disk_where_memory_has_no_room(tmp_path: Path) -> None:
+    job = make_job("sft", batch_size=8, seq_len=256)
+    boundary = 8 * 8 * 256 * 256 * 4
+
+    def with_disk(device: int) -> Plan:
+        return plan_step(llama(), job, budget=Budget(device=device, host=0, disk=tmp_path), rates=RATES)
+
+    smallest = with_disk(0).smallest_device_bytes
+    assert smallest < planned(job=job, device=0).smallest_device_bytes - boundary // 2
+    plan = with_disk(smallest)
+    assert plan.fits
+    assert plan.boundary_tier == "disk"
+    assert plan.written_bytes == plan.bytes_of("boundary activations", tier="disk") == boundary
+    assert f"per step to {tmp_path}; a drive rated for 600 TB" in str(plan)
+    assert with_disk(1 << 30).boundary_tier == "device"
+    assert Plan.from_dict(plan.to_dict()) == plan

@@ -1,0 +1,133 @@
+"""One forward and backward of a long sequence, its peak and its time measured: what `long_sequences` runs in children.
+
+Prints one JSON object at the end. A short step comes first, so that what libraries allocate once is not counted.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+import lowmem
+from benchmarks.process_memory import PeakMeter
+
+Mode = Literal["trl", "lowmem"]
+_WARMUP_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongJob:
+    """What to run."""
+
+    folder: Path
+    """A checkpoint."""
+    mode: Mode
+    """Plain transformers and TRL with gradient checkpointing, or lowmem."""
+    seq_len: int
+    head_tokens: int | None = None
+    """Tokens of a tile of TRL's own head; as shipped if None."""
+    chunk_tokens: int | None = None
+    device_budget: str | None = None
+    """For lowmem: a size, or None for as much as there is."""
+    disk: Path | None = None
+    """Folder for boundary activations; they go there whatever the budget."""
+    rank: int = 16
+
+    def arguments(self) -> list[str]:
+        """The command line that makes this job again."""
+        pairs = [(f"--{name.replace('_', '-')}", value) for name, value in asdict(self).items() if value is not None]
+        return [str(word) for pair in pairs for word in pair]
+
+
+def run(job: LongJob) -> dict[str, object]:
+    """Train on one sequence and report growth over the idle process, seconds, loss and what was planned."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=job.rank, lora_alpha=2 * job.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    if job.head_tokens is not None:
+        import trl.kernels.chunked_logprob as head
+
+        head.TOKEN_CHUNK_SIZE = job.head_tokens
+    model, plan = load(job, lora)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output,
+                max_length=None,
+                report_to="none",
+                bf16=False,
+                use_cpu=True,
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_dict({"input_ids": [[3, 4, 5]]}),
+            peft_config=lora,
+        )
+        model = trainer.model.train()
+        trainer.training_step(model, batch_of(_WARMUP_TOKENS, model.config.vocab_size))
+        model.zero_grad(set_to_none=True)
+        batch = batch_of(job.seq_len, model.config.vocab_size)
+        with PeakMeter() as meter:
+            start_s = time.perf_counter()
+            loss = trainer.training_step(model, batch)
+            step_s = time.perf_counter() - start_s
+    return {
+        "growth_bytes": meter.growth_bytes,
+        "idle_bytes": meter.idle_bytes,
+        "step_s": step_s,
+        "loss": float(loss),
+        "plan": None if plan is None else plan.to_dict(),
+    }
+
+
+def load(job: LongJob, lora: LoraConfig) -> tuple[PreTrainedModel, "lowmem.Plan | None"]:
+    if job.mode == "trl":
+        return AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32), None
+
+    def planned(device: str | int) -> "lowmem.Plan":
+        return lowmem.plan(
+            str(job.folder),
+            task="sft",
+            seq_len=job.seq_len,
+            peft_config=lora,
+            chunk_tokens=job.chunk_tokens,
+            budget=lowmem.Budget(device=device, host="0", disk=job.disk),
+        )
+
+    budget: str | int = job.device_budget or "16GiB"
+    if job.disk is not None and job.device_budget is None:
+        budget = planned(0).smallest_device_bytes
+    plan = planned(budget)
+    return lowmem.from_pretrained(str(job.folder), plan=plan), plan
+
+
+def batch_of(num_tokens: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    tokens = torch.randint(3, vocab_size, (1, num_tokens), generator=generator)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+
+
+def parse(arguments: list[str] | None = None) -> LongJob:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--mode", choices=get_args(Mode), required=True)
+    parser.add_argument("--seq-len", type=int, required=True)
+    for name in ("head-tokens", "chunk-tokens"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--device-budget")
+    parser.add_argument("--disk", type=Path)
+    parser.add_argument("--rank", type=int, default=LongJob.rank)
+    return LongJob(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(parse())), flush=True)
