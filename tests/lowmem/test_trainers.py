@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.lowmem.tiny_trainers import loaders, records, trained
+from tests.lowmem.tiny_training import lora
 from tests.zoo.architectures import build
 
 # TRL calls transformers by names that are on their way out.
@@ -17,12 +18,20 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "dpo": ("dpo", {}),
     "dpo, reference computed before": ("dpo", {"precompute_ref_log_probs": True}),
     "kto": ("kto", {}),
+    "reward": ("reward", {"adapter": lora(lora_dropout=0.0, modules_to_save=["score"], task_type="SEQ_CLS")}),
     "grpo": ("grpo", {}),
     "grpo with a reference": ("grpo", {"beta": 0.1}),
     "rloo": ("rloo", {}),
     "rloo without a reference": ("rloo", {"beta": 0.0}),
 }
-QUICK = {("llama", "dpo"), ("llama", "grpo with a reference"), ("llama", "kto"), ("llama", "rloo"), ("mixtral", "dpo")}
+QUICK = {
+    ("llama", "dpo"),
+    ("llama", "grpo with a reference"),
+    ("llama", "kto"),
+    ("llama", "reward"),
+    ("llama", "rloo"),
+    ("mixtral", "dpo"),
+}
 
 
 @pytest.fixture(scope="module")

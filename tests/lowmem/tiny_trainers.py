@@ -75,9 +75,7 @@ def questions(num: int = 24) -> Dataset:
 
 def even_words(completions: list[str], **columns: object) -> list[float]:
     """A reward: how many words have an even number."""
-    return [
-        sum(int(word[1:]) % 2 == 0 for word in text.split() if word[1:].isdigit()) / 8 for text in completions
-    ]
+    return [sum(int(word[1:]) % 2 == 0 for word in text.split() if word[1:].isdigit()) / 8 for text in completions]
 
 
 _TRAINERS: dict[str, tuple[type[Trainer], type, Callable[[], Dataset], dict[str, object]]] = {
@@ -142,10 +140,19 @@ def loaders(task: str) -> tuple[Callable[[Path], PreTrainedModel], Callable[[Pat
     """How the resident and the streamed model of a task are opened."""
     if task != "reward":
         return resident, streamed
-    return resident_reward, lambda folder: streamed(folder, num_labels=1)
+    return _resident_reward, _streamed_reward
 
 
-def resident_reward(folder: Path) -> PreTrainedModel:
-    """A reward model in memory; the head is drawn anew, by the seed."""
-    torch.manual_seed(7)
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+def _resident_reward(folder: Path) -> PreTrainedModel:
+    return _with_score(AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32))
+
+
+def _streamed_reward(folder: Path) -> PreTrainedModel:
+    return _with_score(streamed(folder, num_labels=1))
+
+
+def _with_score(model: PreTrainedModel) -> PreTrainedModel:
+    """The checkpoint has no head: the same one for both."""
+    with torch.no_grad():
+        model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(7)))
+    return model
