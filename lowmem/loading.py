@@ -15,10 +15,10 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.master_weights import MasterWeights
 from lowmem.full.opening import Masters, open_full
 from lowmem.models.build import Skeleton, StreamedBlock, fill, skeleton
+from lowmem.streaming.block_source import BlockSource
 from lowmem.streaming.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.embedding import GatheredEmbedding, read_now
 from lowmem.streaming.preparation import Preparation
-from lowmem.streaming.block_source import BlockSource
 from lowmem.streaming.runtime import Runtime, attach
 from lowmem.streaming.split_choice import SplitChoice
 from lowmem.streaming.unpack import Unpacker
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lowmem.step_plan import Plan
+
+
+_ROW_THREADS = 4
+"""Requests in flight where rows of an embedding table are read one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
             GatheredEmbedding(
                 model.get_input_embeddings(),
                 spec=built.mapping.recipes[gathered].sources[0],
-                reader=reader,
+                # Its own threads: the rows of a token must not wait for the blocks that are being fetched ahead.
+                reader=FileReader(num_threads=_ROW_THREADS, stamps=opened.source.stamps),
                 dtype=opened.dtype,
                 device=device,
             )

@@ -1,0 +1,109 @@
+"""AdamW on flat buffers: which elements share their settings, and torch's fused update of a run of them.
+
+Decoupled weight decay (Loshchilov and Hutter, Decoupled weight decay regularization, 2019), in the arithmetic of
+`torch.optim.AdamW(fused=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowmem.full.layout import UnitLayout
+
+_PIECE_ELEMENTS = 1 << 18
+"""A gradient is scaled a MiB at a time, so that the update finds it in the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamUpdate:
+    """The settings of one parameter's update."""
+
+    lr: float
+    """Learning rate."""
+    betas: tuple[float, float]
+    """Decay rates of the moments."""
+    eps: float
+    """Added to the denominator."""
+    weight_decay: float
+    """Decoupled decay."""
+    step: int
+    """Number of this update, 1 for the first."""
+    scales: tuple[float, ...] = ()
+    """What the gradient is multiplied with first, one after the other."""
+
+    def scaled(self, scales: tuple[float, ...]) -> ParamUpdate:
+        """The same settings for a gradient that has to be multiplied first."""
+        return replace(self, scales=scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of elements with equal settings."""
+
+    start: int
+    """First element."""
+    stop: int
+    """One past the last element."""
+    update: ParamUpdate
+    """Their settings."""
+
+
+def segments_of(layout: UnitLayout, updates: Mapping[str, ParamUpdate]) -> tuple[Segment, ...]:
+    """The runs of a unit's buffers that are updated, in order; parameters without an update are left out.
+
+    Args:
+        layout: The unit.
+        updates: Settings by parameter name.
+    """
+    runs: list[Segment] = []
+    # The gap behind a parameter belongs to its run: there all four buffers are zero, and stay so.
+    stops = [*(place.start for place in layout.places[1:]), layout.places[-1].stop]
+    for place, stop in zip(layout.places, stops, strict=True):
+        update = updates.get(place.key)
+        if update is None:
+            continue
+        if runs and runs[-1].stop == place.start and runs[-1].update == update:
+            runs[-1] = Segment(start=runs[-1].start, stop=stop, update=update)
+        else:
+            runs.append(Segment(start=place.start, stop=stop, update=update))
+    return tuple(runs)
+
+
+def update_run(update: ParamUpdate, *, weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Update a run of elements in place.
+
+    Args:
+        update: Its settings. `gradient` has been multiplied with their scales afterwards.
+        weight: Flat fp32 tensor; so are the others, of the same length, all on one device.
+        gradient: Gradient as accumulated.
+        exp_avg: First moment.
+        exp_avg_sq: Second moment.
+    """
+    step = torch.tensor(float(update.step), device=weight.device)
+    size = _PIECE_ELEMENTS if update.scales else weight.numel()
+    for start in range(0, weight.numel(), size):
+        piece = slice(start, start + size)
+        for scale in update.scales:
+            gradient[piece].mul_(scale)
+        torch._fused_adamw_(
+            [weight[piece]],
+            [gradient[piece]],
+            [exp_avg[piece]],
+            [exp_avg_sq[piece]],
+            [],
+            [step],
+            lr=update.lr,
+            beta1=update.betas[0],
+            beta2=update.betas[1],
+            weight_decay=update.weight_decay,
+            eps=update.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+__all__ = ["ParamUpdate", "Segment", "segments_of", "update_run"]

@@ -1,0 +1,231 @@
+"""Full tuning of a streamed model: lends blocks their weights, takes their gradients, runs their updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UnsupportedError
+from lowmem.full.adamw import ParamUpdate, segments_of
+from lowmem.full.gradient import OffloadedGradient
+from lowmem.full.layout import ParamPlace
+from lowmem.full.tier import WEIGHT, Contribution, StateTier
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedParam:
+    """One trained parameter of the model."""
+
+    param: torch.nn.Parameter
+    """The model's own: absent in a block, real outside."""
+    unit: int
+    """Number of its unit."""
+    place: ParamPlace
+    """Where it lies in the unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Where the weights were written last."""
+
+    folder: Path
+    """The folder."""
+    version: int
+    """Which weights: `FullTuning.version` at the time."""
+
+
+class FullTuning:
+    """Everything that changes from step to step in a model whose every weight is trained.
+
+    Blocks have absent parameters. Their gradients do not go through autograd's accumulation: a block's backward hands
+    them to `keep_gradients`, and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops the stand-in, and
+    with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary gradients; their moments
+    are kept in the same tier.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Mapping[str, torch.nn.Parameter]],
+        outer: Mapping[str, torch.nn.Parameter],
+        *,
+        tier: StateTier,
+    ) -> None:
+        """Take over a model's parameters.
+
+        Args:
+            blocks: Each block's absent parameters by name, in visiting order.
+            outer: The other parameters by name, tied ones once.
+            tier: Keeps their state, one unit for each block, then one for each other parameter.
+        """
+        self.tier = tier
+        self.num_blocks = len(blocks)
+        units = [*blocks, *({key: param} for key, param in outer.items())]
+        places = [{place.key: place for place in layout.places} for layout in tier.layouts]
+        self._params = {
+            key: TunedParam(param=param, unit=unit, place=places[unit][key])
+            for unit, params in enumerate(units)
+            for key, param in params.items()
+        }
+        self._keys = {id(entry.param): key for key, entry in self._params.items()}
+        self.version = 0
+        """Counts changes of weights and moments."""
+        self.saved: Saved | None = None
+        """What `save_pretrained` wrote last."""
+
+    @property
+    def params(self) -> Mapping[str, TunedParam]:
+        """The parameters by name."""
+        return self._params
+
+    def key_of(self, param: Tensor) -> str:
+        """A parameter's name.
+
+        Raises:
+            ValueError: It is not one of the model's.
+        """
+        key = self._keys.get(id(param))
+        if key is None:
+            raise ValueError(
+                f"a tensor of shape {list(param.shape)} is not a parameter of the model opened with tuning='full'"
+            )
+        return key
+
+    @contextmanager
+    def lend(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """A block's newest weights by name for the time of a visit."""
+        with self.tier.lend(index) as flat:
+            yield {place.key: flat[place.start : place.stop].view(place.shape) for place in self._places(index)}
+
+    def keep_gradients(self, index: int, grads: Mapping[str, Tensor | None]) -> None:
+        """Accumulate the gradients of one backward of a block.
+
+        Args:
+            index: Number of the block.
+            grads: By name; None where the loss does not depend on a weight.
+        """
+        contributions = []
+        for place in self._places(index):
+            value = grads.get(place.key)
+            if value is None:
+                continue
+            param = self._params[place.key].param
+            earlier = param.grad
+            if earlier is not None and not isinstance(earlier, OffloadedGradient):
+                raise UnsupportedError(
+                    f"setting the gradient of {place.key}",
+                    reason="it is accumulated outside of the model",
+                    instead="the loss, or torch.nn.utils.clip_grad_norm_",
+                )
+            scales = None if earlier is None else tuple(earlier.scales)
+            contributions.append(Contribution(place=place, value=value, earlier_scales=scales))
+            if earlier is None:
+                param.grad = OffloadedGradient.of(param, _Place(self.tier, index, place))
+            else:
+                earlier.scales.clear()
+        if contributions:
+            self.tier.accumulate(index, contributions)
+
+    def step(self, updates: Mapping[str, ParamUpdate], *, number: int, record: dict[str, object]) -> None:
+        """Update every parameter that has settings and a gradient.
+
+        Args:
+            updates: Settings by parameter name, without scales.
+            number: Number of the step, for the tiers that outlive the process.
+            record: Plain data that belongs to it.
+        """
+        self.version += 1
+        # What the next forward needs first comes first.
+        for unit in [*range(self.num_blocks, len(self.tier.layouts)), *range(self.num_blocks)]:
+            layout = self.tier.layouts[unit]
+            scaled = {
+                place.key: self._with_scales(place.key, updates[place.key])
+                for place in layout.places
+                if place.key in updates
+            }
+            segments = segments_of(layout, scaled)
+            if segments:
+                self.tier.update(unit, segments, self._outer_gradient(unit))
+                self._forget_scales(unit)
+        self.tier.end_step(number, record)
+
+    def change(self, key: str, run: Callable[[Tensor, Tensor], None], *, gradient: Tensor | None) -> None:
+        """Let a rule change one weight now.
+
+        Args:
+            key: The parameter.
+            run: Called with weight and gradient, both fp32 and of the parameter's shape; changes the weight in place,
+                and may change the gradient.
+            gradient: The gradient of a parameter outside the blocks; None for one that was accumulated.
+        """
+        entry = self._params[key]
+        self.version += 1
+        grad = entry.param.grad
+        scales = tuple(grad.scales) if isinstance(grad, OffloadedGradient) else ()
+        self.tier.change(entry.unit, entry.place, run, gradient=gradient, scales=scales)
+        if isinstance(grad, OffloadedGradient):
+            grad.scales.clear()
+
+    def finish(self) -> None:
+        """Complete all updates."""
+        self.tier.finish()
+
+    def read(self, key: str, field: str = WEIGHT) -> Tensor:
+        """A copy of a parameter's newest weight or moment."""
+        entry = self._params[key]
+        return self.tier.read(entry.unit, field, entry.place)
+
+    def write(self, key: str, value: Tensor, field: str = WEIGHT) -> None:
+        """Set a parameter's weight or moment."""
+        entry = self._params[key]
+        if value.shape != entry.place.shape:
+            raise ValueError(f"{key}: expected shape {list(entry.place.shape)}, got {list(value.shape)}")
+        self.version += 1
+        self.tier.write(entry.unit, field, entry.place, value)
+
+    def _places(self, unit: int) -> tuple[ParamPlace, ...]:
+        return self.tier.layouts[unit].places
+
+    def _with_scales(self, key: str, update: ParamUpdate) -> ParamUpdate:
+        grad = self._params[key].param.grad
+        if not isinstance(grad, OffloadedGradient) or not grad.scales:
+            return update
+        return update.scaled(tuple(grad.scales))
+
+    def _forget_scales(self, unit: int) -> None:
+        for place in self._places(unit):
+            grad = self._params[place.key].param.grad
+            if isinstance(grad, OffloadedGradient):
+                grad.scales.clear()
+
+    def _outer_gradient(self, unit: int) -> Tensor | None:
+        if unit < self.num_blocks:
+            return None
+        (place,) = self._places(unit)
+        grad = self._params[place.key].param.grad
+        assert grad is not None, "only parameters with gradients are updated"
+        return grad.reshape(-1)
+
+
+class _Place:
+    """Where one block parameter's gradient is accumulated."""
+
+    def __init__(self, tier: StateTier, index: int, place: ParamPlace) -> None:
+        self._tier, self._index, self._place = tier, index, place
+        self.key = place.key
+
+    def read(self) -> Tensor:
+        return self._tier.read_gradient(self._index, self._place)
+
+    def norm(self) -> Tensor | None:
+        return self._tier.gradient_norm(self._index, self._place)
+
+    def clear(self) -> None:
+        self._tier.clear_gradient(self._index, self._place)
+
+
+__all__ = ["FullTuning", "Saved", "TunedParam"]

@@ -1,0 +1,170 @@
+"""The side of full tuning that lowmem's optimizers talk to: runs their rules on weights that lie in a tier."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from lowmem.full.adamw import ParamUpdate
+from lowmem.full.engine import FullTuning, TunedParam
+from lowmem.full.gradient import OffloadedGradient
+from lowmem.full.saved_state import load_moments, save_moments
+from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
+from lowmem.optim.adamw import AdamWRule
+
+if TYPE_CHECKING:
+    from torch.optim.optimizer import StateDict
+
+    from lowmem.optim.optimizer import RuleOptimizer
+    from lowmem.optim.rule import Hyper, Rule, State
+
+_ENTRY = "lowmem_full"
+
+
+class OptimizerEngine:
+    """Holds state of all parameters of a model opened with ``tuning="full"``, as `lowmem.optim` calls an engine.
+
+    AdamW in fp32 runs on the tier's flat buffers, deferred where the tier defers. Any other rule runs at once, one
+    parameter at a time, its state in RAM.
+
+    A state dict stays small: AdamW's moments go to files beside the weights that `model.save_pretrained` wrote last, as
+    the Trainer does before it saves the optimizer.
+    """
+
+    def __init__(self, full: FullTuning) -> None:
+        """Serve the parameters of one model."""
+        self._full = full
+        self._optimizer: weakref.ref[RuleOptimizer] | None = None
+        self._num_steps = 0
+        self._steps: dict[str, int] = {}
+        self._states: dict[str, State] = {}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have been taken."""
+        return self._num_steps
+
+    def adopt(self, optimizer: RuleOptimizer) -> None:
+        """Take an optimizer on; a new one begins with state of its own."""
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                self._full.key_of(param)
+        if self._optimizer is not None:
+            self._forget_moments(set(self._steps))
+        self._optimizer = weakref.ref(optimizer)
+        self._num_steps, self._steps, self._states = 0, {}, {}
+
+    @torch.no_grad()
+    def step(self, optimizer: RuleOptimizer) -> None:
+        """Begin the update of every parameter that has a gradient.
+
+        Raises:
+            RuntimeError: Another optimizer has taken the model over.
+        """
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            raise RuntimeError("a later optimizer has taken over this model's weights; step that one")
+        updates: dict[str, ParamUpdate] = {}
+        for group in optimizer.param_groups:
+            hyper = optimizer.hyper(group)
+            for param in group["params"]:
+                key, rule = self._full.key_of(param), optimizer.rule_of(param)
+                if _is_flat(rule):
+                    if param.grad is not None:
+                        self._steps[key] = self._steps.get(key, 0) + 1
+                        updates[key] = _update(hyper, step=self._steps[key])
+                else:
+                    self._run_rule(key, rule, hyper)
+        self._num_steps += 1
+        self._full.step(updates, number=self._num_steps, record=self._record(optimizer))
+
+    def save(self, state_dict: StateDict) -> StateDict:
+        """Complete pending updates and add what a resumed run needs.
+
+        Raises:
+            UnsupportedError: The weights have changed since `model.save_pretrained`, or were never saved.
+        """
+        self._full.finish()
+        entry: dict[str, object] = {
+            "num_steps": self._num_steps,
+            "steps": dict(self._steps),
+            "states": {key: dict(state) for key, state in self._states.items()},
+        }
+        if self._steps:
+            entry["folder"] = save_moments(self._full)
+        return {**state_dict, _ENTRY: entry}
+
+    def load(self, state_dict: StateDict) -> None:
+        """Take back what `save` gave.
+
+        Raises:
+            ValueError: It comes from an optimizer of a model that was not opened with ``tuning="full"``.
+            FileNotFoundError: The files beside the saved weights are gone.
+        """
+        if _ENTRY not in state_dict:
+            raise ValueError(
+                "optimizer state: expected that of a model opened with tuning='full', got one without "
+                f"{_ENTRY!r}; resume with the optimizer that saved it"
+            )
+        entry = cast("dict[str, object]", state_dict[_ENTRY])
+        steps = cast("dict[str, int]", entry["steps"])
+        if unknown := sorted(set(steps) - set(self._full.params)):
+            raise ValueError(f"optimizer state: {unknown[0]} is not a parameter of this model")
+        self._forget_moments(set(self._steps) - set(steps))
+        if steps:
+            load_moments(self._full, str(entry["folder"]), keys=steps)
+        states = cast("dict[str, State]", entry["states"])
+        self._states = {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()}
+        self._steps, self._num_steps = dict(steps), cast(int, entry["num_steps"])
+
+    def _run_rule(self, key: str, rule: Rule, hyper: Hyper) -> None:
+        entry = self._full.params[key]
+        state = self._states.setdefault(key, {})
+        if not rule.is_active(hyper.clock):
+            rule.retire(state)
+            return
+        grad = entry.param.grad
+        if grad is None:
+            return
+
+        def run(weight: Tensor, gradient: Tensor) -> None:
+            if not state:
+                state.update(rule.init(weight))
+            payload = rule.reduce(gradient, state)
+            rule.apply(weight, rule.solve(payload, state, hyper), state, hyper)
+
+        self._full.change(key, run, gradient=None if isinstance(grad, OffloadedGradient) else grad)
+
+    def _record(self, optimizer: RuleOptimizer) -> dict[str, object]:
+        """Plain data with which a run goes on from a step."""
+        return {
+            "num_steps": self._num_steps,
+            "steps": dict(self._steps),
+            "clocks": [group["clock"] + 1 for group in optimizer.param_groups],
+        }
+
+    def _forget_moments(self, keys: set[str]) -> None:
+        for key in keys:
+            entry: TunedParam = self._full.params[key]
+            zero = torch.zeros(entry.place.shape)
+            for field in (EXP_AVG, EXP_AVG_SQ):
+                self._full.write(key, zero, field)
+
+
+def _is_flat(rule: Rule) -> bool:
+    """Whether the fused kernel on flat fp32 buffers does what a rule says."""
+    return (
+        isinstance(rule, AdamWRule)
+        and rule.state_dtype in (None, "fp32")
+        and rule.writer in ("nearest", "fp32")
+        and rule.fused
+    )
+
+
+def _update(hyper: Hyper, *, step: int) -> ParamUpdate:
+    return ParamUpdate(lr=hyper.lr, betas=hyper.betas, eps=hyper.eps, weight_decay=hyper.weight_decay, step=step)
+
+
+__all__ = ["OptimizerEngine"]
