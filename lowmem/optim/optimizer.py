@@ -206,17 +206,22 @@ class RuleOptimizer(Optimizer):
     def _build_rules(self) -> Iterator[tuple[int, Rule]]:
         blocks = self._blocks(self.param_groups)
         num_blocks = len(set(blocks.values()))
-        num_params = sum(len(group["params"]) for group in self.param_groups)
-        index = 0
+        num_turns = max(1, sum(_takes_turns(group, param) for group in self.param_groups for param in group["params"]))
+        index = turn = 0
         for group in self.param_groups:
             names = group.get("param_names", [""] * len(group["params"]))
             for name, param in zip(names, group["params"], strict=True):
-                block = blocks.get(name)
                 place = Place(
-                    index=index, num_params=num_params, seed=group["seed"], block=block, num_blocks=num_blocks
+                    index=index,
+                    turn=turn,
+                    num_turns=num_turns,
+                    seed=group["seed"],
+                    block=blocks.get(name),
+                    num_blocks=num_blocks,
                 )
                 yield id(param), self._rule(group, place, param)
                 index += 1
+                turn += _takes_turns(group, param)
 
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
@@ -229,6 +234,10 @@ class RuleOptimizer(Optimizer):
 
 # Fields that change from step to step or hold tensors; everything else decides the rules.
 _VOLATILE = frozenset({"params", "lr", "initial_lr", "betas", "weight_decay", "clock"})
+
+
+def _takes_turns(group: Mapping[str, Any], param: Tensor) -> bool:
+    return bool(group["project"]) and param.ndim >= 2
 
 
 def _meta(param: Tensor) -> Tensor:

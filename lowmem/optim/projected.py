@@ -217,7 +217,7 @@ class ProjectedRule(DirectionRule):
         """Steps by which the refreshes come early, spread over the parameters."""
         if not self.method.stagger:
             return 0
-        return self.place.index * self.method.update_gap // self.place.num_params
+        return self.place.turn * self.method.update_gap // self.place.num_turns
 
     @property
     def _is_transposed(self) -> bool:

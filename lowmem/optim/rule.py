@@ -38,8 +38,10 @@ class Place:
 
     index: int
     """Position among all parameters of the optimizer."""
-    num_params: int
-    """Number of parameters of the optimizer."""
+    turn: int = 0
+    """Position among the parameters that share their work out over steps: the matrices that are projected."""
+    num_turns: int = 1
+    """Number of these."""
     seed: int = 0
     """Seed of the optimizer."""
     block: int | None = None

@@ -1,0 +1,334 @@
+"""What every optimizer of the family promises, checked over all of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowmem import UnsupportedError, optim
+from lowmem.optim.optimizer import RuleOptimizer
+from lowmem.optim.rule import Hyper
+from tests.lowmem.tiny_optim import METHODS, TinyModel, backward, tiny_model, train
+
+EVERY = pytest.mark.parametrize("name", METHODS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def saved_and_loaded(state_dict: object) -> dict[str, object]:
+    """Through a file and torch's restricted loader, as Trainer does it."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(one: TinyModel, other: TinyModel) -> None:
+    for (name, weight), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+def first_step(name: str, **options: object) -> tuple[dict[str, Tensor], dict[str, Tensor], RuleOptimizer]:
+    """Weights before and after the first step, and the optimizer."""
+    model = tiny_model()
+    optimizer = METHODS[name](model, **options)
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    train(model, optimizer, range(1))
+    return before, {key: value.detach() for key, value in model.named_parameters()}, optimizer
+
+
+@EVERY
+@DTYPES
+def test_resumes_bit_by_bit(name: str, dtype: torch.dtype) -> None:
+    whole = tiny_model(dtype)
+    train(whole, METHODS[name](whole, lr=1e-2), range(8))
+
+    first = tiny_model(dtype)
+    optimizer = METHODS[name](first, lr=1e-2)
+    train(first, optimizer, range(4))
+    weights, state = saved_and_loaded(first.state_dict()), saved_and_loaded(optimizer.state_dict())
+
+    second = tiny_model(dtype)
+    second.load_state_dict(weights)
+    resumed = METHODS[name](second, lr=0.5)  # overwritten by the saved one
+    resumed.load_state_dict(state)
+    train(second, resumed, range(4, 8))
+    assert_same(second, whole)
+    assert {param.dtype for param in second.parameters()} == {dtype}
+
+
+@pytest.mark.slow
+@EVERY
+def test_learns(name: str) -> None:
+    model = tiny_model()
+    lr = {"AdaLomo": 0.05, "BAdam": 3e-2, "BAdam, all": 3e-2}.get(name, 1e-2)
+    losses = train(model, METHODS[name](model, lr=lr), range(40))
+    assert sum(losses[-4:]) / 4 < 0.8 * losses[0]
+
+
+@EVERY
+def test_reads_the_learning_rate_at_every_step(name: str) -> None:
+    scheduled, by_hand = tiny_model(), tiny_model()
+    one, other = METHODS[name](scheduled, lr=1e-2), METHODS[name](by_hand, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(one, lambda step: (1.0, 0.5, 0.0, 0.25)[step])
+    for step, factor in enumerate((1.0, 0.5, 0.0)):
+        for group in other.param_groups:
+            group["lr"] = 1e-2 * factor
+        before = [param.detach().clone() for param in scheduled.parameters()]
+        for model, optimizer in ((scheduled, one), (by_hand, other)):
+            train(model, optimizer, range(step, step + 1))
+        schedule.step()
+        is_still = all(torch.equal(a, b) for a, b in zip(before, scheduled.parameters(), strict=True))
+        assert is_still == (factor == 0)
+    assert_same(scheduled, by_hand)
+
+
+@EVERY
+def test_decays_weights_apart_from_norms_and_biases(name: str) -> None:
+    before, plain, _ = first_step(name, lr=0.1, weight_decay=0.0)
+    _, decayed, optimizer = first_step(name, lr=0.1, weight_decay=0.5)
+    names = {id(param): key for group in optimizer.param_groups for key, param in named(group)}
+    assert names
+    num_decayed = 0
+    for key, weight in before.items():
+        moved = not torch.equal(weight, plain[key])
+        decays = weight.ndim >= 2 and moved
+        num_decayed += decays
+        expected = plain[key] - (0.1 * 0.5 * weight if decays else 0)
+        torch.testing.assert_close(decayed[key], expected, rtol=1e-5, atol=1e-6)
+    assert num_decayed > 0
+
+
+def named(group: dict[str, list[Tensor]]) -> list[tuple[str, Tensor]]:
+    return list(zip(group["param_names"], group["params"], strict=True))  # type: ignore[arg-type]
+
+
+@EVERY
+@pytest.mark.parametrize("betas", [(0.5, 0.999), (0.9, 0.9)])
+def test_uses_both_betas(name: str, betas: tuple[float, float]) -> None:
+    models = [tiny_model(), tiny_model()]
+    if name == "AdaLomo":
+        with pytest.raises(TypeError, match="betas"):
+            METHODS[name](models[0], lr=1e-2, betas=betas)
+        return
+    for model, chosen in zip(models, ((0.9, 0.999), betas), strict=True):
+        train(model, METHODS[name](model, lr=1e-2, betas=chosen), range(2))
+    is_sgd = name == "rows, sgd" and betas[1] == 0.9
+    key = "layers.{}.up.weight"
+    pairs = [[dict(model.named_parameters())[key.format(block)] for model in models] for block in range(3)]
+    # sgd has no second moment.
+    assert all(torch.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in pairs) == is_sgd
+
+
+@EVERY
+@DTYPES
+def test_state_takes_the_bytes_that_were_promised(name: str, dtype: torch.dtype) -> None:
+    model = tiny_model(dtype)
+    optimizer = METHODS[name](model, lr=1e-2)
+    train(model, optimizer, range(4))
+    num_with_state = 0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state[param]
+            rule = optimizer.rule_of(param)
+            has_moments = not state or "window" not in state or "exp_avg" in state
+            if state and has_moments:
+                num_with_state += 1
+                real = sum(value.nbytes for value in state.values())
+                assert rule.state_bytes(param.shape, param.dtype) == real
+                assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
+    assert num_with_state > 0
+
+
+@EVERY
+def test_payloads_add_and_scale_as_declared(name: str) -> None:
+    """Accumulation and clipping may be done on payloads where the rule says that they are linear."""
+    model = tiny_model()
+    optimizer = METHODS[name](model, lr=1e-2)
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        rule = optimizer.rule_of(param)
+        if not rule.is_active(0):
+            continue
+        hyper = Hyper(lr=0.1, betas=(0.9, 0.99), eps=1e-12, weight_decay=0.1, clock=0)
+        halves = torch.randn(2, *param.shape)
+        states = [rule.init(param), rule.init(param)]
+        for state in states:  # past the first step, which takes a basis from the gradient
+            rule.solve(rule.reduce(halves[0] + 0.1, state), state, hyper)
+        whole = rule.scale(rule.reduce(halves.sum(0), states[0]), 0.25)
+        is_due = rule.reduces_once(states[1]) and rule.payload_is_linear  # a basis will be read off the gradient
+        assert not is_due or "basis" in states[1]
+        payload = rule.reduce(halves.sum(0) if is_due else halves[0], states[1])
+        if is_due:
+            payload = rule.scale(payload, 0.25)
+        elif rule.payload_is_linear:
+            rule.add(payload, rule.reduce(halves[1], states[1]))
+            payload = rule.scale(payload, 0.25)
+        else:
+            assert rule.reduces_once(states[1])
+            with pytest.raises(ValueError, match="not linear"):
+                rule.add(payload, payload)
+            payload = rule.reduce(0.25 * halves.sum(0), states[1])
+        weights = [param.detach().clone(), param.detach().clone()]
+        for weight, found, state in zip(weights, (whole, payload), states, strict=True):
+            rule.apply(weight, rule.solve(found, state, hyper), state, hyper)
+        torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-4)
+        if not rule.needs_full_gradient and rule.payload_is_linear:
+            assert sum(value.numel() for value in payload.values()) < param.numel()
+
+
+@EVERY
+def test_clipped_and_accumulated_gradients_are_used_as_they_are(name: str) -> None:
+    one, other = tiny_model(), tiny_model()
+    first, second = METHODS[name](one, lr=1e-2), METHODS[name](other, lr=1e-2)
+    backward(one, 0), backward(one, 1)
+    norm = nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+    for param, source in zip(other.parameters(), one.parameters(), strict=True):
+        param.grad = None if source.grad is None else source.grad.clone()
+    assert norm > 0.1
+    first.step()
+    second.step()
+    assert_same(one, other)
+    third = tiny_model()
+    optimizer = METHODS[name](third, lr=1e-2)
+    backward(third, 0)
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), third.parameters(), strict=True))
+
+
+@EVERY
+def test_unknown_options_and_wrong_values_are_refused(name: str) -> None:
+    with pytest.raises(TypeError, match="momentum"):
+        METHODS[name](tiny_model(), lr=1e-2, momentum=0.9)
+    named = list(tiny_model().named_parameters())
+    with pytest.raises(UnsupportedError, match="'rnak'"):
+        METHODS[name]([{"params": named, "rnak": 4}], lr=1e-2)
+    with pytest.raises(ValueError, match="lr=-1"):
+        METHODS[name](tiny_model(), lr=-1.0)
+    with pytest.raises(ValueError, match=r"weight_decay=-0\.1"):
+        METHODS[name](tiny_model(), lr=1e-2, weight_decay=-0.1)
+    with pytest.raises(UnsupportedError, match="float16"):
+        METHODS[name](tiny_model(torch.float16), lr=1e-2)
+
+
+@EVERY
+def test_state_of_another_optimizer_is_refused(name: str) -> None:
+    model = tiny_model()
+    optimizer = METHODS[name](model, lr=1e-2)
+    train(model, optimizer, range(1))
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    other = next(made for made in METHODS.values() if made(tiny_model()).method_name != optimizer.method_name)
+    with pytest.raises(ValueError, match=f"this is {optimizer.method_name}"):
+        optimizer.load_state_dict(other(tiny_model()).state_dict())
+
+
+def test_state_of_other_shapes_is_refused() -> None:
+    model = tiny_model()
+    optimizer = optim.GaLore(model, rank=4)
+    train(model, optimizer, range(1))
+    state_dict = optimizer.state_dict()
+    for state in state_dict["state"].values():
+        state["exp_avg"] = state["exp_avg"][..., :1]
+    with pytest.raises(ValueError, match=r"exp_avg.*expected"):
+        optimizer.load_state_dict(state_dict)
+
+
+def test_counters_keep_their_type_beside_bf16_weights() -> None:
+    param = nn.Parameter(torch.zeros(4, 6, dtype=torch.bfloat16))
+    optimizer = optim.GaLore([param], lr=1e-3, rank=2)
+    param.grad = torch.randn(4, 6).bfloat16()
+    optimizer.step()
+    optimizer.state[param]["step"].fill_(257)
+    loaded = optim.GaLore([param], lr=1e-3, rank=2)
+    loaded.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert loaded.state[param]["step"].item() == 257
+    assert loaded.state[param]["basis"].dtype == torch.float32
+
+
+def test_embeddings_and_head_have_plain_adamw_unless_asked() -> None:
+    for project, expected in ((False, {"step", "exp_avg", "exp_avg_sq"}), (True, {"step", "inner_step", "basis"})):
+        model = tiny_model()
+        optimizer = optim.GaLore(model, rank=4, project_embeddings=project)
+        train(model, optimizer, range(1))
+        for weight in (model.embed.weight, model.head.weight):
+            assert expected <= set(optimizer.state[weight])
+        assert "basis" in optimizer.state[model.layers[0].up.weight]
+        assert set(optimizer.state[model.layers[0].up.bias]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_group_may_be_left_unprojected_or_have_its_own_rank() -> None:
+    params = [nn.Parameter(torch.randn(6, 8)) for _ in range(3)]
+    optimizer = optim.GaLore(
+        [
+            {"params": params[:1]},
+            {"params": params[1:2], "rank": 2, "lr": 0.0},
+            {"params": params[2:], "project": False},
+        ],
+        rank=4,
+    )
+    for param in params:
+        param.grad = torch.randn(6, 8)
+    before = params[1].detach().clone()
+    optimizer.step()
+    assert optimizer.state[params[0]]["basis"].shape == (6, 4)
+    assert optimizer.state[params[1]]["basis"].shape == (6, 2)
+    assert "basis" not in optimizer.state[params[2]]
+    assert torch.equal(before, params[1])
+
+
+def test_refreshes_are_spread_over_steps() -> None:
+    model = tiny_model()
+    optimizer = optim.GaLore(model, rank=4, update_proj_gap=6)
+    due: list[int] = []
+    for step in range(7):
+        rules = [(optimizer.rule_of(p), optimizer.state[p]) for p in model.parameters() if optimizer.state[p]]
+        due.append(sum(rule.reduces_once(state) for rule, state in rules if "basis" in state))
+        train(model, optimizer, range(step, step + 1))
+    assert sum(due[1:]) == 9
+    assert max(due[1:]) == 2
+
+
+@pytest.mark.parametrize("make", [optim.BAdam, optim.LISA])
+def test_methods_by_blocks_need_names(make: type[RuleOptimizer]) -> None:
+    with pytest.raises(UnsupportedError, match="unnamed parameters"):
+        make([nn.Parameter(torch.zeros(3, 3))], lr=1e-3)  # type: ignore[call-arg]
+
+
+def test_badam_freezes_what_it_does_not_train() -> None:
+    model = tiny_model()
+    optimizer = optim.BAdam(model, lr=1e-2, switch_block_every=2)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train(model, optimizer, range(6))
+    changed = {name for name, value in model.named_parameters() if not torch.equal(before[name], value)}
+    assert changed == {name for name in before if name.startswith("layers.")}
+    assert sum(len(optimizer.state[param]) > 0 for param in model.parameters()) <= 7
+
+
+def test_projections_of_more_than_stacks_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="shape \\(2, 3, 4, 5\\)"):
+        optim.GaLore([nn.Parameter(torch.zeros(2, 3, 4, 5))])
+    with pytest.raises(UnsupportedError, match="proj_type='full'"):
+        optim.GaLore(tiny_model(), proj_type="full")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="nothing would be optimized"):
+        optim.GaLore(tiny_model().requires_grad_(False))
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(6, 4, sparse=True)
+    optimizer = optim.AdamW(table)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(UnsupportedError, match="sparse"):
+        optimizer.step()
+
+
+def test_a_copy_of_an_optimizer_goes_on_as_the_original() -> None:
+    model = tiny_model()
+    optimizer = optim.GaLore(model, rank=4, update_proj_gap=3, lr=1e-2)
+    train(model, optimizer, range(2))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for made, made_optimizer in ((model, optimizer), (twin, twin_optimizer)):
+        train(made, made_optimizer, range(2, 5))
+    assert_same(model, twin)
