@@ -48,12 +48,12 @@ class TokenBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop()
+        self._stop()  # type: ignore[no-untyped-call]
         self._close()
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.close()  # type: ignore[no-untyped-call]
+            self._bar.close()
             self._bar = None
 
 

@@ -19,6 +19,7 @@ from transformers.generation import GenerationConfig, GenerationMode, StoppingCr
 
 from lowmem.generation.cache import StreamedCache
 from lowmem.generation.decoding import CACHE, run_block
+from lowmem.generation.products import products_for
 from lowmem.generation.room import KvRoom
 from lowmem.generation.rows import ActiveRows
 from lowmem.generation.session import Generation, TokenProgress
@@ -72,7 +73,9 @@ class GenerationHooks:
         cache = kwargs.get(CACHE)
         if not isinstance(cache, StreamedCache):
             return forward(*args, **kwargs)
-        return run_block(forward, cache, args, kwargs, layer=block, rows=rows, max_tokens=self._room.prefill_tokens)
+        hidden = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
+        with products_for(hidden.device, num_tokens=hidden.shape[:2].numel()):
+            return run_block(forward, cache, args, kwargs, layer=block, rows=rows, max_tokens=self._room.prefill_tokens)
 
     def memory(self) -> dict[str, int]:
         """Bytes of keys and values that are allocated now, by tier."""

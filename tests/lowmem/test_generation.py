@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import lowmem
 from lowmem.generation.cache import StreamedCache
 from lowmem.generation.kv_layer import GrowingLayer
+from lowmem.generation.products import SkinnyProducts
 from lowmem.generation.room import KvRoom
 from lowmem.generation.session import TokenProgress
 from lowmem.streaming.runtime import Runtime, runtime_of
@@ -255,3 +256,22 @@ def test_bar_shows_tokens_rows_and_time_left(llama: Path, capsys: pytest.Capture
     assert " left " in shown
     generate(model)
     assert "token" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1100), (1, 5, 1100), (32, 1100)])
+def test_skinny_products_are_those_of_linear(shape: tuple[int, ...]) -> None:
+    x, weight, bias = torch.randn(shape), torch.randn(1000, 1100), torch.randn(1000)
+    want = torch.nn.functional.linear(x, weight, bias)
+    with SkinnyProducts():
+        got = torch.nn.functional.linear(x, weight, bias)
+        few = torch.nn.functional.linear(x, weight[:10])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    assert got.is_contiguous()
+    assert torch.equal(few, torch.nn.functional.linear(x, weight[:10]))
+
+
+@pytest.mark.slow
+def test_several_threads_give_the_resident_models_tokens(tmp_path: Path) -> None:
+    build("llama", tmp_path, changes={"hidden_size": 1024, "intermediate_size": 1100, "num_hidden_layers": 2})
+    torch.set_num_threads(2)
+    assert torch.equal(generate(resident(tmp_path)), generate(streamed(tmp_path)))
