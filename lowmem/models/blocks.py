@@ -119,7 +119,8 @@ def refuse_router_logits() -> NoReturn:
     raise UnsupportedError(
         "output_router_logits=True",
         reason="router logits are collected inside the blocks, which are recomputed: their gradient would be lost",
-        instead="output_router_logits=False (config.json or the model's config): training without the auxiliary loss",
+        instead="router_aux_loss_coef=0.0 in the trainer's configuration (TRL asks for router logits otherwise) and "
+        "output_router_logits=False in the model's: training without the auxiliary loss",
     )
 
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from tests.lowmem.tiny_trainers import loaders, records, trained
-from tests.lowmem.tiny_training import lora
 from tests.zoo.architectures import build
 
-# TRL calls transformers by names that are on their way out.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = [
+    # TRL calls transformers by names that are on their way out.
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    # PEFT says this of the patterns that it makes itself for stacked experts.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+]
 
 ARCHITECTURES = ("llama", "qwen3", "gemma3_text", "mixtral")
 CASES: dict[str, tuple[str, dict[str, object]]] = {
@@ -18,7 +21,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "dpo": ("dpo", {}),
     "dpo, reference computed before": ("dpo", {"precompute_ref_log_probs": True}),
     "kto": ("kto", {}),
-    "reward": ("reward", {"adapter": lora(lora_dropout=0.0, modules_to_save=["score"], task_type="SEQ_CLS")}),
+    "reward": ("reward", {"adapter": {"modules_to_save": ["score"], "task_type": "SEQ_CLS"}}),
     "grpo": ("grpo", {}),
     "grpo with a reference": ("grpo", {"beta": 0.1}),
     "rloo": ("rloo", {}),
@@ -53,6 +56,9 @@ def test_losses_rewards_and_gradient_norms_equal_training_in_memory(
 ) -> None:
     task, options = CASES[case]
     folder = folders[architecture]
+    if architecture == "mixtral" and task != "reward":
+        # TRL asks for the routers' logits otherwise, which is refused by name.
+        options = options | {"router_aux_loss_coef": 0.0}
     expected, got = (records(trained(task, load(folder), tmp_path, **options)) for load in loaders(task))
     assert len(got) == len(expected) == 5
     assert any(entry["grad_norm"] > 0 for entry in got)

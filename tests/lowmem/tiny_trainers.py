@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, set_seed
 from trl import (
     DPOConfig,
@@ -89,7 +88,7 @@ _TRAINERS: dict[str, tuple[type[Trainer], type, Callable[[], Dataset], dict[str,
 
 
 def make(
-    task: str, model: PreTrainedModel, output: Path, *, adapter: LoraConfig | None = None, **options: object
+    task: str, model: PreTrainedModel, output: Path, *, adapter: Mapping[str, object] | None = None, **options: object
 ) -> Trainer:
     """One of TRL's trainers, fp32, 5 steps of 4 examples, every step logged.
 
@@ -97,7 +96,7 @@ def make(
         task: "sft", "dpo", "kto", "reward", "grpo" or "rloo".
         model: Streamed or resident.
         output: Its folder.
-        adapter: LoRA on all linear layers, without dropout, if not given.
+        adapter: What its LoRA on all linear layers, without dropout, has besides.
         options: For the trainer's configuration; `train_dataset`, `callbacks` for the trainer.
     """
     trainer_class, config_class, dataset, defaults = _TRAINERS[task]
@@ -106,12 +105,11 @@ def make(
     arguments |= {name: options.pop(name) for name in ("callbacks",) if name in options}
     if task in ("grpo", "rloo"):
         arguments["reward_funcs"] = even_words
-    peft = lora(lora_dropout=0.0) if adapter is None else adapter
     return trainer_class(  # type: ignore[call-arg]
         model=model,
         args=config_class(str(output), **(_SHARED | defaults | options)),
         processing_class=word_tokenizer(),
-        peft_config=peft,
+        peft_config=lora(**({"lora_dropout": 0.0} | dict(adapter or {}))),
         **arguments,
     )
 
