@@ -16,6 +16,8 @@ from offload.errors import (
 from offload.file_io import FileReader
 from offload.file_writer import FileWriter
 from offload.layout import BlockLayout, lay_out
+from offload.object_io import StoreIo
+from offload.object_layout import ObjectLayout, place
 from offload.own_file import OwnFile
 from offload.plan import Placement, PlacementPlan
 from offload.planner import place_blocks
@@ -25,6 +27,7 @@ from offload.scratch import Scratch
 from offload.slots import FileSlot
 from offload.sources import SafetensorsSource
 from offload.spec import BlockSpec, TensorSpec
+from offload.store import Store
 from offload.trace import Span, Trace
 from offload.transfer import Transfer
 from offload.units import format_bytes, parse_bytes
@@ -40,6 +43,8 @@ __all__ = [
     "FileReader",
     "FileSlot",
     "FileWriter",
+    "FolderInUse",
+    "ObjectLayout",
     "OffloadError",
     "OwnFile",
     "Placement",
@@ -52,6 +57,8 @@ __all__ = [
     "SourceError",
     "Span",
     "StagingBuffer",
+    "Store",
+    "StoreIo",
     "TensorSpec",
     "TierFull",
     "Trace",
@@ -62,6 +69,7 @@ __all__ = [
     "measured",
     "open_device",
     "parse_bytes",
+    "place",
     "place_blocks",
     "probe_compute",
     "probe_disk",

@@ -96,5 +96,20 @@ class TierFull(OffloadError):
     """A tier has no room left for what was to be put there."""
 
 
+class FolderInUse(OffloadError):
+    """Another run works in a folder that only one may use.
+
+    Args:
+        folder: The folder in question.
+        pid: The process that holds it, or None if that is not known.
+    """
+
+    def __init__(self, folder: Path, *, pid: int | None) -> None:
+        holder = "another run" if pid is None else f"another run (process {pid})"
+        super().__init__(f"{folder} is in use by {holder}; wait until it has ended, or give this run another folder")
+        self.folder = folder
+        self.pid = pid
+
+
 class Closed(OffloadError):
     """The reader, scheduler or buffer was closed before or while this was asked of it."""

@@ -1,15 +1,27 @@
 """Writes memory to files of our own and reads it back, in threads that do not hold the interpreter lock meanwhile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from torch import Tensor
 
 from offload.layout import PAGE_BYTES
 from offload.own_file import OwnFile
 from offload.transfer import IoThreads, Transfer, bytes_of
+
+
+class Part(NamedTuple):
+    """A stretch of a file, and where in a buffer it belongs."""
+
+    file: OwnFile
+    offset_bytes: int
+    """First byte in the file."""
+    start: int
+    """Where that byte goes in the buffer."""
+    nbytes: int
+    """Length."""
 
 
 class FileWriter:
@@ -66,9 +78,11 @@ class FileWriter:
             ValueError: `data` has the wrong type or place.
         """
         pieces: list[Callable[[], None]] = [
-            partial(file.write, view, offset_bytes=offset_bytes + start) for start, view in self._cut(data, name=name)
+            partial(file.write, piece, offset_bytes=offset_bytes + start)
+            for start, piece in self._cut(bytes_of(data, name=name))
         ]
-        return self._start(data, pieces, name=name, finish=file.sync if sync else None, at_end=at_end)
+        finish = file.sync if sync else None
+        return self._start(data, pieces, name=name, nbytes=data.numel(), finish=finish, at_end=at_end)
 
     def read_back(
         self,
@@ -83,17 +97,31 @@ class FileWriter:
 
         Leave `into` alone until `wait()` returns or raises.
         """
-        pieces: list[Callable[[], None]] = [
-            partial(file.read, view, offset_bytes=offset_bytes + start) for start, view in self._cut(into, name=name)
-        ]
-        return self._start(into, pieces, name=name, finish=None, at_end=at_end)
+        parts = [Part(file=file, offset_bytes=offset_bytes, start=0, nbytes=into.numel())]
+        return self.read_parts(parts, into, name=name, at_end=at_end)
+
+    def read_parts(
+        self,
+        parts: Sequence[Part],
+        into: Tensor,
+        *,
+        name: str,
+        at_end: Callable[[Transfer], None] | None = None,
+    ) -> Transfer:
+        """Start reading stretches of several files into one buffer, as one transfer; else as `read_back`."""
+        view = bytes_of(into, name=name)
+        pieces: list[Callable[[], None]] = []
+        for part in parts:
+            for start, piece in self._cut(view[part.start : part.start + part.nbytes]):
+                pieces.append(partial(part.file.read, piece, offset_bytes=part.offset_bytes + start))
+        nbytes = sum(part.nbytes for part in parts)
+        return self._start(into, pieces, name=name, nbytes=nbytes, finish=None, at_end=at_end)
 
     def close(self) -> None:
         """Fail what has not been begun, wait for requests in flight, stop the threads. May be called twice."""
         self._threads.close()
 
-    def _cut(self, memory: Tensor, *, name: str) -> list[tuple[int, memoryview]]:
-        view = bytes_of(memory, name=name)
+    def _cut(self, view: memoryview) -> list[tuple[int, memoryview]]:
         step = self._request_bytes
         return [(start, view[start : start + step]) for start in range(0, len(view), step)]
 
@@ -103,12 +131,11 @@ class FileWriter:
         pieces: list[Callable[[], None]],
         *,
         name: str,
+        nbytes: int,
         finish: Callable[[], None] | None,
         at_end: Callable[[Transfer], None] | None,
     ) -> Transfer:
-        transfer = Transfer(
-            name, nbytes=memory.numel(), num_pieces=len(pieces), memory=memory, finish=finish, at_end=at_end
-        )
+        transfer = Transfer(name, nbytes=nbytes, num_pieces=len(pieces), memory=memory, finish=finish, at_end=at_end)
         with self._threads.admitted(name):
             self._threads.submit(transfer, pieces)
         return transfer
@@ -126,4 +153,4 @@ def _nothing() -> None:
     """The files are closed by whoever opened them."""
 
 
-__all__ = ["FileWriter"]
+__all__ = ["FileWriter", "Part"]

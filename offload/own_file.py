@@ -1,6 +1,7 @@
 """A file of our own, open for direct and for buffered reading and writing, and the moving of one piece of it."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ class OwnFile:
     """A file that nobody else writes, moved in pieces from any number of threads.
 
     Args:
-        fd: Open for reading and writing, without O_DIRECT; closed with this object. The file may have no name any more.
+        fd: Open without O_DIRECT, for what is to be done; closed with this object. The file may have no name any more.
         name: What errors call it.
         direct: Bypass the page cache where the file system allows it.
         pwrite: Does the writing.
@@ -68,7 +69,9 @@ class OwnFile:
                 if direct and error.errno in DIRECT_REFUSED:
                     self._direct = False
                     continue
-                raise self._write_failed(error, offset_bytes + done, nbytes=len(data) - done) from error
+                raise write_failure(
+                    self.name, error, offset_bytes=offset_bytes + done, nbytes=len(data) - done
+                ) from error
             if num_written == 0:
                 reason = "the system wrote nothing and gave no reason"
                 raise WriteError(self.name, offset_bytes=offset_bytes + done, nbytes=len(data) - done, reason=reason)
@@ -114,7 +117,7 @@ class OwnFile:
             # macOS has no fdatasync.
             getattr(os, "fdatasync", os.fsync)(self._buffered_fd)
         except OSError as error:
-            raise self._write_failed(error, 0, nbytes=self.size_bytes) from error
+            raise write_failure(self.name, error, offset_bytes=0, nbytes=self.size_bytes) from error
 
     def resize(self, size_bytes: int) -> None:
         """Cut the file, or lengthen it by a hole.
@@ -126,7 +129,7 @@ class OwnFile:
         try:
             os.ftruncate(self._buffered_fd, size_bytes)
         except OSError as error:
-            raise self._write_failed(error, 0, nbytes=size_bytes) from error
+            raise write_failure(self.name, error, offset_bytes=0, nbytes=size_bytes) from error
 
     def close(self) -> None:
         """Close its descriptors; no request may be running. Twice is fine."""
@@ -134,20 +137,29 @@ class OwnFile:
             os.close(fd)
         self._buffered_fd, self._direct_fd = -1, None
 
-    def _write_failed(self, error: OSError, offset_bytes: int, *, nbytes: int) -> TierFull | WriteError:
-        if error.errno not in _FULL:
-            return WriteError(self.name, offset_bytes=offset_bytes, nbytes=nbytes, reason=_reason(error))
-        try:
-            free = format_bytes(shutil.disk_usage(self.name.parent).free) + " free"
-        except OSError:
-            free = "free space unknown"
-        return TierFull(
-            f"{self.name}: no room for {nbytes} bytes at offset {offset_bytes}: {_reason(error)}, {free}; "
-            "free space there, or write to another disk (Budget.disk)"
-        )
-
     def _read_failed(self, reason: str, offset_bytes: int, *, nbytes: int) -> ReadError:
         return ReadError(self.name, offset_bytes=offset_bytes, nbytes=nbytes, reason=reason)
+
+
+def write_failure(file: Path, error: OSError, *, offset_bytes: int, nbytes: int) -> TierFull | WriteError:
+    """What the system's refusal to write is called here.
+
+    Args:
+        file: What was to be written.
+        error: The refusal.
+        offset_bytes: Where in the file.
+        nbytes: How much.
+    """
+    if error.errno not in _FULL:
+        return WriteError(file, offset_bytes=offset_bytes, nbytes=nbytes, reason=_reason(error))
+    try:
+        free = format_bytes(shutil.disk_usage(file.parent).free) + " free"
+    except OSError:
+        free = "free space unknown"
+    return TierFull(
+        f"{file}: no room for {nbytes} bytes at offset {offset_bytes}: {_reason(error)}, {free}; "
+        "free space there, or write to another disk (Budget.disk)"
+    )
 
 
 def _in_whole_pages(data: memoryview, done: int, offset_bytes: int) -> bool:
@@ -159,7 +171,8 @@ def _reopen_direct(fd: int) -> int | None:
     if not O_DIRECT:
         return None
     try:
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | O_DIRECT)
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        return os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | O_DIRECT)
     except OSError:
         return None
 
@@ -168,4 +181,4 @@ def _reason(error: OSError) -> str:
     return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, error.errno)})"
 
 
-__all__ = ["OwnFile", "Pwrite"]
+__all__ = ["OwnFile", "Pwrite", "write_failure"]
