@@ -21,6 +21,7 @@ from lowmem.streaming.embedding import GatheredEmbedding, read_now
 from lowmem.streaming.preparation import Preparation
 from lowmem.streaming.runtime import Runtime, attach
 from lowmem.streaming.split_choice import SplitChoice
+from lowmem.streaming.trl_hash import hash_by_fingerprint
 from lowmem.streaming.unpack import Unpacker
 from offload import BlockSpec, FileReader, SafetensorsSource, Scheduler, Trace, open_device
 
@@ -180,6 +181,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     attach(model, runtime)
     runtime.before_first_block(Preparation(model))
+    if masters is None:
+        hash_by_fingerprint(model, opened.source.fingerprint())
     _give_generation_config(model, opened.folder)
     return model
 
