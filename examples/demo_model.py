@@ -45,6 +45,8 @@ class DemoShape:
     mlp: int = 2816
     num_heads: int = 16
     num_kv_heads: int = 4
+    head_std: float = 0.02
+    """Of the head's weights: large enough for confident answers, which takes more the narrower a model is."""
 
 
 def make_rows(num_rows: int, *, seed: int = SEED) -> list[Row]:
@@ -123,7 +125,7 @@ def _write_shards(folder: Path, shape: DemoShape, *, vocab: int) -> int:
             tensors["model.embed_tokens.weight"] = _normal((vocab, shape.hidden), std=1.0, generator=generator)
         if number == len(groups):
             tensors["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16)
-            tensors["lm_head.weight"] = _normal((vocab, shape.hidden), std=0.02, generator=generator)
+            tensors["lm_head.weight"] = _normal((vocab, shape.hidden), std=shape.head_std, generator=generator)
         file = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from lowmem import optim
     from lowmem.adapters.merge import merge
     from lowmem.api import from_pretrained
+    from lowmem.essa.config import ESSAConfig
+    from lowmem.essa.trainer import ESSATrainer
     from lowmem.generation.bar import TokenBar
     from lowmem.monitor import Monitor
     from lowmem.planner import plan
@@ -18,6 +20,8 @@ __version__ = "0.1.0"
 
 # Imported when first used: transformers, PEFT and TRL take seconds and hundreds of MB, and a plan needs none of TRL.
 _LAZY = {
+    "ESSAConfig": "lowmem.essa.config",
+    "ESSATrainer": "lowmem.essa.trainer",
     "Monitor": "lowmem.monitor",
     "Plan": "lowmem.step_plan",
     "TokenBar": "lowmem.generation.bar",
@@ -41,4 +45,16 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["Budget", "Monitor", "Plan", "TokenBar", "UnsupportedError", "from_pretrained", "merge", "optim", "plan"]
+__all__ = [
+    "Budget",
+    "ESSAConfig",
+    "ESSATrainer",
+    "Monitor",
+    "Plan",
+    "TokenBar",
+    "UnsupportedError",
+    "from_pretrained",
+    "merge",
+    "optim",
+    "plan",
+]

@@ -1,0 +1,1 @@
+"""Training adapters without gradients: an evolution strategy over their singular values."""
