@@ -155,6 +155,9 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     # brought back from the host.
     num_in_flight = 2 + (choice.boundary_tier != "device")
     yield _device("batch in flight", num_in_flight * hidden_bytes)
+    if job.num_beside:
+        # The first inputs, to compare with; of each evaluation beside, its hidden states and a block's output.
+        yield _device("reference in flight", (1 + 2 * job.num_beside) * hidden_bytes)
     if choice.boundary_tier == "disk":
         buffers = num_boundary_buffers(job.device) * hidden_bytes
         yield RoleBytes(role=BOUNDARY_BUFFERS, tier="device" if job.device == "cpu" else "host", nbytes=buffers)

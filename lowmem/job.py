@@ -43,6 +43,10 @@ class Job:
     """Tokens of a sequence that go through a block at a time; None for the planner's choice."""
     tuning: str = "adapter"
     """"adapter": frozen weights and PEFT adapters; "full": every weight is trained."""
+    has_dropout: bool = False
+    """Whether the adapter draws random numbers in training."""
+    num_steps: int | None = None
+    """Optimizer steps of the whole run, where its duration is to be predicted."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -60,6 +64,8 @@ class Job:
             raise ValueError(
                 f"chunk_tokens={self.chunk_tokens}: expected at least 1 token, or None to let lowmem choose"
             )
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps}: expected at least 1, or None")
         if self.generates != (self.completion_tokens > 0):
             expected = "at least 1" if self.generates else "0, because nothing is generated"
             raise ValueError(f"completion_tokens={self.completion_tokens} for task {self.task}: expected {expected}")
@@ -105,8 +111,8 @@ class Job:
         return self.seq_len - self.completion_tokens
 
     @property
-    def num_forwards(self) -> int:
-        """Passes over the weights that compute activations of whole sequences, in one optimizer step.
+    def num_evaluations(self) -> int:
+        """How often whole sequences are evaluated in one optimizer step, by policy and reference.
 
         KTO runs its mismatched completions as a forward of their own, and so does its reference; RLOO always computes
         the log-probabilities of the policy that generated.
@@ -117,6 +123,25 @@ class Job:
         if self.uses_reference:
             per_batch += 2 if self.task == "kto" else 1
         return per_batch * self.gradient_accumulation_steps
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes over the weights that compute activations of whole sequences, in one optimizer step.
+
+        Evaluations of the same sequences share a pass, from the second step on. In GRPO and RLOO those that precede the
+        policy's own do so if they see the same batch (no accumulation) and it draws no random numbers.
+        """
+        batches = self.gradient_accumulation_steps
+        if self.task not in ("grpo", "rloo"):
+            return self.num_evaluations // (2 if self.uses_reference else 1)
+        if batches > 1:
+            return self.num_evaluations
+        return min(self.num_evaluations, 2) if self.has_dropout else 1
+
+    @property
+    def num_beside(self) -> int:
+        """Most evaluations that another one takes along."""
+        return -(-self.num_evaluations // max(1, self.num_forwards)) - 1 if self.trains else 0
 
     @property
     def num_backwards(self) -> int:
@@ -136,7 +161,7 @@ class Job:
     @property
     def has_whole_forwards(self) -> bool:
         """Whether forwards without gradients take the whole batch through a block at once."""
-        return self.generates or self.num_forwards > self.num_backwards
+        return self.generates or self.num_evaluations > self.num_backwards
 
 
 def make_job(
@@ -151,6 +176,8 @@ def make_job(
     chunk_tokens: int | None = None,
     device: str = "cpu",
     tuning: str = "adapter",
+    has_dropout: bool = False,
+    num_steps: int | None = None,
 ) -> Job:
     """Fill in what TRL's trainers do by default.
 
@@ -166,6 +193,8 @@ def make_job(
         chunk_tokens: Tokens of a sequence that go through a block at a time.
         device: "cpu" or "cuda".
         tuning: One of `TUNINGS`.
+        has_dropout: Whether the adapter draws random numbers in training.
+        num_steps: Optimizer steps of the whole run.
 
     Raises:
         ValueError: A number is out of range or the task is unknown.
@@ -188,4 +217,6 @@ def make_job(
         micro_batch=micro_batch,
         chunk_tokens=chunk_tokens,
         tuning=tuning,
+        has_dropout=has_dropout,
+        num_steps=num_steps,
     )

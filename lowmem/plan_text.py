@@ -22,6 +22,8 @@ _PHASES = {
 }
 _MARKS = {Placement.RESIDENT: "#", Placement.HOST: "o", Placement.STREAMED: "."}
 _MAX_STRIP = 96
+_USUAL_STEPS = 100
+"""Whose duration is told where nobody said how many there will be."""
 # What makers warrant for a consumer drive of 1 TB.
 _RATED_BYTES = 600e12
 
@@ -131,6 +133,9 @@ def _facts(plan: Plan) -> list[str]:
     lines.append(
         f"step       {format_seconds(time.step_s)}, limited by {plan.bottleneck} ({lanes}); {tokens_per_s:.3g} tokens/s"
     )
+    num_steps = job.num_steps or (_USUAL_STEPS if job.trains and job.task != "sft" else None)
+    if num_steps is not None:
+        lines.append(f"run        {num_steps} steps take {format_seconds(num_steps * time.step_s)}")
     numbers = {
         "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
         "copy": f"{rates.copy_bytes_per_s / 1e9:.3g} GB/s",

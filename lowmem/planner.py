@@ -91,6 +91,7 @@ def plan(
     gradient_accumulation_steps: int = 1,
     completion_tokens: int | None = None,
     use_reference: bool | None = None,
+    num_steps: int | None = None,
 ) -> Plan:
     """Find out what a job takes, before anything is loaded. Reads the configuration and the headers of the shards.
 
@@ -115,6 +116,7 @@ def plan(
         gradient_accumulation_steps: Batches per optimizer step; each passes over all weights anew.
         completion_tokens: Tokens generated for each sequence, where the task generates; 256, or half of `seq_len`.
         use_reference: Whether a step computes reference log-probabilities; as TRL's trainer does by default if None.
+        num_steps: Optimizer steps of the whole run, to be told how long it takes.
 
     Returns:
         The plan. It may say that the job does not fit (`fits`), and then what to change (`advice`).
@@ -138,6 +140,8 @@ def plan(
         gradient_accumulation_steps=gradient_accumulation_steps,
         completion_tokens=completion_tokens,
         use_reference=use_reference,
+        has_dropout=bool(getattr(peft_config, "lora_dropout", 0.0)),
+        num_steps=num_steps,
         micro_batch=micro_batch,
         chunk_tokens=chunk_tokens,
         device=chosen.type,

@@ -105,9 +105,10 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
     on_disk = boundary if choice.boundary_tier == "disk" else 0.0
     head = 2.0 * shapes.num_head_params * job.num_tokens
     if job.num_backwards:
+        evaluation = (forward + head) * job.num_evaluations / job.num_forwards
         # Only forwards that a backward follows leave boundary activations behind.
-        yield _Passes(count=job.num_backwards, flops=forward + head, copy_bytes=boundary, disk_bytes=on_disk)
-        yield _Passes(count=job.num_forwards - job.num_backwards, flops=forward + head)
+        yield _Passes(count=job.num_backwards, flops=evaluation, copy_bytes=boundary, disk_bytes=on_disk)
+        yield _Passes(count=job.num_forwards - job.num_backwards, flops=evaluation)
         backward = 2 * forward + 1.5 * _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
         if choice.chunk_tokens is not None:
             backward += _key_value_flops(shapes, job)
@@ -148,6 +149,6 @@ def _attention_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -
 def _gather_s(shapes: ModelShapes, job: Job, rates: Rates) -> float:
     """Reading embedding rows one by one: once for each forward, and one row of each sequence for each token."""
     row_bytes = shapes.hidden_size * itemsize(shapes.compute_dtype)
-    rows = job.num_forwards * min(job.num_tokens, shapes.vocab_size) + job.num_decodes * job.num_generated
+    rows = job.num_evaluations * min(job.num_tokens, shapes.vocab_size) + job.num_decodes * job.num_generated
     latency_s = _READ_LATENCY_S / rates.disk_num_threads
     return rows * (latency_s + row_bytes / rates.disk_bytes_per_s)

@@ -10,7 +10,7 @@ same by value, it is answered without a visit; otherwise it runs as if nothing h
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from lowmem.streaming.same_inputs import Inputs, Unsuitable, correspond
 
 _REMEMBERED = 4
 """Forwards among which one over the same inputs is looked for."""
+_MOST_MISSED = 2
+"""So often may a second forward run and not be asked for before it always has a pass of its own."""
 
 
 class Visitor(Blocks, Protocol):
@@ -69,6 +71,7 @@ class Twins:
         self._expects_reference = expects_reference
         self._follows: dict[ForwardState, list[ForwardState]] = {}
         self._apart: set[tuple[ForwardState, ForwardState]] = set()
+        self._missed: Counter[tuple[ForwardState, ForwardState]] = Counter()
         self._recent: deque[tuple[ForwardState, Tensor]] = deque(maxlen=_REMEMBERED)
         self._waiting: list[Beside] = []
         self._lead: _Lead | None = None
@@ -127,6 +130,10 @@ class Twins:
         for beside in [beside for beside in self._waiting if beside.first == first]:
             self._waiting.remove(beside)
             self._follows[first].remove(beside.state)
+            pair = (first, beside.state)
+            self._missed[pair] += 1
+            if self._missed[pair] >= _MOST_MISSED:
+                self._apart.add(pair)
 
     def _learn(self, state: ForwardState, hidden: Tensor) -> None:
         sums = hidden.flatten(1).sum(1, dtype=torch.float64).sort().values

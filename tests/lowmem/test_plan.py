@@ -34,6 +34,19 @@ def test_a_plan_survives_json(task: str, device: str) -> None:
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+def test_the_text_says_how_long_a_run_takes() -> None:
+    plan = planned("grpo", num_steps=500)
+    assert f"500 steps take {format_seconds(500 * plan.step_s)}" in str(plan)
+    assert f"100 steps take {format_seconds(100 * planned('dpo').step_s)}" in str(planned("dpo"))
+    assert "steps take" not in str(planned("sft"))
+
+
+def test_a_shared_pass_computes_as_much_as_two() -> None:
+    alone, shared = planned("dpo", use_reference=False), planned("dpo")
+    assert shared.passes == alone.passes == 2
+    assert shared.time.compute_s > 1.2 * alone.time.compute_s
+
+
 def test_the_summary_says_what_the_properties_say() -> None:
     plan = planned()
     summary = plan.to_dict()["summary"]
