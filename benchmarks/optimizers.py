@@ -11,6 +11,7 @@ last step. LoRA and BAdam are run with embedding and head trained, as the others
 """
 
 import argparse
+import bisect
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -161,7 +162,7 @@ def matrices(model: nn.Module) -> list[Tensor]:
 def largest_rank(model: nn.Module, bytes_at: Callable[[int], int]) -> int:
     """The largest rank whose state on the blocks' matrices is at most a quarter of AdamW's."""
     budget = STATE_SHARE * sum(8 * param.numel() for param in matrices(model))
-    return max(rank for rank in range(1, 129) if bytes_at(rank) <= budget)
+    return bisect.bisect_right(range(1, 129), budget, key=bytes_at)
 
 
 def contender(

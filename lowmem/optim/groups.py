@@ -37,15 +37,17 @@ def embedding_names(model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
     )
 
 
-def groups_of_module(model: nn.Module, *, project: Callable[[str, Tensor], bool]) -> list[Group]:
+def groups_of_module(model: nn.Module, *, project: Callable[[str, Tensor], bool] | None = None) -> list[Group]:
     """Group a model's trainable parameters, in the model's order within each group.
 
     Args:
         model: The model.
-        project: Whether a parameter is updated by the method, rather than by plain AdamW; given its name.
+        project: Whether a parameter is updated by the method, rather than by plain AdamW; given its name. None: there
+            is no such difference.
 
     Returns:
-        Up to four groups of named parameters with `project` set; those of norms and biases have weight_decay 0.
+        Up to four groups of named parameters, with `project` if there is a difference; those of norms and biases have
+        weight_decay 0.
 
     Raises:
         ValueError: Nothing is trainable.
@@ -59,11 +61,15 @@ def groups_of_module(model: nn.Module, *, project: Callable[[str, Tensor], bool]
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
     for name, param in _trainable(model):
         decays = param.ndim >= 2 and not name.endswith("bias") and id(param) not in undecayed
-        groups.setdefault((project(name, param), decays), []).append((name, param))
+        groups.setdefault((project is not None and project(name, param), decays), []).append((name, param))
     if not groups:
         raise ValueError("the model has no trainable parameter; nothing would be optimized")
     return [
-        {"params": groups[key], "project": key[0], **({} if key[1] else {"weight_decay": 0.0})}
+        {
+            "params": groups[key],
+            **({} if project is None else {"project": key[0]}),
+            **({} if key[1] else {"weight_decay": 0.0}),
+        }
         for key in sorted(groups, reverse=True)
     ]
 

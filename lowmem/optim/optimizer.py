@@ -32,7 +32,7 @@ class RuleOptimizer(Optimizer):
 
     Args:
         params: A model, whose trainable parameters are grouped as the subclass says, or what torch's optimizers take:
-            parameters, (name, parameter) pairs, or groups of either; a group with `project=False` gets plain AdamW.
+            parameters, (name, parameter) pairs, or groups of either, which then say themselves what does not decay.
         defaults: The fields of a group and their values.
 
     Raises:
@@ -47,7 +47,7 @@ class RuleOptimizer(Optimizer):
     def __init__(self, params: nn.Module | ParamsT, defaults: dict[str, Any]) -> None:
         self._rules, self._fields = {}, []
         groups: ParamsT = self._groups_of(params) if isinstance(params, nn.Module) else params
-        super().__init__(groups, {**defaults, "project": True, "clock": 0, "method": self.method_name})
+        super().__init__(groups, {**defaults, "clock": 0, "method": self.method_name})
         for param in self._params():
             self.rule_of(param).init(_meta(param))
         self._mark_active()
@@ -237,7 +237,7 @@ _VOLATILE = frozenset({"params", "lr", "initial_lr", "betas", "weight_decay", "c
 
 
 def _takes_turns(group: Mapping[str, Any], param: Tensor) -> bool:
-    return bool(group["project"]) and param.ndim >= 2
+    return bool(group.get("project")) and param.ndim >= 2
 
 
 def _meta(param: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class AdamW(RuleOptimizer):
         super().__init__(params, {**defaults, "fused": fused, "state_dtype": state_dtype, "writer": writer})
 
     def _groups_of(self, model: nn.Module) -> ParamsT:
-        return groups_of_module(model, project=lambda *_: False)
+        return groups_of_module(model)
 
     def _rule(self, group: Mapping[str, Any], place: Place, param: Tensor) -> Rule:
         return AdamWRule(
@@ -113,7 +113,7 @@ class AdaLomo(RuleOptimizer):
         )
 
     def _groups_of(self, model: nn.Module) -> ParamsT:
-        return groups_of_module(model, project=lambda *_: True)
+        return groups_of_module(model)
 
     def _rule(self, group: Mapping[str, Any], place: Place, param: Tensor) -> Rule:
         return AdaLomoRule(

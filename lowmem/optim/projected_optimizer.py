@@ -26,6 +26,7 @@ class MethodOptimizer(RuleOptimizer):
     Of a model, the matrices inside it are projected; embeddings and head are too with `project_embeddings`, and get
     plain AdamW (fp32 moments, the same lr) otherwise, as do norms and biases, which do not decay. A method that goes
     by blocks applies to all parameters of the decoder blocks instead, which it knows by the number in their names.
+    Of groups, one with `project=False` gets plain AdamW; of the others, everything but vectors is projected.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class MethodOptimizer(RuleOptimizer):
     ) -> None:
         self._project_embeddings = project_embeddings
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed, **fields}
+        defaults["project"] = True
         self._by_block = self.method_of(defaults).projector == "block"
         super().__init__(params, defaults)
 

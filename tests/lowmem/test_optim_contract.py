@@ -205,6 +205,9 @@ def test_unknown_options_and_wrong_values_are_refused(name: str) -> None:
     named = list(tiny_model().named_parameters())
     with pytest.raises(UnsupportedError, match="'rnak'"):
         METHODS[name]([{"params": named, "rnak": 4}], lr=1e-2)
+    if name.startswith("Ada"):
+        with pytest.raises(UnsupportedError, match="'project'"):
+            METHODS[name]([{"params": named, "project": False}], lr=1e-2)
     with pytest.raises(ValueError, match="lr=-1"):
         METHODS[name](tiny_model(), lr=-1.0)
     with pytest.raises(ValueError, match=r"weight_decay=-0\.1"):

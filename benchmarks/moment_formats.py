@@ -1,0 +1,95 @@
+"""How closely Adam follows fp32 when its moments are stored in fewer bits, and what storing them costs.
+
+    python -m benchmarks.moment_formats
+
+Gradients of 64 blocks of 256 values, their sizes spread over two decades within each block, with a mean that persists;
+half way they shrink to 0.3. Printed per format: relative error of the direction m / sqrt(v) after the last step, and
+the median ratio of v to fp32's.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import emit, emit_skip
+from lowmem.optim.eight_bit import decode, encode
+from lowmem.optim.randomness import generator
+from lowmem.optim.rounding import round_to_bf16
+
+BENCHMARK = "moment_formats"
+NUM_VALUES, NUM_STEPS = 64 * 256, 1200
+Store = Callable[[Tensor, bool, int], Tensor]
+"""What is read back after storing values; whether they are signed; the step."""
+
+
+def eight_bit(values: Tensor, signed: bool, _: int) -> Tensor:
+    return decode(*encode(values, signed=signed))
+
+
+def bf16_stochastic(values: Tensor, signed: bool, step: int) -> Tensor:
+    return round_to_bf16(values, generator(2 * step + signed, values.device)).float()
+
+
+def bf16_nearest(values: Tensor, _: bool, __: int) -> Tensor:
+    return values.bfloat16().float()
+
+
+def dynamic_code() -> Store:
+    """The dynamic-exponent code of bitsandbytes, blocks of 256.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    from bitsandbytes import functional
+
+    codes = {signed: functional.create_dynamic_map(signed) for signed in (True, False)}
+
+    def store(values: Tensor, signed: bool, _: int) -> Tensor:
+        quantised, state = functional.quantize_blockwise(values, code=codes[signed], blocksize=256)
+        read: Tensor = functional.dequantize_blockwise(quantised, state)
+        return read
+
+    return store
+
+
+def measure(name: str, store: Store) -> None:
+    """Run Adam's moments in fp32 and in one format on the same gradients."""
+    torch.manual_seed(0)
+    sizes = 10 ** (2 * torch.rand(NUM_VALUES) - 1)
+    exact = [torch.zeros(NUM_VALUES), torch.zeros(NUM_VALUES)]
+    stored = [torch.zeros(NUM_VALUES), torch.zeros(NUM_VALUES)]
+    store_s, error, ratio = 0.0, 0.0, 0.0
+    for step in range(NUM_STEPS):
+        gradient = (torch.randn(NUM_VALUES) + 0.3) * sizes * (1.0 if step < NUM_STEPS // 2 else 0.3)
+        for index, beta in enumerate((0.9, 0.999)):
+            value = gradient ** (index + 1)
+            exact[index].lerp_(value, 1 - beta)
+            stored[index] = stored[index].lerp(value, 1 - beta)
+        expected, got = (first / second.sqrt() for first, second in (exact, stored))
+        error = ((got - expected).norm() / expected.norm()).item()
+        ratio = (stored[1] / exact[1]).median().item()
+        start_s = time.perf_counter()
+        stored = [store(stored[0], True, step), store(stored[1], False, step)]
+        store_s += time.perf_counter() - start_s
+    ns_per_value = store_s / NUM_STEPS / (2 * NUM_VALUES) * 1e9
+    emit(BENCHMARK, name, direction_error=error, second_moment_ratio=ratio, ns_per_value_stored_and_read=ns_per_value)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    measure("8 bits, lowmem", eight_bit)
+    measure("bf16, stochastic", bf16_stochastic)
+    measure("bf16, nearest", bf16_nearest)
+    try:
+        dynamic = dynamic_code()
+    except ImportError:
+        emit_skip(BENCHMARK, "8 bits, bitsandbytes", "bitsandbytes is not installed")
+        return
+    measure("8 bits, bitsandbytes", dynamic)
+
+
+if __name__ == "__main__":
+    main()
