@@ -24,8 +24,9 @@ _TOKEN_ID_BYTES = 8
 # Rows that the gathered embedding reads at a time; each may take two pages more than its bytes.
 _GATHERED_ROWS = 1024
 _PAGE_BYTES = 4096
-STATE_CHUNKS_BYTES = 128 << 20
-"""Buffers through which state on disk is read, updated and written back."""
+# As lowmem.full.disk_updates has them.
+_NUM_CHUNKS = 4
+_LARGEST_CHUNK_BYTES = 16 << 20
 # As lowmem.streaming.attention_mask keeps them.
 _DENSE_MASK_BYTES = 16 << 20
 
@@ -126,7 +127,9 @@ def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
         yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)
     if tier == "disk":
         yield _device("gradient buffer", widest_bytes)
-        yield _device("state chunks", STATE_CHUNKS_BYTES)
+        # Weight, both moments and gradient of the chunks that are read, updated and written.
+        chunk_bytes = min(_LARGEST_CHUNK_BYTES, -(-widest_bytes // (8 * _PAGE_BYTES)) * _PAGE_BYTES)
+        yield _device("state chunks", _NUM_CHUNKS * 4 * chunk_bytes)
 
 
 def boundary_bytes(shapes: ModelShapes, job: Job) -> int:

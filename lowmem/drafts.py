@@ -56,10 +56,13 @@ class Room:
     def best(self) -> Draft | None:
         """The draft to take, or None if none fits.
 
-        The largest useful micro-batch that fits; with it, the shortest step; among equals, what moves least.
+        The largest useful micro-batch that fits; with it, the shortest step; among equals, what moves least. State of
+        full tuning in memory, with whatever micro-batch, before state on disk.
         """
-        for micro_batch, chunk_tokens in self._splits():
-            choices = self._choices(micro_batch, chunk_tokens)
+        for state_tier, (micro_batch, chunk_tokens) in product(self._state_tiers(), self._splits()):
+            choices = [
+                choice for choice in self._choices(micro_batch, chunk_tokens) if choice.state_tier == state_tier
+            ]
             drafts = [draft for choice in choices if (draft := self._draft(choice)) is not None]
             if drafts:
                 return min(drafts, key=lambda draft: round(draft.time.step_s, 3))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+_PAGE_BYTES = 4096
+
 
 class Part(StrEnum):
     """Where in a decoder block a linear layer stands; it decides what of its input is kept for the backward."""
@@ -181,7 +183,7 @@ class ModelShapes:
                 block,
                 linears=tuple(replace(linear, rank=1) for linear in block.linears),
                 workspace_bytes=0,
-                buffer_bytes=block.num_params * itemsize("float32"),
+                buffer_bytes=-(-block.num_params * itemsize("float32") // _PAGE_BYTES) * _PAGE_BYTES,
             )
             for block in self.blocks
         )

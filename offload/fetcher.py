@@ -109,6 +109,13 @@ class Fetcher:
             if may_be_reused:
                 self._changed.notify_all()
 
+    def invalidate(self, blocks: Sequence[int]) -> None:
+        """Fetch blocks anew: what has been fetched of them, or is being fetched, is out of date."""
+        with self.locked() as pipeline:
+            for block in blocks:
+                pipeline.invalidate(block)
+            self._changed.notify_all()
+
     def reset(self) -> None:
         """Give back all claims, forget the order and the errors. What has been fetched stays."""
         with self.locked() as pipeline:

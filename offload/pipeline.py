@@ -3,12 +3,12 @@
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from offload.buffers import StagingBuffer
 from offload.device import Copy, Device
-from offload.file_io import FileReader
 from offload.layout import BlockLayout
 from offload.plan import Placement, PlacementPlan
 from offload.ring import Ring, Slot
@@ -16,6 +16,8 @@ from offload.trace import Trace
 from offload.transfer import Transfer
 from offload.visits import VisitOrder
 
+_OUTDATED = -1
+"""Stands for the block in a slot that is being filled with bytes that nobody wants any more."""
 POISON = 0xFF
 """Every 16-, 32- and 64-bit float made of such bytes is NaN."""
 
@@ -32,6 +34,13 @@ class _Moving:
     block: int
     source: Slot
     copy: Copy
+
+
+class BlockReader(Protocol):
+    """Reads blocks: a `FileReader`, a `Store`, or what brings blocks that change up to date first."""
+
+    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
+        """Start reading a block into a staging buffer, as `FileReader.read` does."""
 
 
 class Pipeline:
@@ -54,7 +63,7 @@ class Pipeline:
         layouts: Sequence[BlockLayout],
         *,
         plan: PlacementPlan,
-        reader: FileReader,
+        reader: BlockReader,
         device: Device,
         trace: Trace,
         poison: bool,
@@ -188,6 +197,27 @@ class Pipeline:
         slot.mark = self._device.mark()
         return True
 
+    def invalidate(self, block: int) -> None:
+        """Have a block fetched anew: its stored bytes have changed.
+
+        Raises:
+            ValueError: It does not move through the ring.
+            RuntimeError: A visit is using it.
+        """
+        if block not in self._moving or block in self._cached:
+            raise ValueError(f"block {self._layouts[block].name} is kept in memory and cannot be fetched anew")
+        self.errors.pop(block, None)
+        for slot in {found for found in (self._ring.find(block), self._staging.find(block)) if found is not None}:
+            if slot.holds and self._device.is_host:
+                raise RuntimeError(f"block {self._layouts[block].name} changes while a visit is using it")
+            if slot.ready and not slot.holds:
+                if self._poison:
+                    slot.tensor.fill_(POISON)
+                slot.clear()
+            else:
+                # Busy until what fills or reads it has ended, and found by nobody.
+                slot.block, slot.ready = _OUTDATED, False
+
     def close(self) -> None:
         """Give all memory back; nothing may be under way. Views that somebody still holds keep theirs."""
         self._device.synchronize()
@@ -246,9 +276,15 @@ class Pipeline:
             self._last_read_ns = transfer.end_ns
         error = transfer.outcome()
         if error is not None:
-            self._fail_read(read.block, read.slot, error)
+            if read.slot.block == _OUTDATED:
+                read.slot.clear()
+            else:
+                self._fail_read(read.block, read.slot, error)
             return
-        read.slot.ready = True
+        if read.slot.block == _OUTDATED:
+            read.slot.clear()
+        else:
+            read.slot.ready = True
         self.num_reads[read.block] += 1
         self.bytes_read += transfer.nbytes
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from offload.buffers import view_tensor
 from offload.device import Device
 from offload.fetcher import Fetcher
-from offload.file_io import FileReader
 from offload.layout import BlockLayout, lay_out
-from offload.pipeline import Pipeline
+from offload.pipeline import BlockReader, Pipeline
 from offload.plan import Placement, PlacementPlan
 from offload.spec import BlockSpec
 from offload.trace import Trace
@@ -65,7 +64,7 @@ class Scheduler:
         blocks: Sequence[BlockSpec],
         *,
         plan: PlacementPlan,
-        reader: FileReader,
+        reader: BlockReader,
         device: Device,
         trace: Trace,
         poison: bool = False,
@@ -149,6 +148,21 @@ class Scheduler:
             }
         finally:
             self._fetcher.release(hold)
+
+    def invalidate(self, blocks: Iterable[int]) -> None:
+        """Read blocks anew at their next visits: their stored bytes have changed.
+
+        Whatever the reader is asked for from now on must be new; reads under way are not used.
+
+        Args:
+            blocks: Block numbers; none of them resident or cached in host memory, and none of them being visited.
+
+        Raises:
+            ValueError: A block is kept in memory.
+            RuntimeError: A visit is using a block.
+            Closed: The scheduler was closed.
+        """
+        self._fetcher.invalidate(tuple(blocks))
 
     def reset(self) -> None:
         """Make it ready for a new step, wherever an exception has left the last one. What has been fetched stays.

@@ -36,6 +36,10 @@ class MemoryTier:
         self._visits = [0] * len(self.layouts)
         self._buffers: dict[tuple[int, str], StagingBuffer] = {}
 
+    def weight(self, index: int) -> Tensor:
+        """A unit's flat master weight, to be filled."""
+        return self._flat(index, WEIGHT)
+
     @contextmanager
     def lend(self, index: int) -> Iterator[Tensor]:
         """See `StateTier.lend`: the master weight itself."""

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
+from lowmem.full.base_weights import BaseWeights
+from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning
 from lowmem.full.layout import UnitLayout, lay_out_unit
 from lowmem.full.memory_tier import MemoryTier
 from lowmem.full.optimizer_engine import OptimizerEngine
 from lowmem.full.saving import StoredNames, install_saving
-from lowmem.full.tier import WEIGHT, StateTier
+from lowmem.full.tier import StateTier
 from lowmem.optim.offloaded import give_to_engine
-from lowmem.streaming.embedding import read_now
-from offload import BlockSpec, FileReader, Trace
+from offload import FileReader, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowmem.loading import Opened
     from lowmem.models.build import Skeleton
-    from lowmem.models.mapping import Recipe
     from lowmem.step_plan import Plan
+
+
+STATE_FOLDER = "weights-and-state"
+"""Folder in `Budget.disk` for masters, moments and gradients."""
 
 
 class Masters:
@@ -111,11 +118,15 @@ def open_full(
         *(lay_out_unit(key, [(key, param.shape)]) for key, param in outer.items()),
     ]
     live = {len(blocks) + index: param.data.view(-1) for index, param in enumerate(outer.values())}
-    tier = _make_tier(layouts, live, plan=plan)
+    base = BaseWeights(built, layouts[: len(blocks)], reader=reader)
+    if plan.choice.state_tier == "disk":
+        tier: StateTier = _disk_tier(layouts, live, base, opened, plan=plan, trace=trace)
+    else:
+        tier = MemoryTier(layouts, live=live)
+        for index in range(len(blocks)):
+            base.load(index, tier.weight(index))
+        base.release()
     full = FullTuning(blocks, outer, tier=tier)
-    for streamed in built.blocks:
-        for recipe in streamed.recipes:
-            _fill(full, recipe, reader=reader)
     masters.full = full
     model.requires_grad_(True)
     engine = OptimizerEngine(full)
@@ -125,16 +136,30 @@ def open_full(
     return full
 
 
-def _make_tier(layouts: list[UnitLayout], live: Mapping[int, Tensor], *, plan: Plan) -> StateTier:
-    return MemoryTier(layouts, live=live)
-
-
-def _fill(full: FullTuning, recipe: Recipe, *, reader: FileReader) -> None:
-    (key,) = recipe.targets
-    if key in full.params:
-        block = BlockSpec(name=key, tensors=recipe.sources)
-        stored = read_now(block, reader=reader, device=torch.device("cpu"))
-        full.write(key, recipe.run(stored)[key], WEIGHT)
+def _disk_tier(
+    layouts: list[UnitLayout],
+    live: Mapping[int, Tensor],
+    base: BaseWeights,
+    opened: Opened,
+    *,
+    plan: Plan,
+    trace: Trace,
+) -> DiskTier:
+    assert plan.disk_folder is not None, "state goes to disk only where there is a folder for it"
+    num_blocks = len(opened.built.blocks)
+    places = [(layout.name, layout.numel, [(place.key, place.start) for place in layout.places]) for layout in layouts]
+    return DiskTier(
+        layouts,
+        live=live,
+        num_blocks=num_blocks,
+        # The planner knows the number of weights, not how each is aligned.
+        placement=replace(plan.placement, block_bytes=tuple(4 * layout.numel for layout in layouts[:num_blocks])),
+        folder=Path(plan.disk_folder) / STATE_FOLDER,
+        fingerprint=sha256(repr((opened.source.fingerprint(), places)).encode()).hexdigest(),
+        load_base=base.load,
+        read_base=base.read,
+        trace=trace,
+    )
 
 
 def _param(module: torch.nn.Module, attribute: str) -> torch.nn.Parameter:

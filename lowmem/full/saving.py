@@ -114,7 +114,9 @@ class Saving:
         assert model is not None, "the model holds this"
         # Between steps nothing may be pending: an update would change what is loaded here.
         self._full.finish()
-        loaded: _IncompatibleKeys = torch.nn.Module.load_state_dict(model, self._names.keys_of(state_dict), strict=strict)
+        loaded: _IncompatibleKeys = torch.nn.Module.load_state_dict(
+            model, self._names.keys_of(state_dict), strict=strict
+        )
         self._full.version += 1
         return loaded
 

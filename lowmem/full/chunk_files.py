@@ -1,0 +1,203 @@
+"""Chunks as objects of a store: what of them is there, reading and writing them, and the steps they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem.full.chunks import Chunk
+from lowmem.full.disk_gradients import DiskGradients
+from lowmem.full.disk_updates import Job
+from lowmem.full.tier import EXP_AVG, WEIGHT
+from offload import BlockLayout, BlockSpec, StagingBuffer, Trace, Transfer, lay_out
+from offload.object_io import StoreIo
+from offload.object_layout import ObjectLayout
+from offload.store import Store
+
+_ELEMENT_BYTES = 4
+
+
+class ChunkFiles:
+    """The chunks of all units in one folder.
+
+    What an earlier run has committed there is left alone until this run commits its first step, which replaces all of
+    it, unless `adopt` goes on from it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fingerprint: str,
+        chunks: Sequence[tuple[Chunk, ...]],
+        load_base: Callable[[int, Tensor], None],
+        finished: Callable[[Job], None],
+        gradients: DiskGradients,
+        trace: Trace,
+    ) -> None:
+        """Open or make the store.
+
+        Args:
+            folder: The store's folder.
+            fingerprint: What the state belongs to.
+            chunks: Of each unit.
+            load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
+            finished: Called when a job is done.
+            gradients: The blocks' accumulated gradients.
+            trace: Where transfers are recorded.
+        """
+        self._chunks, self._base, self._finished, self._gradients = chunks, load_base, finished, gradients
+        self._folder, self._fingerprint, self._io = folder, fingerprint, StoreIo(trace=trace)
+        self._store = self._open()
+        self._have: set[str] = set()
+        self._is_fresh, self._in_step = True, False
+        self._layouts: dict[int, BlockLayout] = {}
+        self._buffer: StagingBuffer | None = None
+        self._in_buffer: str | None = None
+
+    @property
+    def committed_step(self) -> int | None:
+        """Number of the step whose state is committed, of whatever run; None if there is none."""
+        return self._store.step if Store.exists(self._folder) else None
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What belongs to the committed state."""
+        return dict(self._store.extra)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written so far."""
+        return self._store.written_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read so far."""
+        return self._store.read_bytes
+
+    def has_weight(self, unit: int) -> bool:
+        """See `ChunkStore.has_weight`."""
+        return self._chunks[unit][0].weight_name in self._have
+
+    def load_base(self, unit: int, into: Tensor) -> None:
+        """See `ChunkStore.load_base`."""
+        self._base(unit, into)
+
+    def job_done(self, job: Job) -> None:
+        """See `ChunkStore.job_done`."""
+        self._finished(job)
+
+    def start_load(self, chunk: Chunk, *, weight: Tensor | None, moments: Tensor | None) -> list[Transfer]:
+        """See `ChunkStore.start_load`."""
+        found = []
+        for name, into in ((chunk.weight_name, weight), (chunk.moments_name, moments)):
+            if into is None:
+                continue
+            if name in self._have:
+                found.append(self._store.load(name, into))
+            else:
+                into.zero_()
+        return found
+
+    def start_gradient(self, chunk: Chunk, into: Tensor) -> list[Transfer]:
+        """See `ChunkStore.start_gradient`."""
+        self._gradients.wait_written(chunk.unit)
+        return [self._gradients.start_read(chunk, into)]
+
+    def start_save(self, chunk: Chunk, *, weight: Tensor | None, moments: Tensor | None) -> list[Transfer]:
+        """See `ChunkStore.start_save`; either may be None, and then stays."""
+        parts: tuple[tuple[str, ObjectLayout, Tensor | None], ...] = (
+            (chunk.weight_name, chunk.weight_layout, weight),
+            (chunk.moments_name, chunk.moments_layout, moments),
+        )
+        writes = []
+        for name, layout, data in parts:
+            if data is not None:
+                writes.append(self._store.write(name, layout, data))
+                self._have.add(name)
+                self._in_buffer = None
+        return writes
+
+    def read_weight(self, unit: int, into: Tensor) -> Transfer:
+        """Start reading a unit's newest weight, which must be there, into a uint8 buffer."""
+        layout = self._layouts.get(unit)
+        if layout is None:
+            layout = self._layouts[unit] = self._weight_layout(unit)
+        return self._store.read(layout, into)
+
+    def read_chunk(self, chunk: Chunk, field: str) -> Tensor:
+        """A chunk's weight or moment, flat fp32: zeros where there is none, else a view, valid until the next call."""
+        nbytes = chunk.numel * _ELEMENT_BYTES
+        name = chunk.weight_name if field == WEIGHT else chunk.moments_name
+        if self._buffer is None or self._buffer.nbytes < 2 * nbytes:
+            self._buffer, self._in_buffer = StagingBuffer(2 * nbytes), None
+        if name not in self._have:
+            return torch.zeros(chunk.numel)
+        if self._in_buffer != name:
+            self._store.load(name, self._buffer.tensor).wait()
+            self._in_buffer = name
+        flat = self._buffer.tensor.view(torch.float32)
+        return flat[: chunk.numel] if field in (WEIGHT, EXP_AVG) else flat[chunk.numel : 2 * chunk.numel]
+
+    def begin(self) -> None:
+        """Begin a step unless one is under way."""
+        if self._in_step:
+            return
+        self._store.begin_step()
+        self._in_step = True
+        if self._is_fresh:
+            # What this run does not write must not be there once it has committed.
+            for name in self._store.names():
+                self._store.remove(name)
+
+    def commit(self, step: int, record: dict[str, object]) -> None:
+        """Make everything written since `begin` the state; waits for the disk."""
+        if self._in_step:
+            self._store.commit(step=step, extra=record)
+            self._in_step = self._is_fresh = False
+
+    def adopt(self) -> None:
+        """Go on from the committed state; what this run has written since is forgotten."""
+        self._store.abort_step()
+        self._in_step = self._is_fresh = False
+        self._have, self._in_buffer = set(self._store.names()), None
+
+    def save_to(self, folder: Path) -> None:
+        """Make a folder a copy of the committed state, by links where possible."""
+        self._store.save_to(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Take over the state of a folder that `save_to` made."""
+        self._store.abort_step()
+        self._store.close()
+        try:
+            Store.restore(folder, self._folder)
+        finally:
+            self._store = self._open()
+        self._layouts.clear()
+        self.adopt()
+
+    def close(self) -> None:
+        """Stop transfers and let others have the folder. May be called twice."""
+        self._store.close()
+
+    def _open(self) -> Store:
+        if Store.exists(self._folder):
+            return Store.open(self._folder, fingerprint=self._fingerprint, io=self._io)
+        return Store.create(self._folder, fingerprint=self._fingerprint, io=self._io)
+
+    def _weight_layout(self, unit: int) -> BlockLayout:
+        tensors = [
+            replace(self._store.spec(chunk.weight_name).tensors[0], name=chunk.name) for chunk in self._chunks[unit]
+        ]
+        layout = lay_out(BlockSpec(name=self._chunks[unit][0].name, tensors=tuple(tensors)))
+        starts = {chunk.name: chunk.start * _ELEMENT_BYTES for chunk in self._chunks[unit]}
+        assert dict(layout.tensor_offsets) == starts, "chunks in order of their names are in order of the buffer"
+        return layout
+
+
+__all__ = ["ChunkFiles"]

@@ -1,0 +1,87 @@
+"""How a unit's flat buffers are cut for the disk: chunks, each with its objects in the store. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowmem.full.layout import PAGE_ELEMENTS, UnitLayout
+from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from offload.object_layout import ObjectLayout, place
+
+LARGEST_CHUNK = 4 << 20
+"""Elements: 16 MiB of each buffer. Larger ones move no faster."""
+_PARTS = 8
+"""A unit is cut into at least so many chunks, so that reading, updating and writing it overlap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A run of a unit's elements that is read, updated and written at once."""
+
+    unit: int
+    """Number of the unit."""
+    number: int
+    """Number within the unit."""
+    name: str
+    """Name of its objects, without what they hold."""
+    start: int
+    """First element of the unit's buffers."""
+    stop: int
+    """One past the last; whole pages."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.stop - self.start
+
+    @property
+    def weight_name(self) -> str:
+        """The object that holds its weight."""
+        return f"{self.name} weight"
+
+    @property
+    def moments_name(self) -> str:
+        """The object that holds its moments."""
+        return f"{self.name} moments"
+
+    @property
+    def weight_layout(self) -> ObjectLayout:
+        """One flat fp32 tensor."""
+        return place({WEIGHT: (torch.float32, (self.numel,))})
+
+    @property
+    def moments_layout(self) -> ObjectLayout:
+        """Two flat fp32 tensors, one after the other."""
+        shape = (torch.float32, (self.numel,))
+        return place({EXP_AVG: shape, EXP_AVG_SQ: shape})
+
+
+def chunk_numel(layouts: Sequence[UnitLayout]) -> int:
+    """Elements of the largest chunk."""
+    widest = max(layout.numel for layout in layouts)
+    return min(LARGEST_CHUNK, -(-widest // (_PARTS * PAGE_ELEMENTS)) * PAGE_ELEMENTS)
+
+
+def cut(layouts: Sequence[UnitLayout]) -> list[tuple[Chunk, ...]]:
+    """The chunks of each unit, in order."""
+    size = chunk_numel(layouts)
+    return [
+        tuple(
+            # Numbered with leading zeros: in the order of their names they are in the order of the buffer.
+            Chunk(
+                unit=unit,
+                number=number,
+                name=f"{layout.name} {number:06d}",
+                start=start,
+                stop=min(start + size, layout.numel),
+            )
+            for number, start in enumerate(range(0, layout.numel, size))
+        )
+        for unit, layout in enumerate(layouts)
+    ]
+
+
+__all__ = ["LARGEST_CHUNK", "Chunk", "chunk_numel", "cut"]

@@ -1,0 +1,161 @@
+"""Gradients of blocks on disk: accumulated in one block's buffer, written behind, read back for the update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UnsupportedError
+from lowmem.full.chunks import Chunk
+from lowmem.full.layout import ParamPlace, UnitLayout
+from lowmem.full.tier import Contribution
+from offload import FileSlot, Scratch, StagingBuffer, Trace, Transfer
+
+_ELEMENT_BYTES = 4
+
+
+class DiskGradients:
+    """Scratch space for the gradients of one step.
+
+    Used by the thread that runs the backward, and by the one that updates; the caller sees to it that they do not use
+    one block at the same time.
+    """
+
+    def __init__(
+        self, layouts: Sequence[UnitLayout], chunks: Sequence[tuple[Chunk, ...]], *, folder: Path, trace: Trace
+    ) -> None:
+        """Open scratch space; nothing is written yet.
+
+        Args:
+            layouts: The blocks.
+            chunks: Their chunks.
+            folder: Where the scratch file is.
+            trace: Where transfers are recorded.
+        """
+        self._layouts, self._chunks = layouts, chunks
+        self._scratch = Scratch(folder, trace=trace)
+        self._slots: dict[tuple[int, int], FileSlot] = {}
+        self._writes: dict[int, list[Transfer]] = {}
+        self._norms: dict[int, dict[str, Tensor]] = {}
+        self._spent: set[int] = set()
+        self._numel = max(layout.numel for layout in layouts)
+        self._buffer: StagingBuffer | None = None
+        self._in_buffer: int | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the buffer."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
+        """See `StateTier.accumulate`. Waits for the writes of the block before."""
+        adds = any(one.earlier_scales is not None for one in contributions)
+        if adds and index in self._spent:
+            raise _spent(contributions[0].place.key)
+        flat = self._flat()
+        if self._in_buffer != index or not adds:
+            self._settle_buffer()
+            # What was accumulated of parameters that this backward says nothing of is kept.
+            if index in self._norms and index not in self._spent:
+                self._read_into(index, flat)
+            else:
+                flat[: self._layouts[index].numel].zero_()
+        else:
+            # The buffer still holds this block: it may be changed once its writes are over.
+            self._settle_buffer()
+        norms = self._norms.setdefault(index, {})
+        for one in contributions:
+            kept = flat[one.place.start : one.place.stop].view(one.place.shape)
+            if one.earlier_scales is None:
+                kept.copy_(one.value)
+            else:
+                for scale in one.earlier_scales:
+                    kept.mul_(scale)
+                kept.add_(one.value)
+            norms[one.place.key] = torch.linalg.vector_norm(kept)
+        self._spent.discard(index)
+        self._write(index, flat)
+
+    def norm(self, index: int, place: ParamPlace) -> Tensor | None:
+        """The 2-norm of an accumulated gradient."""
+        return None if index in self._spent else self._norms[index][place.key]
+
+    def read(self, index: int, place: ParamPlace) -> Tensor:
+        """A copy of an accumulated gradient."""
+        if index in self._spent:
+            raise _spent(place.key)
+        self.wait_written(index)
+        found = torch.empty(place.shape)
+        flat = found.view(-1)
+        with StagingBuffer(self._chunks[index][0].numel * _ELEMENT_BYTES) as buffer:
+            for chunk in self._chunks[index]:
+                start, stop = max(chunk.start, place.start), min(chunk.stop, place.stop)
+                if start < stop:
+                    self.start_read(chunk, buffer.tensor).wait()
+                    values = buffer.tensor.view(torch.float32)
+                    flat[start - place.start : stop - place.start] = values[start - chunk.start : stop - chunk.start]
+        return found
+
+    def start_read(self, chunk: Chunk, into: Tensor) -> Transfer:
+        """Start reading a chunk; `wait_written` first."""
+        nbytes = chunk.numel * _ELEMENT_BYTES
+        return self._scratch.read(self._slots[chunk.unit, chunk.number], into[:nbytes], name=f"{chunk.name} gradient")
+
+    def wait_written(self, index: int) -> None:
+        """Wait until a block's gradient is in the file.
+
+        Raises:
+            TierFull: The disk is full.
+            WriteError: The disk failed.
+        """
+        for write in self._writes.pop(index, []):
+            write.wait()
+
+    def spend(self, index: int) -> None:
+        """Note that an update uses the gradient up."""
+        self._spent.add(index)
+
+    def close(self) -> None:
+        """Give the space back. May be called twice."""
+        self._scratch.close()
+
+    def _flat(self) -> Tensor:
+        if self._buffer is None:
+            self._buffer = StagingBuffer(self._numel * _ELEMENT_BYTES)
+        return self._buffer.tensor.view(torch.float32)
+
+    def _settle_buffer(self) -> None:
+        if self._in_buffer is not None:
+            self.wait_written(self._in_buffer)
+
+    def _read_into(self, index: int, flat: Tensor) -> None:
+        reads = [
+            self.start_read(chunk, flat[chunk.start : chunk.stop].view(torch.uint8)) for chunk in self._chunks[index]
+        ]
+        for read in reads:
+            read.wait()
+
+    def _write(self, index: int, flat: Tensor) -> None:
+        self._in_buffer = index
+        writes = []
+        for chunk in self._chunks[index]:
+            slot = self._slots.get((index, chunk.number))
+            if slot is None:
+                slot = self._slots[index, chunk.number] = self._scratch.take(chunk.numel * _ELEMENT_BYTES)
+            data = flat[chunk.start : chunk.stop].view(torch.uint8)
+            writes.append(self._scratch.write(slot, data, name=f"{chunk.name} gradient"))
+        self._writes[index] = writes
+
+
+def _spent(key: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"keeping the gradient of {key} after optimizer.step()",
+        reason="an update of weights on disk uses it up",
+        instead="optimizer.zero_grad() after each step, as the Trainer does, or state in memory (Budget.host)",
+    )
+
+
+__all__ = ["DiskGradients"]

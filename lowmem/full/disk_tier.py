@@ -1,0 +1,442 @@
+"""State on disk: masters, gradients and moments in versions of which a kill at any instant leaves a whole step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UnsupportedError
+from lowmem.full.adamw import Segment
+from lowmem.full.chunk_files import ChunkFiles
+from lowmem.full.chunks import Chunk, chunk_numel, cut
+from lowmem.full.disk_gradients import DiskGradients
+from lowmem.full.disk_updates import Job, UpdateThread
+from lowmem.full.layout import ParamPlace, UnitLayout
+from lowmem.full.tier import WEIGHT, Contribution
+from offload import (
+    BlockLayout,
+    BlockSpec,
+    Counters,
+    OffloadError,
+    PlacementPlan,
+    Scheduler,
+    StagingBuffer,
+    TensorSpec,
+    Trace,
+    Transfer,
+    open_device,
+)
+
+_ELEMENT_BYTES = 4
+
+
+class DiskTier:
+    """Keeps state in a `Store`, and blocks' gradients in scratch space beside it.
+
+    A step's updates are carried out in a thread of their own: those of parameters outside the blocks at once, a block's
+    when its weight is fetched for the next forward, as the scheduler goes ahead of the visits. The state of a step is
+    committed when its last update has been written.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[UnitLayout],
+        *,
+        live: Mapping[int, Tensor],
+        num_blocks: int,
+        placement: PlacementPlan,
+        folder: Path,
+        fingerprint: str,
+        load_base: Callable[[int, Tensor], None],
+        read_base: Callable[[str], Tensor],
+        trace: Trace,
+    ) -> None:
+        """Open the folder; a state that is in it stays until the first step of this run is committed.
+
+        Args:
+            layouts: The units, blocks first.
+            live: Flat views of the weights that the model itself holds, by unit.
+            num_blocks: Number of blocks.
+            placement: The ring that blocks are visited from.
+            folder: Where state is kept; one run at a time.
+            fingerprint: What the state belongs to.
+            load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
+            read_base: Reads one parameter as the checkpoint has it, by name.
+            trace: Where transfers are recorded.
+
+        Raises:
+            FolderInUse: Another run has the folder.
+            SourceError: The folder holds the state of something else.
+        """
+        self.layouts = tuple(layouts)
+        self._live, self._num_blocks, self._read_base = dict(live), num_blocks, read_base
+        self._chunks = cut(self.layouts)
+        self._gradients = DiskGradients(
+            self.layouts[:num_blocks], self._chunks[:num_blocks], folder=folder, trace=trace
+        )
+        self._changed = threading.Condition(threading.RLock())
+        self._pending: dict[int, Sequence[Segment]] = {}
+        self._running: set[int] = set()
+        self._outer: list[Transfer] = []
+        self._is_updating, self._is_committing = False, False
+        self._step: tuple[int, dict[str, object]] | None = None
+        self._last: tuple[int, dict[str, object]] = (0, {})
+        self._edit: _Edit | None = None
+        self._edited: set[int] = set()
+        self.files = ChunkFiles(
+            folder,
+            fingerprint=fingerprint,
+            chunks=self._chunks,
+            load_base=load_base,
+            finished=self._job_done,
+            gradients=self._gradients,
+            trace=trace,
+        )
+        self._thread = UpdateThread(self.files, chunk_numel=chunk_numel(self.layouts))
+        self._scheduler = Scheduler(
+            [_spec(layout, folder) for layout in self.layouts[:num_blocks]],
+            plan=placement,
+            reader=_Newest(self),
+            device=open_device("cpu"),
+            trace=trace,
+        )
+
+    @contextmanager
+    def lend(self, index: int) -> Iterator[Tensor]:
+        """See `StateTier.lend`: a slot of the ring."""
+        self._end_edit()
+        with self._scheduler.resident(index) as tensors:
+            yield tensors[WEIGHT]
+
+    def expect(self, order: Sequence[int]) -> None:
+        """See `StateTier.expect`."""
+        self._scheduler.expect(order)
+
+    def fetch(self, index: int, into: Tensor) -> Transfer:
+        """Start bringing a block's newest weight into a slot, its update first if one is pending.
+
+        Called by the scheduler's thread.
+        """
+        with self._changed:
+            segments = self._pending.pop(index, None)
+            if segments is None and index not in self._running and self.files.has_weight(index):
+                return self.files.read_weight(index, into)
+            return self._submit(index, segments or (), into=into)
+
+    def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
+        """See `StateTier.accumulate`."""
+        self._gradients.accumulate(index, contributions)
+
+    def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
+        """See `StateTier.read_gradient`."""
+        return self._gradients.read(index, place)
+
+    def gradient_norm(self, index: int, place: ParamPlace) -> Tensor | None:
+        """See `StateTier.gradient_norm`."""
+        return self._gradients.norm(index, place)
+
+    def clear_gradient(self, index: int, place: ParamPlace) -> None:
+        """Refuse it.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            f"zero_grad(set_to_none=False), or zeroing the gradient of {place.key}",
+            reason="the gradients of a block on disk are replaced as a whole",
+            instead="zero_grad(), which sets gradients to None",
+        )
+
+    def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
+        """See `StateTier.update`: blocks when they are fetched, parameters outside them from now on."""
+        self._begin_updates()
+        if index >= self._num_blocks:
+            with self._changed:
+                self._outer.append(self._submit(index, segments, gradient=gradient))
+            return
+        self._gradients.spend(index)
+        with self._changed:
+            self._pending[index] = segments
+        # What the scheduler has fetched of it, or is fetching, is out of date now; from here on it gets the update.
+        self._scheduler.invalidate((index,))
+
+    def change(
+        self,
+        index: int,
+        place: ParamPlace,
+        run: Callable[[Tensor, Tensor], None],
+        *,
+        gradient: Tensor | None,
+        scales: Sequence[float],
+    ) -> None:
+        """See `StateTier.change`."""
+        self._begin_updates()
+        if gradient is None:
+            gradient = self._gradients.read(index, place)
+            for scale in scales:
+                gradient.mul_(scale)
+        if index in self._live:
+            run(self._live[index][place.start : place.stop].view(place.shape), gradient)
+            return
+        weight = self.read(index, WEIGHT, place)
+        run(weight, gradient)
+        self.write(index, WEIGHT, place, weight)
+        self._edited.add(index)
+
+    def end_step(self, step: int, record: dict[str, object]) -> None:
+        """See `StateTier.end_step`. Waits for the weights that the model itself holds."""
+        self._begin_updates()
+        self._end_edit()
+        for index in self._edited:
+            self._gradients.spend(index)
+        self._edited.clear()
+        outer, self._outer = self._outer, []
+        for transfer in outer:
+            transfer.wait()
+        with self._changed:
+            self._is_updating = False
+            self._step = self._last = (step, record)
+        self._commit_if_complete()
+
+    def finish(self) -> None:
+        """See `StateTier.finish`."""
+        self._end_edit()
+        with self._changed:
+            for index in list(self._pending):
+                self._submit(index, self._pending.pop(index))
+            while self._running or self._is_committing:
+                self._raise_failure()
+                self._changed.wait(0.05)
+            self._raise_failure()
+        if not self._is_updating:
+            self._commit_if_complete()
+            # What was written between steps belongs to the last one.
+            self.files.commit(*self._last)
+
+    def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
+        """See `StateTier.read`."""
+        self._settle(index)
+        if field == WEIGHT and index in self._live:
+            return self._live[index][place.start : place.stop].view(place.shape).clone()
+        if field == WEIGHT and not self.files.has_weight(index):
+            return self._read_base(place.key)
+        found = torch.empty(place.shape)
+        for chunk, here, there in self._parts(index, place):
+            found.view(-1)[there] = self.files.read_chunk(chunk, field)[here]
+        return found
+
+    def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
+        """See `StateTier.write`. Changes are collected chunk by chunk."""
+        if field == WEIGHT and index in self._live:
+            self._settle(index)
+            self._live[index][place.start : place.stop].view(place.shape).copy_(value)
+            return
+        for chunk, here, there in self._parts(index, place):
+            if self._edit is None or (self._edit.chunk, self._edit.is_weight) != (chunk, field == WEIGHT):
+                self._begin_edit(chunk, is_weight=field == WEIGHT)
+            assert self._edit is not None
+            self._edit.flat(field)[here] = value.detach().reshape(-1)[there].float()
+
+    @property
+    def counters(self) -> Counters:
+        """See `StateTier.counters`."""
+        return self._scheduler.counters
+
+    def reset(self) -> None:
+        """See `StateTier.reset`."""
+        self._scheduler.reset()
+
+    def memory(self) -> dict[str, int]:
+        """See `StateTier.memory`."""
+        return {
+            **self._scheduler.memory(),
+            "state_chunk_bytes": self._thread.memory_bytes,
+            "gradient_bytes": self._gradients.memory_bytes,
+        }
+
+    def close(self) -> None:
+        """Complete what is pending, then give everything back. A run that has failed keeps its last whole step."""
+        with suppress(OffloadError):
+            self.finish()
+        self._scheduler.close()
+        self._thread.close()
+        self._gradients.close()
+        self.files.close()
+
+    def adopt(self, folder: Path | None = None) -> None:
+        """Go on from the committed state, or from that of a folder; updates that are pending are forgotten.
+
+        Args:
+            folder: What `files.save_to` made; None for the tier's own folder.
+        """
+        self.finish()
+        if folder is None:
+            self.files.adopt()
+        else:
+            self.files.restore(folder)
+        self._last = (self.files.committed_step or 0, self.files.record)
+        self._scheduler.invalidate(range(self._num_blocks))
+        for index, live in self._live.items():
+            if self.files.has_weight(index):
+                for chunk in self._chunks[index]:
+                    part = live[chunk.start : chunk.stop]
+                    part.copy_(self.files.read_chunk(chunk, WEIGHT)[: part.numel()])
+
+    def _begin_updates(self) -> None:
+        if not self._is_updating:
+            self.finish()
+            self._is_updating = True
+            self.files.begin()
+
+    def _submit(
+        self,
+        index: int,
+        segments: Sequence[Segment],
+        *,
+        into: Tensor | None = None,
+        gradient: Tensor | None = None,
+    ) -> Transfer:
+        """Queue a job; the lock is held."""
+        numel = self.layouts[index].numel
+        memory = torch.empty(0, dtype=torch.uint8) if into is None else into
+        done = Transfer(self.layouts[index].name, nbytes=numel * _ELEMENT_BYTES, num_pieces=1, memory=memory)
+        if segments:
+            self._running.add(index)
+        self._thread.submit(
+            Job(
+                unit=index,
+                chunks=self._chunks[index],
+                segments=segments,
+                done=done,
+                into=None if into is None else into.view(torch.float32)[:numel],
+                live=self._live.get(index),
+                gradient=gradient,
+            )
+        )
+        return done
+
+    def _job_done(self, job: Job) -> None:
+        """In the updating thread."""
+        if not job.segments:
+            return
+        with self._changed:
+            self._running.discard(job.unit)
+            self._changed.notify_all()
+        self._commit_if_complete()
+
+    def _commit_if_complete(self) -> None:
+        with self._changed:
+            step = self._step
+            if step is None or self._pending or self._running or self._is_committing:
+                return
+            self._step, self._is_committing = None, True
+        try:
+            self.files.commit(*step)
+        finally:
+            with self._changed:
+                self._is_committing = False
+                self._changed.notify_all()
+
+    def _settle(self, index: int) -> None:
+        """Have a unit's update carried out."""
+        self._end_edit()
+        with self._changed:
+            if index in self._pending:
+                self._submit(index, self._pending.pop(index))
+            while index in self._running:
+                self._raise_failure()
+                self._changed.wait(0.05)
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._thread.failure is not None:
+            raise self._thread.failure
+
+    def _parts(self, index: int, place: ParamPlace) -> Iterator[tuple[Chunk, slice, slice]]:
+        """The chunks that hold a parameter, where it is in each, and which part of it."""
+        for chunk in self._chunks[index]:
+            start, stop = max(chunk.start, place.start), min(chunk.stop, place.stop)
+            if start < stop:
+                yield (
+                    chunk,
+                    slice(start - chunk.start, stop - chunk.start),
+                    slice(start - place.start, stop - place.start),
+                )
+
+    def _begin_edit(self, chunk: Chunk, *, is_weight: bool) -> None:
+        self._settle(chunk.unit)
+        self.files.begin()
+        if is_weight and not self.files.has_weight(chunk.unit):
+            self._write_base(chunk.unit)
+        edit = _Edit(chunk, is_weight=is_weight, numel=self._chunks[chunk.unit][0].numel)
+        weight, moments = (edit.data, None) if is_weight else (None, edit.data)
+        for read in self.files.start_load(chunk, weight=weight, moments=moments):
+            read.wait()
+        self._edit = edit
+
+    def _end_edit(self) -> None:
+        edit, self._edit = self._edit, None
+        if edit is None:
+            return
+        weight, moments = (edit.data, None) if edit.is_weight else (None, edit.data)
+        for write in self.files.start_save(edit.chunk, weight=weight, moments=moments):
+            write.wait()
+        if edit.chunk.unit < self._num_blocks:
+            self._scheduler.invalidate((edit.chunk.unit,))
+
+    def _write_base(self, index: int) -> None:
+        """Write a block's weight as the checkpoint has it: from now on parts of it may differ."""
+        with StagingBuffer(self.layouts[index].numel * _ELEMENT_BYTES) as buffer:
+            flat = buffer.tensor.view(torch.float32)
+            self.files.load_base(index, flat)
+            for chunk in self._chunks[index]:
+                data = flat[chunk.start : chunk.stop].view(torch.uint8)
+                for write in self.files.start_save(chunk, weight=data, moments=None):
+                    write.wait()
+
+
+class _Newest:
+    """Reads blocks for the scheduler."""
+
+    def __init__(self, tier: DiskTier) -> None:
+        self._tier = tier
+        self._indices = {layout.name: index for index, layout in enumerate(tier.layouts)}
+
+    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
+        return self._tier.fetch(self._indices[layout.name], into)
+
+
+class _Edit:
+    """One chunk's weight, or its moments, on the way to the next version."""
+
+    def __init__(self, chunk: Chunk, *, is_weight: bool, numel: int) -> None:
+        self.chunk, self.is_weight = chunk, is_weight
+        self._buffer = StagingBuffer((1 if is_weight else 2) * numel * _ELEMENT_BYTES)
+        self.data = self._buffer.tensor[: (1 if is_weight else 2) * chunk.numel * _ELEMENT_BYTES]
+
+    def flat(self, field: str) -> Tensor:
+        """The buffer of one field."""
+        flat = self.data.view(torch.float32)
+        return flat[self.chunk.numel :] if field == "exp_avg_sq" else flat[: self.chunk.numel]
+
+
+def _spec(layout: UnitLayout, folder: Path) -> BlockSpec:
+    """What the scheduler needs to know of a block: its size. It reads through the tier, not from this file."""
+    shape = (layout.numel,)
+    weight = TensorSpec(
+        name=WEIGHT,
+        dtype=torch.float32,
+        shape=shape,
+        file=folder / "newest" / layout.name,
+        offset_bytes=0,
+        nbytes=layout.numel * _ELEMENT_BYTES,
+    )
+    return BlockSpec(name=layout.name, tensors=(weight,))
+
+
+__all__ = ["DiskTier"]
