@@ -296,6 +296,7 @@ class Runtime:
         """Stop the transfers and release all buffers. The model can no longer be run."""
         self.scheduler.close()
         self._unpacker.close()
+        self.boundaries.close()
 
 
 class _Entry:

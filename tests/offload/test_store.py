@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -385,6 +386,33 @@ sys.stdin.read()
     child.stdout.close()
     with Store.open(folder) as store:
         assert store.step == 1
+
+
+def test_workers_that_a_run_forked_do_not_hold_its_folder_longer_than_itself(folder: Path) -> None:
+    program = f"""
+import os, signal, time
+from pathlib import Path
+from offload import Store
+store = Store.create(Path({str(folder)!r}), fingerprint="")
+store.begin_step()
+store.commit(step=1, extra={{}})
+worker = os.fork()
+if worker == 0:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(worker, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    worker = int(done.stdout)
+    try:
+        os.kill(worker, 0)
+        Store.open(folder).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_store_that_is_dropped_lets_go_of_its_folder(folder: Path) -> None:
