@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Preparation:
     """Called before block 0 of each forward, because PEFT and TRL change a model after it was made.
 
-    Looks for changes first: a forward with the same adapters as the last one costs a tuple comparison.
+    A forward without gradients looks for new configurations only. A training forward looks at every module (some
+    milliseconds): adapters may be taken off and put on again under the same name and configuration.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -37,7 +38,7 @@ class Preparation:
             return
         configs = getattr(model, "peft_config", None) or {}
         adapters = tuple((name, id(config)) for name, config in configs.items())
-        if adapters != self._adapters:
+        if adapters != self._adapters or (configs and torch.is_grad_enabled()):
             self._prepare_adapters(model)
             self._adapters = adapters
         # TRL looks its head up after the blocks have run, so the first forward is soon enough; without TRL, no import.

@@ -1,0 +1,45 @@
+"""What a streamed model looks for before each forward: adapters added, exchanged or changed since the last."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import lowmem
+from lowmem.adapters.dora import FactoredDoraLinear
+from tests.lowmem.tiny_training import lora, streamed
+from tests.zoo.architectures import build
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> PeftModel:
+    return get_peft_model(streamed(build("llama", tmp_path)), lora(use_dora=True, lora_dropout=0.0))
+
+
+def variants(model: PeftModel) -> set[type]:
+    return {type(variant) for module in model.modules() for variant in getattr(module, "lora_variant", {}).values()}
+
+
+def test_an_adapter_put_on_again_under_its_name_is_prepared_again(model: PeftModel) -> None:
+    model(input_ids=IDS)
+    assert variants(model) == {FactoredDoraLinear}
+    config = model.peft_config["default"]
+    model.add_adapter("other", lora())
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    assert variants(model) != {FactoredDoraLinear}
+    model(input_ids=IDS)
+    assert variants(model) == {FactoredDoraLinear}
+
+
+def test_a_base_weight_replaced_between_two_steps_is_refused(model: PeftModel) -> None:
+    model(input_ids=IDS)
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj.base_layer
+    layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape), requires_grad=False)
+    with pytest.raises(lowmem.UnsupportedError, match="a new value for"):
+        model(input_ids=IDS)
