@@ -68,13 +68,16 @@ def run(job: LongJob) -> dict[str, object]:
                 use_cpu=True,
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
+                max_steps=1,
+                save_strategy="no",
+                optim="sgd",
             ),
-            train_dataset=Dataset.from_dict({"input_ids": [[3, 4, 5]]}),
+            train_dataset=Dataset.from_dict({"input_ids": [list(range(3, 3 + _WARMUP_TOKENS))]}),
             peft_config=lora,
         )
+        # The trainer's own preparation: gradient checkpointing is turned on when training starts.
+        trainer.train()
         model = trainer.model.train()
-        trainer.training_step(model, batch_of(_WARMUP_TOKENS, model.config.vocab_size))
-        model.zero_grad(set_to_none=True)
         batch = batch_of(job.seq_len, model.config.vocab_size)
         with PeakMeter() as meter:
             start_s = time.perf_counter()

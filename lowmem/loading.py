@@ -18,6 +18,7 @@ from lowmem.models.build import Skeleton, StreamedBlock, fill, skeleton
 from lowmem.streaming.block_source import BlockSource
 from lowmem.streaming.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.embedding import GatheredEmbedding, read_now
+from lowmem.streaming.outer_norms import tile_outer_norms
 from lowmem.streaming.preparation import Preparation
 from lowmem.streaming.runtime import Runtime, attach
 from lowmem.streaming.split_choice import SplitChoice
@@ -167,6 +168,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     chunks = can_chunk(model) is None
     if chunks:
         enable_chunks(model)
+    tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
     runtime = Runtime(
         built.blocks,
         scheduler=weights.scheduler,
