@@ -16,6 +16,7 @@ from lowmem.streaming.block_call import BlockCall, micro_batches
 from lowmem.streaming.boundary import Boundary
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.ownership import is_sole_owner
+from lowmem.streaming.random_state import RandomTape
 from lowmem.streaming.row_records import ChunkedRows, RowsRecord, WholeRows
 from offload import StagingBuffer
 
@@ -36,6 +37,7 @@ class VisitedBlock(Protocol):
     """What a recorded call needs of the runtime."""
 
     device: torch.device
+    tape: RandomTape
     workspace: Workspace
     raw_forward: Callable[..., object]
 
@@ -88,13 +90,13 @@ class RecordedCall:
 
     def _new_record(self) -> RowsRecord:
         if self._split.chunk_tokens is None:
-            return WholeRows(self._run, device=self._block.device)
+            return WholeRows(self._run, tape=self._block.tape)
         return ChunkedRows(
             self._run,
             raw_forward=self._block.raw_forward,
             chunk_tokens=self._split.chunk_tokens,
             workspace=self._block.workspace,
-            device=self._block.device,
+            tape=self._block.tape,
         )
 
     def _run(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:

@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from lowmem.streaming.attention import ChunkMask
 from lowmem.streaming.attention_mask import CausalMask
 from lowmem.streaming.kv_carrier import KeysTaken, KVCarrier, Workspace
-from lowmem.streaming.random_state import RandomState, capture, restored
+from lowmem.streaming.random_state import RandomState, RandomTape, restored
 
 CallArguments = tuple[tuple[object, ...], dict[str, object]]
 RunBlock = Callable[[CallArguments], object]
@@ -182,6 +182,7 @@ def forward_chunks(
     chunk_tokens: int,
     device: torch.device,
     workspace: Workspace | None = None,
+    tape: RandomTape | None = None,
     into: Tensor | None = None,
 ) -> ForwardChunks:
     """Run a block chunk by chunk, without a graph.
@@ -192,6 +193,7 @@ def forward_chunks(
         chunk_tokens: Tokens of a chunk; the last may have fewer.
         device: Compute device.
         workspace: Where keys and values go; fresh memory if not given.
+        tape: Notes the generators' states; one of its own if not given.
         into: Where the first tensor of the output is written; fresh memory if not given.
 
     Raises:
@@ -199,11 +201,12 @@ def forward_chunks(
     """
     carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
     spans = tuple(chunk_spans(call.num_tokens, chunk_tokens))
+    tape = tape or RandomTape(device)
     random: list[RandomState] = []
     joined: _JoinedOutput | None = None
     with torch.no_grad():
         for start, end in spans:
-            random.append(capture(device))
+            random.append(tape.note())
             carrier.begin(start, end, keep=True)
             output = run(call.arguments(carrier))
             if not carrier.num_attentions:

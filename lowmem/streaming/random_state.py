@@ -39,6 +39,30 @@ def same_state(one: RandomState, other: RandomState) -> bool:
     return all(left is None or right is None or torch.equal(left, right) for left, right in pairs)
 
 
+class RandomTape:
+    """Notes states for later; as long as nothing is drawn, all notes are one.
+
+    Notes live until the backward. Each is small, and on a CPU lies in the heap between a block's temporaries: hundreds
+    of them would keep that memory from being used again in large pieces.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin with no note.
+
+        Args:
+            device: Compute device.
+        """
+        self.device = device
+        self._last: RandomState | None = None
+
+    def note(self) -> RandomState:
+        """The generators' state now."""
+        state = capture(self.device)
+        if self._last is None or not same_state(self._last, state):
+            self._last = state
+        return self._last
+
+
 @contextmanager
 def restored(state: RandomState, device: torch.device) -> Iterator[None]:
     """Draw from `state` inside the block; afterwards the generators are where they were before it."""
@@ -50,4 +74,4 @@ def restored(state: RandomState, device: torch.device) -> Iterator[None]:
         restore(outer, device)
 
 
-__all__ = ["RandomState", "capture", "restore", "restored", "same_state"]
+__all__ = ["RandomState", "RandomTape", "capture", "restore", "restored", "same_state"]

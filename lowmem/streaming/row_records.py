@@ -19,7 +19,7 @@ from lowmem.streaming.chunks import (
     forward_chunks,
 )
 from lowmem.streaming.kv_carrier import Workspace
-from lowmem.streaming.random_state import RandomState, capture, restore, restored
+from lowmem.streaming.random_state import RandomState, RandomTape, restore, restored
 
 Gradients = tuple[list[Tensor | None], list[Tensor | None]]
 """Of the inputs, and of the parameters."""
@@ -56,13 +56,13 @@ class RowsRecord(Protocol):
 class WholeRows:
     """All tokens at once."""
 
-    def __init__(self, run: RunBlock, *, device: torch.device) -> None:
-        self._run, self._device = run, device
+    def __init__(self, run: RunBlock, *, tape: RandomTape) -> None:
+        self._run, self._tape = run, tape
         self._random: RandomState | None = None
 
     def forward(self, arguments: CallArguments) -> object:
         """As in `RowsRecord`."""
-        self._random = capture(self._device)
+        self._random = self._tape.note()
         return self._run(arguments)
 
     def backward(
@@ -80,7 +80,7 @@ class WholeRows:
         assert self._random is not None
         for value, want in zip(inputs, wanted, strict=True):
             value.requires_grad_(want)
-        with torch.enable_grad(), restored(self._random, self._device):
+        with torch.enable_grad(), restored(self._random, self._tape.device):
             output = self._run(arguments)
         del arguments
         outputs = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
@@ -111,9 +111,9 @@ class ChunkedRows:
         raw_forward: Callable[..., object],
         chunk_tokens: int,
         workspace: Workspace,
-        device: torch.device,
+        tape: RandomTape,
     ) -> None:
-        self._run, self._device = run, device
+        self._run, self._tape = run, tape
         self._raw_forward, self._workspace = raw_forward, workspace
         self._chunk_tokens = chunk_tokens
         self._record: ChunkRecord | None = None
@@ -121,18 +121,19 @@ class ChunkedRows:
 
     def forward(self, arguments: CallArguments) -> object:
         """As in `RowsRecord`."""
-        random = capture(self._device)
+        random = self._tape.note()
         try:
             forward = forward_chunks(
                 self._run,
                 ChunkedCall(self._raw_forward, *arguments),
                 chunk_tokens=self._chunk_tokens,
-                device=self._device,
+                device=self._tape.device,
                 workspace=self._workspace,
+                tape=self._tape,
             )
         except NotChunkable:
-            restore(random, self._device)
-            self._whole = WholeRows(self._run, device=self._device)
+            restore(random, self._tape.device)
+            self._whole = WholeRows(self._run, tape=self._tape)
             return self._whole.forward(arguments)
         self._record = forward.record
         return forward.output
@@ -159,7 +160,7 @@ class ChunkedRows:
             params=params,
             grads=grads,
             record=self._record,
-            device=self._device,
+            device=self._tape.device,
             workspace=self._workspace,
             into=into,
         )

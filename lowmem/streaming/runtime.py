@@ -22,6 +22,7 @@ from lowmem.streaming.block_function import BlockFunction, RecordedCall, Split
 from lowmem.streaming.boundary import Boundary, tier_for
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.passes import TrainingPass, VisitingOrder
+from lowmem.streaming.random_state import RandomTape
 from lowmem.streaming.row_records import ChunkedRows
 from lowmem.streaming.split_choice import SplitChoice
 from lowmem.streaming.twin import Twins
@@ -72,6 +73,7 @@ class Runtime:
         self._before_first: list[Callable[[], None]] = []
         self._choose_split = choose_split
         self.chunk_workspace = Workspace()
+        self.tape = RandomTape(device)
         self._bound: int | None = None
         self.rows = ActiveRows()
         self.generation: GenerationHooks | None = None
@@ -210,7 +212,7 @@ class Runtime:
             raw_forward=block.raw_forward,
             chunk_tokens=chunk_tokens,
             workspace=self.chunk_workspace,
-            device=self.device,
+            tape=self.tape,
         )
 
     @contextmanager
@@ -305,7 +307,7 @@ class _Entry:
     def __init__(
         self, runtime: Runtime, index: int, call: BlockCall, split: Split, *, beside: Callable[[], None] | None = None
     ) -> None:
-        self.device, self.workspace = runtime.device, runtime.chunk_workspace
+        self.device, self.tape, self.workspace = runtime.device, runtime.tape, runtime.chunk_workspace
         self._runtime, self._index = runtime, index
         self._num_tokens = call.num_tokens
         self._block = runtime.blocks[index].block
