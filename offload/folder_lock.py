@@ -6,7 +6,8 @@ import weakref
 from functools import partial
 from pathlib import Path
 
-from offload.errors import FolderInUse, WriteError
+from offload.errors import FolderInUse, SourceError, WriteError
+from offload.manifest import MANIFEST, own_files
 
 _LOCK = "store.lock"
 
@@ -18,12 +19,16 @@ class FolderLock:
         folder: The folder; must exist.
 
     Raises:
+        SourceError: It never was a store's, and has files that a store would take for its own.
         FolderInUse: Somebody holds it.
         WriteError: It cannot be locked.
     """
 
     def __init__(self, folder: Path) -> None:
         file = folder / _LOCK
+        if not file.exists() and not (folder / MANIFEST).exists() and (strangers := own_files(folder)):
+            problem = "it is named like a file of a store, and there was no store here"
+            raise SourceError(strangers[0], field="name", problem=problem, remedy="give another folder")
         try:
             self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:

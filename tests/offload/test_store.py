@@ -264,15 +264,24 @@ def test_a_version_that_is_being_read_is_not_written_over(folder: Path) -> None:
         assert len(inodes(folder)) == 3
 
 
-def test_what_is_not_ours_in_the_folder_stays(folder: Path) -> None:
+def test_what_is_not_ours_in_the_folder_stays(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
     (folder / "objects" / "9.bin").mkdir(parents=True)
     (folder / "objects" / "notes.txt").write_text("theirs")
     (folder / "objects" / "8.bin").symlink_to(folder / "objects" / "notes.txt")
-    (folder / "objects" / "7.bin").write_bytes(b"left by a crash")
-    with Store.create(folder, fingerprint="") as store:
+    (folder / "objects" / "7.bin").write_bytes(b"perhaps theirs")
+    for begin in (lambda: Store.create(folder, fingerprint=""), lambda: store.save_to(folder)):
+        with pytest.raises(
+            SourceError, match=r"7\.bin: name: it is named like a file of a store, and there was no store"
+        ):
+            begin()
+    assert (folder / "objects" / "7.bin").read_bytes() == b"perhaps theirs"
+    # Where a store was killed before its first commit, such files are its own.
+    (folder / "store.lock").touch()
+    with Store.create(folder, fingerprint="") as ours:
         for step in range(1, 15):
-            commit(store, step, a=step, b=step)
-        assert torch.equal(loaded(store, "a"), contents(14))
+            commit(ours, step, a=step, b=step)
+        assert torch.equal(loaded(ours, "a"), contents(14))
     assert (folder / "objects" / "9.bin").is_dir()
     assert (folder / "objects" / "notes.txt").read_text() == "theirs"
     assert (folder / "objects" / "8.bin").is_symlink()
