@@ -42,7 +42,7 @@ class Setting:
     mlp: int = 256
     num_blocks: int = 4
     seq_len: int = 128
-    batch_size: int = 8
+    batch_size: int = 4
     num_base_steps: int = 600
     num_steps: int = 150
     num_warmup_steps: int = 10
