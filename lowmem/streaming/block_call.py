@@ -86,7 +86,10 @@ class BlockCall:
 def _splits(leaf: object, batch_size: int) -> bool:
     if not isinstance(leaf, Tensor):
         return leaf is None or isinstance(leaf, (bool, int, float, str))
-    return leaf.ndim < 2 or leaf.shape[0] in (1, batch_size)
+    if leaf.ndim == 1:
+        # A number for each sequence, or for each token or head of as many: nothing tells.
+        return leaf.shape[0] != batch_size
+    return leaf.ndim == 0 or leaf.shape[0] in (1, batch_size)
 
 
 def _cut(leaf: object, rows: slice | Tensor | None, batch_size: int) -> object:

@@ -152,12 +152,7 @@ def test_streamed_step_with_other_adapters_equals_the_resident_one(
 
 
 @pytest.mark.parametrize("name", slow_unless_in(FEW))
-def test_one_sequence_at_a_time_equals_the_whole_batch(
-    name: str, checkpoint: Callable[..., Path], request: pytest.FixtureRequest
-) -> None:
-    if name == "xmod":
-        mark = pytest.mark.xfail(reason="its language ids, one number per sequence, are not cut yet", strict=True)
-        request.applymarker(mark)
+def test_one_sequence_at_a_time_equals_the_whole_batch(name: str, checkpoint: Callable[..., Path]) -> None:
     folder, batch = checkpoint(name), batch_of(3, padding=True)
     expected = run(adapt(resident(folder), lora(name)), batch)
     assert_equal(run(adapt(streamed(folder, micro_batch=1), lora(name)), batch), expected)
