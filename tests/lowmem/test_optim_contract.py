@@ -60,6 +60,22 @@ def test_resumes_bit_by_bit(name: str, dtype: torch.dtype) -> None:
     assert {param.dtype for param in second.parameters()} == {dtype}
 
 
+@pytest.mark.gpu
+@EVERY
+def test_resumes_bit_by_bit_on_a_gpu_with_counters_on_the_cpu(name: str) -> None:
+    whole, first, second = (tiny_model().cuda() for _ in range(3))
+    train(whole, METHODS[name](whole, lr=1e-2), range(8))
+    optimizer = METHODS[name](first, lr=1e-2)
+    train(first, optimizer, range(4))
+    second.load_state_dict(first.state_dict())
+    resumed = METHODS[name](second, lr=1e-2)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    for state in resumed.state.values():
+        assert all(value.is_cuda == (value.ndim > 0) for value in state.values())
+    train(second, resumed, range(4, 8))
+    assert_same(second, whole)
+
+
 @pytest.mark.slow
 @EVERY
 def test_learns(name: str) -> None:

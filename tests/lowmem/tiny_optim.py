@@ -68,7 +68,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def backward(model: nn.Module, step: int) -> float:
     """Put the gradients of one batch into `.grad`; the loss."""
-    ids, targets = batch(step)
+    device = next(model.parameters()).device
+    ids, targets = (tokens.to(device) for tokens in batch(step))
     loss = nn.functional.cross_entropy(model(ids).float(), targets)
     loss.backward()
     return loss.item()
