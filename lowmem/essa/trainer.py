@@ -103,7 +103,7 @@ class ESSATrainer:
         if resume_from_checkpoint:
             self._resume(self._last() if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         while self.strategy.num_steps < self.args.max_steps:
-            self._step()
+            self.step()
             step = self.strategy.num_steps
             if self.args.save_steps and step % self.args.save_steps == 0:
                 self._save_checkpoint(Path(self.args.output_dir) / f"checkpoint-{step}")
@@ -141,7 +141,8 @@ class ESSATrainer:
             self.model.save_pretrained(str(folder))
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": self.log_history}, indent=2))
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One generation of the strategy: let a population answer, and move the mean."""
         step = self.strategy.num_steps
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
         num_rows = min(self.args.per_device_train_batch_size, len(self.train_dataset))
