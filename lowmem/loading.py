@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.master_weights import MasterWeights
-from lowmem.full.opening import Masters, open_full
+from lowmem.full.opening import AdapterRefusal, Masters, open_full
 from lowmem.models.build import Skeleton, StreamedBlock, fill, skeleton
 from lowmem.streaming.block_source import BlockSource
 from lowmem.streaming.chunkable import can_chunk, enable_chunks
@@ -182,6 +182,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     runtime.full = None if masters is None else masters.full
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     attach(model, runtime)
+    if masters is not None:
+        runtime.before_first_block(AdapterRefusal(model))
     runtime.before_first_block(Preparation(model))
     if masters is None:
         hash_by_fingerprint(model, opened.source.fingerprint())

@@ -60,9 +60,9 @@ class ChunkFiles:
         self._in_buffer: str | None = None
 
     @property
-    def committed_step(self) -> int | None:
-        """Number of the step whose state is committed, of whatever run; None if there is none."""
-        return self._store.step if Store.exists(self._folder) else None
+    def step(self) -> int:
+        """Number of the step whose state is committed, of whatever run; 0 before the first."""
+        return self._store.step
 
     @property
     def record(self) -> dict[str, object]:
@@ -161,7 +161,12 @@ class ChunkFiles:
             self._in_step = self._is_fresh = False
 
     def adopt(self) -> None:
-        """Go on from the committed state; what this run has written since is forgotten."""
+        """Go on from the committed state; what this run has written since is forgotten.
+
+        Raises:
+            SourceError: Nothing was committed.
+        """
+        Store.specs_in(self._folder)
         self._store.abort_step()
         self._in_step = self._is_fresh = False
         self._have, self._in_buffer = set(self._store.names()), None

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.adamw import Segment
+from lowmem.full.chunk_edits import ChunkEdits, parts
 from lowmem.full.chunk_files import ChunkFiles
-from lowmem.full.chunks import Chunk, chunk_numel, cut
+from lowmem.full.chunks import chunk_numel, cut
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import Job, UpdateThread
 from lowmem.full.layout import ParamPlace, UnitLayout
@@ -25,7 +26,6 @@ from offload import (
     OffloadError,
     PlacementPlan,
     Scheduler,
-    StagingBuffer,
     TensorSpec,
     Trace,
     Transfer,
@@ -86,7 +86,6 @@ class DiskTier:
         self._is_updating, self._is_committing = False, False
         self._step: tuple[int, dict[str, object]] | None = None
         self._last: tuple[int, dict[str, object]] = (0, {})
-        self._edit: _Edit | None = None
         self._edited: set[int] = set()
         self.files = ChunkFiles(
             folder,
@@ -97,6 +96,7 @@ class DiskTier:
             gradients=self._gradients,
             trace=trace,
         )
+        self._edits = ChunkEdits(self.files, self._chunks, settle=self._settle, changed=self._invalidate)
         self._thread = UpdateThread(self.files, chunk_numel=chunk_numel(self.layouts))
         self._scheduler = Scheduler(
             [_spec(layout, folder) for layout in self.layouts[:num_blocks]],
@@ -109,7 +109,7 @@ class DiskTier:
     @contextmanager
     def lend(self, index: int) -> Iterator[Tensor]:
         """See `StateTier.lend`: a slot of the ring."""
-        self._end_edit()
+        self._edits.flush()
         with self._scheduler.resident(index) as tensors:
             yield tensors[WEIGHT]
 
@@ -191,7 +191,7 @@ class DiskTier:
     def end_step(self, step: int, record: dict[str, object]) -> None:
         """See `StateTier.end_step`. Waits for the weights that the model itself holds."""
         self._begin_updates()
-        self._end_edit()
+        self._edits.flush()
         for index in self._edited:
             self._gradients.spend(index)
         self._edited.clear()
@@ -205,14 +205,11 @@ class DiskTier:
 
     def finish(self) -> None:
         """See `StateTier.finish`."""
-        self._end_edit()
+        self._edits.flush()
         with self._changed:
             for index in list(self._pending):
                 self._submit(index, self._pending.pop(index))
-            while self._running or self._is_committing:
-                self._raise_failure()
-                self._changed.wait(0.05)
-            self._raise_failure()
+        self._finish_jobs()
         if not self._is_updating:
             self._commit_if_complete()
             # What was written between steps belongs to the last one.
@@ -226,7 +223,7 @@ class DiskTier:
         if field == WEIGHT and not self.files.has_weight(index):
             return self._read_base(place.key)
         found = torch.empty(place.shape)
-        for chunk, here, there in self._parts(index, place):
+        for chunk, here, there in parts(self._chunks[index], place):
             found.view(-1)[there] = self.files.read_chunk(chunk, field)[here]
         return found
 
@@ -236,11 +233,7 @@ class DiskTier:
             self._settle(index)
             self._live[index][place.start : place.stop].view(place.shape).copy_(value)
             return
-        for chunk, here, there in self._parts(index, place):
-            if self._edit is None or (self._edit.chunk, self._edit.is_weight) != (chunk, field == WEIGHT):
-                self._begin_edit(chunk, is_weight=field == WEIGHT)
-            assert self._edit is not None
-            self._edit.flat(field)[here] = value.detach().reshape(-1)[there].float()
+        self._edits.write(index, field, place, value)
 
     @property
     def counters(self) -> Counters:
@@ -268,24 +261,40 @@ class DiskTier:
         self._gradients.close()
         self.files.close()
 
-    def adopt(self, folder: Path | None = None) -> None:
-        """Go on from the committed state, or from that of a folder; updates that are pending are forgotten.
+    def save_to(self, folder: Path) -> None:
+        """Keep the state of the last step in a folder of its own, by links where possible."""
+        self.finish()
+        self.files.save_to(folder)
+
+    def adopt(self, folder: Path | None = None) -> dict[str, object]:
+        """Go on from the state that was committed last, or from that of a folder.
 
         Args:
-            folder: What `files.save_to` made; None for the tier's own folder.
+            folder: What `save_to` made; None for the tier's own folder.
+
+        Returns:
+            The record of its step.
+
+        Raises:
+            SourceError: There is no such state.
         """
-        self.finish()
+        self._edits.flush()
+        with self._changed:
+            self._pending.clear()
+            self._step = None
+        self._finish_jobs()
         if folder is None:
             self.files.adopt()
         else:
             self.files.restore(folder)
-        self._last = (self.files.committed_step or 0, self.files.record)
+        self._last = (self.files.step, self.files.record)
         self._scheduler.invalidate(range(self._num_blocks))
         for index, live in self._live.items():
             if self.files.has_weight(index):
                 for chunk in self._chunks[index]:
                     part = live[chunk.start : chunk.stop]
                     part.copy_(self.files.read_chunk(chunk, WEIGHT)[: part.numel()])
+        return self.files.record
 
     def _begin_updates(self) -> None:
         if not self._is_updating:
@@ -342,9 +351,20 @@ class DiskTier:
                 self._is_committing = False
                 self._changed.notify_all()
 
+    def _finish_jobs(self) -> None:
+        with self._changed:
+            while self._running or self._is_committing:
+                self._raise_failure()
+                self._changed.wait(0.05)
+            self._raise_failure()
+
+    def _invalidate(self, index: int) -> None:
+        if index < self._num_blocks:
+            self._scheduler.invalidate((index,))
+
     def _settle(self, index: int) -> None:
         """Have a unit's update carried out."""
-        self._end_edit()
+        self._edits.flush()
         with self._changed:
             if index in self._pending:
                 self._submit(index, self._pending.pop(index))
@@ -357,48 +377,6 @@ class DiskTier:
         if self._thread.failure is not None:
             raise self._thread.failure
 
-    def _parts(self, index: int, place: ParamPlace) -> Iterator[tuple[Chunk, slice, slice]]:
-        """The chunks that hold a parameter, where it is in each, and which part of it."""
-        for chunk in self._chunks[index]:
-            start, stop = max(chunk.start, place.start), min(chunk.stop, place.stop)
-            if start < stop:
-                yield (
-                    chunk,
-                    slice(start - chunk.start, stop - chunk.start),
-                    slice(start - place.start, stop - place.start),
-                )
-
-    def _begin_edit(self, chunk: Chunk, *, is_weight: bool) -> None:
-        self._settle(chunk.unit)
-        self.files.begin()
-        if is_weight and not self.files.has_weight(chunk.unit):
-            self._write_base(chunk.unit)
-        edit = _Edit(chunk, is_weight=is_weight, numel=self._chunks[chunk.unit][0].numel)
-        weight, moments = (edit.data, None) if is_weight else (None, edit.data)
-        for read in self.files.start_load(chunk, weight=weight, moments=moments):
-            read.wait()
-        self._edit = edit
-
-    def _end_edit(self) -> None:
-        edit, self._edit = self._edit, None
-        if edit is None:
-            return
-        weight, moments = (edit.data, None) if edit.is_weight else (None, edit.data)
-        for write in self.files.start_save(edit.chunk, weight=weight, moments=moments):
-            write.wait()
-        if edit.chunk.unit < self._num_blocks:
-            self._scheduler.invalidate((edit.chunk.unit,))
-
-    def _write_base(self, index: int) -> None:
-        """Write a block's weight as the checkpoint has it: from now on parts of it may differ."""
-        with StagingBuffer(self.layouts[index].numel * _ELEMENT_BYTES) as buffer:
-            flat = buffer.tensor.view(torch.float32)
-            self.files.load_base(index, flat)
-            for chunk in self._chunks[index]:
-                data = flat[chunk.start : chunk.stop].view(torch.uint8)
-                for write in self.files.start_save(chunk, weight=data, moments=None):
-                    write.wait()
-
 
 class _Newest:
     """Reads blocks for the scheduler."""
@@ -409,20 +387,6 @@ class _Newest:
 
     def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
         return self._tier.fetch(self._indices[layout.name], into)
-
-
-class _Edit:
-    """One chunk's weight, or its moments, on the way to the next version."""
-
-    def __init__(self, chunk: Chunk, *, is_weight: bool, numel: int) -> None:
-        self.chunk, self.is_weight = chunk, is_weight
-        self._buffer = StagingBuffer((1 if is_weight else 2) * numel * _ELEMENT_BYTES)
-        self.data = self._buffer.tensor[: (1 if is_weight else 2) * chunk.numel * _ELEMENT_BYTES]
-
-    def flat(self, field: str) -> Tensor:
-        """The buffer of one field."""
-        flat = self.data.view(torch.float32)
-        return flat[self.chunk.numel :] if field == "exp_avg_sq" else flat[: self.chunk.numel]
 
 
 def _spec(layout: UnitLayout, folder: Path) -> BlockSpec:

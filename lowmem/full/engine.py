@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.adamw import ParamUpdate, segments_of
+from lowmem.full.disk_tier import DiskTier
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.layout import ParamPlace
 from lowmem.full.tier import WEIGHT, Contribution, StateTier
@@ -173,6 +174,28 @@ class FullTuning:
     def finish(self) -> None:
         """Complete all updates."""
         self.tier.finish()
+
+    def adopt(self, folder: Path | None = None) -> dict[str, object]:
+        """Go on from a state on disk: from what this or an earlier run committed last, or from a checkpoint's.
+
+        Args:
+            folder: The checkpoint's folder of state; None for the run's own folder.
+
+        Returns:
+            What `step` was given with it.
+
+        Raises:
+            UnsupportedError: State is kept in memory.
+            SourceError: There is no such state.
+        """
+        if not isinstance(self.tier, DiskTier):
+            raise UnsupportedError(
+                "going on from state on disk",
+                reason="this run keeps its state in memory",
+                instead="a budget with Budget.disk that puts the state on disk",
+            )
+        self.version += 1
+        return self.tier.adopt(folder)
 
     def read(self, key: str, field: str = WEIGHT) -> Tensor:
         """A copy of a parameter's newest weight or moment."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -51,6 +52,27 @@ class Masters:
         """Set a weight."""
         assert self.full is not None, f"{key} was written before the masters were filled"
         self.full.write(key, value)
+
+
+class AdapterRefusal:
+    """Called before block 0 of each forward: PEFT may have put an adapter on the model since."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Watch a model, weakly."""
+        self._model = weakref.ref(model)
+
+    def __call__(self) -> None:
+        """Refuse adapters.
+
+        Raises:
+            UnsupportedError: There is one.
+        """
+        if getattr(self._model(), "peft_config", None):
+            raise UnsupportedError(
+                'a PEFT adapter with tuning="full"',
+                reason="an adapter is trained on frozen weights",
+                instead='tuning="adapter" with the adapter, or tuning="full" without it',
+            )
 
 
 def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dtype) -> None:

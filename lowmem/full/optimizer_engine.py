@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from lowmem.errors import UnsupportedError
 from lowmem.full.adamw import ParamUpdate
 from lowmem.full.engine import FullTuning, TunedParam
 from lowmem.full.gradient import OffloadedGradient
@@ -112,12 +115,43 @@ class OptimizerEngine:
         steps = cast("dict[str, int]", entry["steps"])
         if unknown := sorted(set(steps) - set(self._full.params)):
             raise ValueError(f"optimizer state: {unknown[0]} is not a parameter of this model")
-        self._forget_moments(set(self._steps) - set(steps))
+        stale = set(self._steps) - set(steps)
         if steps:
-            load_moments(self._full, str(entry["folder"]), keys=steps)
+            load_moments(self._full, Path(str(entry["folder"])), keys=steps, stale=stale)
+        else:
+            self._forget_moments(stale)
         states = cast("dict[str, State]", entry["states"])
         self._states = {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()}
         self._steps, self._num_steps = dict(steps), cast(int, entry["num_steps"])
+
+    def resume(self, optimizer: RuleOptimizer) -> int:
+        """Go on from the last step whose state is on disk: weights, moments, settings of the groups.
+
+        Returns:
+            The number of steps that have been taken.
+
+        Raises:
+            UnsupportedError: State is in memory, or the optimizer keeps state there.
+            SourceError: No step has been committed.
+            ValueError: The optimizer has other groups.
+        """
+        flat = [_is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"]]
+        if not all(flat):
+            raise UnsupportedError(
+                f"resuming {type(optimizer).__name__} from state on disk",
+                reason="it keeps state in memory, which a killed run has lost",
+                instead="a checkpoint of the Trainer, or optimizer.state_dict() after model.save_pretrained(folder)",
+            )
+        record = self._full.adopt()
+        groups = cast("list[dict[str, object]]", record["groups"])
+        if [group["keys"] for group in groups] != [self._group_keys(group) for group in optimizer.param_groups]:
+            raise ValueError("the state on disk is of an optimizer with other parameter groups; make the same ones")
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name != "keys"})
+        self._steps = cast("dict[str, int]", record["steps"])
+        self._num_steps = cast(int, record["num_steps"])
+        self._optimizer = weakref.ref(optimizer)
+        return self._num_steps
 
     def _run_rule(self, key: str, rule: Rule, hyper: Hyper) -> None:
         entry = self._full.params[key]
@@ -142,8 +176,15 @@ class OptimizerEngine:
         return {
             "num_steps": self._num_steps,
             "steps": dict(self._steps),
-            "clocks": [group["clock"] + 1 for group in optimizer.param_groups],
+            "groups": [
+                {name: _plain(value) for name, value in group.items() if name not in ("params", "param_names")}
+                | {"clock": group["clock"] + 1, "keys": self._group_keys(group)}
+                for group in optimizer.param_groups
+            ],
         }
+
+    def _group_keys(self, group: Mapping[str, Iterable[Tensor]]) -> list[str]:
+        return [self._full.key_of(param) for param in group["params"]]
 
     def _forget_moments(self, keys: set[str]) -> None:
         for key in keys:
@@ -151,6 +192,10 @@ class OptimizerEngine:
             zero = torch.zeros(entry.place.shape)
             for field in (EXP_AVG, EXP_AVG_SQ):
                 self._full.write(key, zero, field)
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _is_flat(rule: Rule) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 import lowmem
+from tests.lowmem.tiny_training import texts, word_tokenizer
 
 TIERS = ("device", "host", "disk")
 SMALL_DEVICE, DISK_DEVICE = "250KiB", "450KiB"
@@ -47,3 +50,53 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, *, parts: int = 1) -> fl
     loss = model(input_ids=ids, labels=ids).loss
     (loss / parts).backward()
     return float(loss.detach())
+
+
+def plain_trainer(
+    model: PreTrainedModel, output: Path, *, optimizer: torch.optim.Optimizer | None = None, **options: object
+) -> Trainer:
+    """The Trainer of transformers, with the model's own loss: 4 steps of 4 sequences, clipping at 1, cosine schedule."""
+    torch.manual_seed(0)
+    rows = [{"input_ids": ids, "labels": ids} for batch in batches(12) for ids in batch]
+    return Trainer(
+        model=model,
+        args=TrainingArguments(str(output), **(TRAINING | options)),
+        train_dataset=rows,
+        optimizers=(optimizer, None),
+    )
+
+
+TRAINING: dict[str, object] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
+
+
+def sft_trainer(
+    model: PreTrainedModel,
+    output: Path,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    peft_config: LoraConfig | None = None,
+    **options: object,
+) -> SFTTrainer:
+    """TRL's SFTTrainer as users make it: 4 steps of 4 sequences in fp32, clipping at 1, cosine schedule."""
+    torch.manual_seed(0)
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(str(output), **(TRAINING | options)),
+        train_dataset=texts(),
+        processing_class=word_tokenizer(),
+        peft_config=peft_config,
+        optimizers=(optimizer, None),
+    )
