@@ -19,6 +19,7 @@ from transformers.generation import GenerationConfig, GenerationMode, StoppingCr
 
 from lowmem.generation.cache import StreamedCache
 from lowmem.generation.decoding import CACHE, run_block
+from lowmem.generation.dropout import draws_numbers
 from lowmem.generation.products import products_for
 from lowmem.generation.room import KvRoom
 from lowmem.generation.rows import ActiveRows
@@ -135,6 +136,8 @@ class GenerationHooks:
         drops = cache is not None and not generation_config.return_dict_in_generate
         # Without such a criterion `generate` goes on with the tokens of finished rows instead of padding them.
         drops = drops and any(hasattr(criterion, "eos_token_id") for criterion in found)
+        # Fewer rows would draw fewer numbers, and each other ones than in a whole batch.
+        drops = drops and not draws_numbers(model)
         return _NotedCriteria(found, cache if drops else None, listeners=self._listeners)
 
 

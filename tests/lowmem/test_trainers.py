@@ -1,11 +1,13 @@
 """TRL's trainers, unmodified, on streamed models: every step logs what it logs in memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel, Trainer
 
-from tests.lowmem.tiny_trainers import loaders, records, trained
+from tests.lowmem.tiny_trainers import loaders, pairs, records, trained
 from tests.zoo.architectures import build
 
 pytestmark = [
@@ -27,14 +29,22 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "rloo": ("rloo", {}),
     "rloo without a reference": ("rloo", {"beta": 0.0}),
 }
-QUICK = {
-    ("llama", "dpo"),
-    ("llama", "grpo with a reference"),
-    ("llama", "kto"),
-    ("llama", "reward"),
-    ("llama", "rloo"),
-    ("mixtral", "dpo"),
+OTHERS: dict[str, tuple[str, dict[str, object]]] = {
+    "dpo, an adapter trained before": ("dpo", {"wrapped": True}),
+    "dpo, a model for a reference": ("dpo", {"ref_model": True}),
+    "dpo, batches added up and evaluation": (
+        "dpo",
+        {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": pairs(6)},
+    ),
+    "dpo with dropout": ("dpo", {"disable_dropout": False, "adapter": {"lora_dropout": 0.2}}),
+    "grpo, an adapter trained before": ("grpo", {"wrapped": True, "beta": 0.1}),
+    "grpo with dropout": ("grpo", {"beta": 0.1, "adapter": {"lora_dropout": 0.2}}),
+    "grpo, every batch used twice": ("grpo", {"beta": 0.1, "num_iterations": 2}),
+    "grpo, batches added up": ("grpo", {"beta": 0.1, "gradient_accumulation_steps": 2}),
+    "rloo, batches added up": ("rloo", {"gradient_accumulation_steps": 2}),
+    "kto with DoRA": ("kto", {"adapter": {"use_dora": True}}),
 }
+QUICK = {("llama", "dpo"), ("mixtral", "dpo"), ("llama", "grpo with a reference"), ("llama", "reward")}
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +58,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         pytest.param(name, case, marks=() if (name, case) in QUICK else pytest.mark.slow)
         for name in ARCHITECTURES
-        for case in CASES
+        for case in (CASES | OTHERS if name == "llama" else CASES)
     ],
 )
 def test_losses_rewards_and_gradient_norms_equal_training_in_memory(
     architecture: str, case: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    task, options = CASES[case]
+    task, options = (CASES | OTHERS)[case]
     folder = folders[architecture]
     if architecture == "mixtral" and task != "reward":
         # TRL asks for the routers' logits otherwise, which is refused by name.
         options = options | {"router_aux_loss_coef": 0.0}
-    expected, got = (records(trained(task, load(folder), tmp_path, **options)) for load in loaders(task))
+    expected, got = (records(_trained(task, load, folder, tmp_path, **options)) for load in loaders(task))
     assert len(got) == len(expected) == 5
     assert any(entry["grad_norm"] > 0 for entry in got)
     for step, (one, other) in enumerate(zip(got, expected, strict=True)):
@@ -68,3 +78,11 @@ def test_losses_rewards_and_gradient_norms_equal_training_in_memory(
         torch.testing.assert_close(
             *values, rtol=2e-5, atol=2e-6, equal_nan=True, msg=lambda m, s=step, o=other: f"step {s}: {list(o)}\n{m}"
         )
+
+
+def _trained(
+    task: str, load: Callable[[Path], PreTrainedModel], folder: Path, output: Path, **options: object
+) -> Trainer:
+    if options.get("ref_model"):
+        options["ref_model"] = load(folder)
+    return trained(task, load(folder), output, **options)

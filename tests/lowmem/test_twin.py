@@ -63,7 +63,12 @@ STEPS: dict[str, tuple[str, dict[str, object], float, float]] = {
 }
 
 
-@pytest.mark.parametrize("case", STEPS)
+QUICK = ("dpo", "kto", "grpo", "rloo")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in STEPS]
+)
 def test_a_step_with_its_reference_takes_as_many_passes_as_one_without(case: str, folder: Path, tmp_path: Path) -> None:
     task, options, first, others = STEPS[case]
     model = streamed(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, set_seed
 from trl import (
     DPOConfig,
@@ -97,21 +98,36 @@ def make(
         model: Streamed or resident.
         output: Its folder.
         adapter: What its LoRA on all linear layers, without dropout, has besides.
-        options: For the trainer's configuration; `train_dataset`, `callbacks` for the trainer.
+        options: For the trainer's configuration; `train_dataset`, `eval_dataset`, `callbacks` and `ref_model` for the
+            trainer; `wrapped` to give it a PeftModel, of which it makes a frozen copy for a reference.
     """
     trainer_class, config_class, dataset, defaults = _TRAINERS[task]
     torch.manual_seed(0)
     arguments: dict[str, object] = {"train_dataset": options.pop("train_dataset", None) or dataset()}
-    arguments |= {name: options.pop(name) for name in ("callbacks",) if name in options}
+    arguments |= {name: options.pop(name) for name in ("callbacks", "eval_dataset", "ref_model") if name in options}
     if task in ("grpo", "rloo"):
         arguments["reward_funcs"] = even_words
+    peft_config = lora(**({"lora_dropout": 0.0} | dict(adapter or {})))
+    if options.pop("wrapped", False):
+        model, peft_config = _trained_before(model, peft_config), None
     return trainer_class(  # type: ignore[call-arg]
         model=model,
         args=config_class(str(output), **(_SHARED | defaults | options)),
         processing_class=word_tokenizer(),
-        peft_config=lora(**({"lora_dropout": 0.0} | dict(adapter or {}))),
+        peft_config=peft_config,
         **arguments,
     )
+
+
+def _trained_before(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """An adapter that is not the base model: a second stage's start."""
+    made = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, param in made.named_parameters():
+            if "lora_B" in name:
+                param.copy_(0.1 * torch.randn(param.shape, generator=generator))
+    return made
 
 
 def trained(task: str, model: PreTrainedModel, output: Path, **options: object) -> Trainer:
