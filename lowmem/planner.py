@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -127,9 +128,7 @@ def plan(
         offload.SourceError: A file is missing, damaged, or does not fit the configuration.
         ValueError: A number is out of range.
     """
-    from lowmem.full.opening import refuse_unsupported
-    from lowmem.loading import open_checkpoint, pick_device, pick_dtype, read_config
-    from lowmem.models.checkpoint import resolve
+    from lowmem.loading import pick_device
 
     refuse_options(tuning=tuning, quantization=quantization, peft_config=peft_config)
     chosen = pick_device(device)
@@ -147,18 +146,27 @@ def plan(
         device=chosen.type,
         tuning=tuning,
     )
+    opened = _open(model, device=chosen, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    with closing(opened.source):
+        shapes, found = _shapes_for(opened, job, peft_config=peft_config), _rates_for(opened, rates)
+    return plan_step(shapes, job, budget=measured(budget or Budget(), chosen), rates=found)
+
+
+def _open(
+    model: str | os.PathLike[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Opened:
+    from lowmem.loading import open_checkpoint, pick_dtype, read_config
+    from lowmem.models.checkpoint import resolve
+
     folder = resolve(model, revision=revision)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    compute = pick_dtype(dtype, device=chosen, stored=config.dtype or torch.float32)
-    opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, trust_remote_code=trust_remote_code)
-    try:
-        if tuning == "full":
-            refuse_unsupported(opened.built, device=chosen, dtype=compute)
-        shapes = _shapes_for(opened, job, peft_config=peft_config)
-        found = _rates_for(opened, rates)
-    finally:
-        opened.source.close()
-    return plan_step(shapes, job, budget=measured(budget or Budget(), chosen), rates=found)
+    compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
+    return open_checkpoint(folder, name=str(model), device=device, dtype=compute, trust_remote_code=trust_remote_code)
 
 
 def plan_for(
@@ -238,6 +246,10 @@ def refuse_options(*, tuning: str, quantization: str | None, peft_config: PeftCo
 
 
 def _shapes_for(opened: Opened, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
+    from lowmem.full.opening import refuse_unsupported
+
+    if job.tuning == "full":
+        refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
     shapes = corrected(read_shapes(opened, peft_config=peft_config), opened, seq_len=job.seq_len)
     if job.tuning == "full":
         shapes = shapes.with_every_weight()

@@ -55,7 +55,7 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, *, parts: int = 1) -> fl
 def plain_trainer(
     model: PreTrainedModel, output: Path, *, optimizer: torch.optim.Optimizer | None = None, **options: object
 ) -> Trainer:
-    """The Trainer of transformers, with the model's own loss: 4 steps of 4 sequences, clipping at 1, cosine schedule."""
+    """The Trainer of transformers, with the model's own loss: 4 steps of 4 sequences, clipped at 1, cosine schedule."""
     torch.manual_seed(0)
     rows = [{"input_ids": ids, "labels": ids} for batch in batches(12) for ids in batch]
     return Trainer(
@@ -90,7 +90,7 @@ def sft_trainer(
     peft_config: LoraConfig | None = None,
     **options: object,
 ) -> SFTTrainer:
-    """TRL's SFTTrainer as users make it: 4 steps of 4 sequences in fp32, clipping at 1, cosine schedule."""
+    """TRL's SFTTrainer as users make it: 4 steps of 4 sequences in fp32, clipped at 1, cosine schedule."""
     torch.manual_seed(0)
     return SFTTrainer(
         model=model,

@@ -100,7 +100,7 @@ def test_an_index_cannot_lead_out_of_the_folder(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tuning": "full"}, r"tuning='full'.*Instead"),
+        ({"tuning": "half"}, r"tuning='half'.*Instead"),
         ({"quantization": "nf4"}, r"quantization='nf4'.*Instead"),
         ({"dtype": "int8"}, r"dtype='int8'|dtype=torch.int8"),
     ],

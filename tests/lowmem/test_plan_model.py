@@ -159,7 +159,7 @@ def test_rates_are_assumed_measured_or_given(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tuning": "full"}, "tuning='full' is not supported"),
+        ({"tuning": "half"}, "tuning='half' is not supported"),
         ({"quantization": "nf4"}, "quantization='nf4' is not supported"),
         ({"device": "mps"}, "device='mps' is not supported"),
         ({"dtype": "int8"}, "dtype="),
