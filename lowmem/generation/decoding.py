@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem.generation.cache import StreamedCache
 from lowmem.generation.kv_layer import GrowingLayer
 from lowmem.generation.rows import ActiveRows
 from lowmem.streaming.block_call import BlockCall, flatten_output, micro_batches, tree_unflatten
+from lowmem.streaming.chunks import CallArguments, NotChunkable, RunBlock
+from lowmem.streaming.kv_carrier import KVCarrier
 
 CACHE = "past_key_values"
 """The keyword under which blocks get the cache."""
+
+
+InChunks = Callable[[RunBlock, CallArguments], object]
+"""Runs a block on whole sequences chunk by chunk, handing it a carrier in the cache's place."""
+
+
+class _Storing:
+    """Stands for the cache in the chunks of a prompt: hands keys and values on to it and answers as a carrier does."""
+
+    def __init__(self, carrier: KVCarrier, layer: DynamicLayer) -> None:
+        self._carrier, self._layer = carrier, layer
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int | None = None, cache_kwargs: object = None
+    ) -> tuple[Tensor, Tensor]:
+        self._layer.update(key_states, value_states)
+        return self._carrier.update(key_states, value_states, layer_idx, cache_kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._carrier.get_seq_length(layer_idx)
 
 
 def run_block(
@@ -25,6 +49,7 @@ def run_block(
     layer: int,
     rows: ActiveRows,
     max_tokens: int,
+    in_chunks: InChunks | None = None,
 ) -> object:
     """Run a block's forward on the rows that are not finished, a prompt in parts of at most `max_tokens` tokens.
 
@@ -36,6 +61,7 @@ def run_block(
         layer: Number of the block.
         rows: Is told which rows are run.
         max_tokens: Tokens that may go through at a time; one row's share of a part at least.
+        in_chunks: How to run rows that are too long even one by one; None where they are not.
 
     Returns:
         What the block returns for the whole batch; rows that are finished are zeros.
@@ -47,7 +73,7 @@ def run_block(
     if call.can_split:
         cache.splittable.add(layer)
     if not call.can_split or (alive is None and not is_long):
-        return run(*args, **kwargs)
+        return _run_part(run, cache, args, kwargs, layer=layer, in_chunks=in_chunks)
     batch_size, num_tokens = call.batch_size, call.num_tokens // call.batch_size
     inputs = call.take_inputs()
     index = torch.arange(batch_size) if alive is None else alive
@@ -56,18 +82,46 @@ def run_block(
     for window in micro_batches(len(index), size):
         chosen = index[window]
         part_args, part_kwargs = call.arguments(call.cut_inputs(inputs, chosen), chosen)
-        part_kwargs[CACHE] = cache
-        with rows.set(chosen):
-            if size is None:
-                outputs.append(run(*part_args, **part_kwargs))
-                continue
-            assert isinstance(held, GrowingLayer)
-            with held.rows(window, num_rows=len(index)):
-                outputs.append(run(*part_args, **part_kwargs))
-    if size is not None:
-        assert isinstance(held, GrowingLayer)
+        updated: AbstractContextManager[None] = nullcontext()
+        if size is not None and isinstance(held, GrowingLayer):
+            updated = held.rows(window, num_rows=len(index))
+        with rows.set(chosen), updated:
+            outputs.append(_run_part(run, cache, part_args, part_kwargs, layer=layer, in_chunks=in_chunks))
+    if size is not None and isinstance(held, GrowingLayer):
         held.advance(num_tokens)
     return _whole(outputs, index, batch_size)
+
+
+def _run_part(
+    run: Callable[..., object],
+    cache: StreamedCache,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    layer: int,
+    in_chunks: InChunks | None,
+) -> object:
+    held = cache.layers[layer] if layer < len(cache.layers) else None
+    stores = isinstance(held, GrowingLayer) or type(held) is DynamicSlidingWindowLayer
+    if in_chunks is None or not stores or cache.get_seq_length(layer):
+        return run(*args, **{**kwargs, CACHE: cache})
+    assert isinstance(held, DynamicLayer)
+    has_begun = False
+
+    def run_chunk(arguments: CallArguments) -> object:
+        nonlocal has_begun
+        has_begun = True
+        chunk_args, chunk_kwargs = arguments
+        carrier = chunk_kwargs[CACHE]
+        assert isinstance(carrier, KVCarrier)
+        return run(*chunk_args, **{**chunk_kwargs, CACHE: _Storing(carrier, held)})
+
+    try:
+        return in_chunks(run_chunk, (tuple(args), dict(kwargs)))
+    except NotChunkable:
+        if has_begun:
+            raise
+        return run(*args, **{**kwargs, CACHE: cache})
 
 
 def _whole(outputs: Sequence[object], index: Tensor, batch_size: int) -> object:

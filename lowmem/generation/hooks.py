@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList
 
 from lowmem.generation.cache import StreamedCache
-from lowmem.generation.decoding import CACHE, run_block
+from lowmem.generation.decoding import CACHE, InChunks, run_block
 from lowmem.generation.dropout import draws_numbers
 from lowmem.generation.products import products_for
 from lowmem.generation.room import KvRoom
@@ -61,6 +61,7 @@ class GenerationHooks:
         *,
         block: int,
         rows: ActiveRows,
+        in_chunks: InChunks | None = None,
     ) -> object:
         """Run a block's raw forward, its weights being there: on unfinished rows where the cache knows which those are.
 
@@ -70,13 +71,23 @@ class GenerationHooks:
             kwargs: Keyword arguments; with a `StreamedCache` among them the call belongs to a generation.
             block: Number of the block.
             rows: Is told which rows are run.
+            in_chunks: How to run a prompt whose sequences are too long to be run whole.
         """
         cache = kwargs.get(CACHE)
         if not isinstance(cache, StreamedCache):
             return forward(*args, **kwargs)
         hidden = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
         with products_for(hidden.device, num_tokens=hidden.shape[:2].numel()):
-            return run_block(forward, cache, args, kwargs, layer=block, rows=rows, max_tokens=self._room.prefill_tokens)
+            return run_block(
+                forward,
+                cache,
+                args,
+                kwargs,
+                layer=block,
+                rows=rows,
+                max_tokens=self._room.prefill_tokens,
+                in_chunks=in_chunks,
+            )
 
     def memory(self) -> dict[str, int]:
         """Bytes of keys and values that are allocated now, by tier."""

@@ -31,6 +31,7 @@ class GrowingLayer(DynamicLayer):
         self._length = 0
         self._keys = self._values = torch.empty(0)
         self._window: tuple[slice, int] | None = None
+        self._num_in_window = 0
 
     @property
     def allocated_bytes(self) -> int:
@@ -39,12 +40,12 @@ class GrowingLayer(DynamicLayer):
 
     @contextmanager
     def rows(self, window: slice, *, num_rows: int) -> Iterator[None]:
-        """Update only some rows of a batch; the length stays until `advance`."""
-        self._window = (window, num_rows)
+        """Update only some rows of a batch, as often as need be; the length stays until `advance`."""
+        self._window, self._num_in_window = (window, num_rows), 0
         try:
             yield
         finally:
-            self._window = None
+            self._window, self._num_in_window = None, 0
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that every row has been given through `rows`."""
@@ -56,14 +57,17 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append tokens and return all keys and values so far, on the device of what was appended."""
         rows, num_rows = self._window or (slice(None), key_states.shape[0])
-        end = self._length + key_states.shape[-2]
+        start = self._length + self._num_in_window
+        end = start + key_states.shape[-2]
         self._reserve(end, num_rows=num_rows, like=(key_states, value_states))
         found = []
         for stored, states in ((self._keys, key_states), (self._values, value_states)):
-            stored[rows, :, self._length : end] = states
+            stored[rows, :, start:end] = states
             found.append(stored[rows, :, :end].to(states.device))
         if self._window is None:
             self.advance(key_states.shape[-2])
+        else:
+            self._num_in_window += key_states.shape[-2]
         return found[0], found[1]
 
     def get_seq_length(self) -> int:
@@ -112,7 +116,8 @@ class GrowingLayer(DynamicLayer):
     def _grown(self, stored: Tensor, num_tokens: int) -> Tensor:
         capacity = max(num_tokens, min(self._max_tokens, 2 * stored.shape[-2]))
         larger = stored.new_empty(*stored.shape[:-2], capacity, stored.shape[-1])
-        larger[:, :, : self._length] = stored[:, :, : self._length]
+        num_kept = self._length + self._num_in_window
+        larger[:, :, :num_kept] = stored[:, :, :num_kept]
         return larger
 
     def _selected(self, stored: Tensor, indices: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lowmem.models.build import StreamedBlock
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import BlockFunction, RecordedCall, Split
 from lowmem.streaming.boundary import Boundary, tier_for
+from lowmem.streaming.chunks import CallArguments, ChunkedCall, RunBlock, forward_chunks
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.passes import TrainingPass, VisitingOrder
 from lowmem.streaming.random_state import RandomTape
@@ -190,7 +191,8 @@ class Runtime:
         if chunk_tokens is None or _has_cache(kwargs):
             forward = partial(block.raw_forward, block.module)
             if self.generation is not None:
-                return self.generation.run(forward, args, kwargs, block=index, rows=self.rows)
+                in_chunks = None if chunk_tokens is None else partial(self._in_chunks, index, chunk_tokens)
+                return self.generation.run(forward, args, kwargs, block=index, rows=self.rows, in_chunks=in_chunks)
             return forward(*args, **kwargs)
         return self._chunked(index, chunk_tokens).forward((tuple(args), dict(kwargs)))
 
@@ -204,6 +206,11 @@ class Runtime:
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The blocks' modules."""
         return tuple(streamed.block.module for streamed in self._blocks)
+
+    def _in_chunks(self, index: int, chunk_tokens: int, run: RunBlock, arguments: CallArguments) -> object:
+        call = ChunkedCall(self._blocks[index].block.raw_forward, *arguments)
+        workspace = self.chunk_workspace
+        return forward_chunks(run, call, chunk_tokens=chunk_tokens, device=self.device, workspace=workspace).output
 
     def _chunked(self, index: int, chunk_tokens: int) -> ChunkedRows:
         block = self._blocks[index].block

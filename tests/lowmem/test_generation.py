@@ -171,6 +171,23 @@ def test_prompts_pass_in_parts_where_they_do_not_fit_whole(name: str, tmp_path: 
         assert calls.rows[3] > 2
 
 
+@pytest.mark.parametrize("num_rows", [NUM_ROWS, 1])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_long_prompts_pass_in_chunks(name: str, num_rows: int, tmp_path: Path) -> None:
+    build(name, tmp_path)
+    model = streamed(tmp_path)
+    runtime = runtime_of(model)
+    with_room(runtime, prefill_tokens=NUM_PROMPT_TOKENS)
+    runtime._choose_split._planned_chunk = 4
+    lengths: list[int] = []
+    norm = next(module for name, module in model.named_modules() if name.endswith("layers.0.input_layernorm"))
+    norm.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    inputs = {key: value[:num_rows] for key, value in prompts().items()}
+    answers = [each.generate(**inputs, generation_config=settings()) for each in (model, resident(tmp_path))]
+    assert torch.equal(*answers)
+    assert lengths[:3] == [4, 4, 1]
+
+
 def test_keys_and_values_beyond_the_device_budget_wait_on_the_host(llama: Path) -> None:
     model = streamed(llama)
     runtime = runtime_of(model)
