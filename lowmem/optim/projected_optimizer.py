@@ -14,7 +14,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.optim.adamw import AdamWRule
 from lowmem.optim.block_rule import BlockRule
 from lowmem.optim.groups import block_name, embedding_names, groups_of_module, is_matrix, number_blocks
-from lowmem.optim.method import Method
+from lowmem.optim.method import Method, Projector, Side
 from lowmem.optim.optimizer import RuleOptimizer
 from lowmem.optim.projected import ProjectedRule
 from lowmem.optim.rule import Place, Rule
@@ -125,3 +125,29 @@ class Projected(MethodOptimizer):
     def method_of(cls, group: Mapping[str, Any]) -> Method:
         """The group's fields are the method's."""
         return Method(**{name: group[name] for name in Method.__dataclass_fields__})
+
+
+def projector_with_rank(projector: Projector) -> Projector:
+    """Refuse a projector that picks coordinates or blocks.
+
+    Raises:
+        ValueError: It has no rank.
+    """
+    if projector in ("columns", "rows", "block"):
+        raise ValueError(f"projector={projector!r}: expected one that has a rank: svd, rsvd, warm or gaussian")
+    return projector
+
+
+def side_of(proj_type: str) -> Side:
+    """The projected side by the name that the papers' code gives it.
+
+    Raises:
+        UnsupportedError: Both at once.
+    """
+    if proj_type == "full":
+        raise UnsupportedError(
+            "proj_type='full'",
+            reason="it projects both sides at once",
+            instead="proj_type='std', 'reverse_std', 'left' or 'right'",
+        )
+    return proj_type  # type: ignore[return-value]
