@@ -40,7 +40,7 @@ BENCHMARK = "grpo_arithmetic"
 NUM_GENERATIONS = 8
 BATCH_SIZE = 256
 GRPO_LEARNING_RATE = 1e-3
-POPULATION, PROMPTS_PER_MEMBER = 16, 32
+POPULATION, PROMPTS_PER_MEMBER = 16, 64
 _EVERY = 10
 
 Curve = list[tuple[int, float]]
@@ -51,7 +51,7 @@ def streamed(folder: Path) -> PreTrainedModel:
     """The model with all blocks on disk, in the smallest budget in which it takes a step of this benchmark."""
     job = {
         "task": "grpo",
-        "batch_size": 2 * BATCH_SIZE,
+        "batch_size": max(BATCH_SIZE, POPULATION * PROMPTS_PER_MEMBER),
         "seq_len": 6 + NUM_ANSWER_TOKENS,
         "completion_tokens": NUM_ANSWER_TOKENS,
         "peft_config": lora(),

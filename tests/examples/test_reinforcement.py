@@ -59,7 +59,7 @@ def test_grpo_goes_on_with_an_adapter_and_earns_more(inputs: Path) -> None:
     sft = ["--data", str(inputs / "sft.jsonl"), "--output", str(inputs / "sft"), "--batch-size", "16"]
     run_example("sft.py", inputs, *sft, "--max-steps", "10", "--learning-rate", "1e-2", "--seq-len", "64")
     options = ["--data", str(inputs / "questions.jsonl"), "--adapter", str(inputs / "sft"), "--learning-rate", "2e-3"]
-    options += ["--output", str(inputs / "out"), "--batch-size", "32", "--completion-tokens", "16", "--max-steps", "20"]
+    options += ["--output", str(inputs / "out"), "--batch-size", "32", "--completion-tokens", "16", "--max-steps", "12"]
     printed = run_example("grpo.py", inputs, *options)
     first, last = (float(word) for word in printed.split("mean reward: ")[1].split("\n")[0].split(" -> "))
     assert last > first
