@@ -14,7 +14,7 @@ from lowmem.streaming.head_tiles import HeadTiles
 ALWAYS = "always"
 """The phase of what is held throughout a step; phases other than this one exclude each other."""
 PHASES = ("embedding", "forward", "generation", "head", "block")
-"""Moments of a step: rows are looked up; a whole batch goes through a block without gradients; tokens are generated;
+"""Moments of a step: rows are looked up; a micro-batch goes through a block without gradients; tokens are generated;
 the head and its loss run; a block is recomputed and differentiated."""
 
 BOUNDARY_BUFFERS = "boundary buffers"
@@ -174,8 +174,9 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
 def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
     if choice.embedding_on_disk:
         yield _device("embedding rows", _gathered_bytes(shapes, job), phase="embedding")
-    if job.has_whole_forwards:
-        whole = _batch(shapes, job, num_sequences=max(job.num_sequences, job.num_generated))
+    if job.has_plain_forwards:
+        num_sequences = max(job.num_sequences, job.num_generated) if job.generates else choice.micro_batch
+        whole = _batch(shapes, job, num_sequences=num_sequences)
         # With a cache, a block takes whole sequences.
         chunk = None if job.generates else choice.chunk_tokens
         widest = max(

@@ -159,8 +159,8 @@ class Job:
         return self.num_forwards + self.num_backwards + self.num_decodes
 
     @property
-    def has_whole_forwards(self) -> bool:
-        """Whether forwards without gradients take the whole batch through a block at once."""
+    def has_plain_forwards(self) -> bool:
+        """Whether there are forwards that no backward follows."""
         return self.generates or self.num_evaluations > self.num_backwards
 
 

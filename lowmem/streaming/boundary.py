@@ -39,6 +39,19 @@ class BoundaryTier(Protocol):
         """Let go of everything; nothing can be kept or taken afterwards."""
 
 
+class NoTier:
+    """Keeps nothing: for a forward that no backward follows."""
+
+    held_bytes = 0
+
+    def keep(self, value: Tensor) -> Boundary:
+        """Forget an activation."""
+        return _Forgotten()
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
 class DeviceTier:
     """Kept by reference, in the device's memory."""
 
@@ -103,6 +116,21 @@ class HostTier:
         self._free.clear()
         self.held_bytes += nbytes
         return StagingBuffer(nbytes)
+
+
+class _Forgotten:
+    """An activation that nobody will ask for."""
+
+    def take(self) -> Tensor:
+        """Nothing can be given back.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("a forward without gradients keeps no activations")
+
+    def release(self) -> None:
+        """Nothing is held."""
 
 
 class _Referenced:

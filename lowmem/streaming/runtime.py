@@ -18,8 +18,8 @@ from lowmem.generation.rows import ActiveRows
 from lowmem.models.blocks import refuse_router_logits
 from lowmem.models.build import StreamedBlock
 from lowmem.streaming.block_call import BlockCall
-from lowmem.streaming.block_function import BlockFunction, RecordedCall, Split
-from lowmem.streaming.boundary import Boundary, tier_for
+from lowmem.streaming.block_function import BlockFunction, Split
+from lowmem.streaming.boundary import tier_for
 from lowmem.streaming.chunks import CallArguments, ChunkedCall, RunBlock, forward_chunks
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.passes import TrainingPass, VisitingOrder
@@ -28,6 +28,7 @@ from lowmem.streaming.row_records import ChunkedRows
 from lowmem.streaming.split_choice import SplitChoice
 from lowmem.streaming.twin import Twins
 from lowmem.streaming.visit import Phase, Visit
+from lowmem.streaming.visited_call import VisitedCall
 
 if TYPE_CHECKING:
     from lowmem.full.engine import FullTuning
@@ -163,7 +164,7 @@ class Runtime:
         if not params and not any(value.requires_grad for value in inputs):
             with torch.no_grad():
                 return self._run(index, *call.arguments(inputs, None), beside=beside, phase=phase)
-        entry = _Entry(self, index, call, self._choose_split(call), beside=beside)
+        entry = VisitedCall(self, index, call, self._choose_split(call), beside=beside)
         outputs = BlockFunction.apply(entry, len(inputs), *inputs, *params)  # type: ignore[no-untyped-call]
         return entry.rebuild(outputs)
 
@@ -185,6 +186,12 @@ class Runtime:
 
     def run_here(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """As `Blocks.run_here`."""
+        call = BlockCall(args, kwargs) if not _has_cache(kwargs) else None
+        split = self._choose_split(call) if call is not None else Split()
+        if call is not None and split.micro_batch is not None:
+            inputs = call.take_inputs()
+            entry = VisitedCall(self, index, call, split, keeps=False)
+            return entry.rebuild(entry.forward_here(inputs))
         shape = next((leaf.shape[:2] for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), torch.Size())
         block = self._blocks[index].block
         chunk_tokens = self._choose_split.chunk_for(shape[-1], num_tokens=shape.numel()) if shape else None
@@ -200,7 +207,7 @@ class Runtime:
         """As `Blocks.recorded_call`."""
         call = BlockCall(args, kwargs)
         (hidden,) = call.take_inputs()
-        return _Entry(self, index, call, self._choose_split(call)), hidden
+        return VisitedCall(self, index, call, self._choose_split(call)), hidden
 
     @property
     def modules(self) -> tuple[torch.nn.Module, ...]:
@@ -306,61 +313,6 @@ class Runtime:
         self.scheduler.close()
         self._unpacker.close()
         self.boundaries.close()
-
-
-class _Entry:
-    """One recorded call of one block of one runtime."""
-
-    def __init__(
-        self, runtime: Runtime, index: int, call: BlockCall, split: Split, *, beside: Callable[[], None] | None = None
-    ) -> None:
-        self.device, self.tape, self.workspace = runtime.device, runtime.tape, runtime.chunk_workspace
-        self._runtime, self._index = runtime, index
-        self._num_tokens = call.num_tokens
-        self._block = runtime.blocks[index].block
-        self.raw_forward = self._block.raw_forward
-        self._recorded, self._beside = RecordedCall(self, call, split=split), beside
-        self._pass: TrainingPass | None = None
-
-    def run_forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with self._runtime.visit(self._index, "forward", num_tokens=self._num_tokens):
-            outputs = self.forward_here(inputs)
-            if self._beside is not None:
-                self._beside()
-        self._beside = None
-        return outputs
-
-    def forward_here(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        self._pass = self._runtime.record(self._index)
-        return self._recorded.forward(inputs)
-
-    def run_backward(
-        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        with self._runtime.visit(self._index, "backward", num_tokens=self._num_tokens):
-            if self._runtime.full is None:
-                return self._recorded.backward(grads, params, wanted)
-            # Autograd holds the absent weights; what is differentiated are those that this visit has bound.
-            bound = self._runtime.trained_weights(self._index)
-            inputs, found = self._recorded.backward(grads, list(bound.values()), wanted)
-            self._runtime.full.keep_gradients(self._index, dict(zip(bound, found, strict=True)))
-            return inputs, [None] * len(params)
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> object:
-        return self._recorded.rebuild(tensors)
-
-    def forward_in_visit(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:
-        args, kwargs = arguments
-        return self._block.raw_forward(self._block.module, *args, **kwargs)
-
-    def adapter_state(self) -> tuple[object, ...]:
-        return tuple(
-            (module.training, getattr(module, "_disable_adapters", None), str(getattr(module, "_active_adapter", None)))
-            for module in self._block.module.modules()
-        )
-
-    def keep(self, value: Tensor) -> Boundary:
-        return self._runtime.boundaries.keep(value)
 
 
 _CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
