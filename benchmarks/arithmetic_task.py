@@ -14,7 +14,7 @@ _CHARACTERS = "0123456789+="
 LARGEST = 99
 NUM_ANSWER_TOKENS = 4
 """Three digits and the end."""
-_NUM_HELD_OUT = 400
+_NUM_HELD_OUT = 1000
 _LEARNING_RATE = 1.5e-3
 
 
