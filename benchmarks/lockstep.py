@@ -5,10 +5,17 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO
+from typing import IO, Protocol
 
 from benchmarks.harness import ROOT, Value, child_environment, last_json
-from benchmarks.sft_job import STEP_PREFIX, Job
+from benchmarks.sft_job import STEP_PREFIX
+
+
+class AnyJob(Protocol):
+    """A job that a module runs from its command line."""
+
+    def arguments(self) -> list[str]:
+        """The command line."""
 
 
 class LockstepJob:
@@ -17,10 +24,10 @@ class LockstepJob:
     Between its turns the child is idle, but for reads that it had begun: at most as many blocks as its ring holds.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: AnyJob, *, module: str = "benchmarks.sft_job") -> None:
         # A file, since nobody empties a pipe while we wait for a step.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the child
-        command = [sys.executable, "-m", "benchmarks.sft_job", *job.arguments(), "--lockstep"]
+        command = [sys.executable, "-m", module, *job.arguments(), "--lockstep"]
         self._child = subprocess.Popen(
             command,
             cwd=ROOT,

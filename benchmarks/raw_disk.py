@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,38 @@ def read_raw(files: Sequence[Path], setting: Setting, *, max_bytes: int) -> RawR
     if errors:
         raise errors[0]
     return RawRate(setting=setting, nbytes=nbytes, seconds=seconds)
+
+
+def write_raw(folder: Path, setting: Setting, *, nbytes: int) -> RawRate:
+    """Write a preallocated file of `nbytes` past the page cache, sync it and remove it; threads share the requests.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = folder / "raw-write.bin"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+        buffer = mmap.mmap(-1, setting.request_bytes)
+        buffer[:] = os.urandom(1 << 20) * (setting.request_bytes >> 20)
+
+        def write(offset: int) -> None:
+            os.pwritev(fd, [buffer], offset)
+
+        offsets = range(0, nbytes - setting.request_bytes + 1, setting.request_bytes)
+        with ThreadPoolExecutor(setting.num_threads) as pool:
+            # Once without the clock: blocks that were never written to cost more.
+            for _ in pool.map(write, offsets):
+                pass
+            start_s = time.perf_counter()
+            for _ in pool.map(write, offsets):
+                pass
+            os.fsync(fd)
+            seconds = time.perf_counter() - start_s
+    finally:
+        os.close(fd)
+        path.unlink()
+    return RawRate(setting=setting, nbytes=len(offsets) * setting.request_bytes, seconds=seconds)
 
 
 def best_setting(files: Sequence[Path], *, max_bytes: int) -> Setting:

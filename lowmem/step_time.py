@@ -2,7 +2,8 @@
 
 Each pass over the weights takes as long as its slowest lane: reading the streamed blocks, copying to the device, or
 computing. A backward computes twice what a forward does (recomputation, then the gradient of each product's input;
-frozen weights get none), which for training with P active parameters and T tokens makes 6 P T operations in all.
+frozen weights get none), which for training with P active parameters and T tokens makes 6 P T operations in all; 8 P T
+where every weight is trained. Updates of state on disk move with the next forward, gradients with the backward.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowmem.costs import Choice, boundary_bytes
+from lowmem.full.traffic import UPDATE_S_PER_PARAM, state_traffic
 from lowmem.job import Job
 from lowmem.rates import Rates
 from lowmem.shapes import ModelShapes, Part, itemsize
@@ -89,13 +91,15 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
             total[lane] += passes.count * seconds
     gather_s = _gather_s(shapes, job, rates) if choice.embedding_on_disk else 0.0
     moved_bytes = _boundary_disk_bytes(shapes, job, choice)
+    state = state_traffic(shapes, job, choice)
+    update_s = UPDATE_S_PER_PARAM * shapes.num_params if job.tuning == "full" and job.trains else 0.0
     return StepTime(
-        step_s=total["step"] + gather_s,
-        compute_s=total["compute"],
+        step_s=total["step"] + gather_s + update_s,
+        compute_s=total["compute"] + update_s,
         disk_s=total["disk"] + gather_s,
         copy_s=total["copy"],
-        read_bytes=placement.step_read_bytes + moved_bytes,
-        written_bytes=moved_bytes,
+        read_bytes=placement.step_read_bytes + moved_bytes + state.read_bytes,
+        written_bytes=moved_bytes + state.written_bytes,
     )
 
 
@@ -104,15 +108,22 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
     boundary = float(boundary_bytes(shapes, job)) if choice.boundary_tier != "device" else 0.0
     on_disk = boundary if choice.boundary_tier == "disk" else 0.0
     head = 2.0 * shapes.num_head_params * job.num_tokens
+    state = state_traffic(shapes, job, choice)
     if job.num_backwards:
         evaluation = (forward + head) * job.num_evaluations / job.num_forwards
         # Only forwards that a backward follows leave boundary activations behind.
-        yield _Passes(count=job.num_backwards, flops=evaluation, copy_bytes=boundary, disk_bytes=on_disk)
+        update = state.update_bytes / job.num_backwards
+        yield _Passes(count=job.num_backwards, flops=evaluation, copy_bytes=boundary, disk_bytes=on_disk + update)
         yield _Passes(count=job.num_forwards - job.num_backwards, flops=evaluation)
         backward = 2 * forward + 1.5 * _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
         if choice.chunk_tokens is not None:
             backward += _key_value_flops(shapes, job)
-        yield _Passes(count=job.num_backwards, flops=backward + 2 * head, copy_bytes=boundary, disk_bytes=on_disk)
+        backward += 2 * head
+        if job.tuning == "full":
+            # The gradient of each product's weight.
+            backward += 2.0 * shapes.num_active_params * job.num_tokens + head
+        disk = on_disk + state.gradient_bytes / job.num_backwards
+        yield _Passes(count=job.num_backwards, flops=backward, copy_bytes=boundary, disk_bytes=disk)
     if job.num_decodes:
         num = job.num_generated
         first = _forward_flops(shapes, num_sequences=num, seq_len=max(1, job.num_prompt_tokens))
