@@ -167,13 +167,14 @@ class Answer:
         self._given: Tensor | None = None
         self._asked: list[Arguments] = []
 
-    def next(self, blocks: Blocks, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+    def next(self, blocks: Blocks, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """The output of the next block.
 
         Raises:
             CannotFollow: This call differs from the one that ran: `run_after_all` must take over.
         """
-        index = len(self._asked)
+        if index != len(self._asked):
+            raise CannotFollow
         step = self._beside.steps[index]
         try:
             inputs = Inputs(args, kwargs)
@@ -203,17 +204,18 @@ class Answer:
         assert isinstance(output, Tensor)
         return output
 
-    def run_after_all(self, blocks: Blocks, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+    def run_after_all(self, blocks: Blocks, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """Run the blocks that were answered, then the one that is asked for now.
 
         Raises:
             RuntimeError: Something between the blocks has read what stood for hidden states.
         """
+        calls = [*enumerate(self._asked), (index, (tuple(args), dict(kwargs)))]
         hidden: Tensor | None = None
-        for index, call in enumerate([*self._asked, (tuple(args), dict(kwargs))]):
+        for number, (block, call) in enumerate(calls):
             if hidden is not None:
-                call = _replaced(call, self._given if index == len(self._asked) else None, hidden)
-            output = blocks.run_block(index, *call)
+                call = _replaced(call, self._given if number == len(self._asked) else None, hidden)
+            output = blocks.run_block(block, *call)
             hidden = single_tensor(output)[0]
         return output
 

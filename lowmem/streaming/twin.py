@@ -20,6 +20,7 @@ from torch import Tensor
 from lowmem.streaming.adapter_flags import weight_marks
 from lowmem.streaming.beside import Answer, Beside, Blocks, CannotFollow, single_tensor
 from lowmem.streaming.forward_state import ForwardState
+from lowmem.streaming.random_state import RandomState, capture, same_state
 from lowmem.streaming.same_inputs import Inputs, Unsuitable, correspond
 
 _REMEMBERED = 4
@@ -56,7 +57,20 @@ class _Lead:
 
     def __init__(self, followers: list[Beside]) -> None:
         self.followers = followers
+        self.num_blocks = 0
         self.output: Tensor | None = None
+        self._random: RandomState | None = None
+
+    def is_next(self, index: int, hidden: Tensor, device: torch.device) -> bool:
+        """Whether a block follows the last one with nothing in between, not even a draw that decides on skipping it."""
+        if index != self.num_blocks:
+            return False
+        return self._random is None or (hidden is self.output and same_state(self._random, capture(device)))
+
+    def ran(self, output: Tensor, device: torch.device) -> None:
+        """Note what a block gave."""
+        self.num_blocks += 1
+        self.output, self._random = output, capture(device)
 
 
 class Twins:
@@ -151,10 +165,10 @@ class Twins:
         self, blocks: Visitor, answer: Answer, index: int, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> object:
         try:
-            output = answer.next(blocks, args, kwargs)
+            output = answer.next(blocks, index, args, kwargs)
         except CannotFollow:
             self._answer = None
-            return answer.run_after_all(blocks, args, kwargs)
+            return answer.run_after_all(blocks, index, args, kwargs)
         if index == blocks.num_blocks - 1:
             self._answer = None
         return output
@@ -166,7 +180,7 @@ class Twins:
             inputs = Inputs(args, kwargs)
         except Unsuitable:
             inputs = None
-        if inputs is None or (index and inputs.hidden is not lead.output):
+        if inputs is None or not lead.is_next(index, inputs.hidden, blocks.device):
             # Something happens between this model's blocks that would have to happen to the other forward too.
             self._keep_apart(lead, list(lead.followers))
             return blocks.run_block(index, args, kwargs)
@@ -178,7 +192,7 @@ class Twins:
             recorded_beside=any(follower.state.grad for follower in lead.followers),
         )
         try:
-            lead.output = single_tensor(output)[0]
+            lead.ran(single_tensor(output)[0], blocks.device)
         except CannotFollow:
             self._keep_apart(lead, list(lead.followers))
         if index == blocks.num_blocks - 1:
