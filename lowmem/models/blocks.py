@@ -110,17 +110,17 @@ def _refuse_shared_state(architecture: str, blocks: tuple[DecoderBlock, ...]) ->
 _NOT_DECODER_BLOCKS = {"rwkv": "its blocks hand a recurrent state to one another that they change in place"}
 
 
-def refuse_router_logits() -> NoReturn:
-    """Refuse the auxiliary loss of mixtures of experts.
+def refuse_router_logits_in_chunks(chunk_tokens: int) -> NoReturn:
+    """Refuse the auxiliary loss of mixtures of experts where sequences are cut.
 
     Raises:
         UnsupportedError: Always.
     """
     raise UnsupportedError(
-        "output_router_logits=True",
-        reason="router logits are collected inside the blocks, which are recomputed: their gradient would be lost",
-        instead="router_aux_loss_coef=0.0 in the trainer's configuration (TRL asks for router logits otherwise) and "
-        "output_router_logits=False in the model's: training without the auxiliary loss",
+        f"output_router_logits=True with chunks of {chunk_tokens} tokens",
+        reason="router logits are collected inside the blocks for whole sequences",
+        instead="router_aux_loss_coef=0.0 in the trainer's configuration (TRL asks for router logits otherwise) or "
+        "output_router_logits=False in the model's: training without the auxiliary loss; or shorter sequences",
     )
 
 
@@ -144,8 +144,6 @@ def refuse_config(config: PretrainedConfig) -> None:
             reason=_NOT_DECODER_BLOCKS[config.model_type],
             instead="a decoder-only causal language model with attention",
         )
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        refuse_router_logits()
     if config.is_encoder_decoder:
         raise UnsupportedError(
             f"architecture {config.model_type}",
@@ -173,4 +171,4 @@ def refuse_labels(config: PretrainedConfig, num_labels: int) -> None:
         )
 
 
-__all__ = ["DecoderBlock", "find_blocks", "refuse_config", "refuse_labels", "refuse_router_logits"]
+__all__ = ["DecoderBlock", "find_blocks", "refuse_config", "refuse_labels", "refuse_router_logits_in_chunks"]

@@ -14,6 +14,7 @@ from lowmem.streaming.adapter_flags import flags_set, weight_marks
 from lowmem.streaming.block_function import BlockFunction
 from lowmem.streaming.forward_state import ForwardState
 from lowmem.streaming.random_state import capture, restore, same_state
+from lowmem.streaming.router_logits import collecting
 from lowmem.streaming.same_inputs import Correspondence, Inputs, Unsuitable
 
 Arguments = tuple[tuple[object, ...], dict[str, object]]
@@ -114,7 +115,7 @@ class Beside:
         random = capture(blocks.device)
         args, kwargs = inputs.with_hidden(self.hidden)
         entry: Entry | None = None
-        with torch.no_grad(), flags_set(blocks.modules[index], self.state.flags[index]):
+        with torch.no_grad(), collecting(None), flags_set(blocks.modules[index], self.state.flags[index]):
             if self.state.grad:
                 entry, hidden = blocks.recorded_call(index, args, kwargs)
                 output = entry.rebuild(entry.forward_here([hidden]))

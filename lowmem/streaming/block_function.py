@@ -10,13 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from lowmem.models.blocks import refuse_router_logits_in_chunks
 from lowmem.streaming.block_call import BlockCall, micro_batches
 from lowmem.streaming.boundary import Boundary
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.ownership import is_sole_owner
 from lowmem.streaming.random_state import RandomTape
+from lowmem.streaming.router_logits import RouterLogits
 from lowmem.streaming.row_records import ChunkedRows, RowsRecord, WholeRows
 from offload import StagingBuffer
 
@@ -61,6 +63,9 @@ class RecordedCall:
         self._boundaries: list[Boundary] = []
         self._autocast = _autocast_state(block.device.type)
         self._adapters = block.adapter_state()
+        self._routers = RouterLogits()
+        if self._routers.wanted and split.chunk_tokens is not None:
+            refuse_router_logits_in_chunks(split.chunk_tokens)
         self._output_spec: TreeSpec | None = None
         self._tensor_leaves: list[int] = []
         self._other_leaves: list[object] = []
@@ -100,8 +105,9 @@ class RecordedCall:
         )
 
     def _run(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:
+        num_sequences = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
         with self._in_autocast():
-            return self._block.forward_in_visit(arguments)
+            return self._routers.run(lambda: self._block.forward_in_visit(arguments), num_sequences)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> object:
         """The block's output from its tensors."""
@@ -109,7 +115,7 @@ class RecordedCall:
         for index, tensor in zip(self._tensor_leaves, tensors, strict=True):
             leaves[index] = tensor
         assert self._output_spec is not None
-        return tree_unflatten(leaves, self._output_spec)
+        return self._routers.give(tree_unflatten(leaves, self._output_spec))
 
     def backward(
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]

@@ -15,7 +15,6 @@ from torch import Tensor
 from lowmem.costs import num_boundary_buffers
 from lowmem.errors import UnsupportedError
 from lowmem.generation.rows import ActiveRows
-from lowmem.models.blocks import refuse_router_logits
 from lowmem.models.build import StreamedBlock
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import BlockFunction, Split
@@ -155,8 +154,6 @@ class Runtime:
         phase: Phase = "forward" if recorded_beside else "no_grad"
         if not torch.is_grad_enabled():
             return self._run(index, args, kwargs, beside=beside, phase=phase)
-        if kwargs.get("output_router_logits"):
-            refuse_router_logits()
         kwargs = _without_cache(kwargs)
         call = BlockCall(args, kwargs)
         params = [param for param in self._blocks[index].block.module.parameters() if param.requires_grad]

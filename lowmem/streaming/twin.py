@@ -9,7 +9,6 @@ same by value, it is answered without a visit; otherwise it runs as if nothing h
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -21,10 +20,13 @@ from lowmem.streaming.adapter_flags import weight_marks
 from lowmem.streaming.beside import Answer, Beside, Blocks, CannotFollow, single_tensor
 from lowmem.streaming.forward_state import ForwardState
 from lowmem.streaming.random_state import RandomState, capture, same_state
+from lowmem.streaming.router_logits import collected_keys
 from lowmem.streaming.same_inputs import Inputs, Unsuitable, correspond
 
 _REMEMBERED = 4
 """Forwards among which one over the same inputs is looked for."""
+_COLLECTED_BY_LEAD = frozenset({"router_logits"})
+"""What a forward may collect and take another one along, which does not; answered forwards collect nothing."""
 _MOST_MISSED = 2
 """So often may a second forward run and not be asked for before it always has a pass of its own."""
 
@@ -123,10 +125,11 @@ class Twins:
             inputs = Inputs(args, kwargs)
         except Unsuitable:
             return
-        if _is_watched(blocks.modules):
+        watched = _is_watched(blocks.modules) or collected_keys() - _COLLECTED_BY_LEAD
+        if watched:
             return
         state = ForwardState.now(blocks.modules, blocks.device)
-        for beside in self._waiting:
+        for beside in [] if collected_keys() else self._waiting:
             order = correspond(inputs, beside.inputs) if beside.state == state else None
             if order is not None and beside.fits(blocks):
                 self._waiting.remove(beside)
@@ -218,10 +221,7 @@ class Twins:
 
 
 def _is_watched(blocks: Sequence[torch.nn.Module]) -> bool:
-    """Whether somebody looks at hidden states between the blocks: hooks, or transformers' `output_hidden_states`."""
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    if capturing is not None and capturing._active_collector.get():
-        return True
+    """Whether hooks look at hidden states between the blocks; transformers' own are idle unless they collect."""
     hooks = (hook for block in blocks for hook in (*block._forward_hooks.values(), *block._forward_pre_hooks.values()))
     return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 

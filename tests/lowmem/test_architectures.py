@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import lowmem
 from lowmem.errors import UnsupportedError
 from lowmem.streaming.runtime import runtime_of
 from offload.plan import Placement
@@ -238,10 +239,24 @@ def test_weights_stored_in_bf16_are_computed_in_fp32(name: str, tmp_path: Path) 
     assert_equal(run(adapt(streamed(folder), lora(name)), batch), expected)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
-def test_router_loss_is_refused_because_its_gradient_would_be_lost(name: str, checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(UnsupportedError, match="output_router_logits"):
-        streamed(checkpoint(name, output_router_logits=True))
+@pytest.mark.parametrize("micro_batch", [None, 1])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "olmoe"])
+def test_router_loss_has_the_gradient_that_it_has_in_memory(
+    name: str, micro_batch: int | None, checkpoint: Callable[..., Path]
+) -> None:
+    folder = checkpoint(name, output_router_logits=True, router_aux_loss_coef=0.5)
+    batch = batch_of(3, padding=True)
+    plain = run(adapt(resident(checkpoint(name)), lora(name)), batch)
+    expected = run(adapt(resident(folder), lora(name)), batch)
+    assert float(expected.loss - plain.loss) > 0.1
+    assert_equal(run(adapt(streamed(folder, micro_batch=micro_batch), lora(name)), batch), expected)
+
+
+def test_router_loss_is_refused_where_sequences_are_cut(checkpoint: Callable[..., Path]) -> None:
+    budget = lowmem.Budget(device="64MiB", host="0")
+    model = lowmem.from_pretrained(checkpoint("mixtral"), budget=budget, chunk_tokens=8, device="cpu")
+    with pytest.raises(UnsupportedError, match="output_router_logits=True with chunks of 8 tokens"):
+        adapt(model, lora("mixtral"))(**batch_of(), output_router_logits=True)
 
 
 @pytest.mark.parametrize(
