@@ -45,6 +45,13 @@ def refuse_training_options(args: TrainingArguments) -> None:
             reason="a compiled graph cannot have its weights exchanged from block to block",
             instead="torch_compile=False",
         )
+    for option in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, option, False):
+            raise UnsupportedError(
+                f"{option}=True",
+                reason="another engine would need all weights, which are streamed",
+                instead=f"{option}=False: generate goes block by block with the whole batch",
+            )
     for option in ("deepspeed", "fsdp"):
         if getattr(args, option, None):
             raise UnsupportedError(

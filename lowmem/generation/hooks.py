@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList
 
+from lowmem.errors import UnsupportedError
 from lowmem.generation.cache import StreamedCache
 from lowmem.generation.decoding import CACHE, InChunks, run_block
 from lowmem.generation.dropout import draws_numbers
@@ -47,6 +48,8 @@ class GenerationHooks:
         self._num_rows = 0
         model._prepare_cache_for_generation = self._prepare_cache
         model._get_stopping_criteria = self._stopping_criteria
+        # TRL's way in converts the whole model before it calls this, too.
+        model.init_continuous_batching = _refuse_continuous_batching
 
     def listen(self, callback: Callable[[TokenProgress], None]) -> Callable[[], None]:
         """Call `callback` after every generated token; answers what removes it again."""
@@ -150,6 +153,14 @@ class GenerationHooks:
         # Fewer rows would draw fewer numbers, and each other ones than in a whole batch.
         drops = drops and not draws_numbers(model)
         return _NotedCriteria(found, cache if drops else None, listeners=self._listeners)
+
+
+def _refuse_continuous_batching(*args: object, **kwargs: object) -> NoReturn:
+    raise UnsupportedError(
+        "continuous batching (generate_batch)",
+        reason="its engine needs all weights, which are streamed",
+        instead="generate with a batch of prompts: finished ones are no longer computed",
+    )
 
 
 class _NotedCriteria(StoppingCriteriaList):

@@ -209,6 +209,11 @@ def test_keys_and_values_that_fit_nowhere_are_refused_before_the_first_token(lla
         generate(model)
 
 
+def test_continuous_batching_is_refused_by_name(llama: Path) -> None:
+    with pytest.raises(lowmem.UnsupportedError, match="continuous batching"):
+        streamed(llama).generate_batch([[3, 4, 5]], generation_config=settings())
+
+
 def test_room_is_what_the_plan_leaves(llama: Path) -> None:
     model = streamed(llama)
     plan = runtime_of(model).plan

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
 
 import lowmem
 from lowmem.training_options import refuse_training_options
@@ -27,6 +27,14 @@ def _config(folder: Path, **options: object) -> SFTConfig:
 def test_an_option_is_refused_by_name(options: dict[str, object], name: str, tmp_path: Path) -> None:
     with pytest.raises(lowmem.UnsupportedError, match=name):
         refuse_training_options(_config(tmp_path, **options))
+
+
+@pytest.mark.parametrize("option", ["use_vllm", "use_transformers_continuous_batching"])
+def test_another_engine_for_generation_is_refused_by_name(option: str, tmp_path: Path) -> None:
+    config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    setattr(config, option, True)
+    with pytest.raises(lowmem.UnsupportedError, match=f"{option}=True"):
+        refuse_training_options(config)
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": False}, {"gradient_accumulation_steps": 4}])
