@@ -29,6 +29,20 @@ def eight_bit(values: Tensor, signed: bool, _: int) -> Tensor:
     return decode(*encode(values, signed=signed))
 
 
+def eight_bit_stochastic(values: Tensor, signed: bool, step: int) -> Tensor:
+    """The levels of lowmem, each value rounded to one of its two neighbours so that it is right on average."""
+    levels, power = (127, 2) if signed else (255, 4)
+    blocks = values.view(-1, 256)
+    largest = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+    exact = (blocks.abs() / largest) ** (1 / power) * levels
+    lower = exact.floor().clamp_max(levels - 1)
+    share = (exact**power - lower**power) / ((lower + 1) ** power - lower**power)
+    noise = torch.rand(share.shape, generator=generator(2 * step + signed, values.device))
+    rounded = lower + (noise < share)
+    rounded = rounded if signed else rounded.clamp_min(1)
+    return ((rounded / levels) ** power * largest * blocks.sign()).view(-1)
+
+
 def bf16_stochastic(values: Tensor, signed: bool, step: int) -> Tensor:
     return round_to_bf16(values, generator(2 * step + signed, values.device)).float()
 
@@ -81,6 +95,7 @@ def measure(name: str, store: Store) -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     measure("8 bits, lowmem", eight_bit)
+    measure("8 bits, stochastic", eight_bit_stochastic)
     measure("bf16, stochastic", bf16_stochastic)
     measure("bf16, nearest", bf16_nearest)
     try:
