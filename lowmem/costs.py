@@ -154,10 +154,8 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     compute = itemsize(shapes.compute_dtype)
     hidden_bytes = job.num_tokens * shapes.hidden_size * compute
     yield RoleBytes(role="boundary activations", tier=choice.boundary_tier, nbytes=boundary_bytes(shapes, job))
-    # A block's output in parts and whole in the forward, its two gradients in the backward; its input where that was
-    # brought back from the host.
-    num_in_flight = 2 + (choice.boundary_tier != "device")
-    yield _device("batch in flight", num_in_flight * hidden_bytes)
+    for phase, num in _num_in_flight(job, choice).items():
+        yield _device("batch in flight", num * hidden_bytes, phase=phase)
     if job.num_beside:
         # The first inputs, to compare with; of each evaluation beside, its hidden states and a block's output.
         yield _device("reference in flight", (1 + 2 * job.num_beside) * hidden_bytes)
@@ -171,20 +169,36 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     yield _device("inputs and masks", job.num_tokens * per_token + mask)
 
 
+def _num_in_flight(job: Job, choice: Choice) -> dict[str, int]:
+    """Tensors as large as the batch's hidden states, by phase, boundary activations and their buffers aside."""
+    if not job.trains:
+        return {"generation": 2}
+    is_split = choice.micro_batch < job.num_sequences
+    # The embeddings, which the model holds until its forward ends, a block's input and its output; that in parts, too.
+    # At the head, the last output. In the backward, the gradient that arrives and the one that leaves, which takes its
+    # place where the whole batch goes in chunks; on a GPU also the input, where that comes from another tier.
+    came_back = choice.boundary_tier != "device" and job.device != "cpu"
+    in_place = choice.chunk_tokens is not None and not is_split
+    return {"forward": 3 + is_split, "head": 1, "block": (1 if in_place else 2) + came_back}
+
+
 def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
     if choice.embedding_on_disk:
         yield _device("embedding rows", _gathered_bytes(shapes, job), phase="embedding")
-    if job.has_plain_forwards:
-        num_sequences = max(job.num_sequences, job.num_generated) if job.generates else choice.micro_batch
-        whole = _batch(shapes, job, num_sequences=num_sequences)
-        # With a cache, a block takes whole sequences.
-        chunk = None if job.generates else choice.chunk_tokens
+    if job.trains:
+        batch = _batch(shapes, job, num_sequences=choice.micro_batch)
         widest = max(
-            block_forward_bytes(block, whole) if chunk is None else forward_chunk_bytes(block, whole, chunk)
+            block_forward_bytes(block, batch)
+            if choice.chunk_tokens is None
+            else forward_chunk_bytes(block, batch, choice.chunk_tokens)
             for block in set(shapes.blocks)
         )
-        yield _device("block forward", widest, phase="generation" if job.generates else "forward")
+        yield _device("block without gradients", widest, phase="forward")
     if job.generates:
+        # With a cache, a block takes whole sequences.
+        whole = _batch(shapes, job, num_sequences=max(job.num_sequences, job.num_generated))
+        widest = max(block_forward_bytes(block, whole) for block in set(shapes.blocks))
+        yield _device("block forward", widest, phase="generation")
         cache = job.num_generated * job.seq_len * shapes.key_value_bytes_per_token
         yield _device("K/V cache", cache, phase="generation")
         # The last token's logits, and the copies that sampling sorts.
@@ -236,9 +250,11 @@ def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
 
 
 def _head_bytes(shapes: ModelShapes, job: Job) -> int:
-    """The final norm and the tiled head: normed and shifted states, their gradients, and one tile."""
+    """The final norm and the head, both in tiles: normed states, their gradient, the norm's input's, and one tile."""
     compute, tiles = itemsize(shapes.compute_dtype), HeadTiles()
-    per_token = shapes.hidden_size * (5 * _FP32_BYTES + compute) + 16 * _FP32_BYTES
+    # Of several sequences, the tokens that predict one are copied together.
+    num_states = 3 + (job.num_sequences > 1)
+    per_token = shapes.hidden_size * num_states * compute + 16 * _FP32_BYTES
     num_tokens = min(tiles.num_tokens, job.num_tokens)
     # Logits, what they are turned into, one more for a cap; a weight in another dtype is converted by the tile.
     sizes = {

@@ -158,11 +158,6 @@ class Job:
         """All passes over the weights in one optimizer step, or in one generation."""
         return self.num_forwards + self.num_backwards + self.num_decodes
 
-    @property
-    def has_plain_forwards(self) -> bool:
-        """Whether there are forwards that no backward follows."""
-        return self.generates or self.num_evaluations > self.num_backwards
-
 
 def make_job(
     task: str,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _TIERS = ("device", "host", "disk")
 _PHASES = {
     "embedding": "looking up embeddings",
-    "forward": "forward without gradients",
+    "forward": "forward through the blocks",
     "generation": "generating",
     "head": "head and loss",
     "block": "recomputing a block",
@@ -29,7 +29,7 @@ _RATED_BYTES = 600e12
 
 
 def plan_text(plan: Plan) -> str:
-    """Write a plan in fewer than 40 lines."""
+    """Write a plan in fewer than 45 lines."""
     lines = [_title(plan), _verdict(plan), "", *_table(plan), "", *_facts(plan)]
     return "\n".join([*lines, *(f"-> {sentence}" for sentence in plan.advice)])
 

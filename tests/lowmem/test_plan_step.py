@@ -286,8 +286,7 @@ def test_chunks_come_after_whole_sequences_and_the_longest_that_fit_first() -> N
     job = make_job("sft", batch_size=1, seq_len=4096)
     assert planned(job=job, device="8GiB").chunk_tokens is None
     smallest = planned(job=job, device=0).smallest_device_bytes
-    # Shorter ones would save nothing: the head takes more than such a chunk.
-    assert planned(job=job, device=smallest).chunk_tokens == 512
+    assert planned(job=job, device=smallest).chunk_tokens == 128
     lengths = [planned(job=job, device=smallest + extra * MIB).chunk_tokens or 4096 for extra in (0, 8, 16, 32, 64)]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 1
