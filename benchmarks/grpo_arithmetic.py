@@ -97,7 +97,7 @@ def tune_adapter(folder: Path, output: Path, *, num_steps: int) -> Path:
     trainer = SFTTrainer(
         model=streamed(folder),
         args=SFTConfig(
-            **settings(output / "sft", learning_rate=2e-4, num_steps=num_steps, seed=0),
+            **settings(output / "sft", learning_rate=1e-4, num_steps=num_steps, seed=0),
             per_device_train_batch_size=64,
         ),
         train_dataset=rows,
@@ -256,8 +256,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--until", type=float, default=0.25, help="share of problems at which pretraining stops")
     parser.add_argument("--sft-steps", type=int, default=10)
-    parser.add_argument("--grpo-steps", type=int, default=80)
-    parser.add_argument("--essa-steps", type=int, default=60)
+    parser.add_argument("--grpo-steps", type=int, default=60)
+    parser.add_argument("--essa-steps", type=int, default=50)
     options = parser.parse_args()
     _, held_out = problems()
     with tempfile.TemporaryDirectory() as work:
@@ -265,6 +265,7 @@ def main() -> None:
         start_s = time.perf_counter()
         pretrained = pretrain(folder, until=options.until)
         pretrain_s = time.perf_counter() - start_s
+        print(f"pretrained to {pretrained:.0%} in {pretrain_s:.0f} s", file=sys.stderr)
         adapter = tune_adapter(folder, Path(work), num_steps=options.sft_steps)
         fields: dict[str, Value] = {
             "reward_pretrained": pretrained,
