@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lowmem.streaming.attention_mask import CausalMask
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_WITHOUT_EFFECT = (*_CACHES, "use_cache", "output_router_logits")
+"""Arguments that change nothing in what a block without a cache computes."""
 _MAX_DEPTH = 8
 
 
@@ -73,10 +75,10 @@ class Inputs:
 
 def _cleaned(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Without caches: a training forward keeps none, and a forward without gradients may pass an empty one."""
-    for name in _CACHES[:-1]:
+    for name in _CACHES:
         if kwargs.get(name) is not None:
             raise Unsuitable
-    return {name: value for name, value in kwargs.items() if name not in _CACHES}
+    return {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
 
 
 def _is_mask(leaf: object) -> bool:

@@ -78,6 +78,16 @@ def test_a_step_with_its_reference_takes_as_many_passes_as_one_without(case: str
     assert counted.taken == [first, others, others]
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_an_auxiliary_loss_of_the_policy_does_not_part_it_from_its_reference(tmp_path: Path) -> None:
+    model = streamed(build("mixtral", tmp_path / "mixtral"))
+    counted = EachStep(Passes(model))
+    done = make("dpo", model, tmp_path, callbacks=[counted], max_steps=2, router_aux_loss_coef=0.1)
+    assert done.aux_loss_enabled
+    done.train()
+    assert counted.taken == [3, 2]
+
+
 def test_a_plan_for_dpo_saves_the_first_reference_too(folder: Path, tmp_path: Path) -> None:
     budget = lowmem.Budget(device="64MiB", host="0")
     plan = lowmem.plan(folder, task="dpo", seq_len=16, batch_size=4, budget=budget, device="cpu")
