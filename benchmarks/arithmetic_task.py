@@ -18,6 +18,7 @@ NUM_ANSWER_TOKENS = 4
 _NUM_HELD_OUT = 1000
 _LEARNING_RATE = 1.5e-3
 _SLOW_LEARNING_RATE = 1e-4
+_FIRST_CHECK = 50
 _NUM_CHECKED = 300
 _MOST_BEYOND = 0.1
 
@@ -95,7 +96,7 @@ def pretrain(folder: Path, *, until: float, seed: int = 0, max_steps: int = 6000
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= 500 and step % 10 == 0:
+        if step >= _FIRST_CHECK and step % 10 == 0:
             share = exact_share(model, tokenizer, held_out[:_NUM_CHECKED], seed=step)
             if share >= until + _MOST_BEYOND and kept is not None:
                 model.load_state_dict(kept[0])
