@@ -59,6 +59,8 @@ class Choice:
     """Tokens of a sequence that go through a block at a time; None for all."""
     boundary_tier: str
     """"device", "host" or "disk": where block inputs wait for the backward."""
+    keeps_keys_values: bool
+    """Whether keys and values of a block in chunks wait for the backward where its input does."""
     embedding_on_disk: bool
     """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
     state_tier: str = "device"
@@ -128,7 +130,8 @@ def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
     if tier == "disk":
         yield _device("gradient buffer", widest_bytes)
         # Weight, both moments and gradient of the chunks that are read, updated and written.
-        chunk_bytes = min(_LARGEST_CHUNK_BYTES, -(-widest_bytes // (8 * _PAGE_BYTES)) * _PAGE_BYTES)
+        chunk_bytes = max(4 * _PAGE_BYTES, -(-widest_bytes // (8 * _PAGE_BYTES)) * _PAGE_BYTES)
+        chunk_bytes = min(_LARGEST_CHUNK_BYTES, chunk_bytes)
         yield _device("state chunks", _NUM_CHUNKS * 4 * chunk_bytes)
 
 
@@ -137,6 +140,11 @@ def boundary_bytes(shapes: ModelShapes, job: Job) -> int:
     if not job.trains:
         return 0
     return len(shapes.blocks) * job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
+
+
+def key_value_bytes(shapes: ModelShapes, job: Job) -> int:
+    """Bytes of all blocks' keys and values of one training forward."""
+    return job.num_tokens * shapes.key_value_bytes_per_token if job.trains else 0
 
 
 def num_boundary_buffers(device: str) -> int:
@@ -154,6 +162,9 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     compute = itemsize(shapes.compute_dtype)
     hidden_bytes = job.num_tokens * shapes.hidden_size * compute
     yield RoleBytes(role="boundary activations", tier=choice.boundary_tier, nbytes=boundary_bytes(shapes, job))
+    if choice.keeps_keys_values:
+        kept = key_value_bytes(shapes, job)
+        yield RoleBytes(role="keys and values", tier=choice.boundary_tier, nbytes=kept)
     for phase, num in _num_in_flight(job, choice).items():
         yield _device("batch in flight", num * hidden_bytes, phase=phase)
     if job.num_beside:
@@ -161,7 +172,12 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
         yield _device("reference in flight", (1 + 2 * job.num_beside) * hidden_bytes)
     if choice.boundary_tier == "disk":
         buffers = num_boundary_buffers(job.device) * hidden_bytes
-        yield RoleBytes(role=BOUNDARY_BUFFERS, tier="device" if job.device == "cpu" else "host", nbytes=buffers)
+        if job.device == "cpu":
+            # They are let go of while the head runs.
+            for phase in ("forward", "block"):
+                yield _device(BOUNDARY_BUFFERS, buffers, phase=phase)
+        else:
+            yield RoleBytes(role=BOUNDARY_BUFFERS, tier="host", nbytes=buffers)
     mask = _mask_bytes(shapes, job)
     # Ids, labels, mask and positions; cosines and sines of the widest heads.
     head_width = max(block.query_size // block.num_heads for block in shapes.blocks)

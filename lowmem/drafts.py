@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
-from lowmem.costs import BOUNDARY_BUFFERS, Choice, RoleBytes, boundary_bytes, peak_bytes, step_roles
+from lowmem.costs import (
+    BOUNDARY_BUFFERS,
+    Choice,
+    RoleBytes,
+    boundary_bytes,
+    key_value_bytes,
+    peak_bytes,
+    step_roles,
+)
 from lowmem.job import Job
 from lowmem.rates import Rates
 from lowmem.shapes import ModelShapes
@@ -18,6 +26,8 @@ _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch from which on more of them make a block's products no faster."""
 _MIN_RING, _MAX_RING = 2, 3
 """Buffers that master weights on disk are visited from."""
+_PRICE = {False: 1.0, True: 1.02}
+"""Keeping keys and values takes memory, so it has to make a step shorter by more than this."""
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256, 128)
 """Chunk lengths to try. Shorter ones are slower and save little: keys and values of the whole sequence stay."""
 
@@ -34,6 +44,11 @@ class Draft:
     """Bytes of everything, blocks and their buffers included."""
     time: StepTime
     """Predicted step."""
+
+    @property
+    def priced_s(self) -> float:
+        """Its step, with a price on memory that buys little time."""
+        return self.time.step_s * _PRICE[self.choice.keeps_keys_values]
 
     @property
     def device_bytes(self) -> int:
@@ -60,19 +75,18 @@ class Room:
         full tuning in memory, with whatever micro-batch, before state on disk.
         """
         for state_tier, (micro_batch, chunk_tokens) in product(self._state_tiers(), self._splits()):
-            choices = [
-                choice for choice in self._choices(micro_batch, chunk_tokens) if choice.state_tier == state_tier
-            ]
+            choices = [choice for choice in self._choices(micro_batch, chunk_tokens) if choice.state_tier == state_tier]
             drafts = [draft for choice in choices if (draft := self._draft(choice)) is not None]
             if drafts:
-                return min(drafts, key=lambda draft: round(draft.time.step_s, 3))
+                return min(drafts, key=lambda draft: round(draft.priced_s, 3))
         return None
 
     @cached_property
     def smallest(self) -> Draft:
         """The draft that takes the least device memory with this host budget, whether it fits or not."""
         *_, (micro_batch, chunk_tokens) = self._splits()
-        drafts = [self._least(choice) for choice in self._choices(micro_batch, chunk_tokens)]
+        choices = self._choices(micro_batch, chunk_tokens)
+        drafts = [self._least(choice) for choice in choices if not choice.keeps_keys_values]
         return min(drafts, key=lambda draft: draft.device_bytes)
 
     def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
@@ -128,11 +142,15 @@ class Room:
         if boundary and self.has_disk:
             tiers.append("disk")
         places = (False, True) if self.shapes.embedding_gatherable else (False,)
-        for state, tier, on_disk in product(self._state_tiers(), tiers, places):
+        keeps = (False, True) if chunk_tokens is not None and boundary else (False,)
+        for state, tier, kept, on_disk in product(self._state_tiers(), tiers, keeps, places):
+            if kept and tier == "host" and boundary + key_value_bytes(self.shapes, self.job) > self.host_bytes:
+                continue
             yield Choice(
                 micro_batch=micro_batch,
                 chunk_tokens=chunk_tokens,
                 boundary_tier=tier,
+                keeps_keys_values=kept,
                 embedding_on_disk=on_disk,
                 state_tier=state,
             )

@@ -119,6 +119,8 @@ def _facts(plan: Plan) -> list[str]:
         f"split      {job.num_sequences} sequences in micro-batches of {plan.micro_batch}{along}, boundary activations "
         f"on {plan.boundary_tier}, embedding {'rows from disk' if plan.embedding_on_disk else 'on device'}"
     )
+    if plan.choice.keeps_keys_values:
+        lines.append(f"           keys and values kept on {plan.boundary_tier}: computing them again takes longer")
     if plan.unchunkable and (job.chunk_tokens or not plan.fits):
         lines.append(f"           whole sequences: {plan.unchunkable}")
     if plan.written_bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lowmem.costs import Choice, boundary_bytes
+from lowmem.costs import Choice, boundary_bytes, key_value_bytes
 from lowmem.full.traffic import UPDATE_S_PER_PARAM, state_traffic
 from lowmem.job import Job
 from lowmem.rates import Rates
@@ -105,7 +105,8 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
 
 def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
     forward = _forward_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
-    boundary = float(boundary_bytes(shapes, job)) if choice.boundary_tier != "device" else 0.0
+    kept_bytes = boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
+    boundary = float(kept_bytes) if choice.boundary_tier != "device" else 0.0
     on_disk = boundary if choice.boundary_tier == "disk" else 0.0
     head = 2.0 * shapes.num_head_params * job.num_tokens
     state = state_traffic(shapes, job, choice)
@@ -116,7 +117,7 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
         yield _Passes(count=job.num_backwards, flops=evaluation, copy_bytes=boundary, disk_bytes=on_disk + update)
         yield _Passes(count=job.num_forwards - job.num_backwards, flops=evaluation)
         backward = 2 * forward + 1.5 * _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
-        if choice.chunk_tokens is not None:
+        if choice.chunk_tokens is not None and not choice.keeps_keys_values:
             backward += _key_value_flops(shapes, job)
         backward += 2 * head
         if job.tuning == "full":
@@ -149,7 +150,10 @@ def _key_value_flops(shapes: ModelShapes, job: Job) -> float:
 
 def _boundary_disk_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
     """Bytes of boundary activations that go to disk in one optimizer step, and come back."""
-    return boundary_bytes(shapes, job) * job.num_backwards if choice.boundary_tier == "disk" else 0
+    if choice.boundary_tier != "disk":
+        return 0
+    kept_bytes = key_value_bytes(shapes, job) if choice.keeps_keys_values else 0
+    return (boundary_bytes(shapes, job) + kept_bytes) * job.num_backwards
 
 
 def _attention_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:

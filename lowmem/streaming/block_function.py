@@ -33,6 +33,8 @@ class Split:
     """Sequences at a time; None for all."""
     chunk_tokens: int | None = None
     """Tokens of each sequence at a time; None for all."""
+    keeps_keys_values: bool = False
+    """Whether keys and values wait for the backward as its inputs do, instead of being computed again."""
 
 
 class VisitedBlock(Protocol):
@@ -51,6 +53,9 @@ class VisitedBlock(Protocol):
 
     def keep(self, value: Tensor) -> Boundary:
         """Put a boundary activation into its tier."""
+
+    def keep_copy(self, value: Tensor) -> Boundary:
+        """The same of a tensor whose memory will be written again."""
 
 
 class RecordedCall:
@@ -102,6 +107,7 @@ class RecordedCall:
             chunk_tokens=self._split.chunk_tokens,
             workspace=self._block.workspace,
             tape=self._block.tape,
+            keep=self._block.keep_copy if self._split.keeps_keys_values else None,
         )
 
     def _run(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:

@@ -35,6 +35,9 @@ class BoundaryTier(Protocol):
     def held_bytes(self) -> int:
         """Bytes of memory the tier has taken for kept activations."""
 
+    def rest(self) -> None:
+        """Give back memory that kept activations can do without until they are taken."""
+
     def close(self) -> None:
         """Let go of everything; nothing can be kept or taken afterwards."""
 
@@ -48,6 +51,9 @@ class NoTier:
         """Forget an activation."""
         return _Forgotten()
 
+    def rest(self) -> None:
+        """Nothing can be given back."""
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -60,6 +66,9 @@ class DeviceTier:
     def keep(self, value: Tensor) -> Boundary:
         """Keep an activation where it is."""
         return _Referenced(value)
+
+    def rest(self) -> None:
+        """Nothing can be given back."""
 
     def close(self) -> None:
         """Nothing of its own to let go of."""
@@ -98,6 +107,9 @@ class HostTier:
     def give_back(self, buffer: StagingBuffer) -> None:
         """Have a buffer for the next activation."""
         self._free.append(buffer)
+
+    def rest(self) -> None:
+        """Nothing can be given back."""
 
     def close(self) -> None:
         """Let go of the buffers that no activation is in."""

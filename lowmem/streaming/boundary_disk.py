@@ -11,6 +11,8 @@ from torch import Tensor
 
 from offload import FileSlot, Scratch, StagingBuffer, Transfer
 
+_LARGE_BYTES = 8 << 20
+
 
 class DiskTier:
     """Kept in scratch space on disk; a few buffers of host RAM carry everything there and back.
@@ -129,6 +131,26 @@ class DiskTier:
         if at_once:
             with self._lock:
                 self._settle(report=False)
+
+    def rest(self) -> None:
+        """Let go of large buffers, on a CPU: reading what they hold takes less than a block does.
+
+        Raises:
+            TierFull: The disk has no room for an activation that was kept before.
+            WriteError: The disk failed to take one.
+        """
+        if self._device.type != "cpu" or self.held_bytes < _LARGE_BYTES:
+            return
+        with self._lock:
+            for stored in self._kept.values():
+                if stored.writing and stored.transfer is not None:
+                    stored.transfer.outcome()
+            self._settle()
+            for stored in self._kept.values():
+                if stored.idle:
+                    self._take_buffer_from(stored)
+            while self._free:
+                self._drop(self._free.pop())
 
     def close(self) -> None:
         """Stop the transfers; give memory and disk space back. What is still kept is lost. Twice is fine."""

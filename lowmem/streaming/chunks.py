@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lowmem.streaming import own_memory
 from lowmem.streaming.attention import ChunkMask
 from lowmem.streaming.attention_mask import CausalMask
 from lowmem.streaming.kv_carrier import KeysTaken, KVCarrier, Workspace
@@ -160,6 +161,9 @@ class ForwardChunks:
     record: "ChunkRecord"
     """What backward needs of it."""
 
+    keys_values: Sequence[tuple[Tensor, Tensor]]
+    """Of all tokens, of each attention: in the workspace, valid until its next use."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRecord:
@@ -215,7 +219,7 @@ def forward_chunks(
             joined.put(output, start, end)
     assert joined is not None
     record = ChunkRecord(spans=spans, random=tuple(random), num_attentions=carrier.num_attentions)
-    return ForwardChunks(output=joined.result(), record=record)
+    return ForwardChunks(output=joined.result(), record=record, keys_values=carrier.keys_values())
 
 
 class _JoinedOutput:
@@ -226,7 +230,8 @@ class _JoinedOutput:
         self._leaves: list[object] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                leaf = leaf.new_empty(leaf.shape[0], num_tokens, *leaf.shape[2:]) if into is None else into
+                shape = (leaf.shape[0], num_tokens, *leaf.shape[2:])
+                leaf = own_memory.empty(shape, dtype=leaf.dtype, device=leaf.device) if into is None else into
                 into = None
             self._leaves.append(leaf)
 
@@ -255,6 +260,7 @@ def backward_chunks(
     device: torch.device,
     workspace: Workspace | None = None,
     into: Tensor | None = None,
+    give_keys_values: Callable[[KVCarrier], None] | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Run a block again chunk by chunk, in reverse, and differentiate it.
 
@@ -270,6 +276,8 @@ def backward_chunks(
         workspace: Where keys, values and their gradients go.
         into: Where the gradient of the first input is written; fresh memory if not given. May be the gradient of the
             output: a chunk's is read before that of its input is written.
+        give_keys_values: Puts what the forward left as keys and values into the carrier; they are computed again if
+            not given.
 
     Returns:
         Gradients of the inputs and of the parameters, None where there is none. Sums over chunks are fp32 (fp64 in
@@ -277,7 +285,9 @@ def backward_chunks(
     """
     carrier = KVCarrier(num_tokens=call.num_tokens, workspace=workspace or Workspace())
     chunks = list(zip(record.spans, record.random, strict=True))
-    for (start, end), state in chunks[:-1]:
+    if give_keys_values is not None:
+        give_keys_values(carrier)
+    for (start, end), state in chunks[:-1] if give_keys_values is None else ():
         # Keys and values only: the last attention and what follows it are not computed. The random numbers up to there
         # are those that the forward drew: adapters have dropout on their inputs.
         carrier.begin(start, end, keep=True, leave_at=record.num_attentions - 1)
@@ -340,7 +350,7 @@ class _Sums:
         for index, value, want in zip(self._indices, inputs, wanted, strict=True):
             if want and call.is_per_token(index):
                 given = into if index == self._indices[0] else None
-                self._input_grads[index] = torch.empty_like(value) if given is None else given
+                self._input_grads[index] = own_memory.empty_like(value) if given is None else given
 
     def leaves(self, start: int, end: int) -> dict[int, Tensor]:
         """The chunk's inputs as leaves of a graph, by their number in the call."""

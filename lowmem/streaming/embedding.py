@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem.models.absent import AbsentParameter
+from lowmem.streaming import own_memory
 from offload import BlockSpec, FileReader, StagingBuffer, TensorSpec, lay_out, view_tensor
 
 _ROWS_PER_READ = 1024
@@ -74,7 +75,7 @@ class GatheredEmbedding:
         return copied
 
     def _rows(self, ids: list[int]) -> Tensor:
-        rows = torch.empty(len(ids), self._spec.shape[1], dtype=self._dtype)
+        rows = own_memory.empty((len(ids), self._spec.shape[1]), dtype=self._dtype, device=torch.device("cpu"))
         for start in range(0, len(ids), _ROWS_PER_READ):
             self._read(ids[start : start + _ROWS_PER_READ], into=rows[start : start + _ROWS_PER_READ])
         return rows.to(self._device)

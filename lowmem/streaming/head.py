@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lowmem.streaming import own_memory
 from lowmem.streaming.head_tiles import HeadOptions, HeadTiles, Projection, TileBuffers
 
 _LOGGED = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -273,7 +274,7 @@ class _Backward:
         def zeros(shape: torch.Size) -> Tensor:
             return torch.zeros(shape, dtype=head.sum_dtype, device=hidden.device)
 
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.hidden = own_memory.empty_like(hidden).zero_() if needs[0] else None
         self.weight = zeros(head.weight.shape) if needs[1] else None
         self.bias = zeros(head.bias.shape) if needs[2] and head.bias is not None else None
         self._source = hidden

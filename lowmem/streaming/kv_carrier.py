@@ -71,6 +71,12 @@ class AttentionMemory:
         self.own: tuple[Tensor, Tensor] | None = None
         """Keys and values of the present chunk, with their graph."""
 
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, (sequences, key heads, tokens, head)."""
+        assert self._kept is not None
+        return self._kept
+
     def keep(self, start: int, key: Tensor, value: Tensor) -> None:
         """Write keys and values of the tokens from `start` on, (sequences, key heads, tokens, head)."""
         if self._kept is None:
@@ -155,6 +161,16 @@ class KVCarrier:
         self._keep, self._leave_at, self._num_seen = keep, leave_at, 0
         for memory in self._memories:
             memory.own = None
+
+    def keys_values(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of all tokens, of each attention: the workspace's memory, valid until its next use."""
+        return [memory.kept for memory in self._memories]
+
+    def put(self, number: int, key: Tensor, value: Tensor) -> None:
+        """Have an attention's keys and values of all tokens, as `keys_values` answered them; attentions in order."""
+        memory = AttentionMemory(number, num_tokens=self._num_tokens, workspace=self._workspace)
+        memory.keep(0, key, value)
+        self._memories.append(memory)
 
     @property
     def num_attentions(self) -> int:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # The tensor itself, and the storage object that asking for the count makes.
 _OWN_REFERENCES = 2
+# Mappings of our own are whole pages.
+_PAGE_BYTES = 4096
 
 
 def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
@@ -22,7 +24,7 @@ def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
     if grad.shape != like.shape or grad.dtype != like.dtype or not grad.is_contiguous():
         return False
     storage = grad.untyped_storage()
-    if storage.nbytes() != grad.nbytes:
+    if storage.nbytes() - grad.nbytes >= _PAGE_BYTES:
         return False
     return grad._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == _OWN_REFERENCES
 

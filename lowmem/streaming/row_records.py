@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from lowmem.streaming.boundary import Boundary
 from lowmem.streaming.chunks import (
     CallArguments,
     ChunkedCall,
@@ -18,7 +19,7 @@ from lowmem.streaming.chunks import (
     backward_chunks,
     forward_chunks,
 )
-from lowmem.streaming.kv_carrier import Workspace
+from lowmem.streaming.kv_carrier import KVCarrier, Workspace
 from lowmem.streaming.random_state import RandomState, RandomTape, restore, restored
 
 Gradients = tuple[list[Tensor | None], list[Tensor | None]]
@@ -112,9 +113,21 @@ class ChunkedRows:
         chunk_tokens: int,
         workspace: Workspace,
         tape: RandomTape,
+        keep: Callable[[Tensor], Boundary] | None = None,
     ) -> None:
+        """Prepare a forward.
+
+        Args:
+            run: Runs the block.
+            raw_forward: Its forward without wrappers, for its parameters' names.
+            chunk_tokens: Tokens of a chunk.
+            workspace: Where keys and values go for the time of a visit.
+            tape: Notes the generators' states.
+            keep: Keeps a copy of keys and values for the backward; computed again there if not given.
+        """
         self._run, self._tape = run, tape
-        self._raw_forward, self._workspace = raw_forward, workspace
+        self._raw_forward, self._workspace, self._keep = raw_forward, workspace, keep
+        self._keys_values: list[tuple[Boundary, Boundary]] = []
         self._chunk_tokens = chunk_tokens
         self._record: ChunkRecord | None = None
         self._whole: WholeRows | None = None
@@ -136,7 +149,15 @@ class ChunkedRows:
             self._whole = WholeRows(self._run, tape=self._tape)
             return self._whole.forward(arguments)
         self._record = forward.record
+        if self._keep is not None:
+            self._keys_values = [(self._keep(key), self._keep(value)) for key, value in forward.keys_values]
         return forward.output
+
+    def _give_keys_values(self, carrier: KVCarrier) -> None:
+        for number, kept in enumerate(self._keys_values):
+            carrier.put(number, *(boundary.take() for boundary in kept))
+            for boundary in kept:
+                boundary.release()
 
     def backward(
         self,
@@ -163,6 +184,7 @@ class ChunkedRows:
             device=self._tape.device,
             workspace=self._workspace,
             into=into,
+            give_keys_values=self._give_keys_values if self._keys_values else None,
         )
 
 

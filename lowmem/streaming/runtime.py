@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from offload import Trace
 
 _ATTRIBUTE = "_lowmem_runtime"
+_LARGE_BYTES = 8 << 20
 
 
 class Runtime:
@@ -296,6 +297,12 @@ class Runtime:
     def record(self, index: int) -> TrainingPass:
         """Note that a block recorded a call."""
         return self._order.record(index)
+
+    def rest(self) -> None:
+        """Give back what is not needed while the head runs, between a forward's last block and its backward."""
+        self.boundaries.rest()
+        if self.chunk_workspace.nbytes >= _LARGE_BYTES:
+            self.chunk_workspace.clear()
 
     def reset(self) -> None:
         """Make the runtime ready for a new step after an exception; safe to call at any time."""

@@ -31,6 +31,7 @@ class SplitChoice:
             can_chunk: Whether the model's blocks can be walked along the sequence.
         """
         self._asked_for = plan.job.micro_batch
+        self._keeps_keys_values = plan.choice.keeps_keys_values
         self._planned_chunk = plan.chunk_tokens if can_chunk else None
         self._can_chunk = can_chunk
         self._num_tokens = plan.micro_batch * (plan.chunk_tokens or plan.seq_len)
@@ -45,10 +46,12 @@ class SplitChoice:
         """How this call is split."""
         tokens_each = max(1, call.num_tokens // call.batch_size)
         chunk_tokens = self.chunk_for(tokens_each, num_tokens=call.num_tokens)
+        keeps = self._keeps_keys_values and chunk_tokens is not None
         if not call.can_split:
-            return Split(chunk_tokens=chunk_tokens)
+            return Split(chunk_tokens=chunk_tokens, keeps_keys_values=keeps)
         size = self._asked_for or (self._planned if chunk_tokens else self._that_fit(call.num_tokens, tokens_each))
-        return Split(micro_batch=None if size >= call.batch_size else size, chunk_tokens=chunk_tokens)
+        micro_batch = None if size >= call.batch_size else size
+        return Split(micro_batch=micro_batch, chunk_tokens=chunk_tokens, keeps_keys_values=keeps)
 
     def chunk_for(self, tokens_each: int, *, num_tokens: int) -> int | None:
         """Tokens of a sequence at a time, or None for whole sequences.

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lowmem.streaming import own_memory
+
 RunTokens = Callable[[Tensor], Tensor]
 
 
@@ -41,7 +43,8 @@ class TokenwiseFunction(torch.autograd.Function):
         out: Tensor | None = None
         for start in range(0, rows.shape[0], tile_tokens):
             part = run(rows[start : start + tile_tokens])
-            out = part.new_empty(rows.shape[0], part.shape[-1]) if out is None else out
+            if out is None:
+                out = own_memory.empty((rows.shape[0], part.shape[-1]), dtype=part.dtype, device=part.device)
             out[start : start + tile_tokens] = part
         return run(rows).view(hidden.shape) if out is None else out.view(*hidden.shape[:-1], -1)
 
@@ -50,7 +53,7 @@ class TokenwiseFunction(torch.autograd.Function):
     def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         hidden, *params = ctx.saved_tensors
         rows, grads = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, grad_out))
-        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[2] else None
+        grad_rows = own_memory.empty_like(rows) if ctx.needs_input_grad[2] else None
         sums: list[Tensor | None] = [None] * len(params)
         for start in range(0, rows.shape[0], ctx.tile_tokens):
             tile = slice(start, start + ctx.tile_tokens)

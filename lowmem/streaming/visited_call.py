@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import RecordedCall, Split
-from lowmem.streaming.boundary import Boundary, BoundaryTier, NoTier
+from lowmem.streaming.boundary import Boundary, BoundaryTier, DeviceTier, NoTier
 
 if TYPE_CHECKING:
     from lowmem.streaming.passes import TrainingPass
@@ -55,6 +55,8 @@ class VisitedCall:
             if self._beside is not None:
                 self._beside()
         self._beside = None
+        if self._index == self._runtime.num_blocks - 1:
+            self._runtime.rest()
         return outputs
 
     def forward_here(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -95,6 +97,10 @@ class VisitedCall:
     def keep(self, value: Tensor) -> Boundary:
         """Put a boundary activation into its tier."""
         return self._tier.keep(value)
+
+    def keep_copy(self, value: Tensor) -> Boundary:
+        """The same of a tensor whose memory will be written again."""
+        return self._tier.keep(value.clone() if isinstance(self._tier, DeviceTier) else value)
 
 
 __all__ = ["VisitedCall"]

@@ -117,6 +117,21 @@ def test_micro_batches_and_chunks_together_equal_the_resident_model(checkpoint: 
     assert_equal(run(in_double(model, "llama"), batch), expected, valid, allowed=1e-12)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_next"])
+def test_kept_keys_and_values_equal_those_computed_again(name: str, checkpoint: Callable[[str], Path]) -> None:
+    batch, _ = labelled("packed")
+
+    def outcome(*, keeps: bool) -> Outcome:
+        model = streamed(checkpoint(name), chunk_tokens=5, dtype=torch.float64)
+        runtime_of(model)._choose_split._keeps_keys_values = keeps
+        return run(in_double(model, name), batch)
+
+    kept, again = outcome(keeps=True), outcome(keeps=False)
+    assert torch.equal(kept.loss, again.loss)
+    for key, gradient in again.gradients.items():
+        assert torch.equal(kept.gradients[key], gradient)
+
+
 def test_forwards_without_gradients_go_in_chunks_too(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

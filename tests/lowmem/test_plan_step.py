@@ -318,3 +318,20 @@ def test_boundary_activations_go_to_disk_where_memory_has_no_room(tmp_path: Path
     assert f"per step to {tmp_path}; a drive rated for 600 TB" in str(plan)
     assert with_disk(1 << 30).boundary_tier == "device"
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_keys_and_values_are_kept_where_that_is_faster_than_computing_them_again(tmp_path: Path) -> None:
+    job = make_job("sft", batch_size=1, seq_len=512, chunk_tokens=128)
+
+    def kept(flops_per_s: float, disk_bytes_per_s: float) -> bool:
+        rates = replace(RATES, compute_flops_per_s=flops_per_s, disk_bytes_per_s=disk_bytes_per_s)
+        budget = Budget(device=0, host=0, disk=tmp_path)
+        smallest = plan_step(llama(), job, budget=budget, rates=rates).smallest_device_bytes
+        made = plan_step(llama(), job, budget=Budget(device=smallest, host=0, disk=tmp_path), rates=rates)
+        assert made.boundary_tier == "disk"
+        on_disk = made.bytes_of("keys and values", tier="disk")
+        assert (on_disk > 0) == made.choice.keeps_keys_values
+        return made.choice.keeps_keys_values
+
+    assert kept(1e10, 1e12)
+    assert not kept(1e14, 1e9)
