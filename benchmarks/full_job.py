@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 import lowmem
 from benchmarks.memory_limit import peak_rss_bytes
 from benchmarks.sft_job import StepMeter
+from lowmem.full import update_in_backward
 from lowmem.streaming.runtime import runtime_of
 
 Mode = Literal["plain", "host", "disk"]
@@ -41,12 +42,16 @@ class FullJob:
     max_grad_norm: float = 1.0
     optimizer: str = "AdamW"
     """Name in `lowmem.optim`; GaLore has rank 128."""
+    update_in_backward: bool = False
+    """Whether blocks on disk are updated within their backward; takes max_grad_norm 0."""
     seed: int = 0
 
     def arguments(self) -> list[str]:
         """The command line that makes this job again."""
-        pairs = [(f"--{name.replace('_', '-')}", value) for name, value in asdict(self).items() if value is not None]
-        return [str(word) for pair in pairs for word in pair]
+        flags = {name: value for name, value in asdict(self).items() if value is not None}
+        in_backward = ["--update-in-backward"] if flags.pop("update_in_backward") else []
+        pairs = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items()]
+        return [*(str(word) for pair in pairs for word in pair), *in_backward]
 
 
 def run(job: FullJob, *, lockstep: bool = False) -> dict[str, object]:
@@ -99,6 +104,8 @@ def make_optimizer(job: FullJob, model: PreTrainedModel) -> torch.optim.Optimize
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     options = {"rank": 128} if job.optimizer == "GaLore" else {}
     optimizer: torch.optim.Optimizer = getattr(lowmem.optim, job.optimizer)(model, lr=1e-5, **options)
+    if job.update_in_backward:
+        update_in_backward(optimizer)
     return optimizer
 
 
@@ -140,6 +147,7 @@ def parse(arguments: list[str] | None = None) -> tuple[FullJob, bool]:
     parser.add_argument("--max-grad-norm", type=float, default=FullJob.max_grad_norm)
     parser.add_argument("--device-budget", default=FullJob.device_budget)
     parser.add_argument("--optimizer", default=FullJob.optimizer)
+    parser.add_argument("--update-in-backward", action="store_true")
     parser.add_argument("--lockstep", action="store_true")
     options = vars(parser.parse_args(arguments))
     lockstep = options.pop("lockstep")

@@ -50,9 +50,12 @@ def memory(arguments: argparse.Namespace) -> None:
         num_steps=arguments.steps,
         device_budget=arguments.device_budget,
         optimizer=arguments.optimizer,
+        max_grad_norm=0.0 if arguments.update_in_backward else 1.0,
+        update_in_backward=arguments.update_in_backward,
     )
     before = _rates(folder, arguments.disk, seq_len=arguments.seq_len, hidden=shape.hidden, mlp=shape.mlp)
     case = f"{arguments.shape}-{arguments.optimizer}-{arguments.limit}"
+    case += "-in-backward" if arguments.update_in_backward else ""
     try:
         outcome = run_module(
             "benchmarks.full_job", job.arguments(), limit_bytes=parse_bytes(arguments.limit), echo_errors=True
@@ -238,6 +241,9 @@ def main() -> None:
     parser.add_argument("--limit", default="3GiB", help="of `memory`")
     parser.add_argument("--device-budget", default="2300MiB", help="for state on disk")
     parser.add_argument("--optimizer", default="AdamW", help="of `memory`: AdamW or GaLore")
+    parser.add_argument(
+        "--update-in-backward", action="store_true", help="of `memory`: no clipping, no gradients on disk"
+    )
     parser.add_argument("--mode", choices=("plain", "host", "disk"), help="of `step`: this one alone")
     arguments = parser.parse_args()
     arguments.disk.mkdir(parents=True, exist_ok=True)

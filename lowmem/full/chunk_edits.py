@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lowmem.full.chunk_files import ChunkFiles
-from lowmem.full.chunks import Chunk
+from lowmem.full.chunks import Chunk, parts
 from lowmem.full.layout import ParamPlace
 from lowmem.full.tier import EXP_AVG_SQ, WEIGHT
 from offload import StagingBuffer
@@ -92,16 +92,4 @@ class ChunkEdits:
                     write.wait()
 
 
-def parts(chunks: Sequence[Chunk], place: ParamPlace) -> Iterator[tuple[Chunk, slice, slice]]:
-    """The chunks that hold a parameter, where it is in each, and which part of it."""
-    for chunk in chunks:
-        start, stop = max(chunk.start, place.start), min(chunk.stop, place.stop)
-        if start < stop:
-            yield (
-                chunk,
-                slice(start - chunk.start, stop - chunk.start),
-                slice(start - place.start, stop - place.start),
-            )
-
-
-__all__ = ["ChunkEdits", "parts"]
+__all__ = ["ChunkEdits"]

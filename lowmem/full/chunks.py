@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lowmem.full.layout import PAGE_ELEMENTS, UnitLayout
+from lowmem.full.layout import PAGE_ELEMENTS, ParamPlace, UnitLayout
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from offload.object_layout import ObjectLayout, place
 
 LARGEST_CHUNK = 4 << 20
 """Elements: 16 MiB of each buffer. Larger ones move no faster."""
+_SMALLEST_CHUNK = 4 * PAGE_ELEMENTS
+"""Each chunk is two files, and each file is brought to the disk for itself."""
 _PARTS = 8
 """A unit is cut into at least so many chunks, so that reading, updating and writing it overlap."""
 
@@ -62,7 +64,7 @@ class Chunk:
 def chunk_numel(layouts: Sequence[UnitLayout]) -> int:
     """Elements of the largest chunk."""
     widest = max(layout.numel for layout in layouts)
-    return min(LARGEST_CHUNK, -(-widest // (_PARTS * PAGE_ELEMENTS)) * PAGE_ELEMENTS)
+    return min(LARGEST_CHUNK, max(_SMALLEST_CHUNK, -(-widest // (_PARTS * PAGE_ELEMENTS)) * PAGE_ELEMENTS))
 
 
 def cut(layouts: Sequence[UnitLayout]) -> list[tuple[Chunk, ...]]:
@@ -84,4 +86,16 @@ def cut(layouts: Sequence[UnitLayout]) -> list[tuple[Chunk, ...]]:
     ]
 
 
-__all__ = ["LARGEST_CHUNK", "Chunk", "chunk_numel", "cut"]
+def parts(chunks: Sequence[Chunk], place: ParamPlace) -> Iterator[tuple[Chunk, slice, slice]]:
+    """The chunks that hold a parameter, where it is in each, and which part of it."""
+    for chunk in chunks:
+        start, stop = max(chunk.start, place.start), min(chunk.stop, place.stop)
+        if start < stop:
+            yield (
+                chunk,
+                slice(start - chunk.start, stop - chunk.start),
+                slice(start - place.start, stop - place.start),
+            )
+
+
+__all__ = ["LARGEST_CHUNK", "Chunk", "chunk_numel", "cut", "parts"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.chunks import Chunk
+from lowmem.full.chunks import Chunk, parts
 from lowmem.full.layout import ParamPlace, UnitLayout
 from lowmem.full.tier import Contribution
 from offload import FileSlot, Scratch, StagingBuffer, Trace, Transfer
@@ -41,14 +41,39 @@ class DiskGradients:
         self._writes: dict[int, list[Transfer]] = {}
         self._norms: dict[int, dict[str, Tensor]] = {}
         self._spent: set[int] = set()
+        self._applied: set[int] = set()
         self._numel = max(layout.numel for layout in layouts)
         self._buffer: StagingBuffer | None = None
+        self._chunk_buffer: StagingBuffer | None = None
         self._in_buffer: int | None = None
+        self._reading: Transfer | None = None
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of the buffer."""
         return 0 if self._buffer is None else self._buffer.nbytes
+
+    def hold(self, index: int, contributions: Sequence[Contribution]) -> Tensor:
+        """Take the gradients of a block's one backward into the buffer, and leave them there.
+
+        Returns:
+            The flat gradient, which is the caller's to read until the transfer given to `release_after` has ended.
+        """
+        flat = self._flat()
+        self._settle_buffer()
+        flat[: self._layouts[index].numel].zero_()
+        norms = self._norms.setdefault(index, {})
+        for one in contributions:
+            kept = flat[one.place.start : one.place.stop].view(one.place.shape)
+            kept.copy_(one.value)
+            norms[one.place.key] = torch.linalg.vector_norm(kept)
+        self._in_buffer = None
+        self._applied.add(index)
+        return flat[: self._layouts[index].numel]
+
+    def release_after(self, reading: Transfer) -> None:
+        """Let the next block have the buffer when somebody has read it."""
+        self._reading = reading
 
     def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
         """See `StateTier.accumulate`. Waits for the writes of the block before."""
@@ -77,11 +102,13 @@ class DiskGradients:
                 kept.add_(one.value)
             norms[one.place.key] = torch.linalg.vector_norm(kept)
         self._spent.discard(index)
+        self._applied.discard(index)
         self._write(index, flat)
 
     def norm(self, index: int, place: ParamPlace) -> Tensor | None:
-        """The 2-norm of an accumulated gradient."""
-        return None if index in self._spent else self._norms[index][place.key]
+        """The 2-norm of an accumulated gradient; of one that was `hold`-ed also after an update has used it up."""
+        is_unknown = index in self._spent and index not in self._applied
+        return None if is_unknown else self._norms[index][place.key]
 
     def read(self, index: int, place: ParamPlace) -> Tensor:
         """A copy of an accumulated gradient."""
@@ -90,13 +117,12 @@ class DiskGradients:
         self.wait_written(index)
         found = torch.empty(place.shape)
         flat = found.view(-1)
-        with StagingBuffer(self._chunks[index][0].numel * _ELEMENT_BYTES) as buffer:
-            for chunk in self._chunks[index]:
-                start, stop = max(chunk.start, place.start), min(chunk.stop, place.stop)
-                if start < stop:
-                    self.start_read(chunk, buffer.tensor).wait()
-                    values = buffer.tensor.view(torch.float32)
-                    flat[start - place.start : stop - place.start] = values[start - chunk.start : stop - chunk.start]
+        if self._chunk_buffer is None:
+            self._chunk_buffer = StagingBuffer(max(chunks[0].numel for chunks in self._chunks) * _ELEMENT_BYTES)
+        values = self._chunk_buffer.tensor.view(torch.float32)
+        for chunk, here, there in parts(self._chunks[index], place):
+            self.start_read(chunk, self._chunk_buffer.tensor).wait()
+            flat[there] = values[here]
         return found
 
     def start_read(self, chunk: Chunk, into: Tensor) -> Transfer:
@@ -128,6 +154,9 @@ class DiskGradients:
         return self._buffer.tensor.view(torch.float32)
 
     def _settle_buffer(self) -> None:
+        if self._reading is not None:
+            self._reading.wait()
+            self._reading = None
         if self._in_buffer is not None:
             self.wait_written(self._in_buffer)
 

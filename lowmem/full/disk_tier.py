@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.adamw import Segment
-from lowmem.full.chunk_edits import ChunkEdits, parts
+from lowmem.full.chunk_edits import ChunkEdits
 from lowmem.full.chunk_files import ChunkFiles
-from lowmem.full.chunks import chunk_numel, cut
+from lowmem.full.chunks import chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import Job, UpdateThread
 from lowmem.full.layout import ParamPlace, UnitLayout
@@ -87,6 +87,7 @@ class DiskTier:
         self._step: tuple[int, dict[str, object]] | None = None
         self._last: tuple[int, dict[str, object]] = (0, {})
         self._edited: set[int] = set()
+        self._held: dict[int, tuple[Sequence[Segment], Tensor]] = {}
         self.files = ChunkFiles(
             folder,
             fingerprint=fingerprint,
@@ -112,6 +113,8 @@ class DiskTier:
         self._edits.flush()
         with self._scheduler.resident(index) as tensors:
             yield tensors[WEIGHT]
+        # Not before the visit has ended: until then the old weight is in use.
+        self._start_held(index)
 
     def expect(self, order: Sequence[int]) -> None:
         """See `StateTier.expect`."""
@@ -131,6 +134,21 @@ class DiskTier:
     def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
         """See `StateTier.accumulate`."""
         self._gradients.accumulate(index, contributions)
+
+    def apply(self, index: int, contributions: Sequence[Contribution], segments: Sequence[Segment]) -> None:
+        """Take the gradients of a block's one backward and update it as soon as its visit ends."""
+        self._begin_updates()
+        self._held[index] = segments, self._gradients.hold(index, contributions)
+        self._gradients.spend(index)
+
+    def _start_held(self, index: int) -> None:
+        held = self._held.pop(index, None)
+        if held is None:
+            return
+        segments, gradient = held
+        with self._changed:
+            self._gradients.release_after(self._submit(index, segments, gradient=gradient))
+        self._scheduler.invalidate((index,))
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         """See `StateTier.read_gradient`."""
@@ -254,6 +272,10 @@ class DiskTier:
 
     def close(self) -> None:
         """Complete what is pending, then give everything back. A run that has failed keeps its last whole step."""
+        if threading.current_thread().name.startswith(("lowmem-update", "offload-")):
+            # The collector runs finalizers in any thread; one that the work needs must not wait for it.
+            threading.Thread(target=self.close, name="lowmem-close").start()
+            return
         with suppress(OffloadError):
             self.finish()
         self._scheduler.close()

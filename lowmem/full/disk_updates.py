@@ -112,6 +112,7 @@ class UpdateThread:
         self._tasks: deque[_Task] = deque()
         self._cutting: Iterator[_Task] | None = None
         self._cutting_job: Job | None = None
+        self._waiting: Job | None = None
         self._closed = False
         self.failure: BaseException | None = None
         """Why it has given up."""
@@ -138,9 +139,9 @@ class UpdateThread:
     def _run(self) -> None:
         _compute_on_one_core()
         ended = False
-        while not ended or self._tasks or self._cutting is not None:
+        while not ended or self._tasks or self._cutting is not None or self._waiting is not None:
             # One set of buffers stays free of reads: it may still be written.
-            while len(self._tasks) < NUM_SETS - 1 and not (ended and self._cutting is None):
+            while len(self._tasks) < NUM_SETS - 1:
                 task, ended = self._next_task(ended)
                 if task is None:
                     break
@@ -150,12 +151,18 @@ class UpdateThread:
 
     def _next_task(self, ended: bool) -> tuple[_Task | None, bool]:
         if self._cutting is None:
-            # Waits only where nothing is under way.
-            if ended or (self._tasks and self._queue.empty()):
-                return None, ended
-            job = self._queue.get()
+            job, self._waiting = self._waiting, None
+            if job is None:
+                # Waits only where nothing is under way.
+                if ended or (self._tasks and self._queue.empty()):
+                    return None, ended
+                job = self._queue.get()
             if job is None:
                 return None, True
+            if any(task.job.unit == job.unit for task in self._tasks):
+                # It must read what the job before it, on the same unit, has not begun to write yet.
+                self._waiting = job
+                return None, ended
             job.done.begin_piece()
             self._cutting, self._cutting_job = self._cut(job), job
         cutting, found = self._cutting, None

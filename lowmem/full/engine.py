@@ -75,6 +75,8 @@ class FullTuning:
         self._keys = {id(entry.param): key for key, entry in self._params.items()}
         self.version = 0
         """Counts changes of weights and moments."""
+        self.updates_now: Callable[[Sequence[str]], Mapping[str, ParamUpdate]] | None = None
+        """Settings by name for updates within the backward; None where they wait for `step`."""
         self.saved: Saved | None = None
         """What `save_pretrained` wrote last."""
 
@@ -126,10 +128,25 @@ class FullTuning:
             contributions.append(Contribution(place=place, value=value, earlier_scales=scales))
             if earlier is None:
                 param.grad = OffloadedGradient.of(param, _Place(self.tier, index, place))
+                param.grad.is_used_up = self.updates_now is not None
             else:
                 earlier.scales.clear()
-        if contributions:
+        if not contributions:
+            return
+        if self.updates_now is None:
             self.tier.accumulate(index, contributions)
+            return
+        assert isinstance(self.tier, DiskTier), "only state on disk is updated within the backward"
+        if repeated := [one.place.key for one in contributions if one.earlier_scales is not None]:
+            raise UnsupportedError(
+                "several backwards before optimizer.step() (gradient_accumulation_steps) with updates in the backward",
+                reason=f"the gradient of {repeated[0]} has been used up by the first of them",
+                instead="gradient_accumulation_steps=1, or no update_in_backward",
+            )
+        self.version += 1
+        segments = segments_of(self.tier.layouts[index], self.updates_now([one.place.key for one in contributions]))
+        if segments:
+            self.tier.apply(index, contributions, segments)
 
     def step(self, updates: Mapping[str, ParamUpdate], *, number: int, record: dict[str, object]) -> None:
         """Update every parameter that has settings and a gradient.

@@ -53,6 +53,8 @@ class OffloadedGradient(Tensor):
     _place: GradientPlace
     scales: list[float]
     """What it has been multiplied with since it was accumulated."""
+    is_used_up: bool
+    """Whether the weight has been updated with it already, within the backward."""
 
     @staticmethod
     def of(param: Tensor, place: GradientPlace) -> OffloadedGradient:
@@ -64,7 +66,7 @@ class OffloadedGradient(Tensor):
         """
         stand_in = torch.zeros((), dtype=param.dtype, device=param.device).expand(tuple(param.shape))
         made = torch.Tensor._make_subclass(OffloadedGradient, stand_in, False)
-        made._place, made.scales = place, []
+        made._place, made.scales, made.is_used_up = place, [], False
         return made
 
     def materialise(self) -> Tensor:
@@ -136,6 +138,12 @@ def _change(own: OffloadedGradient, name: str, args: tuple[object, ...], kwargs:
         )
     scale = float(factor)  # type: ignore[arg-type]
     if scale != 1.0:
+        if own.is_used_up:
+            raise UnsupportedError(
+                "gradient clipping (max_grad_norm) with updates in the backward",
+                reason=f"{own._place.key} was updated before the norm of all gradients was known",
+                instead="max_grad_norm=0, or no update_in_backward",
+            )
         own.scales.append(scale)
     return own
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.adamw import ParamUpdate
+from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning, TunedParam
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.saved_state import load_moments, save_moments
@@ -59,6 +60,7 @@ class OptimizerEngine:
             self._forget_moments(set(self._steps))
         self._optimizer = weakref.ref(optimizer)
         self._num_steps, self._steps, self._states = 0, {}, {}
+        self._full.updates_now = None
 
     @torch.no_grad()
     def step(self, optimizer: RuleOptimizer) -> None:
@@ -75,7 +77,8 @@ class OptimizerEngine:
             for param in group["params"]:
                 key, rule = self._full.key_of(param), optimizer.rule_of(param)
                 if _is_flat(rule):
-                    if param.grad is not None:
+                    # A gradient that is used up has done its work in the backward.
+                    if param.grad is not None and not getattr(param.grad, "is_used_up", False):
                         self._steps[key] = self._steps.get(key, 0) + 1
                         updates[key] = _update(hyper, step=self._steps[key])
                 else:
@@ -152,6 +155,37 @@ class OptimizerEngine:
         self._num_steps = cast(int, record["num_steps"])
         self._optimizer = weakref.ref(optimizer)
         return self._num_steps
+
+    def update_in_backward(self, optimizer: RuleOptimizer) -> None:
+        """Update each block within its backward from now on.
+
+        Raises:
+            UnsupportedError: State is in memory, or the optimizer is not AdamW in fp32.
+            RuntimeError: Another optimizer has taken the model over.
+        """
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            raise RuntimeError("a later optimizer has taken over this model's weights")
+        flat = [_is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"]]
+        if not isinstance(self._full.tier, DiskTier) or not all(flat):
+            raise UnsupportedError(
+                "update_in_backward",
+                reason="it saves the traffic of gradients to and from disk; there is none where state is in memory",
+                instead="AdamW in fp32 with state on disk, or no update_in_backward",
+            )
+        self._full.updates_now = self._updates_now
+
+    def _updates_now(self, keys: Sequence[str]) -> dict[str, ParamUpdate]:
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if optimizer is None:
+            raise RuntimeError("update_in_backward: the optimizer is gone; make a new one")
+        wanted = set(keys)
+        updates: dict[str, ParamUpdate] = {}
+        for group in optimizer.param_groups:
+            hyper = optimizer.hyper(group)
+            for key in wanted.intersection(self._group_keys(group)):
+                self._steps[key] = self._steps.get(key, 0) + 1
+                updates[key] = _update(hyper, step=self._steps[key])
+        return updates
 
     def _run_rule(self, key: str, rule: Rule, hyper: Hyper) -> None:
         entry = self._full.params[key]

@@ -1,4 +1,4 @@
-"""Going on after a run was killed: from the last step whose state is on disk."""
+"""What a training loop can ask of full tuning: to go on from the last step on disk, to update within the backward."""
 
 from __future__ import annotations
 
@@ -27,10 +27,32 @@ def resume_last_step(optimizer: torch.optim.Optimizer) -> int:
         UnsupportedError: State was kept in memory.
         SourceError: No step has been committed in the folder.
     """
+    engine, own = _engine(optimizer)
+    return engine.resume(own)
+
+
+def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
+    """Update each block with state on disk within its backward, which saves writing and reading its gradient.
+
+    The norm of all gradients is not known then: clipping is refused when it would change something, and so is gradient
+    accumulation. The logged norm is right all the same. Settings are those that the groups have during the backward.
+
+    Args:
+        optimizer: `lowmem.optim.AdamW` on a model opened with ``tuning="full"`` and state on disk.
+
+    Raises:
+        ValueError: The optimizer is not one of a model opened with ``tuning="full"``.
+        UnsupportedError: State is in memory, or the optimizer is not AdamW in fp32.
+    """
+    engine, own = _engine(optimizer)
+    engine.update_in_backward(own)
+
+
+def _engine(optimizer: torch.optim.Optimizer) -> tuple[OptimizerEngine, RuleOptimizer]:
     engine = engine_of(optimizer.param_groups[0]["params"][0])
     if not isinstance(engine, OptimizerEngine) or not isinstance(optimizer, RuleOptimizer):
         raise ValueError("expected an optimizer of lowmem.optim on a model opened with tuning='full'")
-    return engine.resume(optimizer)
+    return engine, optimizer
 
 
-__all__ = ["resume_last_step"]
+__all__ = ["resume_last_step", "update_in_backward"]
