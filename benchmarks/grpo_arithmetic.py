@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import lowmem
@@ -104,6 +104,8 @@ def tune_adapter(folder: Path, output: Path, *, num_steps: int) -> Path:
         processing_class=make_tokenizer(),
         peft_config=lora(),
     )
+    # It prints to standard output, where results go.
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(str(output / "adapter"))
     return output / "adapter"
@@ -150,6 +152,8 @@ def run_grpo(folder: Path, adapter: Path, output: Path, *, seed: int, num_steps:
         processing_class=make_tokenizer(),
         callbacks=[_Watch(note)],
     )
+    # It prints to standard output, where results go.
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return curve
 
