@@ -46,6 +46,11 @@ class BaseWeights:
                 stored = view_tensor(self._buffer.tensor, read.tensor_offsets[spec.name], spec=spec)
                 into[place.start : place.stop].view(place.shape).copy_(stored)
 
+    def load_once(self, index: int, into: Tensor) -> None:
+        """As `load`, and keep no memory: where a block is read from the checkpoint hardly more than once."""
+        self.load(index, into)
+        self.release()
+
     def read(self, key: str) -> Tensor:
         """One parameter."""
         recipe = self._recipes[key]

@@ -301,6 +301,8 @@ class DiskTier:
             SourceError: There is no such state.
         """
         self._edits.flush()
+        # Nothing is fetched ahead while the state changes under it.
+        self._scheduler.expect(())
         with self._changed:
             self._pending.clear()
             self._step = None

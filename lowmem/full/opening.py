@@ -178,7 +178,7 @@ def _disk_tier(
         placement=replace(plan.placement, block_bytes=tuple(4 * layout.numel for layout in layouts[:num_blocks])),
         folder=Path(plan.disk_folder) / STATE_FOLDER,
         fingerprint=sha256(repr((opened.source.fingerprint(), places)).encode()).hexdigest(),
-        load_base=base.load,
+        load_base=base.load_once,
         read_base=base.read,
         trace=trace,
     )
