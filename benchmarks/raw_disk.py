@@ -97,7 +97,7 @@ def write_raw(folder: Path, setting: Setting, *, nbytes: int) -> RawRate:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT)
     try:
         os.posix_fallocate(fd, 0, nbytes)
-        buffer = mmap.mmap(-1, setting.request_bytes)
+        buffer = _huge_pages(setting.request_bytes)[: setting.request_bytes]
         buffer[:] = os.urandom(1 << 20) * (setting.request_bytes >> 20)
 
         def write(offset: int) -> None:
@@ -127,7 +127,9 @@ def best_setting(files: Sequence[Path], *, max_bytes: int) -> Setting:
 
 def _huge_pages(nbytes: int) -> memoryview:
     """Memory in large pages where there are any: a direct read lists the pages that it fills, and many cost time."""
-    memory = mmap.mmap(-1, -(-nbytes // _HUGE_BYTES) * _HUGE_BYTES + _HUGE_BYTES)
+    # Private: what is shared, Python's default, is a file in memory to the kernel, and those rarely have large pages.
+    nbytes = -(-nbytes // _HUGE_BYTES) * _HUGE_BYTES + _HUGE_BYTES
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     # Touched before the clock starts: the first touch of memory costs more than reading into it.

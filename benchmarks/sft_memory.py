@@ -36,7 +36,7 @@ class Case:
 CASES = {
     "1.1b-2GiB": Case(shape="1.1b", limit="2GiB", device_budget="1200MiB"),
     "1.1b-1.6GiB": Case(shape="1.1b", limit="1.6GiB", device_budget="smallest"),
-    "1.1b-batch8-2.75GiB": Case(shape="1.1b", limit="2.75GiB", device_budget="1900MiB", batch_size=8),
+    "1.1b-batch8-2.75GiB": Case(shape="1.1b", limit="2.75GiB", device_budget="1700MiB", batch_size=8),
     "6.7b-4.5GiB": Case(shape="6.7b", limit="4.5GiB", device_budget="3500MiB", num_steps=1),
 }
 NUM_WARMUP = 1

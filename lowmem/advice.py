@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from lowmem.costs import boundary_bytes, peak_phase
 from lowmem.drafts import Draft, Room
@@ -41,7 +42,21 @@ def _to_fit(room: Room, draft: Draft) -> Iterator[str]:
                 f"With a host budget of {format_bytes(boundary)} the boundary activations move there and "
                 f"{format_bytes(with_host.device_bytes)} on the device are enough."
             )
+    yield from _with_disk(room, needed)
     yield from _smaller_job(room, draft)
+
+
+def _with_disk(room: Room, needed: int) -> Iterator[str]:
+    """What a folder to write to would change."""
+    if room.has_disk:
+        return
+    with_disk = replace(room, has_disk=True).smallest
+    if with_disk.device_bytes < needed and with_disk.choice != room.smallest.choice:
+        what = "state" if with_disk.choice.state_tier == "disk" else "boundary activations"
+        yield (
+            f"With a folder on disk for {what}, Budget(disk=...), {format_bytes(with_disk.device_bytes)} on the device "
+            "are enough."
+        )
 
 
 def _smaller_job(room: Room, draft: Draft) -> Iterator[str]:

@@ -266,11 +266,13 @@ def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
 
 
 def _head_bytes(shapes: ModelShapes, job: Job) -> int:
-    """The final norm and the head, both in tiles: normed states, their gradient, the norm's input's, and one tile."""
+    """The final norm and the head, both in tiles: normed states, their gradient, and one tile.
+
+    Of several sequences, the tokens that predict one are copied together, but not while there are gradients; when the
+    norm's input gets its gradient, the normed states are gone.
+    """
     compute, tiles = itemsize(shapes.compute_dtype), HeadTiles()
-    # Of several sequences, the tokens that predict one are copied together.
-    num_states = 3 + (job.num_sequences > 1)
-    per_token = shapes.hidden_size * num_states * compute + 16 * _FP32_BYTES
+    per_token = shapes.hidden_size * 2 * compute + 16 * _FP32_BYTES
     num_tokens = min(tiles.num_tokens, job.num_tokens)
     # Logits, what they are turned into, one more for a cap; a weight in another dtype is converted by the tile.
     sizes = {

@@ -83,11 +83,14 @@ class Room:
 
     @cached_property
     def smallest(self) -> Draft:
-        """The draft that takes the least device memory with this host budget, whether it fits or not."""
+        """The draft that takes the least device memory with this host budget, whether it fits or not.
+
+        One that takes more of the host than there is counts only where all do.
+        """
         *_, (micro_batch, chunk_tokens) = self._splits()
         choices = self._choices(micro_batch, chunk_tokens)
         drafts = [self._least(choice) for choice in choices if not choice.keeps_keys_values]
-        return min(drafts, key=lambda draft: draft.device_bytes)
+        return min(drafts, key=lambda draft: (self._host_short(draft), draft.device_bytes))
 
     def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
         """The same job with another budget."""
@@ -188,6 +191,11 @@ class Room:
         except BudgetError as error:
             placement = self._place(choice, device_bytes=error.needed_bytes, host_bytes=left_host)
         return self._finish(choice, roles, placement)
+
+    def _host_short(self, draft: Draft) -> int:
+        # Buffers that transfers pass through are in no budget.
+        kept = self._kept_on_host(draft.roles) - draft.placement.staging_bytes
+        return max(0, kept - self.host_bytes)
 
     @staticmethod
     def _kept_on_host(roles: tuple[RoleBytes, ...]) -> int:

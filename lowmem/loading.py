@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,6 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.master_weights import MasterWeights
 from lowmem.full.opening import AdapterRefusal, Masters, open_full
 from lowmem.models.build import Skeleton, StreamedBlock, fill, skeleton
-from lowmem.streaming.block_source import BlockSource
 from lowmem.streaming.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.embedding import GatheredEmbedding, read_now
 from lowmem.streaming.outer_norms import tile_outer_norms
@@ -129,16 +129,18 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     from lowmem.generation.room import KvRoom
 
     built, device = opened.built, opened.device
-    reader = FileReader(
-        num_threads=plan.rates.disk_num_threads,
-        request_bytes=plan.rates.disk_request_bytes,
-        stamps=opened.source.stamps,
-    )
-    trace = Trace()
-    tables = _Weights(built.blocks, built, reader=reader, device=device)
-    masters = Masters() if plan.job.tuning == "full" else None
-    gathered = gatherable_embedding(built) if plan.embedding_on_disk else None
-    try:
+    with ExitStack() as stack:
+        stack.callback(opened.source.close)
+        reader = FileReader(
+            num_threads=plan.rates.disk_num_threads,
+            request_bytes=plan.rates.disk_request_bytes,
+            stamps=opened.source.stamps,
+        )
+        stack.callback(reader.close)
+        trace = Trace()
+        tables = _Weights(built.blocks, built, reader=reader, device=device)
+        masters = Masters() if plan.job.tuning == "full" else None
+        gathered = gatherable_embedding(built) if plan.embedding_on_disk else None
         model = fill(
             built,
             device=device,
@@ -161,24 +163,22 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
             if masters is None
             else MasterWeights(open_full(model, opened, masters, plan=plan, reader=reader, trace=trace))
         )
-    except BaseException:
-        reader.close()
-        opened.source.close()
-        raise
-    chunks = can_chunk(model) is None
-    if chunks:
-        enable_chunks(model)
-    tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
-    runtime = Runtime(
-        built.blocks,
-        scheduler=weights.scheduler,
-        unpacker=weights.unpacker,
-        plan=plan,
-        trace=trace,
-        device=device,
-        choose_split=SplitChoice(plan, can_chunk=chunks),
-    )
-    weakref.finalize(runtime, _close, weights.scheduler, reader, opened.source)
+        stack.callback(weights.scheduler.close)
+        chunks = can_chunk(model) is None
+        if chunks:
+            enable_chunks(model)
+        tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
+        runtime = Runtime(
+            built.blocks,
+            scheduler=weights.scheduler,
+            unpacker=weights.unpacker,
+            plan=plan,
+            trace=trace,
+            device=device,
+            choose_split=SplitChoice(plan, can_chunk=chunks),
+        )
+        # From here on they live as long as the runtime, and must not keep it alive.
+        weakref.finalize(runtime, stack.pop_all().close)
     runtime.full = None if masters is None else masters.full
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     attach(model, runtime)
@@ -203,13 +203,6 @@ class _FrozenWeights:
             trace=trace,
         )
         self.unpacker = Unpacker(built.blocks, device=device)
-
-
-def _close(scheduler: BlockSource, reader: FileReader, source: SafetensorsSource) -> None:
-    # The scheduler first: it waits for the reads that still write into its buffers.
-    scheduler.close()
-    reader.close()
-    source.close()
 
 
 class _Weights:

@@ -157,8 +157,10 @@ class Plan:
             raise BudgetError(self._misfit(), needed_bytes=self.smallest_device_bytes)
 
     def _misfit(self) -> str:
-        parts = []
+        parts, advice = [], self.advice[:2]
         if self.device_bytes > self.device_budget_bytes:
+            # The first sentence says again what is missing.
+            advice = self.advice[1:3]
             parts.append(
                 f"the device budget of {format_bytes(self.device_budget_bytes)} is too small for {self.model}: "
                 f"a {self.task} step of {self.job.num_sequences} x {self.seq_len} tokens needs at least "
@@ -169,7 +171,7 @@ class Plan:
                 f"the host budget of {format_bytes(self.host_budget_bytes)} is too small: "
                 f"{format_bytes(self.kept_host_bytes)} have to be kept there"
             )
-        return "; ".join((*parts, *(sentence.rstrip(".") for sentence in self.advice[:2])))
+        return "; ".join((*parts, *(sentence.rstrip(".") for sentence in advice)))
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: every field, and the numbers that follow from them under `summary`."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lowmem.full.layout import UnitLayout
 
-_PIECE_ELEMENTS = 1 << 18
-"""A gradient is scaled a MiB at a time, so that the update finds it in the cache."""
+SCALED_ELEMENTS = 1 << 21
+"""A gradient is scaled 8 MiB at a time, so that the update finds it in the cache; smaller pieces cost more in calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,25 +73,35 @@ def segments_of(layout: UnitLayout, updates: Mapping[str, ParamUpdate]) -> tuple
     return tuple(runs)
 
 
-def update_run(update: ParamUpdate, *, weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+def update_run(
+    update: ParamUpdate,
+    *,
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scaled: Tensor | None = None,
+) -> None:
     """Update a run of elements in place.
 
     Args:
-        update: Its settings. `gradient` has been multiplied with their scales afterwards.
+        update: Its settings.
         weight: Flat fp32 tensor; so are the others, of the same length, all on one device.
-        gradient: Gradient as accumulated.
+        gradient: Gradient as accumulated; left as it is, or multiplied with the scales.
         exp_avg: First moment.
         exp_avg_sq: Second moment.
+        scaled: Room for `SCALED_ELEMENTS` of a scaled gradient, which stay in the cache; scaled in place if not given.
     """
     step = torch.tensor(float(update.step), device=weight.device)
-    size = _PIECE_ELEMENTS if update.scales else weight.numel()
+    size = SCALED_ELEMENTS if update.scales else weight.numel()
     for start in range(0, weight.numel(), size):
         piece = slice(start, start + size)
+        part = gradient[piece]
         for scale in update.scales:
-            gradient[piece].mul_(scale)
+            part = part.mul_(scale) if scaled is None else torch.mul(part, scale, out=scaled[: part.numel()])
         torch._fused_adamw_(
             [weight[piece]],
-            [gradient[piece]],
+            [part],
             [exp_avg[piece]],
             [exp_avg_sq[piece]],
             [],
@@ -106,4 +116,4 @@ def update_run(update: ParamUpdate, *, weight: Tensor, gradient: Tensor, exp_avg
         )
 
 
-__all__ = ["ParamUpdate", "Segment", "segments_of", "update_run"]
+__all__ = ["SCALED_ELEMENTS", "ParamUpdate", "Segment", "segments_of", "update_run"]

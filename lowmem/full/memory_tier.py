@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lowmem.full.adamw import Segment, update_run
+from lowmem.full.adamw import SCALED_ELEMENTS, Segment, update_run
 from lowmem.full.layout import ParamPlace, UnitLayout
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, FIELDS, WEIGHT, Contribution
 from offload import Counters, StagingBuffer
@@ -35,6 +35,8 @@ class MemoryTier:
         self._live = dict(live)
         self._visits = [0] * len(self.layouts)
         self._buffers: dict[tuple[int, str], StagingBuffer] = {}
+        # Committed by the first update that scales a gradient.
+        self._scaled = StagingBuffer(SCALED_ELEMENTS * _ELEMENT_BYTES)
 
     def weight(self, index: int) -> Tensor:
         """A unit's flat master weight, to be filled."""
@@ -85,6 +87,7 @@ class MemoryTier:
                 gradient=flat_gradient[run],
                 exp_avg=self._flat(index, EXP_AVG)[run],
                 exp_avg_sq=self._flat(index, EXP_AVG_SQ)[run],
+                scaled=self._scaled.tensor.view(torch.float32),
             )
 
     def change(

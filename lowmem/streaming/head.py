@@ -17,6 +17,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from lowmem.streaming import own_memory
 from lowmem.streaming.head_tiles import HeadOptions, HeadTiles, Projection, TileBuffers
 
+_ARGMAX_ROWS = 16
+"""Rows that are copied at a time to find their maximum's place."""
 _LOGGED = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -77,8 +79,7 @@ class _Statistics:
             self.argmax = torch.where(better, logits.argmax(-1) + start, self.argmax)
             return
         # argmax costs a CPU ten times what amax does, and few tiles after the first hold a new maximum
-        rows = better.nonzero().squeeze(-1)
-        if rows.numel():
+        for rows in better.nonzero().squeeze(-1).split(_ARGMAX_ROWS):
             self.argmax[rows] = logits[rows].argmax(-1) + start
 
 

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from lowmem.streaming import own_memory
 
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
@@ -99,10 +102,11 @@ class TileBuffers:
             bytes_per_word=width * head.tile_dtype.itemsize if converts else 0,
         )
         size = num_tokens * self.num_words
-        self._logits = torch.empty(size, dtype=head.sum_dtype, device=device)
-        self._spare = [torch.empty(size, dtype=head.sum_dtype, device=device) for _ in range(num_spare)]
-        self._product = torch.empty(size, dtype=head.tile_dtype, device=device) if head.num_product_buffers else None
-        self._weight = torch.empty(self.num_words * width, dtype=head.tile_dtype, device=device) if converts else None
+        make = partial(own_memory.empty, device=device)
+        self._logits = make((size,), dtype=head.sum_dtype)
+        self._spare = [make((size,), dtype=head.sum_dtype) for _ in range(num_spare)]
+        self._product = make((size,), dtype=head.tile_dtype) if head.num_product_buffers else None
+        self._weight = make((self.num_words * width,), dtype=head.tile_dtype) if converts else None
         self._head = head
 
     def word_tiles(self) -> Iterator[tuple[int, int]]:

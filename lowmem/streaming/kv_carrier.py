@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowmem.streaming import own_memory
+
 
 class KeysTaken(Exception):
     """Leaves a block's forward once its keys and values are known and nothing else is wanted; not an error."""
@@ -45,7 +47,8 @@ class Workspace:
             # The old one goes before the new one comes.
             self._buffers.pop(name, None)
             buffer = None
-            buffer = self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+            buffer = own_memory.empty((nbytes,), dtype=torch.uint8, device=like.device)
+            self._buffers[name] = buffer
         return buffer[:nbytes].view(dtype).view(tuple(shape))
 
     def clear(self) -> None:

@@ -16,6 +16,7 @@ from lowmem.costs import num_boundary_buffers
 from lowmem.errors import UnsupportedError
 from lowmem.generation.rows import ActiveRows
 from lowmem.models.build import StreamedBlock
+from lowmem.streaming import own_memory
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import BlockFunction, Split
 from lowmem.streaming.boundary import tier_for
@@ -23,7 +24,6 @@ from lowmem.streaming.chunks import CallArguments, ChunkedCall, RunBlock, forwar
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.passes import TrainingPass, VisitingOrder
 from lowmem.streaming.random_state import RandomTape
-from lowmem.streaming.row_records import ChunkedRows
 from lowmem.streaming.split_choice import SplitChoice
 from lowmem.streaming.twin import Twins
 from lowmem.streaming.visit import Phase, Visit
@@ -184,22 +184,35 @@ class Runtime:
 
     def run_here(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         """As `Blocks.run_here`."""
-        call = BlockCall(args, kwargs) if not _has_cache(kwargs) else None
-        split = self._choose_split(call) if call is not None else Split()
-        if call is not None and split.micro_batch is not None:
+        if _has_cache(kwargs):
+            return self._run_with_cache(index, args, kwargs)
+        call = BlockCall(args, kwargs)
+        split = self._choose_split(call)
+        if split != Split():
             inputs = call.take_inputs()
             entry = VisitedCall(self, index, call, split, keeps=False)
             return entry.rebuild(entry.forward_here(inputs))
+        return self._run_whole(index, args, kwargs)
+
+    def _run_with_cache(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
         shape = next((leaf.shape[:2] for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)), torch.Size())
-        block = self._blocks[index].block
         chunk_tokens = self._choose_split.chunk_for(shape[-1], num_tokens=shape.numel()) if shape else None
-        if chunk_tokens is None or _has_cache(kwargs):
-            forward = partial(block.raw_forward, block.module)
-            if self.generation is not None:
-                in_chunks = None if chunk_tokens is None else partial(self._in_chunks, index, chunk_tokens)
-                return self.generation.run(forward, args, kwargs, block=index, rows=self.rows, in_chunks=in_chunks)
+        in_chunks = None if chunk_tokens is None else partial(self._in_chunks, index, chunk_tokens)
+        return self._run_whole(index, args, kwargs, in_chunks=in_chunks)
+
+    def _run_whole(
+        self,
+        index: int,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        *,
+        in_chunks: Callable[[RunBlock, CallArguments], object] | None = None,
+    ) -> object:
+        block = self._blocks[index].block
+        forward = partial(block.raw_forward, block.module)
+        if self.generation is None:
             return forward(*args, **kwargs)
-        return self._chunked(index, chunk_tokens).forward((tuple(args), dict(kwargs)))
+        return self.generation.run(forward, args, kwargs, block=index, rows=self.rows, in_chunks=in_chunks)
 
     def recorded_call(self, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[Entry, Tensor]:
         """As `Blocks.recorded_call`."""
@@ -216,16 +229,6 @@ class Runtime:
         call = ChunkedCall(self._blocks[index].block.raw_forward, *arguments)
         workspace = self.chunk_workspace
         return forward_chunks(run, call, chunk_tokens=chunk_tokens, device=self.device, workspace=workspace).output
-
-    def _chunked(self, index: int, chunk_tokens: int) -> ChunkedRows:
-        block = self._blocks[index].block
-        return ChunkedRows(
-            lambda arguments: block.raw_forward(block.module, *arguments[0], **arguments[1]),
-            raw_forward=block.raw_forward,
-            chunk_tokens=chunk_tokens,
-            workspace=self.chunk_workspace,
-            tape=self.tape,
-        )
 
     @contextmanager
     def visit(self, index: int, phase: Phase, *, num_tokens: int) -> Iterator[None]:
@@ -304,6 +307,15 @@ class Runtime:
         if self.chunk_workspace.nbytes >= _LARGE_BYTES:
             self.chunk_workspace.clear()
 
+    def resume(self, hidden: Tensor | None) -> None:
+        """Give back what the head has left, before the backward of the last block.
+
+        Args:
+            hidden: The gradient that arrives; where it is small, so is what was left.
+        """
+        if hidden is not None and hidden.device.type == "cpu" and hidden.nbytes >= _LARGE_BYTES:
+            own_memory.give_back_freed()
+
     def reset(self) -> None:
         """Make the runtime ready for a new step after an exception; safe to call at any time."""
         self._order.forget()
@@ -354,10 +366,18 @@ def attach(model: torch.nn.Module, runtime: Runtime) -> None:
 
     Replaces `forward` on the block instances, which serves training, evaluation and generation alike and does not
     depend on gradient checkpointing being on.
+
+    Trainers make the embeddings' output require gradients, for checkpointing's sake. A streamed block asks its own
+    parameters, so that is left out: it would keep the embeddings throughout the step, and their gradient.
     """
     object.__setattr__(model, _ATTRIBUTE, runtime)
+    object.__setattr__(model, "enable_input_require_grads", _do_nothing)
     for index, streamed in enumerate(runtime.blocks):
         streamed.block.module.forward = _streamed_forward(runtime, index)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _streamed_forward(runtime: Runtime, index: int) -> Callable[..., object]:

@@ -53,7 +53,9 @@ class TokenwiseFunction(torch.autograd.Function):
     def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         hidden, *params = ctx.saved_tensors
         rows, grads = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, grad_out))
-        grad_rows = own_memory.empty_like(rows) if ctx.needs_input_grad[2] else None
+        # Not a view is what goes on: the next block writes over it if nothing else sees its memory.
+        grad_hidden = own_memory.empty_like(hidden) if ctx.needs_input_grad[2] else None
+        grad_rows = None if grad_hidden is None else grad_hidden.view(rows.shape)
         sums: list[Tensor | None] = [None] * len(params)
         for start in range(0, rows.shape[0], ctx.tile_tokens):
             tile = slice(start, start + ctx.tile_tokens)
@@ -68,7 +70,7 @@ class TokenwiseFunction(torch.autograd.Function):
         return (
             None,
             None,
-            None if grad_rows is None else grad_rows.view(hidden.shape),
+            grad_hidden,
             *(None if total is None else total.to(param.dtype) for total, param in zip(sums, params, strict=True)),
         )
 

@@ -69,6 +69,8 @@ class VisitedCall:
         self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Visit the block and run the backward."""
+        if self._index == self._runtime.num_blocks - 1:
+            self._runtime.resume(grads[0])
         with self._runtime.visit(self._index, "backward", num_tokens=self._num_tokens):
             if self._runtime.full is None:
                 return self._recorded.backward(grads, params, wanted)

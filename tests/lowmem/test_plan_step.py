@@ -25,11 +25,12 @@ def planned(
     *,
     device: int | str = "1GiB",
     host: int | str = "0",
+    disk: Path | None = None,
     rates: Rates = RATES,
     job: Job | None = None,
 ) -> Plan:
     job = job or make_job("sft", batch_size=1, seq_len=64)
-    return plan_step(shapes or llama(), job, budget=Budget(device=device, host=host), rates=rates)
+    return plan_step(shapes or llama(), job, budget=Budget(device=device, host=host, disk=disk), rates=rates)
 
 
 def test_everything_is_resident_where_it_fits() -> None:
@@ -335,3 +336,21 @@ def test_keys_and_values_are_kept_where_that_is_faster_than_computing_them_again
 
     assert kept(1e10, 1e12)
     assert not kept(1e14, 1e9)
+
+
+def test_smallest_budget_of_full_tuning_keeps_to_the_host_budget() -> None:
+    shapes, job = llama().with_every_weight(), make_job("sft", batch_size=1, seq_len=64, tuning="full")
+    without, on_disk = (planned(shapes, device=0, disk=disk, job=job) for disk in (None, Path("state")))
+    # In RAM that there is not, the device would need less.
+    assert without.kept_host_bytes == on_disk.kept_host_bytes == 0
+    assert on_disk.choice.state_tier == "disk"
+    assert on_disk.smallest_device_bytes < without.smallest_device_bytes
+    assert planned(shapes, device=on_disk.smallest_device_bytes, disk=Path("state"), job=job).fits
+    with pytest.raises(BudgetError, match=r"a folder on disk for state, Budget\(disk=\.\.\.\)"):
+        without.require_fit()
+
+
+def test_advice_for_long_sequences_names_a_folder_for_boundary_activations() -> None:
+    job = make_job("sft", batch_size=1, seq_len=65536)
+    with pytest.raises(BudgetError, match="a folder on disk for boundary activations"):
+        planned(device=0, job=job).require_fit()
