@@ -6,7 +6,7 @@
 
 `memory`: the 1.1B checkpoint, AdamW with masters and moments in fp32 on disk, the whole process inside 3 GiB, and its
 step against the physical limit at rates measured in the same run. `step`: a 350M shape, state on the host and on disk
-and plain transformers with torch's fused AdamW, one step each in turn. `update`: AdamW on the host tier's buffers
+and plain transformers and TRL with torch's fused AdamW, one step each in turn. `update`: AdamW on the host tier's buffers
 against torch's fused kernel on one flat tensor.
 """
 
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help=f"the first {NUM_WARMUP} of them for warm-up")
     parser.add_argument("--accumulation", type=int, default=2, help="of `step`")
     parser.add_argument("--limit", default="3GiB", help="of `memory`")
-    parser.add_argument("--device-budget", default="2300MiB", help="for state on disk")
+    parser.add_argument("--device-budget", default="2100MiB", help="for state on disk")
     parser.add_argument("--optimizer", default="AdamW", help="of `memory`: AdamW or GaLore")
     parser.add_argument(
         "--update-in-backward", action="store_true", help="of `memory`: no clipping, no gradients on disk"

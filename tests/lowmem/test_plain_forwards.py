@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowmem
 from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.tiny_training import resident, streamed
 from tests.zoo.architectures import build
@@ -39,3 +40,9 @@ def test_nothing_is_kept_of_them(tmp_path: Path) -> None:
     with torch.no_grad():
         model(IDS, use_cache=False)
     assert not kept
+
+
+def test_router_logits_in_chunks_are_refused_without_gradients_too(tmp_path: Path) -> None:
+    model = streamed(build("mixtral", tmp_path), chunk_tokens=3)
+    with torch.no_grad(), pytest.raises(lowmem.UnsupportedError, match="router"):
+        model(IDS, use_cache=False, output_router_logits=True)

@@ -1,5 +1,6 @@
 """What a streamed model looks for before each forward: adapters added, exchanged or changed since the last."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,16 @@ def test_a_base_weight_replaced_between_two_steps_is_refused(model: PeftModel) -
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape), requires_grad=False)
     with pytest.raises(lowmem.UnsupportedError, match="a new value for"):
         model(input_ids=IDS)
+
+
+def test_embeddings_are_not_kept_through_the_step(model: PeftModel) -> None:
+    """As trainers prepare a model for gradient checkpointing; streamed blocks need none of it."""
+    model.enable_input_require_grads()
+    embedded: list[weakref.ref[torch.Tensor]] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, output: embedded.append(weakref.ref(output)))
+    loss = model(input_ids=IDS, labels=IDS).loss
+    assert embedded[0]() is None
+    loss.backward()
+    trained = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+    assert trained
+    assert all(grad is not None for grad in trained.values())

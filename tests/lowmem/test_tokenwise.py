@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem.streaming.ownership import is_sole_owner
 from lowmem.streaming.tokenwise import tokenwise
 
 
@@ -40,3 +41,22 @@ def test_no_tokens_and_no_gradients_are_fine() -> None:
     assert tokenwise(norm, torch.empty(2, 0, 6), params=[norm.weight]).shape == (2, 0, 6)
     with torch.no_grad():
         assert not tokenwise(norm, torch.randn(2, 3, 6), params=[norm.weight], tile_tokens=2).requires_grad
+
+
+def test_the_gradient_that_goes_on_may_be_written_over() -> None:
+    norm = nn.RMSNorm(512)
+    seen: list[bool] = []
+
+    class Before(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: torch.autograd.function.FunctionCtx, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+            seen.append(is_sole_owner(grad, like=grad))
+            return grad
+
+    hidden = torch.randn(1, 600, 512, requires_grad=True)
+    tokenwise(norm, Before.apply(hidden), params=list(norm.parameters())).sum().backward()
+    assert seen == [True]
