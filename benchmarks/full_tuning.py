@@ -6,8 +6,8 @@
 
 `memory`: the 1.1B checkpoint, AdamW with masters and moments in fp32 on disk, the whole process inside 3 GiB, and its
 step against the physical limit at rates measured in the same run. `step`: a 350M shape, state on the host and on disk
-and plain transformers and TRL with torch's fused AdamW, one step each in turn. `update`: AdamW on the host tier's buffers
-against torch's fused kernel on one flat tensor.
+and plain transformers and TRL with torch's fused AdamW, one step each in turn. `update`: AdamW on the host tier's
+buffers against torch's fused kernel on one flat tensor.
 """
 
 import argparse
