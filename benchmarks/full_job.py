@@ -44,7 +44,7 @@ class FullJob:
     """For "disk"; "host" takes what it needs."""
     max_grad_norm: float = 1.0
     optimizer: str = "AdamW"
-    """Name in `lowmem.optim`; GaLore has rank 128."""
+    """Name in `lowmem.optim`; GaLore has rank 128 and projects embeddings and head as well."""
     update_in_backward: bool = False
     """Whether blocks on disk are updated within their backward; takes max_grad_norm 0."""
     seed: int = 0
@@ -105,7 +105,7 @@ def make_optimizer(job: FullJob, model: PreTrainedModel) -> torch.optim.Optimize
     """As the job names it."""
     if job.mode == "plain":
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    options = {"rank": 128} if job.optimizer == "GaLore" else {}
+    options = {"rank": 128, "project_embeddings": True} if job.optimizer == "GaLore" else {}
     optimizer: torch.optim.Optimizer = getattr(lowmem.optim, job.optimizer)(model, lr=1e-5, **options)
     if job.update_in_backward:
         update_in_backward(optimizer)
