@@ -37,7 +37,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="examples, pairs; completions are four times as many")
     parser.add_argument("--seq-len", type=int, default=64, help="of the longest example")
     parser.add_argument("--completion-tokens", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
@@ -95,7 +94,6 @@ def main() -> None:
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,
             report_to="none",
-            seed=options.seed,
             **settings,
         )
         extra = {"reward_funcs": exact_match} if stage == "grpo" else {"peft_config": lora} if stage == "sft" else {}
