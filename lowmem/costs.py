@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
 from lowmem.chunk_memory import chunk_bytes, forward_chunk_bytes
 from lowmem.job import Job
-from lowmem.shapes import ModelShapes, itemsize
+from lowmem.shapes import BlockShape, ModelShapes, itemsize
 from lowmem.streaming.head_tiles import HeadTiles
 
 ALWAYS = "always"
@@ -116,13 +116,13 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
 def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
     """Gradients and AdamW's moments of every weight, in fp32; the master weights are the decoder blocks themselves.
 
-    Gradients of what is outside the blocks are ordinary ones, on the device; a block's own are there while it is
-    differentiated.
+    Gradients of what is outside the blocks are ordinary ones, on the device; of a block's weights, one has a gradient
+    of its own at a time.
     """
     outer_bytes = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
     widest_bytes = max(block.buffer_bytes for block in shapes.blocks)
     yield _device("gradients", outer_bytes)
-    yield _device("block gradient", widest_bytes, phase="block")
+    yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
     tier = choice.state_tier
     yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.stored_bytes)
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -133,6 +133,12 @@ def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
         chunk_bytes = max(4 * _PAGE_BYTES, -(-widest_bytes // (8 * _PAGE_BYTES)) * _PAGE_BYTES)
         chunk_bytes = min(_LARGEST_CHUNK_BYTES, chunk_bytes)
         yield _device("state chunks", _NUM_CHUNKS * 4 * chunk_bytes)
+
+
+def _largest_weight_bytes(block: BlockShape) -> int:
+    if block.experts is not None:
+        return block.buffer_bytes
+    return max(linear.in_features * linear.out_features for linear in block.linears) * _FP32_BYTES
 
 
 def boundary_bytes(shapes: ModelShapes, job: Job) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,57 +54,61 @@ class DiskGradients:
         """Bytes of the buffer."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
-    def hold(self, index: int, contributions: Sequence[Contribution]) -> Tensor:
-        """Take the gradients of a block's one backward into the buffer, and leave them there.
-
-        Returns:
-            The flat gradient, which is the caller's to read until the transfer given to `release_after` has ended.
-        """
-        flat = self._flat()
+    @contextmanager
+    def holding(self, index: int) -> Iterator[Callable[[Contribution], None]]:
+        """Take the gradients of a block's one backward into the buffer, and leave them there."""
         self._settle_buffer()
-        flat[: self._layouts[index].numel].zero_()
-        norms = self._norms.setdefault(index, {})
-        for one in contributions:
-            kept = flat[one.place.start : one.place.stop].view(one.place.shape)
-            kept.copy_(one.value)
-            norms[one.place.key] = torch.linalg.vector_norm(kept)
         self._in_buffer = None
+        with self._filling(index, self._zeroed(index)) as take:
+            yield take
         self._applied.add(index)
-        return flat[: self._layouts[index].numel]
+
+    def held(self, index: int) -> Tensor:
+        """The flat gradient held: the caller's to read until the transfer given to `release_after` has ended."""
+        return self._flat()[: self._layouts[index].numel]
 
     def release_after(self, reading: Transfer) -> None:
         """Let the next block have the buffer when somebody has read it."""
         self._reading = reading
 
-    def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
-        """See `StateTier.accumulate`. Waits for the writes of the block before."""
-        adds = any(one.earlier_scales is not None for one in contributions)
+    @contextmanager
+    def accumulating(self, index: int, *, adds: bool) -> Iterator[Callable[[Contribution], None]]:
+        """See `StateTier.accumulating`. Waits for the writes of the block before."""
         if adds and index in self._spent:
-            raise _spent(contributions[0].place.key)
-        flat = self._flat()
-        if self._in_buffer != index or not adds:
-            self._settle_buffer()
+            raise _spent(self._layouts[index].places[0].key)
+        # Should the buffer still hold this block, it may be changed once its writes are over.
+        self._settle_buffer()
+        holds = self._in_buffer == index and adds
+        # As long as it is being filled it holds no block.
+        self._in_buffer = None
+        if not holds:
             # What was accumulated of parameters that this backward says nothing of is kept.
             if index in self._norms and index not in self._spent:
-                self._read_into(index, flat)
+                self._read_into(index, self._flat())
             else:
-                flat[: self._layouts[index].numel].zero_()
-        else:
-            # The buffer still holds this block: it may be changed once its writes are over.
-            self._settle_buffer()
-        norms = self._norms.setdefault(index, {})
-        for one in contributions:
-            kept = flat[one.place.start : one.place.stop].view(one.place.shape)
-            if one.earlier_scales is None:
-                kept.copy_(one.value)
-            else:
-                for scale in one.earlier_scales:
-                    kept.mul_(scale)
-                kept.add_(one.value)
-            norms[one.place.key] = torch.linalg.vector_norm(kept)
+                self._zeroed(index)
+        with self._filling(index, self._flat()) as take:
+            yield take
         self._spent.discard(index)
         self._applied.discard(index)
-        self._write(index, flat)
+        self._write(index, self._flat())
+
+    @contextmanager
+    def _filling(self, index: int, flat: Tensor) -> Iterator[Callable[[Contribution], None]]:
+        filled: dict[str, Tensor] = {}
+
+        def take(one: Contribution) -> None:
+            kept = filled[one.place.key] = flat[one.place.start : one.place.stop].view(one.place.shape)
+            one.add_to(kept)
+
+        yield take
+        norms = self._norms.setdefault(index, {})
+        norms.update({key: torch.linalg.vector_norm(kept) for key, kept in filled.items()})
+
+    def _zeroed(self, index: int) -> Tensor:
+        flat = self._flat()
+        flat[: self._layouts[index].numel].zero_()
+        return flat
 
     def norm(self, index: int, place: ParamPlace) -> Tensor | None:
         """The 2-norm of an accumulated gradient; of one that was `hold`-ed also after an update has used it up."""
@@ -143,6 +148,12 @@ class DiskGradients:
     def spend(self, index: int) -> None:
         """Note that an update uses the gradient up."""
         self._spent.add(index)
+
+    def rest(self) -> None:
+        """Give the buffer's memory back until the next backward."""
+        if self._buffer is not None:
+            self._settle_buffer()
+            self._in_buffer, self._buffer = None, None
 
     def close(self) -> None:
         """Give the space back. May be called twice."""

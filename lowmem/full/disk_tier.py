@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -131,14 +131,18 @@ class DiskTier:
                 return self.files.read_weight(index, into)
             return self._submit(index, segments or (), into=into)
 
-    def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
-        """See `StateTier.accumulate`."""
-        self._gradients.accumulate(index, contributions)
+    def accumulating(self, index: int, *, adds: bool) -> AbstractContextManager[Callable[[Contribution], None]]:
+        """See `StateTier.accumulating`."""
+        return self._gradients.accumulating(index, adds=adds)
 
-    def apply(self, index: int, contributions: Sequence[Contribution], segments: Sequence[Segment]) -> None:
-        """Take the gradients of a block's one backward and update it as soon as its visit ends."""
+    def holding(self, index: int) -> AbstractContextManager[Callable[[Contribution], None]]:
+        """Take the gradients of a block's one backward, for `apply`."""
         self._begin_updates()
-        self._held[index] = segments, self._gradients.hold(index, contributions)
+        return self._gradients.holding(index)
+
+    def apply(self, index: int, segments: Sequence[Segment]) -> None:
+        """Update a block whose gradients are held as soon as its visit ends."""
+        self._held[index] = segments, self._gradients.held(index)
         self._gradients.spend(index)
 
     def _start_held(self, index: int) -> None:
@@ -192,8 +196,9 @@ class DiskTier:
         gradient: Tensor | None,
         scales: Sequence[float],
     ) -> None:
-        """See `StateTier.change`."""
+        """See `StateTier.change`. What the rule takes has the room of the gradients' buffer."""
         self._begin_updates()
+        self._gradients.rest()
         if gradient is None:
             gradient = self._gradients.read(index, place)
             for scale in scales:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +44,9 @@ class FullTuning:
     """Everything that changes from step to step in a model whose every weight is trained.
 
     Blocks have absent parameters. Their gradients do not go through autograd's accumulation: a block's backward hands
-    them to `keep_gradients`, and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops the stand-in, and
-    with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary gradients; their moments
-    are kept in the same tier.
+    them on one by one (`taking_gradients`), and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops the
+    stand-in, and with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary gradients;
+    their moments are kept in the same tier.
     """
 
     def __init__(
@@ -104,49 +104,68 @@ class FullTuning:
         with self.tier.lend(index) as flat:
             yield {place.key: flat[place.start : place.stop].view(place.shape) for place in self._places(index)}
 
-    def keep_gradients(self, index: int, grads: Mapping[str, Tensor | None]) -> None:
-        """Accumulate the gradients of one backward of a block.
+    @contextmanager
+    def taking_gradients(self, index: int) -> Iterator[Callable[[str, Tensor], None]]:
+        """Accumulate the gradients of one backward of a block, each as it comes; whole when the `with` ends.
 
         Args:
             index: Number of the block.
-            grads: By name; None where the loss does not depend on a weight.
+
+        Yields:
+            What takes a weight's gradient, by name; again for each further part of the block's batch.
         """
-        contributions = []
-        for place in self._places(index):
-            value = grads.get(place.key)
-            if value is None:
-                continue
-            param = self._params[place.key].param
-            earlier = param.grad
-            if earlier is not None and not isinstance(earlier, OffloadedGradient):
-                raise UnsupportedError(
-                    f"setting the gradient of {place.key}",
-                    reason="it is accumulated outside of the model",
-                    instead="the loss, or torch.nn.utils.clip_grad_norm_",
-                )
-            scales = None if earlier is None else tuple(earlier.scales)
-            contributions.append(Contribution(place=place, value=value, earlier_scales=scales))
-            if earlier is None:
-                param.grad = OffloadedGradient.of(param, _Place(self.tier, index, place))
-                param.grad.is_used_up = self.updates_now is not None
-            else:
-                earlier.scales.clear()
-        if not contributions:
-            return
+        places = {place.key: place for place in self._places(index)}
+        earlier = {key: self._earlier_scales(key) for key in places}
+        kept = [key for key, scales in earlier.items() if scales is not None]
+        if kept and self.updates_now is not None:
+            raise _used_up(kept[0])
+        taken: set[str] = set()
+        with self._gradients_of(index, adds=bool(kept)) as keep:
+
+            def take(key: str, value: Tensor) -> None:
+                # What a part of the batch left is added to as it is.
+                scales = () if key in taken else earlier[key]
+                taken.add(key)
+                keep(Contribution(place=places[key], value=value, earlier_scales=scales))
+
+            yield take
+        for key in taken:
+            self._mark_taken(index, places[key])
+        if taken and self.updates_now is not None:
+            self._update_now(index, [key for key in places if key in taken])
+
+    def _gradients_of(self, index: int, *, adds: bool) -> AbstractContextManager[Callable[[Contribution], None]]:
         if self.updates_now is None:
-            self.tier.accumulate(index, contributions)
-            return
+            return self.tier.accumulating(index, adds=adds)
         assert isinstance(self.tier, DiskTier), "only state on disk is updated within the backward"
-        if repeated := [one.place.key for one in contributions if one.earlier_scales is not None]:
+        return self.tier.holding(index)
+
+    def _earlier_scales(self, key: str) -> tuple[float, ...] | None:
+        """What the gradient that was accumulated before is multiplied with first; None where there is none."""
+        grad = self._params[key].param.grad
+        if grad is not None and not isinstance(grad, OffloadedGradient):
             raise UnsupportedError(
-                "several backwards before optimizer.step() (gradient_accumulation_steps) with updates in the backward",
-                reason=f"the gradient of {repeated[0]} has been used up by the first of them",
-                instead="gradient_accumulation_steps=1, or no update_in_backward",
+                f"setting the gradient of {key}",
+                reason="it is accumulated outside of the model",
+                instead="the loss, or torch.nn.utils.clip_grad_norm_",
             )
+        return None if grad is None else tuple(grad.scales)
+
+    def _mark_taken(self, index: int, place: ParamPlace) -> None:
+        param = self._params[place.key].param
+        if isinstance(param.grad, OffloadedGradient):
+            param.grad.scales.clear()
+            return
+        param.grad = OffloadedGradient.of(param, _Place(self.tier, index, place))
+        param.grad.is_used_up = self.updates_now is not None
+
+    def _update_now(self, index: int, keys: Sequence[str]) -> None:
+        assert self.updates_now is not None
+        assert isinstance(self.tier, DiskTier)
         self.version += 1
-        segments = segments_of(self.tier.layouts[index], self.updates_now([one.place.key for one in contributions]))
+        segments = segments_of(self.tier.layouts[index], self.updates_now(keys))
         if segments:
-            self.tier.apply(index, contributions, segments)
+            self.tier.apply(index, segments)
 
     def step(self, updates: Mapping[str, ParamUpdate], *, number: int, record: dict[str, object]) -> None:
         """Update every parameter that has settings and a gradient.
@@ -266,6 +285,14 @@ class _Place:
 
     def clear(self) -> None:
         self._tier.clear_gradient(self._index, self._place)
+
+
+def _used_up(key: str) -> UnsupportedError:
+    return UnsupportedError(
+        "several backwards before optimizer.step() (gradient_accumulation_steps) with updates in the backward",
+        reason=f"the gradient of {key} has been used up by the first of them",
+        instead="gradient_accumulation_steps=1, or no update_in_backward",
+    )
 
 
 __all__ = ["FullTuning", "Saved", "TunedParam"]

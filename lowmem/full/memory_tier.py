@@ -51,17 +51,12 @@ class MemoryTier:
     def expect(self, order: Sequence[int]) -> None:
         """Do nothing: everything is here."""
 
-    def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
-        """See `StateTier.accumulate`."""
+    @contextmanager
+    def accumulating(self, index: int, *, adds: bool) -> Iterator[Callable[[Contribution], None]]:
+        """See `StateTier.accumulating`."""
+        del adds
         flat = self._flat(index, _GRADIENT)
-        for one in contributions:
-            kept = _view(flat, one.place)
-            if one.earlier_scales is None:
-                kept.copy_(one.value)
-                continue
-            for scale in one.earlier_scales:
-                kept.mul_(scale)
-            kept.add_(one.value)
+        yield lambda one: one.add_to(_view(flat, one.place))
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         """See `StateTier.read_gradient`."""

@@ -27,7 +27,16 @@ class Contribution:
     value: Tensor
     """The gradient, of the parameter's shape."""
     earlier_scales: tuple[float, ...] | None
-    """None: it replaces what was accumulated. Else it is added to that, once multiplied with these."""
+    """None: it replaces what was accumulated. Else it is added to that, once that is multiplied with these."""
+
+    def add_to(self, kept: Tensor) -> None:
+        """Accumulate it in what is kept, of the parameter's shape."""
+        if self.earlier_scales is None:
+            kept.copy_(self.value)
+            return
+        for scale in self.earlier_scales:
+            kept.mul_(scale)
+        kept.add_(self.value)
 
 
 class StateTier(Protocol):
@@ -45,8 +54,13 @@ class StateTier(Protocol):
     def expect(self, order: Sequence[int]) -> None:
         """Have blocks ready for visits in this order."""
 
-    def accumulate(self, index: int, contributions: Sequence[Contribution]) -> None:
-        """Take the gradients of a block's backward; the values may be dropped afterwards."""
+    def accumulating(self, index: int, *, adds: bool) -> AbstractContextManager[Callable[[Contribution], None]]:
+        """Take the gradients of a block's backward one by one; each may be dropped once it was taken.
+
+        Args:
+            index: The block.
+            adds: Whether any of them may be added to what was accumulated before.
+        """
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         """A copy of an accumulated gradient, of the parameter's shape."""

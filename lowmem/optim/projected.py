@@ -18,6 +18,8 @@ from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counte
 from lowmem.optim.writer import check_writable, descend, new_writer_state, read_weight, write_weight
 
 _LINEAR = ("low", "gradient")
+_LIFTED_BYTES = 8 << 20
+"""Bytes of an update that are lifted out of the subspace at a time, where nothing has to see all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +139,26 @@ class ProjectedRule(DirectionRule):
             assert full is not None
             factors = norm_ratio(inner, low, per=self.method.scale_gradient)
             update = self._limit(full * factors.mul_(self.method.scale), state)
+        elif self._lifts_in_parts:
+            state["step"] += 1
+            return {"low": inner}
         else:
             update = self._with_residual(basis, inner, low, full, payload, state)
         state["step"] += 1
         return {"direction": update.mT if self._is_transposed else update}
+
+    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
+        """As `DirectionRule.apply`; an update that is only lifted is so in parts, never a whole matrix of it."""
+        if "low" not in update:
+            super().apply(weight, update, state, hyper)
+            return
+        exact, basis, low = read_weight(weight, state), DenseBasis(state["basis"]), update["low"]
+        oriented = exact.mT if self._is_transposed else exact
+        num_columns = max(1, _LIFTED_BYTES // (exact.numel() // oriented.shape[-1] * low.itemsize))
+        for start in range(0, low.shape[-1], num_columns):
+            part = slice(start, start + num_columns)
+            descend(oriented[..., part], basis.lift(low[..., part]).mul_(self.method.scale), hyper)
+        write_weight(self.method.writer, weight, exact, state, seed=self._seed(hyper))
 
     def _with_residual(
         self, basis: Basis, inner: Tensor, low: Tensor, full: Tensor | None, payload: Payload, state: State
@@ -207,6 +225,11 @@ class ProjectedRule(DirectionRule):
     @property
     def _limits_residual(self) -> bool:
         return self.method.residual == "fira" and self.method.limiter == "norm_growth"
+
+    @property
+    def _lifts_in_parts(self) -> bool:
+        """Whether the update is P N and nothing else, of a basis that stays in the state."""
+        return self._keeps_basis and self.method.residual == "none" and self.method.limiter == "none"
 
     @property
     def _keeps_basis(self) -> bool:

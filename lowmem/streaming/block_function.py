@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from lowmem.models.blocks import refuse_router_logits_in_chunks
 from lowmem.streaming.block_call import BlockCall, micro_batches
 from lowmem.streaming.boundary import Boundary
+from lowmem.streaming.differentiate import TakeGradient
 from lowmem.streaming.kv_carrier import Workspace
 from lowmem.streaming.ownership import is_sole_owner
 from lowmem.streaming.random_state import RandomTape
@@ -124,7 +125,12 @@ class RecordedCall:
         return self._routers.give(tree_unflatten(leaves, self._output_spec))
 
     def backward(
-        self, grads: Sequence[Tensor | None], params: Sequence[Tensor], wanted: Sequence[bool]
+        self,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        wanted: Sequence[bool],
+        *,
+        take: TakeGradient | None = None,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Recompute the block micro-batch by micro-batch and differentiate it.
 
@@ -132,6 +138,7 @@ class RecordedCall:
             grads: Gradient of each output tensor, or None.
             params: The block's trainable parameters.
             wanted: For each input, whether its gradient is needed.
+            take: Gets the parameters' gradients, part by part; they are not answered then.
 
         Returns:
             Gradients of the inputs and of the parameters. Those that several micro-batches share are summed in fp32.
@@ -155,6 +162,7 @@ class RecordedCall:
                 params=params,
                 grads=[None if grad is None else self._call.cut_inputs([grad], self._cut(rows))[0] for grad in grads],
                 into=into,
+                take=take,
             )
             sums.add(rows, *found)
             del cut, found

@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from lowmem.streaming import own_memory
 from lowmem.streaming.attention import ChunkMask
 from lowmem.streaming.attention_mask import CausalMask
+from lowmem.streaming.differentiate import TakeGradient, differentiate
 from lowmem.streaming.kv_carrier import KeysTaken, KVCarrier, Workspace
 from lowmem.streaming.random_state import RandomState, RandomTape, restored
 
@@ -260,6 +261,7 @@ def backward_chunks(
     device: torch.device,
     workspace: Workspace | None = None,
     into: Tensor | None = None,
+    take: TakeGradient | None = None,
     give_keys_values: Callable[[KVCarrier], None] | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Run a block again chunk by chunk, in reverse, and differentiate it.
@@ -276,6 +278,7 @@ def backward_chunks(
         workspace: Where keys, values and their gradients go.
         into: Where the gradient of the first input is written; fresh memory if not given. May be the gradient of the
             output: a chunk's is read before that of its input is written.
+        take: Gets the parameters' gradients chunk by chunk; they are not answered then.
         give_keys_values: Puts what the forward left as keys and values into the carrier; they are computed again if
             not given.
 
@@ -299,7 +302,7 @@ def backward_chunks(
         leaves = sums.leaves(start, end)
         with torch.enable_grad(), restored(state, device):
             output = run(call.arguments(carrier, leaves))
-        _differentiate(output, grads, carrier, leaves=leaves, sums=sums)
+        _differentiate(output, grads, carrier, leaves=leaves, sums=sums, take=take)
         del output, leaves
     return sums.input_grads(), sums.param_grads
 
@@ -311,6 +314,7 @@ def _differentiate(
     *,
     leaves: dict[int, Tensor],
     sums: "_Sums",
+    take: TakeGradient | None,
 ) -> None:
     """Differentiate one chunk; its keys and values have a gradient from later chunks besides the output's own."""
     start, end = carrier.start, carrier.end
@@ -323,10 +327,14 @@ def _differentiate(
     pairs += carrier.own_with_gradients()
     if not pairs:
         return
-    sought = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *sums.params]
-    # autograd.grad, not backward: a parameter's hooks must fire once per step, after the sum over chunks.
-    found = torch.autograd.grad([x for x, _ in pairs], sought, [g for _, g in pairs], allow_unused=True)
-    sums.add(found, leaves, start=start, end=end)
+    found = differentiate(
+        [value for value, _ in pairs],
+        [grad for _, grad in pairs],
+        inputs=[leaf for leaf in leaves.values() if leaf.requires_grad],
+        params=sums.params,
+        take=take,
+    )
+    sums.add(*found, leaves, start=start, end=end)
 
 
 class _Sums:
@@ -359,8 +367,16 @@ class _Sums:
             for index, want in zip(self._indices, self._wanted, strict=True)
         }
 
-    def add(self, found: Sequence[Tensor | None], leaves: dict[int, Tensor], *, start: int, end: int) -> None:
-        """Take what autograd found for the leaves that need gradients, then for the parameters."""
+    def add(
+        self,
+        found: Sequence[Tensor | None],
+        params: Sequence[Tensor | None],
+        leaves: dict[int, Tensor],
+        *,
+        start: int,
+        end: int,
+    ) -> None:
+        """Take what autograd found for the leaves that need gradients, and for the parameters."""
         gradients = iter(found)
         for index, leaf in leaves.items():
             if not leaf.requires_grad:
@@ -375,7 +391,7 @@ class _Sums:
                 whole[:, start:end].zero_()
             else:
                 whole[:, start:end] = grad
-        for number, grad in enumerate(gradients):
+        for number, grad in enumerate(params):
             self.param_grads[number] = _sum(self.param_grads[number], grad)
 
     def input_grads(self) -> list[Tensor | None]:

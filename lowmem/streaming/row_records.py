@@ -19,6 +19,7 @@ from lowmem.streaming.chunks import (
     backward_chunks,
     forward_chunks,
 )
+from lowmem.streaming.differentiate import TakeGradient, differentiate
 from lowmem.streaming.kv_carrier import KVCarrier, Workspace
 from lowmem.streaming.random_state import RandomState, RandomTape, restore, restored
 
@@ -41,6 +42,7 @@ class RowsRecord(Protocol):
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         into: Tensor | None = None,
+        take: TakeGradient | None = None,
     ) -> Gradients:
         """Run them again, with a graph, and differentiate them.
 
@@ -51,6 +53,7 @@ class RowsRecord(Protocol):
             params: The block's trainable parameters.
             grads: Gradient of each tensor of the output, or None.
             into: Where the first input's gradient may be written, to save memory.
+            take: Gets the parameters' gradients, which are not answered then.
         """
 
 
@@ -75,6 +78,7 @@ class WholeRows:
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         into: Tensor | None = None,
+        take: TakeGradient | None = None,
     ) -> Gradients:
         """As in `RowsRecord`; `into` is not used."""
         del into
@@ -97,9 +101,9 @@ class WholeRows:
         sought = [value for value, want in zip(inputs, wanted, strict=True) if want]
         values, arrived = [value for value, _ in pairs], [grad for _, grad in pairs]
         del pairs
-        # autograd.grad, not backward: a parameter's hooks must fire once per step, after the sum.
-        found = iter(torch.autograd.grad(values, [*sought, *params], arrived, allow_unused=True))
-        return [next(found) if want else None for want in wanted], list(found)
+        found, param_grads = differentiate(values, arrived, inputs=sought, params=params, take=take)
+        gradients = iter(found)
+        return [next(gradients) if want else None for want in wanted], param_grads
 
 
 class ChunkedRows:
@@ -168,10 +172,11 @@ class ChunkedRows:
         params: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         into: Tensor | None = None,
+        take: TakeGradient | None = None,
     ) -> Gradients:
         """As in `RowsRecord`."""
         if self._whole is not None:
-            return self._whole.backward(arguments, inputs=inputs, wanted=wanted, params=params, grads=grads, into=into)
+            return self._whole.backward(arguments, inputs=inputs, wanted=wanted, params=params, grads=grads, take=take)
         assert self._record is not None
         return backward_chunks(
             self._run,
@@ -184,6 +189,7 @@ class ChunkedRows:
             device=self._tape.device,
             workspace=self._workspace,
             into=into,
+            take=take,
             give_keys_values=self._give_keys_values if self._keys_values else None,
         )
 

@@ -76,8 +76,11 @@ class VisitedCall:
                 return self._recorded.backward(grads, params, wanted)
             # Autograd holds the absent weights; what is differentiated are those that this visit has bound.
             bound = self._runtime.trained_weights(self._index)
-            inputs, found = self._recorded.backward(grads, list(bound.values()), wanted)
-            self._runtime.full.keep_gradients(self._index, dict(zip(bound, found, strict=True)))
+            keys = list(bound)
+            with self._runtime.full.taking_gradients(self._index) as take:
+                inputs, _ = self._recorded.backward(
+                    grads, list(bound.values()), wanted, take=lambda number, grad: take(keys[number], grad)
+                )
             return inputs, [None] * len(params)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> object:
