@@ -18,6 +18,7 @@ from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.saved_state import load_moments, save_moments
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
 from lowmem.optim.adamw import AdamWRule
+from lowmem.streaming.own_memory import give_back_freed
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
@@ -72,10 +73,15 @@ class OptimizerEngine:
         if self._optimizer is None or self._optimizer() is not optimizer:
             raise RuntimeError("a later optimizer has taken over this model's weights; step that one")
         updates: dict[str, ParamUpdate] = {}
+        unit = 0
         for group in optimizer.param_groups:
             hyper = optimizer.hyper(group)
             for param in group["params"]:
                 key, rule = self._full.key_of(param), optimizer.rule_of(param)
+                if self._full.params[key].unit != unit and not _is_flat(rule):
+                    # State that a rule makes stays between its temporaries.
+                    give_back_freed()
+                    unit = self._full.params[key].unit
                 if _is_flat(rule):
                     # A gradient that is used up has done its work in the backward.
                     if param.grad is not None and not getattr(param.grad, "is_used_up", False):

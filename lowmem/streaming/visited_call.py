@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lowmem.streaming import own_memory
 from lowmem.streaming.block_call import BlockCall
 from lowmem.streaming.block_function import RecordedCall, Split
 from lowmem.streaming.boundary import Boundary, BoundaryTier, DeviceTier, NoTier
@@ -81,6 +82,9 @@ class VisitedCall:
                 inputs, _ = self._recorded.backward(
                     grads, list(bound.values()), wanted, take=lambda number, grad: take(keys[number], grad)
                 )
+            if self.device.type == "cpu":
+                # Stand-ins of gradients live on between temporaries as large as weights, which the heap would keep.
+                own_memory.give_back_freed()
             return inputs, [None] * len(params)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> object:
