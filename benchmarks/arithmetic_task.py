@@ -94,7 +94,7 @@ def pretrain(folder: Path, *, until: float, seed: int = 0, max_steps: int = 6000
             group["lr"] = (_SLOW_LEARNING_RATE if is_close else _LEARNING_RATE) * min(1.0, step / 100)
         loss = _loss(model, tokenizer, pick.sample(training, batch_size))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step >= _FIRST_CHECK and step % 10 == 0:
             share = exact_share(model, tokenizer, held_out[:_NUM_CHECKED], seed=step)

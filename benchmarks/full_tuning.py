@@ -211,9 +211,10 @@ def update(arguments: argparse.Namespace) -> None:
             tier.update(index, [Segment(start=0, stop=layout.numel, update=change)], None)
 
     seconds: dict[str, list[float]] = {"one flat tensor": [], "host tier": [], "host tier, clipped": []}
+    works: tuple[Callable[[], None], ...] = (one_flat, lambda: tiered(()), lambda: tiered((0.5,)))
     for _ in range(arguments.steps + 1):
         # In turn: what changes on the machine changes all of them alike.
-        for name, work in zip(seconds, (one_flat, lambda: tiered(()), lambda: tiered((0.5,))), strict=True):
+        for name, work in zip(seconds, works, strict=True):
             start_s = time.perf_counter()
             work()
             seconds[name].append(time.perf_counter() - start_s)

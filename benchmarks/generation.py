@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.generation_job import GenerationJob
@@ -57,7 +58,7 @@ def measure(job: GenerationJob, *, shape: str, limit: str, compare: bool) -> boo
     return _report(name, report, resident=resident, memory=memory, sizes=sizes)
 
 
-def resident_tokens(job: GenerationJob) -> dict[int, Value] | None:
+def resident_tokens(job: GenerationJob) -> dict[int, dict[str, Any]] | None:
     """What the model in memory, without a limit, answers at each batch size."""
     whole = GenerationJob(**{**vars(job), "mode": "resident"})
     outcome: Outcome = run_module("benchmarks.generation_job", whole.arguments())
@@ -72,7 +73,7 @@ def _report(
     name: str,
     report: dict[str, Value],
     *,
-    resident: dict[int, Value] | None,
+    resident: dict[int, dict[str, Any]] | None,
     memory: dict[str, Value],
     sizes: dict[str, Value],
 ) -> bool:

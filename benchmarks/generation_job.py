@@ -106,10 +106,13 @@ def generate(model: PreTrainedModel, job: GenerationJob, *, batch_size: int) -> 
     generator = torch.Generator().manual_seed(job.seed)
     prompts = torch.randint(3, model.config.vocab_size, (batch_size, job.num_prompt_tokens), generator=generator)
     marks: list[tuple[float, int | None]] = []
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> bool:
+        marks.append((time.perf_counter(), disk_read_bytes()))
+        return False
+
     # Called by `generate` after every token.
-    criteria = StoppingCriteriaList(
-        [lambda ids, scores: marks.append((time.perf_counter(), disk_read_bytes())) or False]
-    )
+    criteria = StoppingCriteriaList([note])
     start_s = time.perf_counter()
     answer = model.generate(
         prompts,

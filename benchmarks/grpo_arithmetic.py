@@ -247,7 +247,7 @@ def draw(curves: dict[str, list[Curve]], file: Path) -> None:
         axes.set_xlabel("completions generated in training")
         axes.set_ylabel("exact match on held-out problems")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="center right", fontsize=8)
     figure.suptitle("Two-digit addition on a streamed model; both begin with the same LoRA adapter", fontsize=11)
     figure.tight_layout()
     figure.savefig(file, dpi=130)

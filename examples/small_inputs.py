@@ -48,7 +48,9 @@ def preferences(rows: Sequence[Row], *, seed: int = 0) -> list[dict[str, object]
 
 def questions(rows: Sequence[Row]) -> list[dict[str, object]]:
     """Prompts and the text of the right answer, each question once."""
-    found = {question(row): {"prompt": row["prompt"], "answer": row["completion"][0]["content"]} for row in rows}
+    found: dict[str, dict[str, object]] = {
+        question(row): {"prompt": row["prompt"], "answer": row["completion"][0]["content"]} for row in rows
+    }
     return list(found.values())
 
 

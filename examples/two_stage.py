@@ -49,7 +49,8 @@ def exact_share(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions:
     model.eval()
     answers = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
     texts = tokenizer.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return sum(text.strip() == right for text, right in zip(texts, questions["answer"], strict=True)) / len(texts)
+    right = [bool(text.strip() == answer) for text, answer in zip(texts, questions["answer"], strict=True)]
+    return sum(right) / len(right)
 
 
 def main() -> None:

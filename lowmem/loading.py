@@ -263,7 +263,8 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     chosen = torch.device(device)
     if chosen.type not in ("cpu", "cuda"):
         raise UnsupportedError(f"device={str(device)!r}", reason="only CPUs and CUDA are known", instead="cpu or cuda")
-    if chosen.type == "cuda" and chosen.index is None:
+    # Equal only where no card is named.
+    if chosen == torch.device("cuda"):
         chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen
 

@@ -135,9 +135,9 @@ def _facts(plan: Plan) -> list[str]:
     lines.append(
         f"step       {format_seconds(time.step_s)}, limited by {plan.bottleneck} ({lanes}); {tokens_per_s:.3g} tokens/s"
     )
-    num_steps = job.num_steps or (_USUAL_STEPS if job.trains and job.task != "sft" else None)
-    if num_steps is not None:
-        lines.append(f"run        {num_steps} steps take {format_seconds(num_steps * time.step_s)}")
+    run_steps = job.num_steps or (_USUAL_STEPS if job.trains and job.task != "sft" else None)
+    if run_steps is not None:
+        lines.append(f"run        {run_steps} steps take {format_seconds(run_steps * time.step_s)}")
     numbers = {
         "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
         "copy": f"{rates.copy_bytes_per_s / 1e9:.3g} GB/s",

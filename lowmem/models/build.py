@@ -299,7 +299,7 @@ def _load_now(
         real = value.to(device=device, dtype=dtype, copy=True).contiguous()
         if is_param:
             module._parameters[attribute] = torch.nn.Parameter(real, requires_grad=False)
-            module._parameters[attribute]._is_hf_initialized = True  # type: ignore[union-attr]
+            module._parameters[attribute]._is_hf_initialized = True
         else:
             real._is_hf_initialized = True  # type: ignore[attr-defined]
             module._buffers[attribute] = real

@@ -38,7 +38,8 @@ def differentiate(
         found = torch.autograd.grad(outputs, [*inputs, *params], grads, allow_unused=True)
         return list(found[: len(inputs)]), list(found[len(inputs) :])
     hooks = [
-        param.register_post_accumulate_grad_hook(partial(_hand_on, take, number)) for number, param in enumerate(params)
+        param.register_post_accumulate_grad_hook(partial(_hand_on, take, number))  # type: ignore[no-untyped-call]
+        for number, param in enumerate(params)
     ]
     try:
         torch.autograd.backward(outputs, grads, inputs=[*inputs, *params])

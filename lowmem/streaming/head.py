@@ -79,7 +79,9 @@ class _Statistics:
             self.argmax = torch.where(better, logits.argmax(-1) + start, self.argmax)
             return
         # argmax costs a CPU ten times what amax does, and few tiles after the first hold a new maximum
-        for rows in better.nonzero().squeeze(-1).split(_ARGMAX_ROWS):
+        found = better.nonzero().squeeze(-1)
+        for start_row in range(0, found.numel(), _ARGMAX_ROWS):
+            rows = found[start_row : start_row + _ARGMAX_ROWS]
             self.argmax[rows] = logits[rows].argmax(-1) + start
 
 

@@ -26,7 +26,8 @@ def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
     storage = grad.untyped_storage()
     if storage.nbytes() - grad.nbytes >= _PAGE_BYTES:
         return False
-    return grad._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == _OWN_REFERENCES
+    num_owners = grad._use_count()  # type: ignore[attr-defined]
+    return bool(num_owners == 1 and torch._C._storage_Use_Count(storage._cdata) == _OWN_REFERENCES)
 
 
 __all__ = ["is_sole_owner"]
