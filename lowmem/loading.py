@@ -150,11 +150,13 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
             absent=frozenset(() if gathered is None else (gathered,)),
         )
         if gathered is not None:
+            # Its own threads: the rows of a token must not wait for the blocks that are being fetched ahead.
+            rows = FileReader(num_threads=_ROW_THREADS, stamps=opened.source.stamps)
+            stack.callback(rows.close)
             GatheredEmbedding(
                 model.get_input_embeddings(),
                 spec=built.mapping.recipes[gathered].sources[0],
-                # Its own threads: the rows of a token must not wait for the blocks that are being fetched ahead.
-                reader=FileReader(num_threads=_ROW_THREADS, stamps=opened.source.stamps),
+                reader=rows,
                 dtype=opened.dtype,
                 device=device,
             )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+import lowmem
 from lowmem.streaming.boundary_disk import DiskTier
 from lowmem.streaming.runtime import Runtime, runtime_of
 from offload import ReadError, Scratch, WriteError
@@ -108,3 +109,17 @@ def test_a_disk_that_fails_stops_the_step_and_the_next_one_is_right(model: PeftM
     del loss
     model.zero_grad()
     assert_same(outcome(model), expected)
+
+
+def test_a_folder_that_cannot_be_written_leaves_no_threads(checkpoint: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    job = {"seq_len": 4096, "batch_size": 4}
+    smallest = lowmem.plan(checkpoint, **job, budget=lowmem.Budget(device=0, host=0, disk=taken), device="cpu")
+    budget = lowmem.Budget(device=smallest.smallest_device_bytes, host=0, disk=taken)
+    plan = lowmem.plan(checkpoint, **job, budget=budget, device="cpu")
+    assert plan.boundary_tier == "disk"
+    taken.write_text("a file where the folder should be")
+    before = threading.active_count()
+    with pytest.raises(WriteError, match="taken"):
+        lowmem.from_pretrained(checkpoint, plan=plan)
+    assert threading.active_count() == before
