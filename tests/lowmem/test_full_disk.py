@@ -16,6 +16,7 @@ from lowmem.streaming.runtime import runtime_of
 from offload import OffloadError, SourceError, TierFull, WriteError
 from offload.errors import FolderInUse
 from tests.lowmem.full_training import backward, batches, full, weights
+from tests.offload.small_disk import fill, small_disk
 from tests.zoo.architectures import build
 
 _ROOT = Path(__file__).parents[2]
@@ -140,3 +141,29 @@ def test_a_disk_that_gives_out_stops_the_run_with_its_last_step_intact(
     _train(whole, lowmem.optim.AdamW(whole, lr=1e-2), range(4))
     for name, weight in weights(whole).items():
         assert torch.equal(weights(again)[name], weight), name
+
+
+@pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
+def test_a_run_on_a_really_full_disk_goes_on_when_there_is_room(folder: Path, tmp_path: Path, kind: str) -> None:
+    with small_disk(tmp_path / "disk", nbytes=16 << 20, kind=kind) as disk:
+        model = full(folder, "disk", disk / "state").train()
+        optimizer = lowmem.optim.AdamW(model, lr=1e-2)
+        _train(model, optimizer, range(1))
+        after_one = weights(model)
+        # The second version of the state needs room of its own; the file system needs some to say that it is full.
+        filler = fill(disk, leave_bytes=64 << 10)
+        with pytest.raises(TierFull, match=r"state.*(full|No space)"):
+            _train_and_save(model, optimizer, tmp_path / "saved")
+        runtime_of(model).close()
+        filler.unlink()
+        again = full(folder, "disk", disk / "state").train()
+        optimizer = lowmem.optim.AdamW(again, lr=1e-2)
+        assert resume_last_step(optimizer) == 1
+        for name, weight in weights(again).items():
+            assert torch.equal(weight, after_one[name]), name
+        _train(again, optimizer, range(1, 4))
+        whole = full(folder, "device", tmp_path).train()
+        _train(whole, lowmem.optim.AdamW(whole, lr=1e-2), range(4))
+        for name, weight in weights(whole).items():
+            assert torch.equal(weights(again)[name], weight), name
+        runtime_of(again).close()
