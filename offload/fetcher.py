@@ -75,7 +75,7 @@ class Fetcher:
         """Fetch for these visits from now on. Blocks that could not be fetched are tried again."""
         with self.locked() as pipeline:
             pipeline.order.replace(order)
-            pipeline.errors.clear()
+            pipeline.try_again()
             self._changed.notify_all()
 
     def acquire(self, block: int) -> Hold:
@@ -121,7 +121,7 @@ class Fetcher:
         with self.locked() as pipeline:
             self._epoch += 1
             pipeline.order.replace(())
-            pipeline.errors.clear()
+            pipeline.try_again()
             for slot in pipeline.slots():
                 if slot.holds:
                     pipeline.free(slot)

@@ -100,6 +100,7 @@ class Pipeline:
         """Blocks that a visit is waiting for now."""
         self.errors: dict[int, BaseException] = {}
         """Why blocks could not be fetched. They are not tried again until this is cleared."""
+        self._excused: set[Transfer] = set()
         self.num_reads = [0] * len(self._layouts)
         """Finished reads of each block."""
         self.bytes_read = 0
@@ -181,6 +182,11 @@ class Pipeline:
             if not (can_read or can_copy) or num_waiting > len(self._ring) + len(self._staging):
                 break
         return False
+
+    def try_again(self) -> None:
+        """Forget what could not be fetched; what is under way is read again should it fail."""
+        self.errors.clear()
+        self._excused.update(read.transfer for read in self._reads)
 
     def oldest_transfer(self) -> Transfer | None:
         """The read that was started first among those not collected."""
@@ -275,11 +281,13 @@ class Pipeline:
             self._trace.add("disk", name, start_ns, transfer.end_ns, nbytes=transfer.nbytes)
             self._last_read_ns = transfer.end_ns
         error = transfer.outcome()
+        is_excused = transfer in self._excused
+        self._excused.discard(transfer)
         if error is not None:
             if read.slot.block == _OUTDATED:
                 read.slot.clear()
             else:
-                self._fail_read(read.block, read.slot, error)
+                self._fail_read(read.block, read.slot, None if is_excused else error)
             return
         if read.slot.block == _OUTDATED:
             read.slot.clear()
@@ -288,8 +296,9 @@ class Pipeline:
         self.num_reads[read.block] += 1
         self.bytes_read += transfer.nbytes
 
-    def _fail_read(self, block: int, slot: Slot | None, error: BaseException) -> None:
-        self.errors[block] = error
+    def _fail_read(self, block: int, slot: Slot | None, error: BaseException | None) -> None:
+        if error is not None:
+            self.errors[block] = error
         if slot is None:
             return
         slot.clear()

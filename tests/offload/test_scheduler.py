@@ -337,6 +337,20 @@ def test_a_new_order_tries_again_what_had_failed(stored: StoredBlocks, reads: Sl
             stored.check(2, tensors)
 
 
+def test_a_read_that_was_under_way_at_a_new_order_may_fail(
+    scheduler: Scheduler, stored: StoredBlocks, reads: SlowReads
+) -> None:
+    reads.gate.clear()
+    reads.num_failures = 1
+    scheduler.expect((2,))
+    until(lambda: bool(reads.started))
+    scheduler.expect((2,))
+    reads.gate.set()
+    with scheduler.resident(2) as tensors:
+        stored.check(2, tensors)
+    assert reads.num_failures == 0
+
+
 def test_buffers_of_failed_reads_are_given_back(stored: StoredBlocks, reads: SlowReads, reader: FileReader) -> None:
     device = RememberingDevice()
     with stored.schedule(stored.plan(ring=2, resident=4), device, reader=reader) as scheduler:
