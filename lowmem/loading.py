@@ -179,7 +179,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
             device=device,
             choose_split=SplitChoice(plan, can_chunk=chunks),
         )
-        # From here on they live as long as the runtime, and must not keep it alive.
+        # From here on they live as long as the runtime, and must not keep it alive. Closed in reverse: the scheduler
+        # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
     runtime.full = None if masters is None else masters.full
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))

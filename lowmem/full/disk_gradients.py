@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,11 +58,16 @@ class DiskGradients:
     @contextmanager
     def holding(self, index: int) -> Iterator[Callable[[Contribution], None]]:
         """Take the gradients of a block's one backward into the buffer, and leave them there."""
+        filling = _Filling(partial(self._begin_holding, index))
+        yield filling.take
+        if filling.kept:
+            self._norms.setdefault(index, {}).update(filling.norms())
+            self._applied.add(index)
+
+    def _begin_holding(self, index: int) -> Tensor:
         self._settle_buffer()
         self._in_buffer = None
-        with self._filling(index, self._zeroed(index)) as take:
-            yield take
-        self._applied.add(index)
+        return self._zeroed(index)
 
     def held(self, index: int) -> Tensor:
         """The flat gradient held: the caller's to read until the transfer given to `release_after` has ended."""
@@ -73,7 +79,16 @@ class DiskGradients:
 
     @contextmanager
     def accumulating(self, index: int, *, adds: bool) -> Iterator[Callable[[Contribution], None]]:
-        """See `StateTier.accumulating`. Waits for the writes of the block before."""
+        """See `StateTier.accumulating`. The first gradient waits for the writes of the block before."""
+        filling = _Filling(partial(self._begin_accumulating, index, adds=adds))
+        yield filling.take
+        if filling.kept:
+            self._norms.setdefault(index, {}).update(filling.norms())
+            self._spent.discard(index)
+            self._applied.discard(index)
+            self._write(index, self._flat())
+
+    def _begin_accumulating(self, index: int, *, adds: bool) -> Tensor:
         if adds and index in self._spent:
             raise _spent(self._layouts[index].places[0].key)
         # Should the buffer still hold this block, it may be changed once its writes are over.
@@ -81,29 +96,13 @@ class DiskGradients:
         holds = self._in_buffer == index and adds
         # As long as it is being filled it holds no block.
         self._in_buffer = None
-        if not holds:
-            # What was accumulated of parameters that this backward says nothing of is kept.
-            if index in self._norms and index not in self._spent:
-                self._read_into(index, self._flat())
-            else:
-                self._zeroed(index)
-        with self._filling(index, self._flat()) as take:
-            yield take
-        self._spent.discard(index)
-        self._applied.discard(index)
-        self._write(index, self._flat())
-
-    @contextmanager
-    def _filling(self, index: int, flat: Tensor) -> Iterator[Callable[[Contribution], None]]:
-        filled: dict[str, Tensor] = {}
-
-        def take(one: Contribution) -> None:
-            kept = filled[one.place.key] = flat[one.place.start : one.place.stop].view(one.place.shape)
-            one.add_to(kept)
-
-        yield take
-        norms = self._norms.setdefault(index, {})
-        norms.update({key: torch.linalg.vector_norm(kept) for key, kept in filled.items()})
+        if holds:
+            return self._flat()
+        if index not in self._norms or index in self._spent:
+            return self._zeroed(index)
+        # What was accumulated of parameters that this backward says nothing of is kept.
+        self._read_into(index, self._flat())
+        return self._flat()
 
     def _zeroed(self, index: int) -> Tensor:
         flat = self._flat()
@@ -188,6 +187,36 @@ class DiskGradients:
             data = flat[chunk.start : chunk.stop].view(torch.uint8)
             writes.append(self._scratch.write(slot, data, name=f"{chunk.name} gradient"))
         self._writes[index] = writes
+
+
+class _Filling:
+    """Puts one backward's gradients into a block's flat buffer, which is made ready when the first of them comes.
+
+    Not before: until then the block is recomputed, while the buffer is still being written or read for another block.
+    """
+
+    def __init__(self, begin: Callable[[], Tensor]) -> None:
+        """Wait for the first gradient.
+
+        Args:
+            begin: Makes the buffer ready.
+        """
+        self.kept: dict[str, Tensor] = {}
+        """What has been taken: views of the buffer by parameter name."""
+        self._begin = begin
+        self._flat: Tensor | None = None
+
+    def take(self, one: Contribution) -> None:
+        """Accumulate a gradient."""
+        if self._flat is None:
+            self._flat = self._begin()
+        place = one.place
+        kept = self.kept[place.key] = self._flat[place.start : place.stop].view(place.shape)
+        one.add_to(kept)
+
+    def norms(self) -> dict[str, Tensor]:
+        """2-norms of what has been taken."""
+        return {key: torch.linalg.vector_norm(kept) for key, kept in self.kept.items()}
 
 
 def _spent(key: str) -> UnsupportedError:

@@ -137,11 +137,11 @@ class DiskTier:
 
     def holding(self, index: int) -> AbstractContextManager[Callable[[Contribution], None]]:
         """Take the gradients of a block's one backward, for `apply`."""
-        self._begin_updates()
         return self._gradients.holding(index)
 
     def apply(self, index: int, segments: Sequence[Segment]) -> None:
         """Update a block whose gradients are held as soon as its visit ends."""
+        self._begin_updates()
         self._held[index] = segments, self._gradients.held(index)
         self._gradients.spend(index)
 

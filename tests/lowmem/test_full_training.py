@@ -9,6 +9,8 @@ import torch
 import lowmem
 from lowmem.full import update_in_backward
 from lowmem.full.gradient import OffloadedGradient
+from lowmem.full.tier import Contribution
+from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.full_training import TIERS, backward, batches, full, resident, weights
 from tests.zoo.architectures import build
 
@@ -244,3 +246,37 @@ def test_other_optimizers_run_their_rules_on_weights_on_disk(folder: Path, tmp_p
         runs.append(weights(model))
     for name, weight in runs[0].items():
         assert torch.equal(runs[1][name], weight), name
+
+
+def test_a_frozen_block_on_disk_has_no_gradient_traffic(folder: Path, tmp_path: Path) -> None:
+    model = full(folder, "disk", tmp_path).train()
+    for param in model.model.layers[1].parameters():
+        param.requires_grad_(False)
+    backward(model, batches(1)[0])
+    gradients = runtime_of(model).full.tier._gradients  # type: ignore[union-attr]
+    assert {unit for unit, _ in gradients._slots} == {0, 2}
+    plain = resident(folder)
+    plain.model.layers[1].requires_grad_(False)
+    backward(plain, batches(1)[0])
+    for name, param in plain.named_parameters():
+        found = model.get_parameter(name).grad
+        assert (found is None) == (param.grad is None), name
+        if param.grad is not None:
+            assert torch.equal(found.clone(), param.grad), name
+    runtime_of(model).close()
+
+
+def test_a_block_is_recomputed_while_the_gradient_before_it_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = full(folder, "disk", tmp_path).train()
+    gradients = runtime_of(model).full.tier._gradients  # type: ignore[union-attr]
+    settled: list[bool] = []
+    real = gradients._settle_buffer
+    monkeypatch.setattr(gradients, "_settle_buffer", lambda: (settled.append(True), real())[1])
+    place = gradients._layouts[0].places[0]
+    with gradients.accumulating(0, adds=False) as take:
+        assert not settled
+        take(Contribution(place=place, value=torch.ones(place.shape), earlier_scales=None))
+        assert settled
+    runtime_of(model).close()
