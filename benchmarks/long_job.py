@@ -19,8 +19,10 @@ from trl import SFTConfig, SFTTrainer
 
 import lowmem
 from benchmarks.process_memory import PeakMeter
+from lowmem.streaming.runtime import runtime_of
 
 Mode = Literal["trl", "lowmem"]
+Tuning = Literal["adapter", "full"]
 _WARMUP_TOKENS = 64
 
 
@@ -37,9 +39,11 @@ class LongJob:
     """Tokens of a tile of TRL's own head; as shipped if None."""
     chunk_tokens: int | None = None
     device_budget: str | None = None
-    """For lowmem: a size, or None for as much as there is."""
+    """For lowmem: a size; "smallest" for the least that works, with all blocks streamed; None: as much as there is."""
     disk: Path | None = None
-    """Folder for boundary activations; they go there whatever the budget."""
+    """Folder for boundary activations, and the state of full tuning; they go there whatever the budget."""
+    tuning: Tuning = "adapter"
+    """LoRA on all linear layers, or gradients of every weight."""
     rank: int = 16
 
     def arguments(self) -> list[str]:
@@ -51,7 +55,9 @@ class LongJob:
 def run(job: LongJob) -> dict[str, object]:
     """Train on one sequence and report growth over the idle process, seconds, loss and what was planned."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=job.rank, lora_alpha=2 * job.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = None
+    if job.tuning == "adapter":
+        lora = LoraConfig(r=job.rank, lora_alpha=2 * job.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     if job.head_tokens is not None:
         import trl.kernels.chunked_logprob as head
 
@@ -71,9 +77,11 @@ def run(job: LongJob) -> dict[str, object]:
                 max_steps=1,
                 save_strategy="no",
                 optim="sgd",
+                learning_rate=0.0,
             ),
             train_dataset=Dataset.from_dict({"input_ids": [list(range(3, 3 + _WARMUP_TOKENS))]}),
             peft_config=lora,
+            optimizers=(lowmem.optim.AdamW(model, lr=0.0) if job.tuning == "full" and plan is not None else None, None),
         )
         # The trainer's own preparation: gradient checkpointing is turned on when training starts.
         trainer.train()
@@ -83,8 +91,11 @@ def run(job: LongJob) -> dict[str, object]:
             start_s = time.perf_counter()
             loss = trainer.training_step(model, batch)
             step_s = time.perf_counter() - start_s
+    # Room for gradients that full tuning keeps from step to step was there before; the trainer's are made anew.
+    kept_bytes = 0 if plan is None else runtime_of(model).memory().get("gradient_bytes", 0)
     return {
-        "growth_bytes": meter.growth_bytes,
+        "growth_bytes": meter.growth_bytes + kept_bytes,
+        "kept_gradient_bytes": kept_bytes,
         "idle_bytes": meter.idle_bytes,
         "step_s": step_s,
         "loss": float(loss),
@@ -92,7 +103,7 @@ def run(job: LongJob) -> dict[str, object]:
     }
 
 
-def load(job: LongJob, lora: LoraConfig) -> tuple[PreTrainedModel, "lowmem.Plan | None"]:
+def load(job: LongJob, lora: LoraConfig | None) -> tuple[PreTrainedModel, "lowmem.Plan | None"]:
     if job.mode == "trl":
         return AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32), None
 
@@ -101,16 +112,15 @@ def load(job: LongJob, lora: LoraConfig) -> tuple[PreTrainedModel, "lowmem.Plan 
             str(job.folder),
             task="sft",
             seq_len=job.seq_len,
+            tuning=job.tuning,
             peft_config=lora,
             chunk_tokens=job.chunk_tokens,
             budget=lowmem.Budget(device=device, host="0", disk=job.disk),
         )
 
-    budget: str | int = job.device_budget or "16GiB"
-    if job.disk is not None and job.device_budget is None:
-        budget = planned(0).smallest_device_bytes
-    plan = planned(budget)
-    return lowmem.from_pretrained(str(job.folder), plan=plan), plan
+    budget: str | int = job.device_budget or ("smallest" if job.disk is not None else "16GiB")
+    plan = planned(planned(0).smallest_device_bytes if budget == "smallest" else budget)
+    return lowmem.from_pretrained(str(job.folder), tuning=job.tuning, plan=plan), plan
 
 
 def batch_of(num_tokens: int, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -127,6 +137,7 @@ def parse(arguments: list[str] | None = None) -> LongJob:
     for name in ("head-tokens", "chunk-tokens"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--device-budget")
+    parser.add_argument("--tuning", choices=get_args(Tuning), default=LongJob.tuning)
     parser.add_argument("--disk", type=Path)
     parser.add_argument("--rank", type=int, default=LongJob.rank)
     return LongJob(**vars(parser.parse_args(arguments)))

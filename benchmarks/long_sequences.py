@@ -3,7 +3,9 @@
     python -m benchmarks.long_sequences --root /nvme/checkpoints [--vocab 32k] [--seq-len 8192 ...] [--longest]
 
 A Llama shape (hidden 512, 8 layers, MLP 1408, 8 heads, 2 K/V heads) with LoRA r=16 on all linear layers, one sequence,
-fp32. TRL as shipped, and with its head's tile at 256 tokens; lowmem with boundary activations in RAM, and on disk.
+fp32. TRL as shipped, and with its head's tile at 256 tokens; lowmem with boundary activations in RAM, weights in memory
+and streamed, and with boundaries on disk, weights streamed. --full: gradients of every weight, those of the blocks kept
+where the boundaries are.
 --longest looks for the longest sequence that grows by at most 128 MiB (hidden 256, 2 layers).
 """
 
@@ -18,7 +20,7 @@ import torch
 
 from benchmarks.checkpoints import ensure_checkpoint
 from benchmarks.harness import Value, emit, last_json, run_module
-from benchmarks.long_job import LongJob
+from benchmarks.long_job import LongJob, Tuning
 
 BENCHMARK = "long_sequences"
 SEQ_LENS = (2048, 4096, 8192, 16384)
@@ -28,14 +30,16 @@ _SHORTEST = 64
 _LONGEST = 1 << 18
 
 
-def variants(folder: Path, scratch: Path, seq_len: int, *, shipped: bool) -> dict[str, LongJob]:
+def variants(folder: Path, scratch: Path, seq_len: int, *, tuning: Tuning, shipped: bool) -> dict[str, LongJob]:
     """What is compared, by name."""
-    plain = LongJob(folder=folder, mode="trl", seq_len=seq_len)
-    ours = LongJob(folder=folder, mode="lowmem", seq_len=seq_len, chunk_tokens=_CHUNK_TOKENS)
+    plain = LongJob(folder=folder, mode="trl", seq_len=seq_len, tuning=tuning)
+    ours = replace(plain, mode="lowmem", chunk_tokens=_CHUNK_TOKENS)
     return {
         **({"trl": plain} if shipped else {}),
         "trl-head-256": replace(plain, head_tokens=256),
         "lowmem-ram": ours,
+        # In full tuning weights are state, which is in memory or on disk as a whole.
+        **({"lowmem-ram-streamed": replace(ours, device_budget="smallest")} if tuning == "adapter" else {}),
         "lowmem-disk": replace(ours, disk=scratch),
     }
 
@@ -52,21 +56,25 @@ def measure(job: LongJob) -> dict[str, Value]:
     return last_json(outcome.output)
 
 
-def compare(vocab: str, seq_len: int, *, root: Path, scratch: Path, shipped: bool) -> dict[str, dict[str, Value]]:
+def compare(
+    vocab: str, seq_len: int, *, root: Path, scratch: Path, tuning: Tuning, shipped: bool
+) -> dict[str, dict[str, Value]]:
     """All variants at one length, and the ratios to the better of TRL's two."""
     folder = ensure_checkpoint(f"long-{vocab}", root=root, dtype=torch.float32)
     found: dict[str, dict[str, Value]] = {}
-    for name, job in variants(folder, scratch, seq_len, shipped=shipped).items():
+    case = f"{_prefix(vocab, tuning)}-{seq_len}"
+    for name, job in variants(folder, scratch, seq_len, tuning=tuning, shipped=shipped).items():
         found[name] = result = measure(job)
         plan = result.pop("plan")
-        emit(BENCHMARK, f"{vocab}-{seq_len}-{name}", **result, summary=_summary(plan), chunk_tokens=job.chunk_tokens)
+        emit(BENCHMARK, f"{case}-{name}", **result, summary=_summary(plan), chunk_tokens=job.chunk_tokens)
         result["planned_bytes"] = _planned_bytes(plan)
     growth = {name: float(str(result["growth_bytes"])) for name, result in found.items()}
     seconds = {name: float(str(result["step_s"])) for name, result in found.items()}
-    ours, others = ("lowmem-ram", "lowmem-disk"), [name for name in found if name.startswith("trl")]
+    others = [name for name in found if name.startswith("trl")]
+    ours = [name for name in found if name not in others]
     emit(
         BENCHMARK,
-        f"{vocab}-{seq_len}",
+        case,
         growth_over_trl={name: growth[name] / min(growth[other] for other in others) for name in ours},
         step_over_trl={name: seconds[name] / min(seconds[other] for other in others) for name in ours},
         losses={name: result["loss"] for name, result in found.items()},
@@ -74,20 +82,24 @@ def compare(vocab: str, seq_len: int, *, root: Path, scratch: Path, shipped: boo
     return found
 
 
-def report_growth(vocab: str, shorter: dict[str, dict[str, Value]], longer: dict[str, dict[str, Value]]) -> None:
+def report_growth(prefix: str, shorter: dict[str, dict[str, Value]], longer: dict[str, dict[str, Value]]) -> None:
     """Growth from one length to the next, measured and planned."""
-    for name in ("lowmem-ram", "lowmem-disk"):
+    for name in (name for name in shorter if name.startswith("lowmem")):
         measured, planned = (
             float(str(longer[name][field])) - float(str(shorter[name][field]))
             for field in ("growth_bytes", "planned_bytes")
         )
         emit(
             BENCHMARK,
-            f"{vocab}-growth-{name}",
+            f"{prefix}-growth-{name}",
             measured_bytes=measured,
             planned_bytes=planned,
             measured_over_planned=measured / planned,
         )
+
+
+def _prefix(vocab: str, tuning: Tuning) -> str:
+    return vocab if tuning == "adapter" else f"{vocab}-full"
 
 
 def _summary(plan: Value) -> Value:
@@ -141,7 +153,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, action="append")
     parser.add_argument("--longest", action="store_true")
     parser.add_argument("--no-shipped", action="store_true", help="leave out TRL as shipped, the larger of its two")
+    parser.add_argument("--full", action="store_true", help="every weight instead of LoRA")
     arguments = parser.parse_args()
+    tuning: Tuning = "full" if arguments.full else "adapter"
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         scratch = Path(folder)
         if arguments.longest:
@@ -149,11 +163,18 @@ def main() -> None:
             return
         for vocab in arguments.vocab or ("32k", "128k"):
             results = {
-                seq_len: compare(vocab, seq_len, root=arguments.root, scratch=scratch, shipped=not arguments.no_shipped)
+                seq_len: compare(
+                    vocab,
+                    seq_len,
+                    root=arguments.root,
+                    scratch=scratch,
+                    tuning=tuning,
+                    shipped=not arguments.no_shipped,
+                )
                 for seq_len in arguments.seq_len or SEQ_LENS
             }
             if 8192 in results and 16384 in results:
-                report_growth(vocab, results[8192], results[16384])
+                report_growth(_prefix(vocab, tuning), results[8192], results[16384])
 
 
 if __name__ == "__main__":
