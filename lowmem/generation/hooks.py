@@ -21,10 +21,10 @@ from lowmem.errors import UnsupportedError
 from lowmem.generation.cache import StreamedCache
 from lowmem.generation.decoding import CACHE, InChunks, run_block
 from lowmem.generation.dropout import draws_numbers
-from lowmem.generation.products import products_for
 from lowmem.generation.room import KvRoom
 from lowmem.generation.rows import ActiveRows
 from lowmem.generation.session import Generation, TokenProgress
+from lowmem.streaming.skinny import products_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

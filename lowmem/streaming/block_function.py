@@ -21,6 +21,7 @@ from lowmem.streaming.ownership import is_sole_owner
 from lowmem.streaming.random_state import RandomTape
 from lowmem.streaming.router_logits import RouterLogits
 from lowmem.streaming.row_records import ChunkedRows, RowsRecord, WholeRows
+from lowmem.streaming.skinny import products_for
 from offload import StagingBuffer
 
 _ALIGN_BYTES = 64
@@ -112,9 +113,9 @@ class RecordedCall:
         )
 
     def _run(self, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:
-        num_sequences = next(leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
-        with self._in_autocast():
-            return self._routers.run(lambda: self._block.forward_in_visit(arguments), num_sequences)
+        hidden = next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+        with self._in_autocast(), products_for(hidden.device, num_tokens=hidden.shape[:2].numel()):
+            return self._routers.run(lambda: self._block.forward_in_visit(arguments), hidden.shape[0])
 
     def rebuild(self, tensors: Sequence[Tensor]) -> object:
         """The block's output from its tensors."""

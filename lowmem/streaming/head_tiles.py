@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from lowmem.streaming import own_memory
+from lowmem.streaming.skinny import is_skinny, product_of_few
 
 _HALF_TYPES = (torch.bfloat16, torch.float16)
+_FEW_ROWS = 32
+"""Rows whose product may have memory of its own, at most 2 MiB of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,11 @@ class TileBuffers:
         # One factor before the product's end: the cap is a factor before and after its tanh, the rest is linear.
         scale = options.logit_scale / (options.temperature if options.softcap is None else options.softcap)
         product = self.product(torch.Size((hidden.shape[0], end - start)))
-        if head.bias is None:
+        if hidden.shape[0] <= _FEW_ROWS and is_skinny(hidden, weight):
+            torch.mul(product_of_few(hidden, weight), scale, out=product)
+            if head.bias is not None:
+                product.add_(head.bias[start:end].to(head.options.round_dtype).to(head.tile_dtype), alpha=scale)
+        elif head.bias is None:
             torch.addmm(product, hidden, weight.t(), beta=0, alpha=scale, out=product)
         else:
             bias = head.bias[start:end].to(head.options.round_dtype).to(head.tile_dtype)

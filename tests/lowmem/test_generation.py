@@ -13,10 +13,10 @@ from transformers import GenerationConfig, PreTrainedModel
 import lowmem
 from lowmem.generation.cache import StreamedCache
 from lowmem.generation.kv_layer import GrowingLayer
-from lowmem.generation.products import SkinnyProducts
 from lowmem.generation.room import KvRoom
 from lowmem.generation.session import TokenProgress
 from lowmem.streaming.runtime import Runtime, runtime_of
+from lowmem.streaming.skinny import SkinnyProducts
 from offload import Budget, BudgetError
 from tests.zoo.architectures import build
 from tests.zoo.reference import resident

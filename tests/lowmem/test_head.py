@@ -83,6 +83,22 @@ def test_outputs_and_gradients_equal_plain_logits_in_fp64(
         assert relative_error(grad, expected) < 1e-12
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 4, 33])
+def test_few_rows_of_a_large_head_equal_plain_logits(num_rows: int, with_bias: bool) -> None:
+    hidden, weight, bias, targets = inputs(
+        num_rows=num_rows, vocab=4099, width=257, dtype=torch.float32, with_bias=with_bias
+    )
+    options = {"temperature": 0.7, "cap": 30.0, "scale": 0.25}
+    want = plain_head(*(None if one is None else one.double() for one in (hidden, weight, bias)), targets, **options)
+    got = TiledLogProbFunction.apply(hidden, weight, bias, targets, 0.7, 1, 30.0, 0.25, OUTPUTS, None)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-5)
+    (expected,) = torch.autograd.grad(want[0].sum(), hidden)
+    (found,) = torch.autograd.grad(got[0].sum(), hidden)
+    assert relative_error(found, expected) < 1e-5
+
+
 def test_outputs_that_are_not_asked_for_are_none_and_the_others_unchanged() -> None:
     hidden, weight, bias, targets = inputs()
     alone = TiledLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 8, None, 1.0, (), SMALL)
