@@ -23,7 +23,7 @@ from lowmem.streaming.runtime import runtime_of
 
 Mode = Literal["trl", "lowmem"]
 Tuning = Literal["adapter", "full"]
-_WARMUP_TOKENS = 64
+_WARMUP_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
-from lowmem.chunk_memory import chunk_bytes, forward_chunk_bytes
+from lowmem.chunk_memory import chunk_bytes, forward_chunk_bytes, heap_bytes
 from lowmem.job import Job
 from lowmem.shapes import BlockShape, ModelShapes, itemsize
 from lowmem.streaming.head_tiles import HeadTiles
@@ -228,6 +228,10 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
     if job.trains:
         yield _device("head and loss", _head_bytes(shapes, job), phase="head")
         yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
+    if job.trains and choice.chunk_tokens is not None:
+        heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
+        for phase, kept in zip(("forward", "block"), zip(*heaps, strict=True), strict=True):
+            yield _device("freed heap", max(kept), phase=phase)
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:

@@ -39,6 +39,7 @@ class StagingBuffer:
         self._nbytes = nbytes
         # The tensor owns the mapping from here on: it is unmapped with the last view.
         whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self._memory: mmap.mmap | None = memory
         self._tensor: Tensor | None = whole[:nbytes]
         self._finalizer = weakref.finalize(self, _unregister, whole) if pin and _register(whole) else None
         self._pinned = self._finalizer is not None
@@ -64,9 +65,27 @@ class StagingBuffer:
             raise Closed("the staging buffer was closed; make a new one")
         return self._tensor
 
+    def give_back(self, start: int, stop: int) -> None:
+        """Give the memory of some bytes back to the system, where it can; what they read as afterwards is unspecified.
+
+        Args:
+            start: First byte, the beginning of a page.
+            stop: One past the last.
+
+        Raises:
+            ValueError: `start` is within a page.
+            Closed: The buffer was closed.
+        """
+        if self._memory is None:
+            raise Closed("the staging buffer was closed; make a new one")
+        if start % PAGE_BYTES:
+            raise ValueError(f"start must be a multiple of {PAGE_BYTES}, got {start}")
+        if hasattr(mmap, "MADV_DONTNEED") and not self._pinned and stop > start:
+            self._memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def close(self) -> None:
         """Unpin it and let go of it. No transfer may be running. Views keep the memory until they go. Twice is fine."""
-        self._tensor = None
+        self._tensor = self._memory = None
         self._pinned = False
         if self._finalizer is not None:
             self._finalizer()

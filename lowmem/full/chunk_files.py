@@ -81,7 +81,7 @@ class ChunkFiles:
 
     def has_weight(self, unit: int) -> bool:
         """See `ChunkStore.has_weight`."""
-        return self._chunks[unit][0].weight_name in self._have
+        return all(chunk.weight_name in self._have for chunk in self._chunks[unit])
 
     def load_base(self, unit: int, into: Tensor) -> None:
         """See `ChunkStore.load_base`."""

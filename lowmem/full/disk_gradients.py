@@ -116,8 +116,7 @@ class DiskGradients:
 
     def read(self, index: int, place: ParamPlace) -> Tensor:
         """A copy of an accumulated gradient."""
-        if index in self._spent:
-            raise _spent(place.key)
+        self.check_unspent(index, place)
         self.wait_written(index)
         found = torch.empty(place.shape)
         flat = found.view(-1)
@@ -128,6 +127,15 @@ class DiskGradients:
             self.start_read(chunk, self._chunk_buffer.tensor).wait()
             flat[there] = values[here]
         return found
+
+    def check_unspent(self, index: int, place: ParamPlace) -> None:
+        """Refuse to read a gradient that an update has used up.
+
+        Raises:
+            UnsupportedError: It has.
+        """
+        if index in self._spent:
+            raise _spent(place.key)
 
     def start_read(self, chunk: Chunk, into: Tensor) -> Transfer:
         """Start reading a chunk; `wait_written` first."""

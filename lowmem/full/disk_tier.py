@@ -18,6 +18,7 @@ from lowmem.full.chunks import chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import Job, UpdateThread
 from lowmem.full.layout import ParamPlace, UnitLayout
+from lowmem.full.rule_stream import RuleStream, Upcoming
 from lowmem.full.tier import WEIGHT, Contribution
 from offload import (
     BlockLayout,
@@ -98,6 +99,9 @@ class DiskTier:
             trace=trace,
         )
         self._edits = ChunkEdits(self.files, self._chunks, settle=self._settle, changed=self._invalidate)
+        self._rules = RuleStream(
+            self.files, self._gradients, self._chunks, settle=self._carry_out, changed=self._invalidate
+        )
         self._thread = UpdateThread(self.files, chunk_numel=chunk_numel(self.layouts))
         self._scheduler = Scheduler(
             [_spec(layout, folder) for layout in self.layouts[:num_blocks]],
@@ -110,7 +114,7 @@ class DiskTier:
     @contextmanager
     def lend(self, index: int) -> Iterator[Tensor]:
         """See `StateTier.lend`: a slot of the ring."""
-        self._edits.flush()
+        self._flush()
         with self._scheduler.resident(index) as tensors:
             yield tensors[WEIGHT]
         # Not before the visit has ended: until then the old weight is in use.
@@ -195,26 +199,22 @@ class DiskTier:
         *,
         gradient: Tensor | None,
         scales: Sequence[float],
+        upcoming: Upcoming | None,
     ) -> None:
         """See `StateTier.change`. What the rule takes has the room of the gradients' buffer."""
         self._begin_updates()
         self._gradients.rest()
-        if gradient is None:
-            gradient = self._gradients.read(index, place)
-            for scale in scales:
-                gradient.mul_(scale)
-        if index in self._live:
+        if gradient is not None:
             run(self._live[index][place.start : place.stop].view(place.shape), gradient)
             return
-        weight = self.read(index, WEIGHT, place)
-        run(weight, gradient)
-        self.write(index, WEIGHT, place, weight)
+        self._edits.flush()
+        self._rules.run(index, place, run, scales=scales, upcoming=upcoming)
         self._edited.add(index)
 
     def end_step(self, step: int, record: dict[str, object]) -> None:
         """See `StateTier.end_step`. Waits for the weights that the model itself holds."""
         self._begin_updates()
-        self._edits.flush()
+        self._flush()
         for index in self._edited:
             self._gradients.spend(index)
         self._edited.clear()
@@ -228,7 +228,7 @@ class DiskTier:
 
     def finish(self) -> None:
         """See `StateTier.finish`."""
-        self._edits.flush()
+        self._flush()
         with self._changed:
             for index in list(self._pending):
                 self._submit(index, self._pending.pop(index))
@@ -305,7 +305,7 @@ class DiskTier:
         Raises:
             SourceError: There is no such state.
         """
-        self._edits.flush()
+        self._flush()
         # Nothing is fetched ahead while the state changes under it.
         self._scheduler.expect(())
         with self._changed:
@@ -391,9 +391,18 @@ class DiskTier:
         if index < self._num_blocks:
             self._scheduler.invalidate((index,))
 
-    def _settle(self, index: int) -> None:
-        """Have a unit's update carried out."""
+    def _flush(self) -> None:
+        """Have single parameters written that are in memory."""
         self._edits.flush()
+        self._rules.flush()
+
+    def _settle(self, index: int) -> None:
+        """Have a unit's weight and moments on disk as they are to be."""
+        self._flush()
+        self._carry_out(index)
+
+    def _carry_out(self, index: int) -> None:
+        """Have a unit's pending update carried out."""
         with self._changed:
             if index in self._pending:
                 self._submit(index, self._pending.pop(index))

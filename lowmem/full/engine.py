@@ -190,7 +190,14 @@ class FullTuning:
                 self._forget_scales(unit)
         self.tier.end_step(number, record)
 
-    def change(self, key: str, run: Callable[[Tensor, Tensor], None], *, gradient: Tensor | None) -> None:
+    def change(
+        self,
+        key: str,
+        run: Callable[[Tensor, Tensor], None],
+        *,
+        gradient: Tensor | None,
+        upcoming: str | None = None,
+    ) -> None:
         """Let a rule change one weight now.
 
         Args:
@@ -198,12 +205,21 @@ class FullTuning:
             run: Called with weight and gradient, both fp32 and of the parameter's shape; changes the weight in place,
                 and may change the gradient.
             gradient: The gradient of a parameter outside the blocks; None for one that was accumulated.
+            upcoming: The next parameter with an accumulated gradient that is changed.
         """
         entry = self._params[key]
         self.version += 1
         grad = entry.param.grad
         scales = tuple(grad.scales) if isinstance(grad, OffloadedGradient) else ()
-        self.tier.change(entry.unit, entry.place, run, gradient=gradient, scales=scales)
+        after = None if upcoming is None else self._params[upcoming]
+        self.tier.change(
+            entry.unit,
+            entry.place,
+            run,
+            gradient=gradient,
+            scales=scales,
+            upcoming=None if after is None else (after.unit, after.place),
+        )
         if isinstance(grad, OffloadedGradient):
             grad.scales.clear()
 

@@ -93,8 +93,10 @@ class MemoryTier:
         *,
         gradient: Tensor | None,
         scales: Sequence[float],
+        upcoming: tuple[int, ParamPlace] | None,
     ) -> None:
         """See `StateTier.change`."""
+        del upcoming
         if gradient is None:
             gradient = _view(self._flat(index, _GRADIENT), place)
             for scale in scales:

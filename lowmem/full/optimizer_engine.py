@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -73,22 +74,19 @@ class OptimizerEngine:
         if self._optimizer is None or self._optimizer() is not optimizer:
             raise RuntimeError("a later optimizer has taken over this model's weights; step that one")
         updates: dict[str, ParamUpdate] = {}
-        unit = 0
+        others: list[_RuleCall] = []
         for group in optimizer.param_groups:
             hyper = optimizer.hyper(group)
             for param in group["params"]:
                 key, rule = self._full.key_of(param), optimizer.rule_of(param)
-                if self._full.params[key].unit != unit and not _is_flat(rule):
-                    # State that a rule makes stays between its temporaries.
-                    give_back_freed()
-                    unit = self._full.params[key].unit
-                if _is_flat(rule):
-                    # A gradient that is used up has done its work in the backward.
-                    if param.grad is not None and not getattr(param.grad, "is_used_up", False):
-                        self._steps[key] = self._steps.get(key, 0) + 1
-                        updates[key] = _update(hyper, step=self._steps[key])
-                else:
-                    self._run_rule(key, rule, hyper)
+                if not _is_flat(rule):
+                    if self._takes_part(key, rule, hyper):
+                        others.append(_RuleCall(key, rule, hyper))
+                # A gradient that is used up has done its work in the backward.
+                elif param.grad is not None and not getattr(param.grad, "is_used_up", False):
+                    self._steps[key] = self._steps.get(key, 0) + 1
+                    updates[key] = _update(hyper, step=self._steps[key])
+        self._run_rules(others)
         self._num_steps += 1
         self._full.step(updates, number=self._num_steps, record=self._record(optimizer))
 
@@ -193,23 +191,31 @@ class OptimizerEngine:
                 updates[key] = _update(hyper, step=self._steps[key])
         return updates
 
-    def _run_rule(self, key: str, rule: Rule, hyper: Hyper) -> None:
-        entry = self._full.params[key]
-        state = self._states.setdefault(key, {})
-        if not rule.is_active(hyper.clock):
-            rule.retire(state)
-            return
-        grad = entry.param.grad
-        if grad is None:
-            return
+    def _takes_part(self, key: str, rule: Rule, hyper: Hyper) -> bool:
+        """Whether a rule has something to do in this step; one that is not active lets go of its state."""
+        if rule.is_active(hyper.clock):
+            return self._full.params[key].param.grad is not None
+        rule.retire(self._states.setdefault(key, {}))
+        return False
 
-        def run(weight: Tensor, gradient: Tensor) -> None:
-            if not state:
-                state.update(rule.init(weight))
-            payload = rule.reduce(gradient, state)
-            rule.apply(weight, rule.solve(payload, state, hyper), state, hyper)
+    def _run_rules(self, calls: Sequence[_RuleCall]) -> None:
+        unit = 0
+        for number, call in enumerate(calls):
+            entry = self._full.params[call.key]
+            if entry.unit != unit:
+                # State that a rule makes stays between its temporaries.
+                give_back_freed()
+                unit = entry.unit
+            following = (later.key for later in calls[number + 1 :] if self._is_offloaded(later.key))
+            self._full.change(
+                call.key,
+                partial(_run_rule, call.rule, self._states.setdefault(call.key, {}), call.hyper),
+                gradient=None if self._is_offloaded(call.key) else entry.param.grad,
+                upcoming=next(following, None),
+            )
 
-        self._full.change(key, run, gradient=None if isinstance(grad, OffloadedGradient) else grad)
+    def _is_offloaded(self, key: str) -> bool:
+        return isinstance(self._full.params[key].param.grad, OffloadedGradient)
 
     def _record(self, optimizer: RuleOptimizer) -> dict[str, object]:
         """Plain data with which a run goes on from a step."""
@@ -232,6 +238,19 @@ class OptimizerEngine:
             zero = torch.zeros(entry.place.shape)
             for field in (EXP_AVG, EXP_AVG_SQ):
                 self._full.write(key, zero, field)
+
+
+class _RuleCall(NamedTuple):
+    key: str
+    rule: Rule
+    hyper: Hyper
+
+
+def _run_rule(rule: Rule, state: State, hyper: Hyper, weight: Tensor, gradient: Tensor) -> None:
+    if not state:
+        state.update(rule.init(weight))
+    payload = rule.reduce(gradient, state)
+    rule.apply(weight, rule.solve(payload, state, hyper), state, hyper)
 
 
 def _plain(value: object) -> object:

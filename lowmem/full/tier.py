@@ -90,6 +90,7 @@ class StateTier(Protocol):
         *,
         gradient: Tensor | None,
         scales: Sequence[float],
+        upcoming: tuple[int, ParamPlace] | None,
     ) -> None:
         """Let `run` change one parameter's weight in place, now.
 
@@ -99,6 +100,7 @@ class StateTier(Protocol):
             run: Called with weight and gradient.
             gradient: The gradient of a parameter outside the blocks; None for a block's, which was accumulated.
             scales: What the accumulated gradient is multiplied with first.
+            upcoming: Unit and parameter of the accumulated gradient that is used next, to be read meanwhile.
         """
 
     def end_step(self, step: int, record: dict[str, object]) -> None:
