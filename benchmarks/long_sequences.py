@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +31,12 @@ _SHORTEST = 64
 _LONGEST = 1 << 18
 
 
-def variants(folder: Path, scratch: Path, seq_len: int, *, tuning: Tuning, shipped: bool) -> dict[str, LongJob]:
+def variants(folder: Path, scratch: Path, seq_len: int, *, tuning: Tuning) -> dict[str, LongJob]:
     """What is compared, by name."""
     plain = LongJob(folder=folder, mode="trl", seq_len=seq_len, tuning=tuning)
     ours = replace(plain, mode="lowmem", chunk_tokens=_CHUNK_TOKENS)
     return {
-        **({"trl": plain} if shipped else {}),
+        "trl": plain,
         "trl-head-256": replace(plain, head_tokens=256),
         "lowmem-ram": ours,
         # In full tuning weights are state, which is in memory or on disk as a whole.
@@ -57,13 +58,15 @@ def measure(job: LongJob) -> dict[str, Value]:
 
 
 def compare(
-    vocab: str, seq_len: int, *, root: Path, scratch: Path, tuning: Tuning, shipped: bool
+    vocab: str, seq_len: int, *, root: Path, scratch: Path, tuning: Tuning, leave_out: Collection[str]
 ) -> dict[str, dict[str, Value]]:
     """All variants at one length, and the ratios to the better of TRL's two."""
     folder = ensure_checkpoint(f"long-{vocab}", root=root, dtype=torch.float32)
     found: dict[str, dict[str, Value]] = {}
     case = f"{_prefix(vocab, tuning)}-{seq_len}"
-    for name, job in variants(folder, scratch, seq_len, tuning=tuning, shipped=shipped).items():
+    for name, job in variants(folder, scratch, seq_len, tuning=tuning).items():
+        if name in leave_out:
+            continue
         found[name] = result = measure(job)
         plan = result.pop("plan")
         emit(BENCHMARK, f"{case}-{name}", **result, summary=_summary(plan), chunk_tokens=job.chunk_tokens)
@@ -152,7 +155,7 @@ def main() -> None:
     parser.add_argument("--vocab", choices=("32k", "128k"), action="append")
     parser.add_argument("--seq-len", type=int, action="append")
     parser.add_argument("--longest", action="store_true")
-    parser.add_argument("--no-shipped", action="store_true", help="leave out TRL as shipped, the larger of its two")
+    parser.add_argument("--leave-out", action="append", help="name of a variant; trl is the larger of TRL's two")
     parser.add_argument("--full", action="store_true", help="every weight instead of LoRA")
     arguments = parser.parse_args()
     tuning: Tuning = "full" if arguments.full else "adapter"
@@ -169,7 +172,7 @@ def main() -> None:
                     root=arguments.root,
                     scratch=scratch,
                     tuning=tuning,
-                    shipped=not arguments.no_shipped,
+                    leave_out=arguments.leave_out or (),
                 )
                 for seq_len in arguments.seq_len or SEQ_LENS
             }
