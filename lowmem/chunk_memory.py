@@ -11,8 +11,8 @@ _FP32_BYTES = 4
 # As lowmem.streaming.attention_parts bounds them.
 _PART_KEYS = 4096
 _PART_BYTES = 8 << 20
-# Over what a chunk's temporaries take, without and with gradients: torch asks for aligned memory, for which glibc finds
-# no room in a freed piece of the same size. With chunks of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2 were seen.
+# Over what a chunk's temporaries take, without and with gradients: torch asks for aligned memory, and glibc does not
+# give it a freed piece of the same size. With chunks of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2 were seen.
 _FORWARD_HEAP, _BACKWARD_HEAP = 0.4, 1.0
 # Seen with 16 and more chunks. Below these it is not counted: whole sequences then take less than the smaller chunk.
 _FEWEST_CHUNKS = 8
