@@ -60,6 +60,18 @@ class ChunkEdits:
         self._chunk = None
         self._changed(chunk.unit)
 
+    def write_unit(self, index: int, weight: Tensor) -> None:
+        """Write a unit's whole weight, flat and maybe without what fills its last page."""
+        self.flush()
+        self._files.begin()
+        for chunk in self._chunks[index]:
+            self._chunk, self._is_weight = chunk, True
+            part = weight[chunk.start : chunk.stop]
+            flat = self._data().view(torch.float32)
+            flat[: part.numel()].copy_(part)
+            flat[part.numel() :].zero_()
+            self.flush()
+
     def _begin(self, chunk: Chunk, *, is_weight: bool) -> None:
         self.flush()
         self._settle(chunk.unit)

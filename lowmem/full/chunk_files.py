@@ -19,6 +19,7 @@ from offload.object_layout import ObjectLayout
 from offload.store import Store
 
 _ELEMENT_BYTES = 4
+_STATE = " state"
 
 
 class ChunkFiles:
@@ -122,6 +123,32 @@ class ChunkFiles:
                 self._in_buffer = None
         return writes
 
+    def has_state(self, key: str) -> bool:
+        """Whether a parameter's rule has state in the store."""
+        return _state_name(key) in self._have
+
+    def state_keys(self) -> list[str]:
+        """Parameters whose rules have state in the store."""
+        return [name.removesuffix(_STATE) for name in self._have if name.endswith(_STATE)]
+
+    def state_layout(self, key: str) -> ObjectLayout:
+        """What a rule's state consists of."""
+        return self._store.layout(_state_name(key))
+
+    def start_load_state(self, key: str, into: Tensor) -> Transfer:
+        """Start reading a rule's state."""
+        return self._store.load(_state_name(key), into)
+
+    def start_save_state(self, key: str, layout: ObjectLayout, data: Tensor) -> Transfer:
+        """Start writing a rule's state."""
+        self._have.add(_state_name(key))
+        return self._store.write(_state_name(key), layout, data)
+
+    def remove_state(self, key: str) -> None:
+        """Forget a rule's state."""
+        self._have.discard(_state_name(key))
+        self._store.remove(_state_name(key))
+
     def read_weight(self, unit: int, into: Tensor) -> Transfer:
         """Start reading a unit's newest weight, which must be there, into a uint8 buffer."""
         layout = self._layouts.get(unit)
@@ -203,6 +230,11 @@ class ChunkFiles:
         starts = {chunk.name: chunk.start * _ELEMENT_BYTES for chunk in self._chunks[unit]}
         assert dict(layout.tensor_offsets) == starts, "chunks in order of their names are in order of the buffer"
         return layout
+
+
+def _state_name(key: str) -> str:
+    """The object that holds the state of a parameter's rule."""
+    return key + _STATE
 
 
 __all__ = ["ChunkFiles"]

@@ -18,16 +18,14 @@ from lowmem.full.chunks import chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import Job, UpdateThread
 from lowmem.full.layout import ParamPlace, UnitLayout
+from lowmem.full.newest_blocks import NewestBlocks, block_spec
 from lowmem.full.rule_stream import RuleStream, Upcoming
 from lowmem.full.tier import WEIGHT, Contribution
 from offload import (
-    BlockLayout,
-    BlockSpec,
     Counters,
     OffloadError,
     PlacementPlan,
     Scheduler,
-    TensorSpec,
     Trace,
     Transfer,
     open_device,
@@ -88,6 +86,9 @@ class DiskTier:
         self._step: tuple[int, dict[str, object]] | None = None
         self._last: tuple[int, dict[str, object]] = (0, {})
         self._edited: set[int] = set()
+        self._changed_live: set[int] = set()
+        self.keeps_live = False
+        """Whether what rules change of the weights that the model itself holds is committed with the step, too."""
         self._held: dict[int, tuple[Sequence[Segment], Tensor]] = {}
         self.files = ChunkFiles(
             folder,
@@ -104,9 +105,9 @@ class DiskTier:
         )
         self._thread = UpdateThread(self.files, chunk_numel=chunk_numel(self.layouts))
         self._scheduler = Scheduler(
-            [_spec(layout, folder) for layout in self.layouts[:num_blocks]],
+            [block_spec(layout, folder) for layout in self.layouts[:num_blocks]],
             plan=placement,
-            reader=_Newest(self),
+            reader=NewestBlocks(self.layouts[:num_blocks], self.fetch),
             device=open_device("cpu"),
             trace=trace,
         )
@@ -145,7 +146,7 @@ class DiskTier:
 
     def apply(self, index: int, segments: Sequence[Segment]) -> None:
         """Update a block whose gradients are held as soon as its visit ends."""
-        self._begin_updates()
+        self.begin_updates()
         self._held[index] = segments, self._gradients.held(index)
         self._gradients.spend(index)
 
@@ -180,7 +181,7 @@ class DiskTier:
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
         """See `StateTier.update`: blocks when they are fetched, parameters outside them from now on."""
-        self._begin_updates()
+        self.begin_updates()
         if index >= self._num_blocks:
             with self._changed:
                 self._outer.append(self._submit(index, segments, gradient=gradient))
@@ -202,10 +203,11 @@ class DiskTier:
         upcoming: Upcoming | None,
     ) -> None:
         """See `StateTier.change`. What the rule takes has the room of the gradients' buffer."""
-        self._begin_updates()
+        self.begin_updates()
         self._gradients.rest()
         if gradient is not None:
             run(self._live[index][place.start : place.stop].view(place.shape), gradient)
+            self._changed_live.add(index)
             return
         self._edits.flush()
         self._rules.run(index, place, run, scales=scales, upcoming=upcoming)
@@ -213,11 +215,15 @@ class DiskTier:
 
     def end_step(self, step: int, record: dict[str, object]) -> None:
         """See `StateTier.end_step`. Waits for the weights that the model itself holds."""
-        self._begin_updates()
+        self.begin_updates()
         self._flush()
         for index in self._edited:
             self._gradients.spend(index)
         self._edited.clear()
+        if self.keeps_live:
+            for index in self._changed_live:
+                self._edits.write_unit(index, self._live[index])
+        self._changed_live.clear()
         outer, self._outer = self._outer, []
         for transfer in outer:
             transfer.wait()
@@ -325,7 +331,8 @@ class DiskTier:
                     part.copy_(self.files.read_chunk(chunk, WEIGHT)[: part.numel()])
         return self.files.record
 
-    def _begin_updates(self) -> None:
+    def begin_updates(self) -> None:
+        """Begin a step's updates, unless that has been done; what the last step has left to do comes first."""
         if not self._is_updating:
             self.finish()
             self._is_updating = True
@@ -414,31 +421,6 @@ class DiskTier:
     def _raise_failure(self) -> None:
         if self._thread.failure is not None:
             raise self._thread.failure
-
-
-class _Newest:
-    """Reads blocks for the scheduler."""
-
-    def __init__(self, tier: DiskTier) -> None:
-        self._tier = tier
-        self._indices = {layout.name: index for index, layout in enumerate(tier.layouts)}
-
-    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
-        return self._tier.fetch(self._indices[layout.name], into)
-
-
-def _spec(layout: UnitLayout, folder: Path) -> BlockSpec:
-    """What the scheduler needs to know of a block: its size. It reads through the tier, not from this file."""
-    shape = (layout.numel,)
-    weight = TensorSpec(
-        name=WEIGHT,
-        dtype=torch.float32,
-        shape=shape,
-        file=folder / "newest" / layout.name,
-        offset_bytes=0,
-        nbytes=layout.numel * _ELEMENT_BYTES,
-    )
-    return BlockSpec(name=layout.name, tensors=(weight,))
 
 
 __all__ = ["DiskTier"]

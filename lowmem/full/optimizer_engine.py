@@ -16,6 +16,7 @@ from lowmem.full.adamw import ParamUpdate
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning, TunedParam
 from lowmem.full.gradient import OffloadedGradient
+from lowmem.full.rule_states import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saved_state import load_moments, save_moments
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
 from lowmem.optim.adamw import AdamWRule
@@ -34,7 +35,7 @@ class OptimizerEngine:
     """Holds state of all parameters of a model opened with ``tuning="full"``, as `lowmem.optim` calls an engine.
 
     AdamW in fp32 runs on the tier's flat buffers, deferred where the tier defers. Any other rule runs at once, one
-    parameter at a time, its state in RAM.
+    parameter at a time, its state in RAM, or on disk where that was asked for.
 
     A state dict stays small: AdamW's moments go to files beside the weights that `model.save_pretrained` wrote last, as
     the Trainer does before it saves the optimizer.
@@ -46,7 +47,7 @@ class OptimizerEngine:
         self._optimizer: weakref.ref[RuleOptimizer] | None = None
         self._num_steps = 0
         self._steps: dict[str, int] = {}
-        self._states: dict[str, State] = {}
+        self._states: RuleStates = MemoryStates()
 
     @property
     def num_steps(self) -> int:
@@ -61,7 +62,8 @@ class OptimizerEngine:
         if self._optimizer is not None:
             self._forget_moments(set(self._steps))
         self._optimizer = weakref.ref(optimizer)
-        self._num_steps, self._steps, self._states = 0, {}, {}
+        self._num_steps, self._steps = 0, {}
+        self._states.clear()
         self._full.updates_now = None
 
     @torch.no_grad()
@@ -100,9 +102,10 @@ class OptimizerEngine:
         entry: dict[str, object] = {
             "num_steps": self._num_steps,
             "steps": dict(self._steps),
-            "states": {key: dict(state) for key, state in self._states.items()},
+            "states": self._states.saved(),
+            "states_on_disk": self._states.go_with_weights,
         }
-        if self._steps:
+        if self._steps or self._states.go_with_weights:
             entry["folder"] = save_moments(self._full)
         return {**state_dict, _ENTRY: entry}
 
@@ -119,16 +122,26 @@ class OptimizerEngine:
                 f"{_ENTRY!r}; resume with the optimizer that saved it"
             )
         entry = cast("dict[str, object]", state_dict[_ENTRY])
+        was_on_disk = bool(entry.get("states_on_disk"))
+        if was_on_disk != self._keeps_states_on_disk and (was_on_disk or entry["states"]):
+            raise UnsupportedError(
+                f"loading optimizer state that was kept {'on disk' if was_on_disk else 'in memory'}",
+                reason=f"this optimizer keeps it {'in memory' if was_on_disk else 'on disk'}",
+                instead=f"{'' if was_on_disk else 'no '}lowmem.full.state_on_disk(optimizer), as when it was saved",
+            )
         steps = cast("dict[str, int]", entry["steps"])
         if unknown := sorted(set(steps) - set(self._full.params)):
             raise ValueError(f"optimizer state: {unknown[0]} is not a parameter of this model")
         stale = set(self._steps) - set(steps)
-        if steps:
+        if "folder" in entry:
             load_moments(self._full, Path(str(entry["folder"])), keys=steps, stale=stale)
         else:
             self._forget_moments(stale)
+            self._states.clear()
         states = cast("dict[str, State]", entry["states"])
-        self._states = {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()}
+        # Those on disk came with the folder.
+        if isinstance(self._states, MemoryStates):
+            self._states.load(states)
         self._steps, self._num_steps = dict(steps), cast(int, entry["num_steps"])
 
     def resume(self, optimizer: RuleOptimizer) -> int:
@@ -143,11 +156,11 @@ class OptimizerEngine:
             ValueError: The optimizer has other groups.
         """
         flat = [_is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"]]
-        if not all(flat):
+        if not all(flat) and not self._keeps_states_on_disk:
             raise UnsupportedError(
                 f"resuming {type(optimizer).__name__} from state on disk",
                 reason="it keeps state in memory, which a killed run has lost",
-                instead="a checkpoint of the Trainer, or optimizer.state_dict() after model.save_pretrained(folder)",
+                instead="lowmem.full.state_on_disk(optimizer) in both runs, or a checkpoint of the Trainer",
             )
         record = self._full.adopt()
         groups = cast("list[dict[str, object]]", record["groups"])
@@ -159,6 +172,32 @@ class OptimizerEngine:
         self._num_steps = cast(int, record["num_steps"])
         self._optimizer = weakref.ref(optimizer)
         return self._num_steps
+
+    def state_on_disk(self, optimizer: RuleOptimizer) -> None:
+        """Keep the state of rules on disk from now on.
+
+        Raises:
+            UnsupportedError: The weights are in memory.
+            RuntimeError: Another optimizer has taken the model over, or a step has been taken.
+        """
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            raise RuntimeError("a later optimizer has taken over this model's weights")
+        tier = self._full.tier
+        if not isinstance(tier, DiskTier):
+            raise UnsupportedError(
+                "state_on_disk",
+                reason="this run keeps the weights themselves in memory",
+                instead="a budget with Budget.disk that puts them on disk",
+            )
+        if self._num_steps:
+            raise RuntimeError("state_on_disk: call it before the first step")
+        if not self._keeps_states_on_disk:
+            self._states = DiskStates(tier.files, begin=tier.begin_updates)
+            tier.keeps_live = True
+
+    @property
+    def _keeps_states_on_disk(self) -> bool:
+        return isinstance(self._states, DiskStates)
 
     def update_in_backward(self, optimizer: RuleOptimizer) -> None:
         """Update each block within its backward from now on.
@@ -195,24 +234,39 @@ class OptimizerEngine:
         """Whether a rule has something to do in this step; one that is not active lets go of its state."""
         if rule.is_active(hyper.clock):
             return self._full.params[key].param.grad is not None
-        rule.retire(self._states.setdefault(key, {}))
+        self._states.drop(key)
         return False
 
     def _run_rules(self, calls: Sequence[_RuleCall]) -> None:
         unit = 0
-        for number, call in enumerate(calls):
-            entry = self._full.params[call.key]
-            if entry.unit != unit:
-                # State that a rule makes stays between its temporaries.
-                give_back_freed()
-                unit = entry.unit
-            following = (later.key for later in calls[number + 1 :] if self._is_offloaded(later.key))
-            self._full.change(
-                call.key,
-                partial(_run_rule, call.rule, self._states.setdefault(call.key, {}), call.hyper),
-                gradient=None if self._is_offloaded(call.key) else entry.param.grad,
-                upcoming=next(following, None),
-            )
+        try:
+            for number, call in enumerate(calls):
+                if self._full.params[call.key].unit != unit:
+                    # State that a rule makes stays between its temporaries.
+                    give_back_freed()
+                    unit = self._full.params[call.key].unit
+                self._change(call, calls[number + 1 :])
+        finally:
+            self._states.forget_expected()
+
+    def _change(self, call: _RuleCall, later: Sequence[_RuleCall]) -> None:
+        """Run a rule on its parameter, while what the next needs is read."""
+        for expected in (call, *later[:1]):
+            self._states.expect(expected.key)
+        following = (other.key for other in later if self._is_offloaded(other.key))
+        self._full.change(
+            call.key,
+            partial(self._run_rule, call),
+            gradient=None if self._is_offloaded(call.key) else self._full.params[call.key].param.grad,
+            upcoming=next(following, None),
+        )
+
+    def _run_rule(self, call: _RuleCall, weight: Tensor, gradient: Tensor) -> None:
+        with self._states.lend(call.key) as state:
+            if not state:
+                state.update(call.rule.init(weight))
+            payload = call.rule.reduce(gradient, state)
+            call.rule.apply(weight, call.rule.solve(payload, state, call.hyper), state, call.hyper)
 
     def _is_offloaded(self, key: str) -> bool:
         return isinstance(self._full.params[key].param.grad, OffloadedGradient)
@@ -244,13 +298,6 @@ class _RuleCall(NamedTuple):
     key: str
     rule: Rule
     hyper: Hyper
-
-
-def _run_rule(rule: Rule, state: State, hyper: Hyper, weight: Tensor, gradient: Tensor) -> None:
-    if not state:
-        state.update(rule.init(weight))
-    payload = rule.reduce(gradient, state)
-    rule.apply(weight, rule.solve(payload, state, hyper), state, hyper)
 
 
 def _plain(value: object) -> object:

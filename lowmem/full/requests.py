@@ -24,11 +24,29 @@ def resume_last_step(optimizer: torch.optim.Optimizer) -> int:
 
     Raises:
         ValueError: The optimizer is not one of a model opened with ``tuning="full"``, or has other groups.
-        UnsupportedError: State was kept in memory.
+        UnsupportedError: State was kept in memory (`state_on_disk` for optimizers other than AdamW in fp32).
         SourceError: No step has been committed in the folder.
     """
     engine, own = _engine(optimizer)
     return engine.resume(own)
+
+
+def state_on_disk(optimizer: torch.optim.Optimizer) -> None:
+    """Keep the state of an optimizer that is not AdamW in fp32 on disk, beside the weights, instead of in RAM.
+
+    GaLore and its kin, and AdamW with bf16 or 8-bit moments. Their state is then committed with each step as AdamW's
+    is: a killed run goes on with `resume_last_step`, and `state_dict()` stays small. Each step reads and writes it.
+
+    Args:
+        optimizer: Of `lowmem.optim`, before its first step, on a model opened with ``tuning="full"`` and state on disk.
+
+    Raises:
+        ValueError: The optimizer is not one of a model opened with ``tuning="full"``.
+        UnsupportedError: The weights are in memory.
+        RuntimeError: A step has been taken.
+    """
+    engine, own = _engine(optimizer)
+    engine.state_on_disk(own)
 
 
 def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
@@ -55,4 +73,4 @@ def _engine(optimizer: torch.optim.Optimizer) -> tuple[OptimizerEngine, RuleOpti
     return engine, optimizer
 
 
-__all__ = ["resume_last_step", "update_in_backward"]
+__all__ = ["resume_last_step", "state_on_disk", "update_in_backward"]
