@@ -25,6 +25,7 @@ from lowmem.full import update_in_backward
 from lowmem.streaming.runtime import runtime_of
 
 Mode = Literal["plain", "host", "disk"]
+GALORE_RANK = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def make_optimizer(job: FullJob, model: PreTrainedModel) -> torch.optim.Optimize
     """As the job names it."""
     if job.mode == "plain":
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    options = {"rank": 128, "project_embeddings": True} if job.optimizer == "GaLore" else {}
+    options = {"rank": GALORE_RANK, "project_embeddings": True} if job.optimizer == "GaLore" else {}
     optimizer: torch.optim.Optimizer = getattr(lowmem.optim, job.optimizer)(model, lr=1e-5, **options)
     if job.update_in_backward:
         update_in_backward(optimizer)

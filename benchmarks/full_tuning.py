@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.full_job import FullJob
+from benchmarks.full_job import GALORE_RANK, FullJob
 from benchmarks.harness import Value, emit, emit_skip, last_json, run_module, sample
 from benchmarks.lockstep import LockstepJob
 from benchmarks.memory_limit import LimitUnavailable
@@ -76,7 +76,8 @@ def memory(arguments: argparse.Namespace) -> None:
     report = last_json(outcome.output)
     steps = sample(report["step_s"], num_warmup=min(NUM_WARMUP, arguments.steps - 1))  # type: ignore[arg-type]
     rates = {name: (before[name] + after[name]) / 2 for name in before}
-    limit = physical_limit(shape.num_parameters, num_tokens=arguments.seq_len, rates=rates)
+    rank = GALORE_RANK if arguments.optimizer == "GaLore" else 0
+    limit = physical_limit(shape.num_parameters, num_tokens=arguments.seq_len, rates=rates, rank=rank)
     emit(
         BENCHMARK,
         case,
@@ -89,6 +90,7 @@ def memory(arguments: argparse.Namespace) -> None:
         rates_after=after,
         limit_s=limit,
         limit_over_step=limit["step"] / steps.median,
+        model_over_step=limit["model"] / steps.median,
         logs=report["logs"],
         lanes_s=report["lanes_s"],
         held=report["memory"],
@@ -96,17 +98,22 @@ def memory(arguments: argparse.Namespace) -> None:
     )
 
 
-def physical_limit(num_parameters: int, *, num_tokens: int, rates: dict[str, float]) -> dict[str, float]:
+def physical_limit(num_parameters: int, *, num_tokens: int, rates: dict[str, float], rank: int = 0) -> dict[str, float]:
     """Least seconds of a step: recomputation included, fp32 state on one disk whose reads and writes add up.
 
     Args:
         num_parameters: P.
         num_tokens: T, of one step.
         rates: flops_per_s, read_bytes_per_s, write_bytes_per_s.
+        rank: r of an optimizer that projects, with state in RAM: each element of a gradient goes into r products, and
+            each of a weight comes from r.
     """
-    compute = 8.0 * num_parameters * num_tokens / rates["flops_per_s"]
-    disk = num_parameters * (16 / rates["read_bytes_per_s"] + 14 / rates["write_bytes_per_s"])
-    return {"compute": compute, "disk": disk, "step": max(compute, disk)}
+    model = 8.0 * num_parameters * num_tokens / rates["flops_per_s"]
+    projection = 4.0 * num_parameters * rank / rates["flops_per_s"]
+    moved = (16, 8) if rank else (16, 14)
+    disk = num_parameters * (moved[0] / rates["read_bytes_per_s"] + moved[1] / rates["write_bytes_per_s"])
+    step = max(model + projection, disk)
+    return {"model": model, "projection": projection, "disk": disk, "step": step}
 
 
 def _rates(folder: Path, disk: Path, *, seq_len: int, hidden: int, mlp: int) -> dict[str, float]:

@@ -18,8 +18,6 @@ from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counte
 from lowmem.optim.writer import check_writable, descend, new_writer_state, read_weight, write_weight
 
 _LINEAR = ("low", "gradient")
-_LIFTED_BYTES = 8 << 20
-"""Bytes of an update that are lifted out of the subspace at a time, where nothing has to see all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +137,7 @@ class ProjectedRule(DirectionRule):
             assert full is not None
             factors = norm_ratio(inner, low, per=self.method.scale_gradient)
             update = self._limit(full * factors.mul_(self.method.scale), state)
-        elif self._lifts_in_parts:
+        elif self._lifts_into_weight:
             state["step"] += 1
             return {"low": inner}
         else:
@@ -148,16 +146,15 @@ class ProjectedRule(DirectionRule):
         return {"direction": update.mT if self._is_transposed else update}
 
     def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
-        """As `DirectionRule.apply`; an update that is only lifted is so in parts, never a whole matrix of it."""
+        """As `DirectionRule.apply`; an update that is only lifted is so into the weight, never a matrix of its own."""
         if "low" not in update:
             super().apply(weight, update, state, hyper)
             return
-        exact, basis, low = read_weight(weight, state), DenseBasis(state["basis"]), update["low"]
-        oriented = exact.mT if self._is_transposed else exact
-        num_columns = max(1, _LIFTED_BYTES // (exact.numel() // oriented.shape[-1] * low.itemsize))
-        for start in range(0, low.shape[-1], num_columns):
-            part = slice(start, start + num_columns)
-            descend(oriented[..., part], basis.lift(low[..., part]).mul_(self.method.scale), hyper)
+        exact, basis, low = read_weight(weight, state), state["basis"], update["low"]
+        left, right = (low.mT, basis.mT) if self._is_transposed else (basis, low)
+        add = torch.addmm if exact.ndim == 2 else torch.baddbmm
+        decay, size = 1 - hyper.lr * hyper.weight_decay, hyper.lr * self.method.scale
+        add(exact, left, right, beta=decay, alpha=-size, out=exact)
         write_weight(self.method.writer, weight, exact, state, seed=self._seed(hyper))
 
     def _with_residual(
@@ -227,7 +224,7 @@ class ProjectedRule(DirectionRule):
         return self.method.residual == "fira" and self.method.limiter == "norm_growth"
 
     @property
-    def _lifts_in_parts(self) -> bool:
+    def _lifts_into_weight(self) -> bool:
         """Whether the update is P N and nothing else, of a basis that stays in the state."""
         return self._keeps_basis and self.method.residual == "none" and self.method.limiter == "none"
 
