@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from offload.buffers import StagingBuffer, view_tensor
 from offload.errors import Closed
+from offload.layout import PAGE_BYTES
 from offload.spec import TensorSpec
 
 
@@ -89,3 +91,23 @@ def test_tensor_outside_the_buffer_is_refused() -> None:
         for offset in (-1, 13):
             with pytest.raises(ValueError, match=f"w: expected bytes {offset} to .* which has 16 bytes"):
                 view_tensor(buffer.tensor, offset, spec=spec_of(torch.uint8, (4,)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+def test_memory_given_back_leaves_the_process_and_can_be_used_again() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+    nbytes = 64 << 20
+    with StagingBuffer(nbytes) as buffer:
+        buffer.tensor.fill_(1)
+        full_bytes = resident_bytes()
+        buffer.give_back(PAGE_BYTES, nbytes)
+        assert resident_bytes() < full_bytes - nbytes // 2
+        assert (buffer.tensor[:PAGE_BYTES] == 1).all()
+        buffer.tensor.fill_(2)
+        assert (buffer.tensor == 2).all()
+        with pytest.raises(ValueError, match="start must be a multiple of 4096, got 1"):
+            buffer.give_back(1, nbytes)
+    with pytest.raises(Closed):
+        buffer.give_back(0, PAGE_BYTES)
