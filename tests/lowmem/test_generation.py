@@ -16,7 +16,6 @@ from lowmem.generation.kv_layer import GrowingLayer
 from lowmem.generation.room import KvRoom
 from lowmem.generation.session import TokenProgress
 from lowmem.streaming.runtime import Runtime, runtime_of
-from lowmem.streaming.skinny import SkinnyProducts
 from offload import Budget, BudgetError
 from tests.zoo.architectures import build
 from tests.zoo.reference import resident
@@ -278,18 +277,6 @@ def test_bar_shows_tokens_rows_and_time_left(llama: Path, capsys: pytest.Capture
     assert " left " in shown
     generate(model)
     assert "token" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 1100), (1, 5, 1100), (32, 1100)])
-def test_skinny_products_are_those_of_linear(shape: tuple[int, ...]) -> None:
-    x, weight, bias = torch.randn(shape), torch.randn(1000, 1100), torch.randn(1000)
-    want = torch.nn.functional.linear(x, weight, bias)
-    with SkinnyProducts():
-        got = torch.nn.functional.linear(x, weight, bias)
-        few = torch.nn.functional.linear(x, weight[:10])
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
-    assert got.is_contiguous()
-    assert torch.equal(few, torch.nn.functional.linear(x, weight[:10]))
 
 
 @pytest.mark.slow
