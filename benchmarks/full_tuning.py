@@ -28,10 +28,9 @@ from benchmarks.harness import Value, emit, emit_skip, last_json, run_module, sa
 from benchmarks.lockstep import LockstepJob
 from benchmarks.memory_limit import LimitUnavailable
 from benchmarks.raw_disk import best_setting, read_raw, write_raw
-from lowmem.full.adamw import ParamUpdate, Segment
-from lowmem.full.layout import lay_out_unit
-from lowmem.full.memory_tier import MemoryTier
-from offload.units import parse_bytes
+from lowmem.full.flat import ParamUpdate, Segment, lay_out_unit
+from lowmem.full.tier import MemoryTier
+from offload.budget import parse_bytes
 
 BENCHMARK = "full_tuning"
 NUM_WARMUP = 1

@@ -19,7 +19,7 @@ from benchmarks.generation_job import GenerationJob
 from benchmarks.harness import Value, emit, emit_skip, last_json, run_module, sample
 from benchmarks.memory_limit import LimitUnavailable, Outcome
 from benchmarks.sft_job import disk_read_bytes
-from offload.units import parse_bytes
+from offload.budget import parse_bytes
 
 BENCHMARK = "generation"
 NUM_WARMUP = 1

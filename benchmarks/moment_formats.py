@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import emit, emit_skip
-from lowmem.optim.eight_bit import decode, encode
-from lowmem.optim.randomness import generator
-from lowmem.optim.rounding import round_to_bf16
+from lowmem.optim.rule import generator
+from lowmem.optim.state import decode, encode, round_to_bf16
 
 BENCHMARK = "moment_formats"
 NUM_VALUES, NUM_STEPS = 64 * 256, 1200

@@ -16,7 +16,7 @@ from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.harness import Value, emit, emit_skip, last_json, run_module, sample
 from benchmarks.memory_limit import LimitUnavailable, Outcome
 from benchmarks.sft_job import Job
-from offload.units import format_bytes, parse_bytes
+from offload.budget import format_bytes, parse_bytes
 
 BENCHMARK = "sft_memory"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, child_environment
 from benchmarks.memory_limit import LimitUnavailable, Outcome, run_limited
 from examples.demo_model import DemoShape, make_rows, make_tokenizer, write_model, write_rows
-from offload.units import format_bytes, parse_bytes
+from offload.budget import format_bytes, parse_bytes
 
 LIMIT = "1000MiB"
 DEVICE_BUDGET = "380MiB"

@@ -8,26 +8,24 @@ from offload import Budget
 if TYPE_CHECKING:
     from lowmem import optim
     from lowmem.adapters.merge import merge
-    from lowmem.api import from_pretrained
-    from lowmem.essa.config import ESSAConfig
-    from lowmem.essa.trainer import ESSATrainer
-    from lowmem.generation.bar import TokenBar
-    from lowmem.monitor import Monitor
-    from lowmem.planner import plan
-    from lowmem.step_plan import Plan
+    from lowmem.api import from_pretrained, plan
+    from lowmem.essa.trainer import ESSAConfig, ESSATrainer
+    from lowmem.monitoring.monitor import Monitor
+    from lowmem.monitoring.progress import TokenBar
+    from lowmem.planning.plan import Plan
 
 __version__ = "0.1.0"
 
 # Imported when first used: transformers, PEFT and TRL take seconds and hundreds of MB, and a plan needs none of TRL.
 _LAZY = {
-    "ESSAConfig": "lowmem.essa.config",
+    "ESSAConfig": "lowmem.essa.trainer",
     "ESSATrainer": "lowmem.essa.trainer",
-    "Monitor": "lowmem.monitor",
-    "Plan": "lowmem.step_plan",
-    "TokenBar": "lowmem.generation.bar",
+    "Monitor": "lowmem.monitoring.monitor",
+    "Plan": "lowmem.planning.plan",
+    "TokenBar": "lowmem.monitoring.progress",
     "from_pretrained": "lowmem.api",
     "merge": "lowmem.adapters.merge",
-    "plan": "lowmem.planner",
+    "plan": "lowmem.api",
 }
 
 

@@ -12,8 +12,10 @@ import typer
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+
 _FAILED = 2
 """Exit status where something was refused or went wrong; 1 is for answers of "no" (`plan`, `doctor`)."""
+
 
 app = typer.Typer(
     help="Fine-tune a model that fits in neither device memory nor RAM.",
@@ -23,11 +25,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 Model = Annotated[str, typer.Argument(help="Local folder, or hub id, of a safetensors checkpoint.")]
+
+
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
+
+
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")]
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 ComputeOn = Annotated[str | None, typer.Option(help="Compute device: cpu or cuda; the GPU if there is one.")]
+
+
 ComputeIn = Annotated[str | None, typer.Option(help="Compute dtype; float32 on a CPU.")]
 
 
@@ -59,7 +72,7 @@ def plan(
 
     Exits with 1 if the job does not fit.
     """
-    from lowmem.planner import plan as make_plan
+    from lowmem.api import plan as make_plan
     from offload import Budget
 
     made = make_plan(
@@ -134,9 +147,8 @@ def bench(
     revision: Revision = None,
 ) -> None:
     """Measure disk, copies and computation as training uses them; one JSON line each."""
-    from lowmem.loading import pick_device, pick_dtype, read_config
-    from lowmem.models.checkpoint import resolve
-    from lowmem.probes import probe_lines
+    from lowmem.doctor import probe_lines
+    from lowmem.models.checkpoint import pick_device, pick_dtype, read_config, resolve
     from offload import SafetensorsSource
 
     folder = resolve(model, revision=revision)
@@ -172,8 +184,7 @@ def trace(
     step: Annotated[int | None, typer.Option(help="Which step of the trace, from 1; one of median length.")] = None,
 ) -> None:
     """Say how busy disk, copies and computation were in each step of a trace, and draw one of them."""
-    from lowmem.timeline import draw_timeline
-    from lowmem.trace_file import read_spans, steps_of
+    from lowmem.monitoring.timeline import draw_timeline, read_spans, steps_of
 
     steps = steps_of(read_spans(file))
     if step is not None and not 1 <= step <= len(steps):

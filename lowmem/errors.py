@@ -1,5 +1,7 @@
 """The refusal: what lowmem says before anything loads when an option cannot be honoured exactly."""
 
+from __future__ import annotations
+
 
 class UnsupportedError(ValueError):
     """An option, architecture or file that is not supported, said before anything loads.

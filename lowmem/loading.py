@@ -1,118 +1,92 @@
-"""Opening a checkpoint as a streamed model: check, plan, build, attach. In that order, so that refusals come first."""
+"""What happens before the first block of a forward: adapters are checked and prepared, TRL's head becomes ours.
+
+Opening a checkpoint as a streamed model: check, plan, build, attach. In that order, so that refusals come first.
+"""
 
 from __future__ import annotations
 
-import os
+import sys
+import warnings
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import UnsupportedError
-from lowmem.full.master_weights import MasterWeights
-from lowmem.full.opening import AdapterRefusal, Masters, open_full
-from lowmem.models.build import Skeleton, StreamedBlock, fill, skeleton
-from lowmem.streaming.chunkable import can_chunk, enable_chunks
-from lowmem.streaming.embedding import GatheredEmbedding, read_now
-from lowmem.streaming.outer_norms import tile_outer_norms
-from lowmem.streaming.preparation import Preparation
+from lowmem.full.opening import AdapterRefusal, Masters, MasterWeights, open_full
+from lowmem.internals.torch import has_fast_bf16
+from lowmem.internals.trl import hash_by_fingerprint
+from lowmem.models.build import Skeleton, StreamedBlock, fill
+from lowmem.models.checkpoint import Opened, gatherable_embedding
+from lowmem.models.embedding import GatheredEmbedding, read_now
+from lowmem.models.norms import tile_outer_norms
+from lowmem.models.unpack import Unpacker
+from lowmem.streaming.call import SplitChoice
+from lowmem.streaming.chunking.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.runtime import Runtime, attach
-from lowmem.streaming.split_choice import SplitChoice
-from lowmem.streaming.trl_hash import hash_by_fingerprint
-from lowmem.streaming.unpack import Unpacker
-from offload import BlockSpec, FileReader, SafetensorsSource, Scheduler, Trace, open_device
+from offload import BlockSpec, FileReader, Scheduler, Trace, open_device
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-    from lowmem.step_plan import Plan
+    from lowmem.planning.plan import Plan
+
+
+class Preparation:
+    """Called before block 0 of each forward, because PEFT and TRL change a model after it was made.
+
+    A forward without gradients looks for new configurations only. A training forward looks at every module (some
+    milliseconds): adapters may be taken off and put on again under the same name and configuration.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Watch a model, weakly."""
+        self._model = weakref.ref(model)
+        self._adapters: tuple[object, ...] = ()
+        self._has_head = False
+        self._warned = False
+
+    def __call__(self) -> None:
+        """Check and prepare what is new.
+
+        Raises:
+            UnsupportedError: An adapter that cannot be trained exactly on a streamed model.
+        """
+        model = self._model()
+        if model is None:
+            return
+        configs = getattr(model, "peft_config", None) or {}
+        adapters = tuple((name, id(config)) for name, config in configs.items())
+        if adapters != self._adapters or (configs and torch.is_grad_enabled()):
+            self._prepare_adapters(model)
+            self._adapters = adapters
+        # TRL looks its head up after the blocks have run, so the first forward is soon enough; without TRL, no import.
+        if not self._has_head and "trl.trainer.utils" in sys.modules:
+            from lowmem.internals.trl import install
+
+            install().register(model)
+            self._has_head = True
+
+        if not self._warned and torch.is_autocast_enabled("cpu") and model.device.type == "cpu" and not has_fast_bf16():
+            self._warned = True
+            warnings.warn(
+                "bf16 autocast on a processor without bf16 instructions: matrix products are up to a hundred times "
+                "slower than in fp32; give SFTConfig(bf16=False), which TRL's default is not",
+                stacklevel=2,
+            )
+
+    def _prepare_adapters(self, model: torch.nn.Module) -> None:
+        from lowmem.adapters.dora import install as install_dora
+        from lowmem.adapters.support import check_peft_model
+
+        check_peft_model(model)
+        install_dora(model, frozen_base=True)
 
 
 _ROW_THREADS = 4
 """Requests in flight where rows of an embedding table are read one by one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A checkpoint whose files and configuration have been checked; no weight is read yet."""
-
-    source: SafetensorsSource
-    """Its files."""
-    built: Skeleton
-    """The model on meta, matched with them."""
-    device: torch.device
-    """Compute device."""
-    dtype: torch.dtype
-    """Compute dtype."""
-    folder: Path
-    """Where it lies."""
-    num_labels: int | None = None
-    """Outputs of a sequence classification model; None for a language model."""
-
-
-def open_checkpoint(
-    folder: Path,
-    *,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_labels: int | None = None,
-    trust_remote_code: bool = False,
-) -> Opened:
-    """Check a checkpoint and match it with its model class.
-
-    Args:
-        folder: Local folder.
-        name: What the user called it; adapters record it as their base model.
-        device: Compute device.
-        dtype: Compute dtype.
-        num_labels: Outputs of a sequence classification model; None for a language model.
-        trust_remote_code: As in transformers.
-
-    Raises:
-        UnsupportedError: The architecture or the checkpoint cannot be streamed.
-        SourceError: A file is missing, damaged, or does not fit the configuration.
-    """
-    from lowmem.models.blocks import refuse_config, refuse_labels
-
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    # The text part as well: of some checkpoints only that is built.
-    config.name_or_path = config.get_text_config().name_or_path = name
-    refuse_config(config)
-    if num_labels is not None:
-        refuse_labels(config, num_labels)
-        config.num_labels = num_labels
-    source = SafetensorsSource(folder)
-    try:
-        built = skeleton(
-            config,
-            source.tensors,
-            dtype=dtype,
-            folder=folder,
-            classifies=num_labels is not None,
-            trust_remote_code=trust_remote_code,
-        )
-    except BaseException:
-        source.close()
-        raise
-    return Opened(source=source, built=built, device=device, dtype=dtype, folder=folder, num_labels=num_labels)
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A folder's model configuration.
-
-    Raises:
-        FileNotFoundError: The folder has no config.json.
-    """
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
@@ -125,8 +99,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     Raises:
         OffloadError: A file cannot be read, or memory cannot be had.
     """
+    from lowmem.generation.cache import KvRoom
     from lowmem.generation.hooks import GenerationHooks
-    from lowmem.generation.room import KvRoom
 
     built, device = opened.built, opened.device
     with ExitStack() as stack:
@@ -226,22 +200,6 @@ class _Weights:
         return recipe.run(stored)[key].to(self._dtypes.get(key, self._default), copy=True).contiguous()
 
 
-def gatherable_embedding(built: Skeleton) -> str | None:
-    """Name of the input embedding's table if its rows can be read one by one from the checkpoint, else None."""
-    model = built.model
-    table = model.get_input_embeddings()
-    output = model.get_output_embeddings()
-    weight = getattr(table, "weight", None)
-    if not isinstance(table, torch.nn.Embedding) or (output is not None and output.weight is weight):
-        return None
-    name = next((name for name, param in model.named_parameters() if param is weight), None)
-    tied = getattr(model, "all_tied_weights_keys", {})
-    if name is None or name in tied or name in tied.values():
-        return None
-    recipe = built.mapping.recipes.get(name)
-    return name if recipe is not None and recipe.convert is None and table.max_norm is None else None
-
-
 def _give_generation_config(model: PreTrainedModel, folder: Path) -> None:
     from transformers import GenerationConfig
 
@@ -249,49 +207,4 @@ def _give_generation_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def pick_device(device: torch.device | str | None) -> torch.device:
-    """The compute device: the one asked for, else the GPU if there is one, else the CPU.
-
-    Raises:
-        UnsupportedError: A device that is neither, or several processes.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UnsupportedError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            reason="a streamed model trains in one process",
-            instead="start the script with python, not torchrun or accelerate launch with several processes",
-        )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device={str(device)!r}", reason="only CPUs and CUDA are known", instead="cpu or cuda")
-    # Equal only where no card is named.
-    if chosen == torch.device("cuda"):
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    return chosen
-
-
-def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The compute dtype: the one asked for, else fp32 on a CPU and the stored one on a GPU (bf16 where it can).
-
-    Raises:
-        UnsupportedError: Not a floating-point dtype that models compute in.
-    """
-    if isinstance(dtype, str):
-        dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
-            dtype, getattr(torch, dtype, dtype)
-        )
-    if dtype is None:
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if stored != torch.float32 and torch.cuda.is_bf16_supported() else stored
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedError(
-            f"dtype={dtype!r}", reason="models compute in floating point", instead="float32, bfloat16 or float16"
-        )
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-__all__ = ["Opened", "gatherable_embedding", "load", "open_checkpoint", "pick_device", "pick_dtype", "read_config"]
+__all__ = ["Preparation", "load"]

@@ -1,11 +1,13 @@
 """Moves bytes and tensors between disk, host memory and a compute device. Knows nothing of models."""
 
-from offload.budget import Budget
+from offload.blocks import BlockLayout, BlockSpec, ObjectLayout, TensorSpec, lay_out, place
+from offload.budget import Budget, available_ram_bytes, format_bytes, format_seconds, parse_bytes
 from offload.buffers import StagingBuffer, view_tensor
 from offload.device import measured, open_device
 from offload.errors import (
     BudgetError,
     Closed,
+    FolderInUse,
     OffloadError,
     ReadError,
     SourceChanged,
@@ -13,26 +15,21 @@ from offload.errors import (
     TierFull,
     WriteError,
 )
-from offload.file_io import FileReader
-from offload.file_writer import FileWriter
-from offload.layout import BlockLayout, lay_out
-from offload.object_io import StoreIo
-from offload.object_layout import ObjectLayout, place
-from offload.own_file import OwnFile
-from offload.plan import Placement, PlacementPlan
-from offload.planner import place_blocks
+from offload.files.file import OpenedFile, OwnFile
+from offload.files.file_io import FileReader, FileWriter
+from offload.files.safetensors_read import SafetensorsSource
+from offload.files.safetensors_write import OutputTensor, ShardFile, TensorReader, split_into_shards, write_index
+from offload.files.scratch import FileSlot, Scratch
+from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
-from offload.scratch import Scratch
-from offload.slots import FileSlot
-from offload.sources import SafetensorsSource
-from offload.spec import BlockSpec, TensorSpec
-from offload.store import Store
-from offload.trace import Span, Trace
+from offload.store.store import Store
+from offload.store.store_files import StoreIo
+from offload.trace import LANES, Span, Trace
 from offload.transfer import Transfer
-from offload.units import format_bytes, parse_bytes
 
 __all__ = [
+    "LANES",
     "BlockLayout",
     "BlockSpec",
     "Budget",
@@ -46,6 +43,8 @@ __all__ = [
     "FolderInUse",
     "ObjectLayout",
     "OffloadError",
+    "OpenedFile",
+    "OutputTensor",
     "OwnFile",
     "Placement",
     "PlacementPlan",
@@ -53,18 +52,22 @@ __all__ = [
     "SafetensorsSource",
     "Scheduler",
     "Scratch",
+    "ShardFile",
     "SourceChanged",
     "SourceError",
     "Span",
     "StagingBuffer",
     "Store",
     "StoreIo",
+    "TensorReader",
     "TensorSpec",
     "TierFull",
     "Trace",
     "Transfer",
     "WriteError",
+    "available_ram_bytes",
     "format_bytes",
+    "format_seconds",
     "lay_out",
     "measured",
     "open_device",
@@ -73,5 +76,7 @@ __all__ = [
     "place_blocks",
     "probe_compute",
     "probe_disk",
+    "split_into_shards",
     "view_tensor",
+    "write_index",
 ]

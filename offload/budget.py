@@ -1,10 +1,149 @@
-"""How much of each tier a run may use."""
+"""Sizes as people write them, and back.
+
+How much RAM this process can still take: the machine's free memory, and what its control groups leave it.
+
+How much of each tier a run may use.
+
+Durations as people read them.
+"""
+
+from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
-from offload.units import parse_bytes
+_UNIT_BYTES = {
+    "": 1,
+    "B": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_bytes(size: str | int, *, field: str = "size") -> int:
+    """Read a size such as ``"2.4GiB"``, ``"900MiB"``, ``"20 GB"``, ``"0"`` or a plain number of bytes.
+
+    Args:
+        size: The size; a number without a unit is bytes. GiB is 2**30, GB is 10**9; case does not matter.
+        field: What the size is for; named in the error.
+
+    Returns:
+        Whole bytes, rounded down.
+
+    Raises:
+        ValueError: `size` is negative, has no known unit or is not a number.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        if size < 0:
+            raise ValueError(f"{field}: {size} bytes is negative; give 0 or more")
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    unit_bytes = _UNIT_BYTES.get(match[2].upper()) if match else None
+    if match is None or unit_bytes is None:
+        raise ValueError(
+            f'{field}: expected bytes as an int or text such as "900MiB", "2.4GiB", "20GB" or "0", got {size!r}'
+        )
+    return int(Fraction(match[1]) * unit_bytes)
+
+
+def format_bytes(nbytes: int) -> str:
+    """Write a number of bytes for people: ``"512 B"``, ``"1.21 GiB"``."""
+    if abs(nbytes) < 1024:
+        return f"{nbytes} B"
+    size = nbytes / 1024
+    for unit in ("KiB", "MiB", "GiB"):
+        if abs(size) < 1023.995:
+            return f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+def available_ram_bytes(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can be allocated before the kernel starts to swap or to kill, page cache counted as free.
+
+    The smallest of what the machine has available and of what every control group (v1 or v2) around this process leaves
+    below its limit. Where the system says nothing, as on macOS, half of the installed RAM.
+
+    Args:
+        proc: Where procfs is mounted.
+        cgroups: Where the control groups are mounted.
+    """
+    machine_bytes = _field_bytes(proc / "meminfo", "MemAvailable:", unit_bytes=1024)
+    if machine_bytes is None:
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min([machine_bytes, *_headrooms(proc / "self" / "cgroup", cgroups)])
+
+
+def _headrooms(membership: Path, cgroups: Path) -> list[int]:
+    """What each control group that holds this process leaves, from its own group up to the root."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    headrooms: list[int] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mounts = [cgroups, cgroups / "unified"]
+        elif "memory" in controllers.split(","):
+            mounts = [cgroups / "memory"]
+        else:
+            continue
+        for mount in mounts:
+            folder = mount / path.lstrip("/")
+            # In a container the path may be the host's, and this group be mounted as the root.
+            for group in (folder, *folder.parents) if folder.is_dir() else (mount,):
+                headrooms.append(_headroom_bytes(group))
+                if group == mount:
+                    break
+    return [headroom for headroom in headrooms if headroom >= 0]
+
+
+def _headroom_bytes(group: Path) -> int:
+    """Bytes below the limit of one group, or -1 if it has none. Inactive page cache is given back on demand."""
+    for limit_name, usage_name, cache_field in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit = _number(group / limit_name)
+        usage = _number(group / usage_name)
+        if limit is not None and usage is not None:
+            cache = _field_bytes(group / "memory.stat", cache_field, unit_bytes=1) or 0
+            return max(0, limit - max(0, usage - cache))
+    return -1
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None  # "max": no limit
+
+
+def _field_bytes(file: Path, field: str, *, unit_bytes: int) -> int | None:
+    """The number after `field` in a file of lines such as ``MemAvailable:  123 kB``."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        words = line.split()
+        if words and words[0] == field:
+            return int(words[1]) * unit_bytes
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -65,3 +204,12 @@ def _folder(disk: str | os.PathLike[str]) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Budget.disk: {folder} is a file; give a folder")
     return folder
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration: ``"320 ms"``, ``"12.3 s"``, ``"8.4 min"``, ``"3.1 h"``."""
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

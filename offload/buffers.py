@@ -1,5 +1,7 @@
 """Staging buffers: flat page-aligned host memory that files are read into and tensors are viewed from."""
 
+from __future__ import annotations
+
 import mmap
 import weakref
 from types import TracebackType
@@ -8,9 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from offload.blocks import PAGE_BYTES, TensorSpec, round_up
 from offload.errors import Closed
-from offload.layout import PAGE_BYTES, round_up
-from offload.spec import TensorSpec
 
 
 class StagingBuffer:

@@ -1,19 +1,24 @@
 """The compute device: where slots live and how bytes get there. The only module that knows what kind it is."""
 
+from __future__ import annotations
+
 import time
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from offload.budget import Budget
+from offload.budget import Budget, available_ram_bytes
 from offload.buffers import StagingBuffer
-from offload.ram import available_ram_bytes
 
 _RAM_MARGIN = 0.1
 """Part of the available RAM that a measured budget leaves to the rest of the process and to the system."""
+
+
 _CUDA_MARGIN = 0.05
 """Part of the free device memory that a measured budget leaves to the allocator's rounding and to libraries."""
+
+
 _ANCHOR_NS = 1_000_000_000
 """Age at which the time base of a device's events is renewed: they measure from it in float32 milliseconds."""
 
@@ -144,7 +149,7 @@ class CudaDevice:
         event.record(torch.cuda.current_stream(self.torch_device))
         return event
 
-    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> "CudaCopy":
+    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> CudaCopy:
         """See `Device.copy`. From pageable memory the driver may make the calling thread wait for `after`."""
         start, end = self._event(), self._event()
         with torch.cuda.stream(self._copies):

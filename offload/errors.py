@@ -1,5 +1,7 @@
 """What can go wrong while bytes are moved: one small family of errors, each saying what failed and what to do."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 

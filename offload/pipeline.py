@@ -1,23 +1,189 @@
-"""Moves blocks up: disk to host buffer, host buffer to device slot. Decides what to start next; waits for nothing."""
+"""The order in which blocks will be visited, and where in it the consumer is. Pure: no threads, no memory.
 
+A fixed set of equal buffers that blocks pass through, and which of them the next block may take.
+
+Moves blocks up: disk to host buffer, host buffer to device slot. Decides what to start next; waits for nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from offload.blocks import BlockLayout
 from offload.buffers import StagingBuffer
 from offload.device import Copy, Device
-from offload.layout import BlockLayout
-from offload.plan import Placement, PlacementPlan
-from offload.ring import Ring, Slot
+from offload.placement import Placement, PlacementPlan
 from offload.trace import Trace
 from offload.transfer import Transfer
-from offload.visits import VisitOrder
+
+NEVER = sys.maxsize
+"""The next use of a block that is not expected."""
+
+
+class VisitOrder:
+    """Blocks still to come, and how far away each is.
+
+    A visit that is not the expected one is taken for an excursion, and the order stays where it is. When the visit
+    after it is the one that follows it in the order, the consumer has jumped and the order goes on from there: blocks
+    left out, or a pass begun again.
+
+    Args:
+        num_blocks: Blocks are numbered from 0 to this.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._order: tuple[int, ...] = ()
+        self._positions: dict[int, list[int]] = {}
+        self._here = 0
+        self._after_excursion: int | None = None
+
+    def replace(self, order: Sequence[int]) -> None:
+        """Expect these visits, in this order, instead of what was expected until now.
+
+        Raises:
+            ValueError: A number is not that of a block; what was expected until now stays.
+        """
+        for block in order:
+            if not 0 <= block < self._num_blocks:
+                raise ValueError(f"order: expected block numbers from 0 to {self._num_blocks - 1}, got {block}")
+        self._order = tuple(order)
+        self._positions = {}
+        for position, block in enumerate(self._order):
+            self._positions.setdefault(block, []).append(position)
+        self._here = 0
+        self._after_excursion = None
+
+    def visit(self, block: int) -> bool:
+        """Note that a block is being visited now. False if it is not the one expected next."""
+        if self._expects(self._here, block):
+            self._here += 1
+            self._after_excursion = None
+            return True
+        if self._after_excursion is not None and self._expects(self._after_excursion, block):
+            self._here = self._after_excursion + 1
+            self._after_excursion = None
+        else:
+            found = self._find(block)
+            self._after_excursion = None if found is None else found + 1
+        return False
+
+    def next_use(self, block: int) -> int:
+        """Visits until the block is visited: 0 for the very next one, `NEVER` if it is not expected."""
+        positions = self._positions.get(block, [])
+        nearest = bisect_left(positions, self._here)
+        return positions[nearest] - self._here if nearest < len(positions) else NEVER
+
+    def upcoming(self) -> Iterator[int]:
+        """Blocks to be visited, nearest first."""
+        for position in range(self._here, len(self._order)):
+            yield self._order[position]
+
+    def _expects(self, position: int, block: int) -> bool:
+        return position < len(self._order) and self._order[position] == block
+
+    def _find(self, block: int) -> int | None:
+        """Nearest position of a block from here on, else its first one."""
+        positions = self._positions.get(block)
+        if positions is None:
+            return None
+        nearest = bisect_left(positions, self._here)
+        return positions[nearest] if nearest < len(positions) else positions[0]
+
+
+@dataclass(eq=False, kw_only=True)
+class Slot:
+    """Memory that holds one block's stored bytes or is being filled with them. The fetcher's lock guards its fields."""
+
+    tensor: Tensor
+    """The memory, uint8."""
+    block: int | None = None
+    """Whose bytes these are, or will be."""
+    ready: bool = False
+    """Whether the bytes are there or, where `copy` is set, will be when that is done."""
+    holds: int = 0
+    """Visits, or copies out of it, that are using it. It is not overwritten before they end."""
+    last_use: int = 0
+    """Number of the visit that used it last."""
+    mark: torch.cuda.Event | None = None
+    """The point on the compute stream after which it may be overwritten, where the device has one."""
+    copy: Copy | None = None
+    """The copy that fills it, where the device has memory of its own: compute has to wait for it."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is reading or writing it, so that it cannot be given to another block."""
+        return self.holds > 0 or (self.block is not None and not self.ready)
+
+    def clear(self) -> None:
+        """Forget whose bytes these are."""
+        self.block = None
+        self.ready = False
+        self.copy = None
+
+
+class Ring:
+    """Slots of one size and their eviction.
+
+    Args:
+        slots: The slots, all free.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._slots = tuple(slots)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def find(self, block: int) -> Slot | None:
+        """The slot that holds a block or is being filled with it."""
+        return next((slot for slot in self._slots if slot.block == block), None)
+
+    def take(self, block: int, *, next_use: Callable[[int], int], leave: int = 0) -> Slot | None:
+        """Give a slot to a block: a free one, else that of the block whose next use is farthest.
+
+        Belady's rule (A study of replacement algorithms for a virtual-storage computer, 1966), with which the fewest
+        blocks are fetched when the order is known. Among blocks that are not expected at all the one used longest ago
+        goes.
+
+        Args:
+            block: Who wants it.
+            next_use: Visits until a block is used.
+            leave: Slots that must remain to be had, for blocks that are needed sooner and cannot take theirs yet.
+
+        Returns:
+            The slot, now the block's and not ready, or None: the others are busy or hold blocks that are needed sooner.
+        """
+        wanted = next_use(block)
+        uses = [
+            (NEVER if slot.block is None else next_use(slot.block), slot.block is None, -slot.last_use, slot)
+            for slot in self._slots
+            if not slot.busy
+        ]
+        can_be_had = [use for use in uses if use[0] > wanted]
+        if len(can_be_had) <= leave:
+            return None
+        chosen = max(can_be_had, key=lambda use: use[:3])[3]
+        chosen.clear()
+        chosen.block = block
+        return chosen
+
 
 _OUTDATED = -1
 """Stands for the block in a slot that is being filled with bytes that nobody wants any more."""
+
+
 POISON = 0xFF
 """Every 16-, 32- and 64-bit float made of such bytes is NaN."""
 

@@ -1,5 +1,7 @@
 """Short measurements: how fast the user's own files can be read, and how fast the compute device multiplies."""
 
+from __future__ import annotations
+
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -9,18 +11,30 @@ from pathlib import Path
 
 import torch
 
+from offload.blocks import PAGE_BYTES, BlockLayout, Extent
 from offload.buffers import StagingBuffer
 from offload.errors import SourceError
-from offload.file_io import FileReader
-from offload.layout import PAGE_BYTES, BlockLayout, Extent
+from offload.files.file_io import FileReader
 
 _MIB = 1 << 20
+
+
 _NUM_THREADS = (1, 2, 4, 8)
+
+
 _FIRST_REQUEST_BYTES = 4 * _MIB
+
+
 _OTHER_REQUEST_BYTES = (1 * _MIB, 16 * _MIB)
+
+
 _BUFFER_BYTES = 32 * _MIB
+
+
 # Bytes per setting: twice what is in flight, within these bounds. The largest settings get half of that.
 _SLICE_BYTES = (16 * _MIB, 64 * _MIB)
+
+
 # A setting that keeps more bytes in flight must be this much faster to be worth them.
 _WORTH = 1.05
 
@@ -35,7 +49,7 @@ class DiskRate:
     """Requests in flight."""
     request_bytes: int
     """Size of a request."""
-    measured: tuple["DiskRate", ...] = ()
+    measured: tuple[DiskRate, ...] = ()
     """All settings that were tried, in order; only on the one that was chosen."""
 
 

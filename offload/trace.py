@@ -1,5 +1,7 @@
 """What happened when: every transfer, wait and computation as a span on the lane of the resource that was busy."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Transfers between memory and files, and the threads that carry them out without holding the interpreter lock."""
 
+from __future__ import annotations
+
 import ctypes
 import threading
 import time
@@ -27,7 +29,7 @@ class Transfer:
         num_pieces: int,
         memory: Tensor,
         finish: Callable[[], None] | None = None,
-        at_end: Callable[["Transfer"], None] | None = None,
+        at_end: Callable[[Transfer], None] | None = None,
     ) -> None:
         """Note what is to be moved; `IoThreads.submit` starts it.
 

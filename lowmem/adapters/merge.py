@@ -13,15 +13,31 @@ import torch
 from torch import Tensor
 
 from lowmem.adapters.merge_plan import MergedTensor, MergePlan, num_rows, plan_merge
-from lowmem.adapters.shards import OutputTensor, ShardFile, TensorReader, split_into_shards, write_index
 from lowmem.adapters.updates import Update, apply_all
 from lowmem.models.checkpoint import resolve
-from offload import SafetensorsSource, TensorSpec, TierFull, format_bytes, parse_bytes
+from offload import (
+    OutputTensor,
+    SafetensorsSource,
+    ShardFile,
+    TensorReader,
+    TensorSpec,
+    TierFull,
+    format_bytes,
+    parse_bytes,
+    split_into_shards,
+    write_index,
+)
 
 # Values computed at a time, in bytes of fp32. Small enough that the allocator gives the same memory again.
 _TILE_BYTES = 8 << 20
+
+
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

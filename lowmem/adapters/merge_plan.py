@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowmem.adapters.shards import OutputTensor
 from lowmem.adapters.updates import Update
 from lowmem.errors import UnsupportedError
 from lowmem.models.blocks import refuse_config
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
-from offload import SafetensorsSource, TensorSpec
+from offload import OutputTensor, SafetensorsSource, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -37,12 +37,18 @@ def _words(text: str) -> frozenset[str]:
 
 
 _ADAPTER = "default"
+
+
 _TILED_TYPES = frozenset({"LORA", "LN_TUNING", "TRAINABLE_TOKENS"})
+
+
 # PEFT's own merge of one whole layer is used for these. Each is compared with merge_and_unload in the tests.
 _WHOLE_LAYER_TYPES = _words(
     """ADALORA BOFT C3A DEFT DELORA FOURIERFT GLORA GRALORA HIRA HRA IA3 LOHA LOKR MISS OFT PEANUT PVERA RANDLORA ROAD
     SHIRA SUPERTUNING UNILORA VBLORA VERA WAVEFT"""
 )
+
+
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 

@@ -1,27 +1,171 @@
-"""ESSA: reward maximised over the singular values of an adapter, with forward passes only."""
+"""Settings of an ESSA run, named as TRL's configurations name them.
+
+Answers of a population to prompts, generated as one batch, and what reward functions make of them.
+
+ESSA: reward maximised over the singular values of an adapter, with forward passes only.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.essa.answers import Answering, RewardFunction, Row
-from lowmem.essa.config import ESSAConfig
 from lowmem.essa.spectrum import Spectrum
 from lowmem.essa.strategy import SeparableCma
-from lowmem.generation.rows import ActiveRows
 from lowmem.streaming.runtime import is_streamed, runtime_of
+from lowmem.streaming.visits import ActiveRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESSAConfig:
+    """How to evolve an adapter's singular values."""
+
+    output_dir: str
+    """Folder for the adapter and for checkpoints."""
+    max_steps: int = 100
+    """Generations of the evolution strategy."""
+    per_device_train_batch_size: int = 8
+    """Prompts of a step; every member of the population answers all of them."""
+    population_size: int = 16
+    """Members of the population, in mirrored pairs."""
+    sigma: float = 0.1
+    """Standard deviation to begin with, in units of the mean singular value of each adapted layer."""
+    generation_batch_size: int | None = None
+    """Rows generated together at most, rounded down to whole members; None for the whole population at once."""
+    max_completion_length: int = 256
+    """Tokens of a completion."""
+    temperature: float = 0.0
+    """0 answers greedily, so that members differ by their values only; else as in `generate`."""
+    reward_weights: tuple[float, ...] | None = None
+    """Of the reward functions; 1 each if not given."""
+    logging_steps: int = 1
+    """Steps between two entries of the log."""
+    save_steps: int = 50
+    """Steps between two checkpoints; 0 for none."""
+    seed: int = 0
+    """Of prompts, members and samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "per_device_train_batch_size", "max_completion_length", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.population_size < 4 or self.population_size % 2:
+            raise ValueError(f"population_size={self.population_size}: expected an even number of at least 4")
+        if self.sigma <= 0:
+            raise ValueError(f"sigma={self.sigma}: expected more than 0")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: expected 0 or more")
+        if self.save_steps < 0:
+            raise ValueError(f"save_steps={self.save_steps}: expected 0 or more")
+        rows = self.generation_batch_size
+        if rows is not None and rows < self.per_device_train_batch_size:
+            raise ValueError(
+                f"generation_batch_size={rows}: a member answers {self.per_device_train_batch_size} prompts at once; "
+                "give at least as many"
+            )
+
+
+Row = dict[str, object]
+
+
+RewardFunction = Callable[..., Sequence[float | None]]
+"""As in TRL: called with prompts, completions, completion_ids and the data set's columns, by keyword."""
+
+
+class Answering:
+    """Generates for several members at once and scores what comes.
+
+    Args:
+        model: What generates.
+        tokenizer: Its tokenizer, with a padding token.
+        rewards: The reward functions.
+        weights: Of the reward functions.
+        max_new_tokens: Tokens of a completion.
+        temperature: 0 for greedy answers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rewards: Sequence[RewardFunction],
+        weights: Sequence[float],
+        max_new_tokens: int,
+        temperature: float,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._rewards, self._weights = rewards, weights
+        self._max_new_tokens, self._temperature = max_new_tokens, temperature
+
+    def generate(self, rows: Sequence[Row], *, num_members: int) -> list[list[int]]:
+        """Completions, without padding: those of the first member to all rows, then those of the next.
+
+        Args:
+            rows: Rows of the data set, with a "prompt".
+            num_members: How often every prompt is answered.
+        """
+        texts = [self._text(row["prompt"]) for row in rows]
+        encoded = self._tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=has_text_prompts(rows)
+        )
+        ids = encoded["input_ids"].to(self._model.device).repeat(num_members, 1)
+        mask = encoded["attention_mask"].to(self._model.device).repeat(num_members, 1)
+        sampling = {"do_sample": True, "temperature": self._temperature} if self._temperature else {"do_sample": False}
+        eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        with torch.no_grad():
+            whole = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self._max_new_tokens,
+                eos_token_id=eos,
+                pad_token_id=pad,
+                **sampling,
+            )
+        return [_until(tokens, eos) for tokens in whole[:, ids.shape[1] :].tolist()]
+
+    def score(self, rows: Sequence[Row], completions: Sequence[list[int]]) -> Tensor:
+        """Weighted sums of the rewards, shape (len(completions),); the rows are repeated for each member."""
+        repeated = [rows[index % len(rows)] for index in range(len(completions))]
+        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
+        is_chat = not has_text_prompts(rows)
+        said = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
+        columns = {name: [row[name] for row in repeated] for name in rows[0]}
+        prompts = columns.pop("prompt")
+        total = torch.zeros(len(completions), dtype=torch.float64)
+        for reward, weight in zip(self._rewards, self._weights, strict=True):
+            found = reward(prompts=prompts, completions=said, completion_ids=list(completions), **columns)
+            # None: the function has no opinion on this row, as in TRL.
+            total += weight * torch.tensor([0.0 if value is None else float(value) for value in found]).double()
+        return total
+
+    def _text(self, prompt: object) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        messages = cast("list[dict[str, str]]", prompt)
+        return cast("str", self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def has_text_prompts(rows: Sequence[Row]) -> bool:
+    """Whether prompts are plain text, and not conversations, whose template has the special tokens already."""
+    return isinstance(rows[0]["prompt"], str)
+
+
+def _until(tokens: list[int], eos: int | None) -> list[int]:
+    return tokens if eos not in tokens else tokens[: tokens.index(eos) + 1]
+
 
 _STATE = "essa_state.pt"
 
@@ -211,4 +355,4 @@ def _with_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
         return get_peft_model(model, peft_config)
 
 
-__all__ = ["ESSATrainer"]
+__all__ = ["Answering", "ESSAConfig", "ESSATrainer", "RewardFunction", "Row"]

@@ -1,20 +1,29 @@
-"""How a unit's flat buffers are cut for the disk: chunks, each with its objects in the store. Pure arithmetic."""
+"""How a unit's flat buffers are cut for the disk: chunks, each with its objects in the store. Pure arithmetic.
+
+Blocks whose weights change, as the scheduler sees them: sizes, and reads that bring the newest weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lowmem.full.layout import PAGE_ELEMENTS, ParamPlace, UnitLayout
+from lowmem.full.flat import PAGE_ELEMENTS, ParamPlace, UnitLayout
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
-from offload.object_layout import ObjectLayout, place
+from offload import BlockLayout, BlockSpec, ObjectLayout, TensorSpec, Transfer, place
 
 LARGEST_CHUNK = 4 << 20
 """Elements: 16 MiB of each buffer. Larger ones move no faster."""
+
+
 _SMALLEST_CHUNK = 4 * PAGE_ELEMENTS
 """Each chunk is two files, and each file is brought to the disk for itself."""
+
+
 _PARTS = 8
 """A unit is cut into at least so many chunks, so that reading, updating and writing it overlap."""
 
@@ -98,4 +107,39 @@ def parts(chunks: Sequence[Chunk], place: ParamPlace) -> Iterator[tuple[Chunk, s
             )
 
 
-__all__ = ["LARGEST_CHUNK", "Chunk", "chunk_numel", "cut", "parts"]
+_ELEMENT_BYTES = 4
+
+
+class NewestBlocks:
+    """Reads blocks for the scheduler."""
+
+    def __init__(self, layouts: Sequence[UnitLayout], fetch: Callable[[int, Tensor], Transfer]) -> None:
+        """Read through a tier.
+
+        Args:
+            layouts: Of the blocks.
+            fetch: Starts bringing a block's newest weight into a buffer.
+        """
+        self._fetch = fetch
+        self._indices = {layout.name: index for index, layout in enumerate(layouts)}
+
+    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
+        """As `BlockReader.read`."""
+        return self._fetch(self._indices[layout.name], into)
+
+
+def block_spec(layout: UnitLayout, folder: Path) -> BlockSpec:
+    """What the scheduler needs to know of a block: its size. It reads through the tier, not from this file."""
+    shape = (layout.numel,)
+    weight = TensorSpec(
+        name=WEIGHT,
+        dtype=torch.float32,
+        shape=shape,
+        file=folder / "newest" / layout.name,
+        offset_bytes=0,
+        nbytes=layout.numel * _ELEMENT_BYTES,
+    )
+    return BlockSpec(name=layout.name, tensors=(weight,))
+
+
+__all__ = ["LARGEST_CHUNK", "Chunk", "NewestBlocks", "block_spec", "chunk_numel", "cut", "parts"]

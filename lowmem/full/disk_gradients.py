@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.chunks import Chunk, parts
-from lowmem.full.layout import ParamPlace, UnitLayout
+from lowmem.full.flat import ParamPlace, UnitLayout
 from lowmem.full.tier import Contribution
 from offload import FileSlot, Scratch, StagingBuffer, Trace, Transfer
 

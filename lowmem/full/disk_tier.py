@@ -11,25 +11,14 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.adamw import Segment
-from lowmem.full.chunk_edits import ChunkEdits
-from lowmem.full.chunk_files import ChunkFiles
-from lowmem.full.chunks import chunk_numel, cut, parts
+from lowmem.full.chunk_files import ChunkEdits, ChunkFiles
+from lowmem.full.chunks import NewestBlocks, block_spec, chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import Job, UpdateThread
-from lowmem.full.layout import ParamPlace, UnitLayout
-from lowmem.full.newest_blocks import NewestBlocks, block_spec
-from lowmem.full.rule_stream import RuleStream, Upcoming
+from lowmem.full.flat import ParamPlace, Segment, UnitLayout
+from lowmem.full.rules import RuleStream, Upcoming
 from lowmem.full.tier import WEIGHT, Contribution
-from offload import (
-    Counters,
-    OffloadError,
-    PlacementPlan,
-    Scheduler,
-    Trace,
-    Transfer,
-    open_device,
-)
+from offload import Counters, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, open_device
 
 _ELEMENT_BYTES = 4
 

@@ -12,11 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.full.adamw import Segment, update_run
 from lowmem.full.chunks import Chunk
+from lowmem.full.flat import Segment, update_run
 from offload import StagingBuffer, Transfer
 
 _ELEMENT_BYTES = 4
+
+
 NUM_SETS = 4
 """Chunks in memory: one is updated while others are read and written."""
 

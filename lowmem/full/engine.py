@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.adamw import ParamUpdate, segments_of
 from lowmem.full.disk_tier import DiskTier
+from lowmem.full.flat import ParamPlace, ParamUpdate, segments_of
 from lowmem.full.gradient import OffloadedGradient
-from lowmem.full.layout import ParamPlace
 from lowmem.full.tier import WEIGHT, Contribution, StateTier
 
 

@@ -18,13 +18,19 @@ _FREE_PROPERTIES = frozenset(
     output_nr retains_grad
     """.split()  # noqa: SIM905 - a table is easier to read than 30 quoted lines
 )
+
+
 _FREE_FUNCTIONS = frozenset(
     """
     size dim numel nelement stride element_size is_floating_point is_complex is_contiguous get_device __len__ __hash__
     is_same_size is_tensor __format__ ndimension storage_offset untyped_storage data_ptr zeros_like empty_like
     """.split()  # noqa: SIM905 - a table is easier to read than 20 quoted lines
 )
+
+
 _ITSELF = frozenset(("detach", "detach_", "requires_grad_", "contiguous"))
+
+
 _NORMS = frozenset(("linalg_vector_norm", "vector_norm"))
 
 

@@ -1,9 +1,16 @@
-"""Making a model trainable in every weight: checks, master weights from the checkpoint, the engine."""
+"""The weights that full tuning starts from: a block's parameters as the checkpoint has them, in fp32.
+
+What the runtime visits blocks through when their weights are masters that change: scheduler and unpacker in one.
+
+Making a model trainable in every weight: checks, master weights from the checkpoint, the engine.
+"""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,23 +20,123 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.base_weights import BaseWeights
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning
-from lowmem.full.layout import UnitLayout, lay_out_unit
-from lowmem.full.memory_tier import MemoryTier
+from lowmem.full.flat import UnitLayout, lay_out_unit
 from lowmem.full.optimizer_engine import OptimizerEngine
 from lowmem.full.saving import StoredNames, install_saving
-from lowmem.full.tier import StateTier
-from lowmem.optim.offloaded import give_to_engine
-from offload import FileReader, Trace
+from lowmem.full.tier import MemoryTier, StateTier
+from lowmem.models.embedding import read_now
+from lowmem.optim.optimizer import give_to_engine
+from offload import BlockSpec, Counters, FileReader, StagingBuffer, Trace, lay_out, view_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowmem.loading import Opened
     from lowmem.models.build import Skeleton
-    from lowmem.step_plan import Plan
+    from lowmem.models.checkpoint import Opened
+    from lowmem.planning.plan import Plan
+
+
+class BaseWeights:
+    """Reads blocks and single parameters of the checkpoint. Used from several threads."""
+
+    def __init__(self, built: Skeleton, layouts: Sequence[UnitLayout], *, reader: FileReader) -> None:
+        """Look parameters up; nothing is read yet.
+
+        Args:
+            built: Has the recipes; each makes one parameter of one stored tensor.
+            layouts: The blocks.
+            reader: Reads stored tensors.
+        """
+        self._blocks, self._layouts, self._reader = built.blocks, layouts, reader
+        self._recipes = built.mapping.recipes
+        self._lock = threading.Lock()
+        self._buffer: StagingBuffer | None = None
+
+    def load(self, index: int, into: Tensor) -> None:
+        """Fill a flat fp32 buffer with a block's weights."""
+        read = lay_out(self._blocks[index].spec)
+        with self._lock:
+            if self._buffer is None or self._buffer.nbytes < read.buffer_bytes:
+                self._buffer = StagingBuffer(read.buffer_bytes)
+            self._reader.read(read, self._buffer.tensor).wait()
+            into[: self._layouts[index].numel].zero_()
+            for place in self._layouts[index].places:
+                spec = self._recipes[place.key].sources[0]
+                stored = view_tensor(self._buffer.tensor, read.tensor_offsets[spec.name], spec=spec)
+                into[place.start : place.stop].view(place.shape).copy_(stored)
+
+    def load_once(self, index: int, into: Tensor) -> None:
+        """As `load`, and keep no memory: where a block is read from the checkpoint hardly more than once."""
+        self.load(index, into)
+        self.release()
+
+    def read(self, key: str) -> Tensor:
+        """One parameter."""
+        recipe = self._recipes[key]
+        stored = read_now(BlockSpec(name=key, tensors=recipe.sources), reader=self._reader, device=torch.device("cpu"))
+        return recipe.run(stored)[key].to(torch.float32, copy=True)
+
+    def release(self) -> None:
+        """Give the buffer back until it is needed again."""
+        with self._lock:
+            self._buffer = None
+
+
+class MasterWeights:
+    """Lends blocks their newest weights, under the names that `Scheduler` and `Unpacker` have for it."""
+
+    workspace_bytes = 0
+    """Nothing is unpacked: masters are in the compute dtype."""
+
+    def __init__(self, full: FullTuning) -> None:
+        """Visit through an engine.
+
+        Args:
+            full: Owns the weights; closed with this.
+        """
+        self._full = full
+        self.scheduler = self.unpacker = self
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return self._full.num_blocks
+
+    @property
+    def counters(self) -> Counters:
+        """What the tier has read so far."""
+        return self._full.tier.counters
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of memory taken, by role."""
+        return self._full.tier.memory()
+
+    def expect(self, order: Iterable[int]) -> None:
+        """Have blocks ready for visits in this order."""
+        self._full.tier.expect(tuple(order))
+
+    @contextmanager
+    def resident(self, block: int) -> Iterator[Mapping[str, Tensor]]:
+        """A block's parameters by model name for the time of a visit."""
+        with self._full.lend(block) as values:
+            yield values
+
+    def unpack(self, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters, as `resident` gave them."""
+        return dict(stored)
+
+    def forget(self) -> None:
+        """Do nothing: there is no workspace."""
+
+    def reset(self) -> None:
+        """End all visits."""
+        self._full.tier.reset()
+
+    def close(self) -> None:
+        """Complete the updates under way and give all memory back. May be called twice."""
+        self._full.tier.close()
 
 
 STATE_FOLDER = "weights-and-state"
@@ -196,4 +303,4 @@ def _stored_names(full: FullTuning, built: Skeleton) -> dict[str, str]:
     return {key: recipes[key].sources[0].name if key in recipes else key for key in full.params}
 
 
-__all__ = ["Masters", "open_full", "refuse_unsupported"]
+__all__ = ["BaseWeights", "MasterWeights", "Masters", "open_full", "refuse_unsupported"]

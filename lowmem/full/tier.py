@@ -1,19 +1,24 @@
-"""What the engine needs of the place where weights, gradients and moments are kept."""
+"""What the engine needs of the place where weights, gradients and moments are kept.
+
+State in memory: each unit's flat buffers, updated where they lie.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from lowmem.full.adamw import Segment
-from lowmem.full.layout import ParamPlace, UnitLayout
-from offload import Counters
+from lowmem.full.flat import SCALED_ELEMENTS, ParamPlace, Segment, UnitLayout, update_run
+from offload import Counters, StagingBuffer
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+
+
 FIELDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 """What a unit keeps from step to step, each a flat fp32 buffer. The gradient is a fourth, within a step."""
 
@@ -134,4 +139,150 @@ class StateTier(Protocol):
         """Give everything back. May be called twice."""
 
 
-__all__ = ["EXP_AVG", "EXP_AVG_SQ", "FIELDS", "WEIGHT", "Contribution", "StateTier"]
+_GRADIENT = "gradient"
+
+
+_ELEMENT_BYTES = 4
+
+
+class MemoryTier:
+    """Keeps state in RAM. A processor computes from the master weights themselves, so nothing is copied.
+
+    Updates are done when they are asked for: on a processor they would take the same cores from the next forward.
+    Buffers are mappings of their own, in huge pages, committed as they are first written.
+    """
+
+    def __init__(self, layouts: Sequence[UnitLayout], *, live: Mapping[int, Tensor]) -> None:
+        """Begin with zeros.
+
+        Args:
+            layouts: The units.
+            live: Flat views of the weights that the model itself holds, by unit.
+        """
+        self.layouts = tuple(layouts)
+        self._live = dict(live)
+        self._visits = [0] * len(self.layouts)
+        self._buffers: dict[tuple[int, str], StagingBuffer] = {}
+        # Committed by the first update that scales a gradient.
+        self._scaled = StagingBuffer(SCALED_ELEMENTS * _ELEMENT_BYTES)
+
+    def weight(self, index: int) -> Tensor:
+        """A unit's flat master weight, to be filled."""
+        return self._flat(index, WEIGHT)
+
+    @contextmanager
+    def lend(self, index: int) -> Iterator[Tensor]:
+        """See `StateTier.lend`: the master weight itself."""
+        self._visits[index] += 1
+        yield self._flat(index, WEIGHT)
+
+    def expect(self, order: Sequence[int]) -> None:
+        """Do nothing: everything is here."""
+
+    @contextmanager
+    def accumulating(self, index: int, *, adds: bool) -> Iterator[Callable[[Contribution], None]]:
+        """See `StateTier.accumulating`."""
+        del adds
+        flat = self._flat(index, _GRADIENT)
+        yield lambda one: one.add_to(_view(flat, one.place))
+
+    def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
+        """See `StateTier.read_gradient`."""
+        return _view(self._flat(index, _GRADIENT), place).clone()
+
+    def gradient_norm(self, index: int, place: ParamPlace) -> Tensor:
+        """See `StateTier.gradient_norm`."""
+        norm: Tensor = torch.linalg.vector_norm(_view(self._flat(index, _GRADIENT), place))
+        return norm
+
+    def clear_gradient(self, index: int, place: ParamPlace) -> None:
+        """See `StateTier.clear_gradient`."""
+        _view(self._flat(index, _GRADIENT), place).zero_()
+
+    def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
+        """See `StateTier.update`: at once."""
+        flat_gradient = self._flat(index, _GRADIENT) if gradient is None else gradient
+        for segment in segments:
+            run = slice(segment.start, segment.stop)
+            update_run(
+                segment.update,
+                weight=self._flat(index, WEIGHT)[run],
+                gradient=flat_gradient[run],
+                exp_avg=self._flat(index, EXP_AVG)[run],
+                exp_avg_sq=self._flat(index, EXP_AVG_SQ)[run],
+                scaled=self._scaled.tensor.view(torch.float32),
+            )
+
+    def change(
+        self,
+        index: int,
+        place: ParamPlace,
+        run: Callable[[Tensor, Tensor], None],
+        *,
+        gradient: Tensor | None,
+        scales: Sequence[float],
+        upcoming: tuple[int, ParamPlace] | None,
+    ) -> None:
+        """See `StateTier.change`."""
+        del upcoming
+        if gradient is None:
+            gradient = _view(self._flat(index, _GRADIENT), place)
+            for scale in scales:
+                gradient.mul_(scale)
+        run(_view(self._flat(index, WEIGHT), place), gradient)
+
+    def end_step(self, step: int, record: dict[str, object]) -> None:
+        """Do nothing: memory does not outlive the process."""
+
+    def finish(self) -> None:
+        """Do nothing: updates were done when they were asked for."""
+
+    def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
+        """See `StateTier.read`."""
+        return _view(self._flat(index, field), place).clone()
+
+    def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
+        """See `StateTier.write`."""
+        _view(self._flat(index, field), place).copy_(value)
+
+    @property
+    def counters(self) -> Counters:
+        """See `StateTier.counters`: visits only, nothing is read."""
+        num_visits = sum(self._visits)
+        return Counters(
+            bytes_read=0,
+            num_reads=tuple(0 for _ in self._visits),
+            num_visits=num_visits,
+            num_hits=num_visits,
+            stall_s=0.0,
+        )
+
+    def reset(self) -> None:
+        """Do nothing: visits hold nothing."""
+
+    def memory(self) -> dict[str, int]:
+        """See `StateTier.memory`."""
+        by_field = dict.fromkeys((*FIELDS, _GRADIENT), 0)
+        for (_, field), buffer in self._buffers.items():
+            by_field[field] += buffer.nbytes
+        return {f"{field}_bytes": nbytes for field, nbytes in by_field.items()}
+
+    def close(self) -> None:
+        """Let go of all buffers."""
+        self._buffers.clear()
+        self._live.clear()
+
+    def _flat(self, index: int, field: str) -> Tensor:
+        if field == WEIGHT and index in self._live:
+            return self._live[index]
+        buffer = self._buffers.get((index, field))
+        if buffer is None:
+            buffer = self._buffers[index, field] = StagingBuffer(self.layouts[index].numel * _ELEMENT_BYTES)
+        return buffer.tensor.view(torch.float32)
+
+
+def _view(flat: Tensor, place: ParamPlace) -> Tensor:
+    return flat[place.start : place.stop].view(place.shape)
+
+
+__all__ = ["EXP_AVG", "EXP_AVG_SQ", "FIELDS", "WEIGHT", "Contribution", "MemoryTier", "StateTier"]

@@ -1,4 +1,7 @@
-"""One block of one pass of a generation: unfinished rows only, a long prompt in parts."""
+"""Whether a model draws random numbers in its forward, as it does where a trainer generates in train mode.
+
+One block of one pass of a generation: unfinished rows only, a long prompt in parts.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,26 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lowmem.generation.cache import StreamedCache
-from lowmem.generation.kv_layer import GrowingLayer
-from lowmem.generation.rows import ActiveRows
-from lowmem.streaming.block_call import BlockCall, flatten_output, micro_batches, tree_unflatten
-from lowmem.streaming.chunks import CallArguments, NotChunkable, RunBlock
-from lowmem.streaming.kv_carrier import KVCarrier
+from lowmem.generation.cache import GrowingLayer, StreamedCache
+from lowmem.streaming.call import BlockCall, flatten_output, micro_batches, tree_unflatten
+from lowmem.streaming.chunking.carrier import KVCarrier
+from lowmem.streaming.chunking.chunks import CallArguments, NotChunkable, RunBlock
+from lowmem.streaming.visits import ActiveRows
+
+_FUNCTIONAL = ("attention_dropout", "attn_dropout", "hidden_dropout", "activation_dropout", "layerdrop")
+
+
+def draws_numbers(model: torch.nn.Module) -> bool:
+    """Whether any dropout is on: a module's, or a rate that a module applies by function."""
+    return any(module.training and _rate(module) > 0 for module in model.modules())
+
+
+def _rate(module: torch.nn.Module) -> float:
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p
+    rates = (getattr(module, name, 0.0) for name in _FUNCTIONAL)
+    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
+
 
 CACHE = "past_key_values"
 """The keyword under which blocks get the cache."""
@@ -144,4 +161,4 @@ def _whole(outputs: Sequence[object], index: Tensor, batch_size: int) -> object:
     return tree_unflatten(leaves, spec)
 
 
-__all__ = ["CACHE", "run_block"]
+__all__ = ["CACHE", "draws_numbers", "run_block"]

@@ -18,16 +18,15 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList
 
 from lowmem.errors import UnsupportedError
-from lowmem.generation.cache import StreamedCache
-from lowmem.generation.decoding import CACHE, InChunks, run_block
-from lowmem.generation.dropout import draws_numbers
-from lowmem.generation.room import KvRoom
-from lowmem.generation.rows import ActiveRows
+from lowmem.generation.cache import KvRoom, StreamedCache
+from lowmem.generation.decoding import CACHE, InChunks, draws_numbers, run_block
 from lowmem.generation.session import Generation, TokenProgress
-from lowmem.streaming.skinny import products_for
+from lowmem.host_memory import products_for
+from lowmem.streaming.visits import ActiveRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _ONE_TOKEN_AT_A_TIME = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 

@@ -20,6 +20,8 @@ _FREE_PROPERTIES = frozenset(
     is_mtia grad_dtype _cdata
     """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
 )
+
+
 _FREE_FUNCTIONS = frozenset(
     """
     size dim numel nelement stride element_size is_floating_point is_complex is_contiguous is_inference
@@ -29,12 +31,18 @@ _FREE_FUNCTIONS = frozenset(
     ones_like rand_like randn_like full_like new_empty new_zeros new_ones new_full new_tensor
     """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
 )
+
+
 _SAME_VALUES = frozenset(
     """
     detach to float half bfloat16 double cpu cuda contiguous requires_grad_ pin_memory
     """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
 )
+
+
 _HOOKS = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
+
+
 _REFUSED_INSTEAD = "train adapters (peft_config), or give tuning='full' where every weight is to change"
 
 

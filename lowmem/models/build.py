@@ -20,6 +20,7 @@ from offload import BlockSpec, SourceError, TensorSpec
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+
 ReadTensors = Callable[[BlockSpec], dict[str, Tensor]]
 """Reads stored tensors now, by stored name, into new memory on the compute device."""
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from lowmem.errors import UnsupportedError
+from lowmem.models.build import Skeleton, skeleton
+from offload import SafetensorsSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 # What a streamed model needs of a repository; pickled weights are never fetched.
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
@@ -47,4 +57,144 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
         ) from error
 
 
-__all__ = ["resolve"]
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A checkpoint whose files and configuration have been checked; no weight is read yet."""
+
+    source: SafetensorsSource
+    """Its files."""
+    built: Skeleton
+    """The model on meta, matched with them."""
+    device: torch.device
+    """Compute device."""
+    dtype: torch.dtype
+    """Compute dtype."""
+    folder: Path
+    """Where it lies."""
+    num_labels: int | None = None
+    """Outputs of a sequence classification model; None for a language model."""
+
+
+def open_checkpoint(
+    folder: Path,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """Check a checkpoint and match it with its model class.
+
+    Args:
+        folder: Local folder.
+        name: What the user called it; adapters record it as their base model.
+        device: Compute device.
+        dtype: Compute dtype.
+        num_labels: Outputs of a sequence classification model; None for a language model.
+        trust_remote_code: As in transformers.
+
+    Raises:
+        UnsupportedError: The architecture or the checkpoint cannot be streamed.
+        SourceError: A file is missing, damaged, or does not fit the configuration.
+    """
+    from lowmem.models.blocks import refuse_config, refuse_labels
+
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    # The text part as well: of some checkpoints only that is built.
+    config.name_or_path = config.get_text_config().name_or_path = name
+    refuse_config(config)
+    if num_labels is not None:
+        refuse_labels(config, num_labels)
+        config.num_labels = num_labels
+    source = SafetensorsSource(folder)
+    try:
+        built = skeleton(
+            config,
+            source.tensors,
+            dtype=dtype,
+            folder=folder,
+            classifies=num_labels is not None,
+            trust_remote_code=trust_remote_code,
+        )
+    except BaseException:
+        source.close()
+        raise
+    return Opened(source=source, built=built, device=device, dtype=dtype, folder=folder, num_labels=num_labels)
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A folder's model configuration.
+
+    Raises:
+        FileNotFoundError: The folder has no config.json.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def gatherable_embedding(built: Skeleton) -> str | None:
+    """Name of the input embedding's table if its rows can be read one by one from the checkpoint, else None."""
+    model = built.model
+    table = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    weight = getattr(table, "weight", None)
+    if not isinstance(table, torch.nn.Embedding) or (output is not None and output.weight is weight):
+        return None
+    name = next((name for name, param in model.named_parameters() if param is weight), None)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    if name is None or name in tied or name in tied.values():
+        return None
+    recipe = built.mapping.recipes.get(name)
+    return name if recipe is not None and recipe.convert is None and table.max_norm is None else None
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The compute device: the one asked for, else the GPU if there is one, else the CPU.
+
+    Raises:
+        UnsupportedError: A device that is neither, or several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            reason="a streamed model trains in one process",
+            instead="start the script with python, not torchrun or accelerate launch with several processes",
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device={str(device)!r}", reason="only CPUs and CUDA are known", instead="cpu or cuda")
+    # Equal only where no card is named.
+    if chosen == torch.device("cuda"):
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen
+
+
+def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The compute dtype: the one asked for, else fp32 on a CPU and the stored one on a GPU (bf16 where it can).
+
+    Raises:
+        UnsupportedError: Not a floating-point dtype that models compute in.
+    """
+    if isinstance(dtype, str):
+        dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            dtype, getattr(torch, dtype, dtype)
+        )
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if stored != torch.float32 and torch.cuda.is_bf16_supported() else stored
+    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedError(
+            f"dtype={dtype!r}", reason="models compute in floating point", instead="float32, bfloat16 or float16"
+        )
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+__all__ = ["Opened", "gatherable_embedding", "open_checkpoint", "pick_device", "pick_dtype", "read_config", "resolve"]

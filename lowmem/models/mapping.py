@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
 
+
 # These only move elements, so they give the same bits in the stored dtype as after a cast to the compute dtype.
 _MOVING_OPERATIONS = frozenset(
     """

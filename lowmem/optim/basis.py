@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.method import Projector
-from lowmem.optim.randomness import generator
+from lowmem.optim.rule import generator
 
 # Extra columns of the random sketch, cut off in the end (Halko et al., arXiv 0909.4061, section 4.2).
 _OVERSAMPLING = 8

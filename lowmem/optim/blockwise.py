@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
-from lowmem.optim.groups import block_name, embedding_names, groups_of_module, number_blocks
 from lowmem.optim.method import BlockOrder, Inner, Method, Writer
-from lowmem.optim.projected_optimizer import MethodOptimizer
+from lowmem.optim.methods import MethodOptimizer
+from lowmem.optim.optimizer import block_name, embedding_names, groups_of_module, number_blocks
 
 
 class BAdam(MethodOptimizer):

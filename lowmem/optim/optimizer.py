@@ -1,22 +1,153 @@
-"""A torch optimizer that runs a rule per parameter, and leaves offloaded parameters to their engine."""
+"""Parameter groups of a model: what is projected, what decays, and which block a parameter belongs to.
+
+The seam for parameters whose values live elsewhere: whoever holds them runs the rules.
+
+A torch optimizer that runs a rule per parameter, and leaves offloaded parameters to their engine.
+"""
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lowmem.errors import UnsupportedError
-from lowmem.optim.offloaded import ParameterEngine, engine_of
 from lowmem.optim.rule import Hyper, Place, Rule, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch.optim.optimizer import StateDict
+
+
+# "model.layers.3.": everything up to the first number in a parameter's name.
+_BLOCK = re.compile(r"^(?:[^.]+\.)*?\d+\.")
+
+
+Group = dict[str, object]
+
+
+def is_matrix(param: Tensor) -> bool:
+    """Whether a parameter is a matrix, or a stack of matrices such as experts, with two real sides."""
+    return param.ndim in (2, 3) and min(param.shape[-2:]) > 1
+
+
+def block_name(name: str) -> str | None:
+    """The part of a parameter's name that names its decoder block, None outside blocks."""
+    found = _BLOCK.match(name)
+    return found.group() if found else None
+
+
+def embedding_names(model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the trainable parameters of embeddings, and of the head (tied ones are embeddings)."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    heads = {id(param) for param in head.parameters()} - embeddings if isinstance(head, nn.Module) else set()
+    named = list(_trainable(model))
+    return (
+        frozenset(name for name, param in named if id(param) in embeddings),
+        frozenset(name for name, param in named if id(param) in heads),
+    )
+
+
+def groups_of_module(model: nn.Module, *, project: Callable[[str, Tensor], bool] | None = None) -> list[Group]:
+    """Group a model's trainable parameters, in the model's order within each group.
+
+    Args:
+        model: The model.
+        project: Whether a parameter is updated by the method, rather than by plain AdamW; given its name. None: there
+            is no such difference.
+
+    Returns:
+        Up to four groups of named parameters, with `project` if there is a difference; those of norms and biases have
+        weight_decay 0.
+
+    Raises:
+        ValueError: Nothing is trainable.
+    """
+    undecayed = {
+        id(param)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for param in module.parameters(recurse=False)
+    }
+    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    for name, param in _trainable(model):
+        decays = param.ndim >= 2 and not name.endswith("bias") and id(param) not in undecayed
+        groups.setdefault((project is not None and project(name, param), decays), []).append((name, param))
+    if not groups:
+        raise ValueError("the model has no trainable parameter; nothing would be optimized")
+    return [
+        {
+            "params": groups[key],
+            **({} if project is None else {"project": key[0]}),
+            **({} if key[1] else {"weight_decay": 0.0}),
+        }
+        for key in sorted(groups, reverse=True)
+    ]
+
+
+def number_blocks(names: Iterable[str], *, single: bool) -> dict[str, int]:
+    """Number the blocks in order of appearance: parameter name to block number.
+
+    Args:
+        names: Names of parameters.
+        single: Whether a parameter outside the numbered blocks is a block of its own; otherwise it is left out.
+    """
+    numbers: dict[str, int] = {}
+    found = {}
+    for name in names:
+        block = block_name(name) or (name if single else None)
+        if block is not None:
+            found[name] = numbers.setdefault(block, len(numbers))
+    return found
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, param) for name, param in model.named_parameters() if param.requires_grad)
+
+
+_ATTRIBUTE = "lowmem_engine"
+
+
+class ParameterEngine(Protocol):
+    """Holds weights, gradients and state of some parameters of an optimizer, and updates them when it sees fit.
+
+    A parameter names its engine in an attribute `lowmem_engine`. The optimizer then leaves its gradient and state
+    alone. Per parameter the engine calls `optimizer.rule_of(param)` and runs the phases described in
+    `lowmem.optim.rule`, with `optimizer.hyper(group)` taken inside `step`: later the schedule has moved on.
+    """
+
+    def adopt(self, optimizer: RuleOptimizer) -> None:
+        """Called once, when the optimizer has been built; may refuse it with `UnsupportedError`."""
+
+    def step(self, optimizer: RuleOptimizer) -> None:
+        """Called in `optimizer.step()`, after the ordinary parameters."""
+
+    def save(self, state_dict: StateDict) -> StateDict:
+        """Complete what is pending and add the state of the engine's parameters to the optimizer's state dict."""
+
+    def load(self, state_dict: StateDict) -> None:
+        """Take the state back; the parameter groups have been restored."""
+
+
+def engine_of(param: Tensor) -> ParameterEngine | None:
+    """The engine that holds a parameter, None for an ordinary one."""
+    engine: ParameterEngine | None = getattr(param, _ATTRIBUTE, None)
+    return engine
+
+
+def give_to_engine(param: Tensor, engine: ParameterEngine) -> None:
+    """Mark a parameter as held by an engine."""
+    setattr(param, _ATTRIBUTE, engine)
+
 
 # What torch, its schedulers and accelerate put into a group beside the optimizer's own fields.
 _TORCH_FIELDS = frozenset({"params", "param_names", "initial_lr"})

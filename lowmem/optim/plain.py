@@ -1,20 +1,188 @@
-"""Optimizers that look at the whole gradient of every parameter: AdamW and AdaLomo."""
+"""AdamW on the whole gradient: torch's own kernel, with moments and weights in the types that were asked for.
+
+AdaLomo: a factored second moment, no first moment, and updates in proportion to the weight.
+
+Optimizers that look at the whole gradient of every parameter: AdamW and AdaLomo.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from lowmem.optim.adalomo import AdaLomoRule
-from lowmem.optim.adamw import AdamWRule
-from lowmem.optim.groups import groups_of_module
-from lowmem.optim.moments import STATE_DTYPES
-from lowmem.optim.optimizer import RuleOptimizer
-from lowmem.optim.rule import Hyper, Place, Rule
-from lowmem.optim.writer import WRITERS
+from lowmem.optim.optimizer import RuleOptimizer, groups_of_module
+from lowmem.optim.projected import limit_update_rms, norm_of_matrices
+from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counter, mix
+from lowmem.optim.state import (
+    STATE_DTYPES,
+    WRITERS,
+    check_writable,
+    descend,
+    new_moment,
+    new_writer_state,
+    read_moment,
+    read_weight,
+    write_moment,
+    write_weight,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWRule(Rule):
+    """AdamW (arXiv 1711.05101), bitwise torch's where state and weights are as torch has them."""
+
+    state_dtype: str | None = None
+    """"fp32", "bf16" (stochastic rounding) or "8bit"; None: the weight's own type, as torch does it."""
+    writer: str = "nearest"
+    """How bf16 weights are written; see `lowmem.optim.state`."""
+    fused: bool = True
+    """torch's fused kernel (what transformers' Trainer uses), or its plain loop of operations."""
+    seed: int = 0
+    """Seed of stochastic rounding."""
+
+    @property
+    def needs_full_gradient(self) -> bool:
+        """The payload is the gradient."""
+        return True
+
+    @property
+    def payload_is_linear(self) -> bool:
+        """The payload is the gradient."""
+        return True
+
+    def init(self, weight: Tensor) -> State:
+        """The `step` of torch (fp32), `exp_avg` and `exp_avg_sq`, and what the writer keeps."""
+        check_writable(weight)
+        state: State = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+        for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            if self.state_dtype is None:
+                state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+            else:
+                moment = new_moment(
+                    name, weight.shape, state_dtype=self.state_dtype, signed=signed, device=weight.device
+                )
+                state.update(moment)
+        return state | new_writer_state(self.writer, weight)
+
+    def reduce(self, gradient: Tensor, state: State) -> Payload:
+        """The gradient itself."""
+        return {"gradient": gradient}
+
+    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
+        """The gradient: torch's kernel computes and applies the update in one pass over memory."""
+        return payload
+
+    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
+        """One AdamW step."""
+        gradient = update["gradient"]
+        if self.state_dtype is None and self.writer == "nearest":
+            self._step(weight, gradient.to(weight.dtype), state["exp_avg"], state["exp_avg_sq"], state, hyper)
+            return
+        exact = read_weight(weight, state)
+        moments = [read_moment(state, name, weight.shape).float() for name in ("exp_avg", "exp_avg_sq")]
+        self._step(exact, gradient.float(), moments[0], moments[1], state, hyper)
+        seed = mix(self.seed, int(state["step"]))
+        for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+            write_moment(state, name, moment, seed=seed)
+        write_weight(self.writer, weight, exact, state, seed=seed)
+
+    def _step(
+        self, weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, state: State, hyper: Hyper
+    ) -> None:
+        # torch's fused kernel wants the counter where the weights are; a copy is a launch, the counter stays on the
+        # CPU.
+        step = state["step"].to(weight.device) if self.fused else state["step"]
+        adamw(
+            [weight],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [step],
+            foreach=False,
+            fused=self.fused,
+            amsgrad=False,
+            beta1=hyper.betas[0],
+            beta2=hyper.betas[1],
+            lr=hyper.lr,
+            weight_decay=hyper.weight_decay,
+            eps=hyper.eps,
+            maximize=False,
+        )
+        if step is not state["step"]:
+            state["step"].add_(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLomoRule(Rule):
+    """AdaLomo (arXiv 2310.10195, algorithm 1), with Adafactor's factors and schedule of beta (arXiv 1804.04235).
+
+    u = g / sqrt(v), v the outer product of the row and column means of g^2; then
+    W <- (1 - lr * weight_decay) W - lr * max(eps[1], RMS(W)) * u / max(1, RMS(u) / clip_threshold).
+    """
+
+    eps: tuple[float, float]
+    """Added to g^2; smallest RMS of a weight."""
+    clip_threshold: float
+    """Largest RMS of u."""
+    decay_rate: float
+    """beta_t = 1 - t^decay_rate."""
+    writer: str = "stochastic"
+    seed: int = 0
+
+    @property
+    def needs_full_gradient(self) -> bool:
+        """The payload is the gradient."""
+        return True
+
+    @property
+    def payload_is_linear(self) -> bool:
+        """The payload is the gradient."""
+        return True
+
+    def init(self, weight: Tensor) -> State:
+        """Row and column means for matrices and stacks of them; the whole second moment for vectors."""
+        check_writable(weight)
+        state: State = {"step": counter()}
+        if weight.ndim >= 2:
+            *batch, num_rows, num_columns = weight.shape
+            state["exp_avg_sq_row"] = torch.zeros((*batch, num_rows, 1), device=weight.device)
+            state["exp_avg_sq_col"] = torch.zeros((*batch, 1, num_columns), device=weight.device)
+        else:
+            state["exp_avg_sq"] = torch.zeros(weight.shape, device=weight.device)
+        return state | new_writer_state(self.writer, weight)
+
+    def reduce(self, gradient: Tensor, state: State) -> Payload:
+        """The gradient itself."""
+        return {"gradient": gradient}
+
+    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
+        """u, limited, before the factor that depends on the weight."""
+        gradient = payload["gradient"].float()
+        state["step"] += 1
+        weight_of_new = float(state["step"]) ** self.decay_rate
+        squares = gradient.square().add_(self.eps[0])
+        if "exp_avg_sq" in state:
+            second = state["exp_avg_sq"].lerp_(squares, weight_of_new)
+        else:
+            rows = state["exp_avg_sq_row"].lerp_(squares.mean(dim=-1, keepdim=True), weight_of_new)
+            columns = state["exp_avg_sq_col"].lerp_(squares.mean(dim=-2, keepdim=True), weight_of_new)
+            second = rows * columns / rows.mean(dim=-2, keepdim=True)
+        return {"direction": limit_update_rms(gradient / second.sqrt(), self.clip_threshold)}
+
+    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
+        """Scale by the weight's RMS and descend."""
+        exact = read_weight(weight, state)
+        num_values = weight.shape[-2:].numel()
+        size = (norm_of_matrices(exact) / num_values**0.5).clamp_min_(self.eps[1])
+        descend(exact, update["direction"] * size, hyper)
+        write_weight(self.writer, weight, exact, state, seed=mix(self.seed, hyper.clock))
 
 
 class AdamW(RuleOptimizer):

@@ -1,4 +1,9 @@
-"""One rule for all methods that keep their moments in a projection of the gradient: GaLore, Fira, FRUGAL, APOLLO."""
+"""The optimizers inside a projection: from R, and the moments of earlier ones, to the direction N.
+
+Bounds on an update, and the norms they are made of; each matrix of a stack by itself.
+
+One rule for all methods that keep their moments in a projection of the gradient: GaLore, Fira, FRUGAL, APOLLO.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,127 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.optim.basis import Basis, DenseBasis, choose_coordinates, gaussian_basis, gradient_basis
-from lowmem.optim.inner import direction, new_inner_state, rotate_moments
-from lowmem.optim.limiter import limit_norm_growth, limit_update_rms, norm_of_matrices, norm_ratio
 from lowmem.optim.method import BY_DENSITY, FROM_GRADIENT, Method
-from lowmem.optim.randomness import mix
-from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counter
-from lowmem.optim.writer import check_writable, descend, new_writer_state, read_weight, write_weight
+from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counter, mix
+from lowmem.optim.state import (
+    check_writable,
+    descend,
+    new_moment,
+    new_writer_state,
+    read_moment,
+    read_weight,
+    write_moment,
+    write_weight,
+)
+
+# Keeps the factored second moment above zero (Adafactor's eps_1).
+_SQUARE_FLOOR = 1e-30
+
+
+def new_inner_state(inner: str, shape: Sequence[int], *, state_dtype: str, device: torch.device) -> State:
+    """Zero moments for R of this shape."""
+    if inner == "adamw8bit":
+        state_dtype = "8bit"
+    state = new_moment("exp_avg", shape, state_dtype=state_dtype, signed=True, device=device)
+    if inner in ("adamw", "adamw8bit"):
+        state |= new_moment("exp_avg_sq", shape, state_dtype=state_dtype, signed=False, device=device)
+    elif inner == "adafactor":
+        *batch, num_rows, num_columns = shape
+        state["exp_avg_sq_row"] = torch.zeros((*batch, num_rows, 1), device=device)
+        state["exp_avg_sq_col"] = torch.zeros((*batch, 1, num_columns), device=device)
+    return state
+
+
+def direction(inner: str, low: Tensor, state: State, hyper: Hyper, *, step: int, seed: int) -> Tensor:
+    """N = inner(R), a new tensor; advances the moments.
+
+    Args:
+        inner: adamw (also for 8 bits), adafactor with a first moment and bias-corrected betas[1], or sgd with
+            momentum betas[0].
+        low: R, fp32.
+        state: Its moments.
+        hyper: Betas and eps.
+        step: Steps since the moments were zero, this one included.
+        seed: For stochastic rounding of the moments.
+    """
+    beta1, beta2 = hyper.betas
+    exp_avg = read_moment(state, "exp_avg", low.shape)
+    if inner == "sgd":
+        exp_avg.mul_(beta1).add_(low)
+        write_moment(state, "exp_avg", exp_avg, seed=seed)
+        return exp_avg.clone()
+    exp_avg.lerp_(low, 1 - beta1)
+    write_moment(state, "exp_avg", exp_avg, seed=seed)
+    if inner == "adafactor":
+        second = _factored(low, state, beta2)
+    else:
+        second = read_moment(state, "exp_avg_sq", low.shape)
+        second.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        write_moment(state, "exp_avg_sq", second, seed=seed)
+    denominator = (second / (1 - beta2**step)).sqrt_().add_(hyper.eps)
+    return (exp_avg / (1 - beta1**step)).div_(denominator)
+
+
+def rotate_moments(state: State, shape: Sequence[int], overlap: Tensor, *, seed: int) -> None:
+    """Take the moments into a new basis: C m, and (C * C) v, C = P^T P_old.
+
+    The second is exact if the old coordinates are uncorrelated, and never negative.
+    """
+    first = read_moment(state, "exp_avg", shape)
+    write_moment(state, "exp_avg", first.copy_(overlap @ first), seed=seed)
+    if "exp_avg_sq" in state:
+        second = read_moment(state, "exp_avg_sq", shape)
+        write_moment(state, "exp_avg_sq", second.copy_(overlap.square() @ second), seed=seed)
+
+
+def _factored(low: Tensor, state: State, beta2: float) -> Tensor:
+    """Adafactor's second moment (arXiv 1804.04235, section 3): row means x column means / their mean."""
+    squares = low.square().add_(_SQUARE_FLOOR)
+    rows = state["exp_avg_sq_row"].lerp_(squares.mean(dim=-1, keepdim=True), 1 - beta2)
+    columns = state["exp_avg_sq_col"].lerp_(squares.mean(dim=-2, keepdim=True), 1 - beta2)
+    return rows * columns / rows.mean(dim=-2, keepdim=True)
+
+
+def norm_of_matrices(values: Tensor) -> Tensor:
+    """Frobenius norm over the last two dimensions, kept as size 1; over everything for fewer dimensions."""
+    if values.ndim < 2:
+        return torch.sqrt(values.square().sum()).reshape((1,) * values.ndim)
+    norm: Tensor = torch.linalg.vector_norm(values, dim=(-2, -1), keepdim=True)
+    return norm
+
+
+def limit_norm_growth(values: Tensor, last_norm: Tensor, limit: float) -> Tensor:
+    """Scale `values` down to `limit` times the last norm, in place, and remember the new norm (arXiv 2410.01623).
+
+    Args:
+        values: The update.
+        last_norm: Norm of the last update after limiting; 0 (none yet, or nothing changed) limits nothing.
+        limit: Largest ratio of the two.
+    """
+    norm = norm_of_matrices(values)
+    bound = limit * last_norm
+    limited = (last_norm > 0) & (norm > bound)
+    values.mul_(torch.where(limited, bound / torch.where(norm > 0, norm, 1.0), 1.0))
+    last_norm.copy_(torch.where(limited, bound, norm))
+    return values
+
+
+def limit_update_rms(values: Tensor, limit: float) -> Tensor:
+    """Scale `values` down, in place, to a root mean square of at most `limit` (arXiv 1804.04235, section 6)."""
+    num_values = values.shape[-2:].numel() if values.ndim >= 2 else values.numel()
+    rms = norm_of_matrices(values) / num_values**0.5
+    return values.div_((rms / limit).clamp_min_(1.0))
+
+
+def norm_ratio(direction: Tensor, projected: Tensor, *, per: str) -> Tensor:
+    """||N|| / ||R|| per channel (column) or per tensor, 0 where R is 0."""
+    if per == "channel":
+        upper = torch.linalg.vector_norm(direction, dim=-2, keepdim=True)
+        lower = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
+    else:
+        upper, lower = norm_of_matrices(direction), norm_of_matrices(projected)
+    return torch.where(lower > 0, upper / torch.where(lower > 0, lower, 1.0), 0.0)
+
 
 _LINEAR = ("low", "gradient")
 

@@ -6,6 +6,8 @@ outweigh a streamed model. `TiledLogProbFunction` takes the same arguments and r
 three reused buffers, a tile of tokens by a tile of vocabulary at a time.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from lowmem.streaming import own_memory
-from lowmem.streaming.head_tiles import HeadOptions, HeadTiles, Projection, TileBuffers
+from lowmem import host_memory
+from lowmem.planning.limits import HeadTiles
+from lowmem.streaming.head_tiles import HeadOptions, Projection, TileBuffers
 
 _ARGMAX_ROWS = 16
 """Rows that are copied at a time to find their maximum's place."""
+
+
 _LOGGED = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -277,7 +282,7 @@ class _Backward:
         def zeros(shape: torch.Size) -> Tensor:
             return torch.zeros(shape, dtype=head.sum_dtype, device=hidden.device)
 
-        self.hidden = own_memory.empty_like(hidden).zero_() if needs[0] else None
+        self.hidden = host_memory.empty_like(hidden).zero_() if needs[0] else None
         self.weight = zeros(head.weight.shape) if needs[1] else None
         self.bias = zeros(head.bias.shape) if needs[2] and head.bias is not None else None
         self._source = hidden

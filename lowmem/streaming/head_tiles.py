@@ -1,5 +1,7 @@
 """What one tile of the head is: its size, the logits it holds and the buffers they are computed in."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -7,43 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowmem.streaming import own_memory
-from lowmem.streaming.skinny import is_skinny, product_of_few
+from lowmem import host_memory
+from lowmem.host_memory import is_skinny, product_of_few
+from lowmem.planning.limits import HeadTiles
 
 _HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
 _FEW_ROWS = 32
 """Rows whose product may have memory of its own, at most 2 MiB of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadTiles:
-    """How much of the head is computed at a time."""
-
-    num_tokens: int = 256
-    """Tokens of a tile. Fewer read the head's weight more often: it is read once per this many tokens and pass."""
-
-    max_bytes: int = 32 * 1024**2
-    """Bound of all buffers of a tile together. The vocabulary width is what it leaves room for, at least one word."""
-
-    max_words: int = 16384
-    """Upper bound of the vocabulary width: wider tiles are no faster."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_tokens", "max_bytes", "max_words"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"HeadTiles.{name} is {getattr(self, name)}; give a positive number")
-
-    def num_words(self, *, num_tokens: int, vocab: int, bytes_per_logit: int, bytes_per_word: int) -> int:
-        """Vocabulary width of a tile.
-
-        Args:
-            num_tokens: Tokens of the tile.
-            vocab: Words of the head.
-            bytes_per_logit: Bytes of all buffers per logit of the tile.
-            bytes_per_word: Bytes of the buffer that holds converted weights, per word of the vocabulary.
-        """
-        fitting = self.max_bytes // (num_tokens * bytes_per_logit + bytes_per_word)
-        return max(1, min(vocab, self.max_words, fitting))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +79,7 @@ class TileBuffers:
             bytes_per_word=width * head.tile_dtype.itemsize if converts else 0,
         )
         size = num_tokens * self.num_words
-        make = partial(own_memory.empty, device=device)
+        make = partial(host_memory.empty, device=device)
         self._logits = make((size,), dtype=head.sum_dtype)
         self._spare = [make((size,), dtype=head.sum_dtype) for _ in range(num_spare)]
         self._product = make((size,), dtype=head.tile_dtype) if head.num_product_buffers else None

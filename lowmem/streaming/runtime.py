@@ -1,43 +1,88 @@
-"""The runtime behind a streamed model: visits its blocks with their weights bound."""
+"""Where the runtime gets a block's weights from: frozen ones from a checkpoint, or masters that change.
+
+The runtime behind a streamed model: visits its blocks with their weights bound.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from lowmem.costs import num_boundary_buffers
+from lowmem import host_memory
 from lowmem.errors import UnsupportedError
-from lowmem.generation.rows import ActiveRows
 from lowmem.models.build import StreamedBlock
-from lowmem.streaming import own_memory
-from lowmem.streaming.block_call import BlockCall
-from lowmem.streaming.block_function import BlockFunction, Split
+from lowmem.planning.step_memory import num_boundary_buffers
+from lowmem.streaming.block import BlockFunction, VisitedCall
 from lowmem.streaming.boundary import tier_for
-from lowmem.streaming.chunks import CallArguments, ChunkedCall, RunBlock, forward_chunks
-from lowmem.streaming.kv_carrier import Workspace
-from lowmem.streaming.passes import TrainingPass, VisitingOrder
-from lowmem.streaming.random_state import RandomTape
-from lowmem.streaming.split_choice import SplitChoice
-from lowmem.streaming.twin import Twins
-from lowmem.streaming.visit import Phase, Visit
-from lowmem.streaming.visited_call import VisitedCall
+from lowmem.streaming.call import BlockCall, Split, SplitChoice
+from lowmem.streaming.chunking.carrier import Workspace
+from lowmem.streaming.chunking.chunks import CallArguments, ChunkedCall, RunBlock, forward_chunks
+from lowmem.streaming.recompute import RandomTape
+from lowmem.streaming.reference import Twins
+from lowmem.streaming.visits import ActiveRows, Phase, TrainingPass, Visit, VisitingOrder
 
 if TYPE_CHECKING:
     from lowmem.full.engine import FullTuning
     from lowmem.generation.hooks import GenerationHooks
-    from lowmem.step_plan import Plan
-    from lowmem.streaming.beside import Entry
-    from lowmem.streaming.block_source import BlockSource, BlockUnpacker
-    from offload import Trace
+    from lowmem.planning.plan import Plan
+    from lowmem.streaming.reference import Entry
+    from offload import Counters, Trace
+
+
+class BlockSource(Protocol):
+    """Brings blocks to the compute device: `offload.Scheduler`, or the master weights of full tuning."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def counters(self) -> Counters:
+        """What it has done so far."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes allocated now, by role."""
+
+    def expect(self, order: Iterable[int]) -> None:
+        """Fetch ahead for these visits, the nearest first."""
+
+    def resident(self, block: int) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Have a block's tensors on the compute device for the time of a ``with``."""
+
+    def reset(self) -> None:
+        """End all visits."""
+
+    def close(self) -> None:
+        """Stop the transfers and free all buffers. May be called twice."""
+
+
+class BlockUnpacker(Protocol):
+    """Makes a block's parameters from what its source brought."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of its workspace."""
+
+    def unpack(self, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters by model name; valid while `stored` is and until another block is unpacked."""
+
+    def forget(self) -> None:
+        """Take the workspace's contents for stale."""
+
+    def close(self) -> None:
+        """Release the workspace."""
+
 
 _ATTRIBUTE = "_lowmem_runtime"
+
+
 _LARGE_BYTES = 8 << 20
 
 
@@ -314,7 +359,7 @@ class Runtime:
             hidden: The gradient that arrives; where it is small, so is what was left.
         """
         if hidden is not None and hidden.device.type == "cpu" and hidden.nbytes >= _LARGE_BYTES:
-            own_memory.give_back_freed()
+            host_memory.give_back_freed()
 
     def reset(self) -> None:
         """Make the runtime ready for a new step after an exception; safe to call at any time."""
@@ -405,4 +450,4 @@ def is_streamed(model: torch.nn.Module) -> bool:
     return any(_ATTRIBUTE in module.__dict__ for module in model.modules())
 
 
-__all__ = ["Runtime", "attach", "is_streamed", "runtime_of"]
+__all__ = ["BlockSource", "BlockUnpacker", "Runtime", "attach", "is_streamed", "runtime_of"]

@@ -18,11 +18,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from lowmem.activations import MicroBatch
 from lowmem.adapters import dora
-from lowmem.block_reader import read_block
 from lowmem.models.blocks import find_blocks
-from lowmem.shapes import BlockShape
+from lowmem.planning.block_memory import MicroBatch
+from lowmem.planning.read_model import read_block
+from lowmem.planning.shapes import BlockShape
 
 VOCAB = 128
 CONFIGS: dict[str, Any] = {

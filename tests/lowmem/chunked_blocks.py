@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem.streaming import attention
-from lowmem.streaming.chunkable import enable_chunks
-from lowmem.streaming.chunks import CallArguments, ChunkedCall, ChunkRecord, backward_chunks, forward_chunks
-from lowmem.streaming.kv_carrier import Workspace
+from lowmem.streaming.chunking import attention
+from lowmem.streaming.chunking.carrier import Workspace
+from lowmem.streaming.chunking.chunkable import enable_chunks
+from lowmem.streaming.chunking.chunks import CallArguments, ChunkedCall, ChunkRecord, backward_chunks, forward_chunks
 from tests.zoo.architectures import tiny_model
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.shapes import BlockShape, LinearShape, ModelShapes, Part
+from lowmem.planning.shapes import BlockShape, LinearShape, ModelShapes, Part
 
 
 def llama_block(

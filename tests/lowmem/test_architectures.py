@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import lowmem
 from lowmem.errors import UnsupportedError
 from lowmem.streaming.runtime import runtime_of
-from offload.plan import Placement
+from offload.placement import Placement
 from tests.zoo.architectures import ARCHITECTURES, build
 from tests.zoo.reference import Outcome, adapt, batch_of, lora, resident, run
 from tests.zoo.skipped import SKIPPED

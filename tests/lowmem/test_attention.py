@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lowmem.streaming import attention
-from lowmem.streaming.attention_joined import joined_attention
-from lowmem.streaming.attention_mask import CausalMask, PartKind
-from lowmem.streaming.attention_parts import AttentionJob, PartwiseAttention
-from lowmem.streaming.kv_carrier import KVCarrier, Prefix, Workspace
+from lowmem.streaming.chunking import attention
+from lowmem.streaming.chunking.attention import joined_attention
+from lowmem.streaming.chunking.carrier import KVCarrier, Prefix, Workspace
+from lowmem.streaming.chunking.mask import CausalMask, PartKind
+from lowmem.streaming.chunking.parts import AttentionJob, PartwiseAttention
 
 TOKENS = 23
 KINDS = ("none", "window", "packed", "packed window", "left", "right", "holes")

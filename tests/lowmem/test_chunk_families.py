@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.streaming.chunkable import ARCHITECTURES, has_attention
-from lowmem.streaming.chunks import NotChunkable
+from lowmem.streaming.chunking.chunkable import ARCHITECTURES, has_attention
+from lowmem.streaming.chunking.chunks import NotChunkable
 from tests.lowmem.chunked_blocks import (
     CHUNKS,
     PADDINGS,

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.activations import MicroBatch, block_recompute_bytes
-from lowmem.chunk_memory import chunk_bytes
-from lowmem.shapes import BlockShape, LinearShape, Part
-from lowmem.streaming.chunkable import enable_chunks
-from lowmem.streaming.chunks import ChunkedCall, backward_chunks, forward_chunks
+from lowmem.planning.block_memory import MicroBatch, block_recompute_bytes, chunk_bytes
+from lowmem.planning.shapes import BlockShape, LinearShape, Part
+from lowmem.streaming.chunking.chunkable import enable_chunks
+from lowmem.streaming.chunking.chunks import ChunkedCall, backward_chunks, forward_chunks
 from tests.lowmem.chunked_blocks import CPU, raw_forward, record_arguments
 
 HIDDEN, EXPANDED, HEAD = 128, 352, 32

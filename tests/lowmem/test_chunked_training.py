@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.streaming.chunkable import ARCHITECTURES
-from lowmem.streaming.row_records import ChunkedRows
+from lowmem.streaming.block import ChunkedRows
+from lowmem.streaming.chunking.chunkable import ARCHITECTURES
 from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.chunked_blocks import CHUNKS, PADDINGS, batch_of
 from tests.lowmem.test_architectures import EXACT, KINDS, distance

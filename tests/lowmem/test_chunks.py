@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.streaming.chunkable import can_chunk, enable_chunks, has_attention
-from lowmem.streaming.chunks import (
+from lowmem.streaming.chunking.carrier import Workspace
+from lowmem.streaming.chunking.chunkable import can_chunk, enable_chunks, has_attention
+from lowmem.streaming.chunking.chunks import (
     CallArguments,
     ChunkedCall,
     NotChunkable,
@@ -13,8 +14,7 @@ from lowmem.streaming.chunks import (
     chunk_spans,
     forward_chunks,
 )
-from lowmem.streaming.kv_carrier import Workspace
-from lowmem.streaming.random_state import restored
+from lowmem.streaming.recompute import restored
 from tests.lowmem.chunked_blocks import (
     CHUNKS,
     CPU,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lowmem import cli, doctor
-from lowmem.rates import probe_copy
+from lowmem.planning.step_time import probe_copy
 from offload import Trace
 from tests.zoo.architectures import build
 
@@ -62,7 +62,7 @@ def test_plan_prints_the_table(run: Run, llama: Path) -> None:
 
 
 def test_plan_prints_json_that_can_be_read_back(run: Run, llama: Path) -> None:
-    from lowmem.step_plan import Plan
+    from lowmem.planning.plan import Plan
 
     assert run("plan", llama, *small("--json", "--task", "grpo", "--completion-tokens", 8)) == 0
     (line,) = run.lines()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lowmem.streaming.differentiate import differentiate
+from lowmem.streaming.recompute import differentiate
 
 
 def _graph() -> tuple[Tensor, list[Tensor], list[Tensor]]:

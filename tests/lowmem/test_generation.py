@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 import lowmem
-from lowmem.generation.cache import StreamedCache
-from lowmem.generation.kv_layer import GrowingLayer
-from lowmem.generation.room import KvRoom
+from lowmem.generation.cache import GrowingLayer, KvRoom, StreamedCache
 from lowmem.generation.session import TokenProgress
 from lowmem.streaming.runtime import Runtime, runtime_of
 from offload import Budget, BudgetError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from lowmem.generation.dropout import draws_numbers
+from lowmem.generation.decoding import draws_numbers
 from tests.lowmem.tiny_training import lora, resident, streamed
 from tests.zoo.architectures import build, tiny_model
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem.internals.trl import HeadDispatch, install
+from lowmem.planning.limits import HeadTiles
 from lowmem.streaming.head import TiledLogProbFunction
-from lowmem.streaming.head_tiles import HeadTiles
-from lowmem.streaming.trl_head import HeadDispatch, install
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Three tokens by at most seven words, so that both axes have several tiles and a ragged last one.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.memory import cgroup_memory, cuda_memory, process_memory, reset_process_peak
+from lowmem.monitoring.memory import cgroup_memory, cuda_memory, process_memory, reset_process_peak
 
 MIB = 1 << 20
 linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowmem.adapters.merge import merge
 from lowmem.adapters.saved_adapter import _WHOLE_LAYER_TYPES
-from lowmem.adapters.shards import OutputTensor, ShardFile
 from lowmem.errors import UnsupportedError
 from offload import SourceError, TierFull
+from offload.files.safetensors_write import OutputTensor, ShardFile
 from tests.zoo.architectures import build, tiny_config
 from tests.zoo.reference import adapt, resident
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
-from lowmem.monitor import Monitor
+from lowmem.monitoring.monitor import Monitor
 from lowmem.streaming.runtime import runtime_of
 from tests.zoo.architectures import build
 from tests.zoo.streamed import streamed

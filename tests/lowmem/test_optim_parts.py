@@ -11,15 +11,11 @@ from torch.optim.optimizer import StateDict
 
 from lowmem import optim
 from lowmem.optim.basis import gradient_basis
-from lowmem.optim.block_schedule import active_blocks
-from lowmem.optim.eight_bit import decode, encode
-from lowmem.optim.limiter import limit_norm_growth, limit_update_rms, norm_ratio
-from lowmem.optim.moments import new_moment, read_moment, write_moment
-from lowmem.optim.offloaded import give_to_engine
-from lowmem.optim.optimizer import RuleOptimizer
-from lowmem.optim.randomness import generator, mix
-from lowmem.optim.rounding import round_to_bf16
-from lowmem.optim.rule import Hyper
+from lowmem.optim.block_rule import active_blocks
+from lowmem.optim.optimizer import RuleOptimizer, give_to_engine
+from lowmem.optim.projected import limit_norm_growth, limit_update_rms, norm_ratio
+from lowmem.optim.rule import Hyper, generator, mix
+from lowmem.optim.state import decode, encode, new_moment, read_moment, round_to_bf16, write_moment
 from tests.lowmem.tiny_optim import backward, tiny_model
 
 CPU = torch.device("cpu")

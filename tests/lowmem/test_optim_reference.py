@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowmem import optim
 from lowmem.optim.basis import choose_coordinates, gaussian_basis
-from lowmem.optim.randomness import mix
+from lowmem.optim.rule import mix
 
 LR, WD, BETAS, EPS = 3e-2, 0.1, (0.8, 0.95), 1e-6
 NUM_STEPS, GAP, RANK = 10, 4, 3

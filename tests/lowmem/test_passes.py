@@ -1,7 +1,6 @@
 """The visiting order: what is predicted at the start of each pass."""
 
-from lowmem.streaming.passes import TrainingPass, VisitingOrder
-from lowmem.streaming.visit import Phase
+from lowmem.streaming.visits import Phase, TrainingPass, VisitingOrder
 
 
 class _Told:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from lowmem.costs import RoleBytes, peak_bytes
-from lowmem.durations import format_seconds
-from lowmem.job import make_job
-from lowmem.planner import plan_step
-from lowmem.rates import Rates, assumed_rates
-from lowmem.shapes import BlockShape, LinearShape, Part, itemsize
-from lowmem.step_plan import Plan
+from lowmem.planning.job import make_job
+from lowmem.planning.plan import Plan
+from lowmem.planning.planner import plan_step
+from lowmem.planning.shapes import BlockShape, LinearShape, Part, itemsize
+from lowmem.planning.step_memory import RoleBytes, peak_bytes
+from lowmem.planning.step_time import Rates, assumed_rates
 from offload import Budget
+from offload.budget import format_seconds
 from tests.lowmem.llama_shapes import llama, llama_block
 
 

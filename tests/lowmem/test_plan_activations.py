@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import GPT2Config, PretrainedConfig
 
-from lowmem.activations import MicroBatch, block_forward_bytes, block_recompute_bytes
+from lowmem.planning.block_memory import MicroBatch, block_forward_bytes, block_recompute_bytes
 from tests.lowmem.block_peak import Measured, config_of, measure
 from tests.lowmem.llama_shapes import llama_block
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.job import Job, make_job
+from lowmem.planning.job import Job, make_job
 
 
 @pytest.mark.parametrize(

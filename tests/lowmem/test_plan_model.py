@@ -12,13 +12,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowmem
-from lowmem.api import from_pretrained
-from lowmem.dry_run import dry_run
+from lowmem.api import from_pretrained, plan
 from lowmem.errors import UnsupportedError
-from lowmem.loading import Opened, open_checkpoint
-from lowmem.planner import plan, plan_for
-from lowmem.rates import Rates
-from lowmem.shape_reader import corrected, describe_adapter, read_shapes
+from lowmem.models.checkpoint import Opened, open_checkpoint
+from lowmem.planning.dry_run import dry_run
+from lowmem.planning.planner import plan_for
+from lowmem.planning.read_model import corrected, describe_adapter, read_shapes
+from lowmem.planning.step_time import Rates
 from offload import Budget, Placement, SafetensorsSource, SourceError
 from tests.lowmem.block_peak import config_of, measure
 from tests.lowmem.sparse_checkpoint import write_sparse

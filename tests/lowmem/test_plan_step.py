@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.drafts import Room
-from lowmem.job import Job, make_job
-from lowmem.planner import plan_step
-from lowmem.rates import Rates, assumed_rates
-from lowmem.shapes import ModelShapes
-from lowmem.step_plan import Plan
+from lowmem.planning.job import Job, make_job
+from lowmem.planning.plan import Plan
+from lowmem.planning.planner import plan_step
+from lowmem.planning.search import Room
+from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_time import Rates, assumed_rates
 from offload import Budget, BudgetError, Placement
 from tests.lowmem.llama_shapes import llama, llama_block
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lowmem.progress import ByteRate, StepEstimate, StepProgress
+from lowmem.monitoring.progress import ByteRate, StepEstimate, StepProgress
 
 
 def estimate(num_blocks: int = 4, num_forwards: int = 1, planned_step_s: float | None = None) -> StepEstimate:
@@ -129,7 +129,7 @@ def test_bar_waits_between_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_log_files_get_few_refreshes_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.progress.EVERY_S", 0.0)
+    monkeypatch.setattr("lowmem.monitoring.progress.EVERY_S", 0.0)
     assert "forward 1/3" in shown(monkeypatch, Terminal(), every_s=None)
     assert "forward 1/3" not in shown(monkeypatch, io.StringIO(), every_s=None)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.streaming import skinny
-from lowmem.streaming.skinny import SkinnyProducts
+from lowmem import host_memory
+from lowmem.host_memory import SkinnyProducts
 from tests.lowmem.test_architectures import KINDS
 from tests.zoo.architectures import build
 from tests.zoo.reference import Outcome, adapt, batch_of, lora, resident, run
@@ -56,13 +56,13 @@ def assert_close(found: Outcome, expected: Outcome) -> None:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of the weights whose products were taken in the other order."""
     shapes: list[torch.Size] = []
-    real = skinny.product_of_few
+    real = host_memory.product_of_few
 
     def noted(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         shapes.append(weight.shape)
         return real(rows, weight)
 
-    monkeypatch.setattr(skinny, "product_of_few", noted)
+    monkeypatch.setattr(host_memory, "product_of_few", noted)
     return shapes
 
 

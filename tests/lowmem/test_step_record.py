@@ -2,8 +2,8 @@
 
 import pytest
 
-from lowmem.step_record import RepresentativeStep, StepRecord, log_values
-from lowmem.timeline import StepTimeline
+from lowmem.monitoring.step_record import RepresentativeStep, StepRecord, log_values
+from lowmem.monitoring.timeline import StepTimeline
 
 
 def record(duration_s: float, **changes: float) -> StepRecord:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from lowmem.timeline import (
+from lowmem.monitoring.timeline import (
     LANE_COLOURS,
     OTHER_COLOUR,
     PHASE_COLOURS,
@@ -126,5 +126,5 @@ def test_absent_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_importing_the_module_leaves_matplotlib_alone() -> None:
-    program = "import sys, lowmem.timeline; sys.exit('matplotlib' in sys.modules)"
+    program = "import sys, lowmem.monitoring.timeline; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.streaming.ownership import is_sole_owner
-from lowmem.streaming.tokenwise import tokenwise
+from lowmem.internals.torch import is_sole_owner
+from lowmem.models.norms import tokenwise
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -6,7 +6,7 @@ import pytest
 from trl import GRPOConfig, SFTConfig
 
 import lowmem
-from lowmem.training_options import refuse_training_options
+from lowmem.monitoring.monitor import refuse_training_options
 from tests.lowmem.tiny_training import resident, streamed, trainer
 from tests.zoo.architectures import build
 
@@ -53,7 +53,7 @@ def test_the_monitor_refuses_when_the_trainer_is_made(tmp_path: Path) -> None:
 def test_bf16_autocast_on_a_cpu_without_its_instructions_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowmem.streaming.preparation.has_fast_bf16", lambda: False)
+    monkeypatch.setattr("lowmem.loading.has_fast_bf16", lambda: False)
     run = trainer(streamed(Path(build("llama", tmp_path / "model"))), tmp_path / "out", bf16=True, max_steps=1)
     with pytest.warns(UserWarning, match=r"bf16=False"):
         run.train()

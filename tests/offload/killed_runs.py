@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from offload.blocks import PAGE_BYTES, ObjectLayout, lay_out, place
 from offload.buffers import StagingBuffer
-from offload.file_io import FileReader
-from offload.layout import PAGE_BYTES, lay_out
-from offload.object_layout import ObjectLayout, place
-from offload.store import Store
+from offload.files.file_io import FileReader
+from offload.store.store import Store
 
 NAMES = [f"block {i}/state" for i in range(6)]
 

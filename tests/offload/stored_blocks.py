@@ -12,14 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from offload.blocks import BlockSpec, TensorSpec, lay_out
 from offload.buffers import StagingBuffer
 from offload.device import Copy, Device
-from offload.file_io import FileReader
-from offload.layout import lay_out
-from offload.plan import PlacementPlan
-from offload.planner import place_blocks
+from offload.files.file_io import FileReader
+from offload.placement import PlacementPlan, place_blocks
 from offload.scheduler import Scheduler
-from offload.spec import BlockSpec, TensorSpec
 from offload.trace import Trace
 
 

@@ -4,10 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.blocks import PAGE_BYTES, TensorSpec
 from offload.buffers import StagingBuffer, view_tensor
 from offload.errors import Closed
-from offload.layout import PAGE_BYTES
-from offload.spec import TensorSpec
 
 
 def spec_of(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.budget import Budget
+from offload.budget import Budget, available_ram_bytes
 from offload.device import CpuDevice, CudaDevice, Device, measured, open_device
-from offload.file_io import FileReader
-from offload.ram import available_ram_bytes
+from offload.files.file_io import FileReader
 from offload.trace import Trace
 from tests.offload.stored_blocks import SlowReads, StoredBlocks
 

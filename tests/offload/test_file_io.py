@@ -18,12 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offload.blocks import BlockLayout, BlockSpec, TensorSpec, lay_out
 from offload.buffers import StagingBuffer, view_tensor
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
-from offload.file_io import FileReader
-from offload.layout import BlockLayout, lay_out
-from offload.sources import SafetensorsSource
-from offload.spec import BlockSpec, TensorSpec
+from offload.files.file_io import FileReader
+from offload.files.safetensors_read import SafetensorsSource
 from offload.transfer import Transfer
 from tests.offload.own_threads import own_threads
 

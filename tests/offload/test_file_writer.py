@@ -17,8 +17,8 @@ from torch import Tensor
 
 from offload.buffers import StagingBuffer
 from offload.errors import Closed, OffloadError, ReadError, TierFull, WriteError
-from offload.file_writer import FileWriter
-from offload.own_file import OwnFile, Pwrite
+from offload.files.file import OwnFile, Pwrite
+from offload.files.file_io import FileWriter
 from tests.offload.own_threads import own_threads
 from tests.offload.small_disk import fill, small_disk
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.layout import BlockLayout, lay_out, round_up
-from offload.spec import BlockSpec, TensorSpec
+from offload.blocks import BlockLayout, BlockSpec, TensorSpec, lay_out, round_up
 
 PAGE = 4096
 

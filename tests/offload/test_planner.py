@@ -8,8 +8,7 @@ from itertools import pairwise
 import pytest
 
 from offload.errors import BudgetError
-from offload.plan import Placement, PlacementPlan
-from offload.planner import place_blocks
+from offload.placement import Placement, PlacementPlan, place_blocks
 
 RESIDENT, HOST, STREAMED = Placement.RESIDENT, Placement.HOST, Placement.STREAMED
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.ram import available_ram_bytes
+from offload.budget import available_ram_bytes
 
 MIB = 1 << 20
 

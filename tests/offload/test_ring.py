@@ -5,8 +5,7 @@ import random
 
 import torch
 
-from offload.ring import Ring, Slot
-from offload.visits import NEVER, VisitOrder
+from offload.pipeline import NEVER, Ring, Slot, VisitOrder
 
 
 def ring_of(*blocks: int | None, ready: bool = True) -> Ring:

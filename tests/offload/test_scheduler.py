@@ -17,8 +17,8 @@ import torch
 from offload.buffers import StagingBuffer
 from offload.device import CpuDevice, Device
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
-from offload.file_io import FileReader
-from offload.plan import Placement, PlacementPlan
+from offload.files.file_io import FileReader
+from offload.placement import Placement, PlacementPlan
 from offload.scheduler import Scheduler
 from offload.trace import Trace
 from tests.offload.own_threads import own_threads

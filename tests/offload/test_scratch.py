@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload import scratch as scratch_module
 from offload.buffers import StagingBuffer
 from offload.errors import Closed, TierFull, WriteError
-from offload.scratch import Scratch
-from offload.slots import FileSlot, SlotAllocator
+from offload.files import scratch as scratch_module
+from offload.files.scratch import FileSlot, Scratch, SlotAllocator
 from offload.trace import Trace
 from tests.offload.small_disk import fill, small_disk
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offload.blocks import TensorSpec
 from offload.errors import Closed, SourceChanged, SourceError
-from offload.sources import SafetensorsSource
-from offload.spec import TensorSpec
+from offload.files.safetensors_read import SafetensorsSource
 
 DTYPES = {
     "F64": torch.float64,

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.blocks import BlockSpec, TensorSpec
 from offload.errors import BudgetError, OffloadError, ReadError, SourceChanged, SourceError
-from offload.spec import BlockSpec, TensorSpec
 
 
 def spec_of(name: str = "w", shape: tuple[int, ...] = (2, 3), nbytes: int = 12, offset_bytes: int = 9) -> TensorSpec:

@@ -15,13 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from offload.blocks import ObjectLayout, lay_out, place
 from offload.buffers import StagingBuffer
 from offload.errors import Closed, FolderInUse, SourceError
-from offload.file_io import FileReader
-from offload.layout import lay_out
-from offload.object_io import StoreIo
-from offload.object_layout import ObjectLayout, place
-from offload.store import Store
+from offload.files.file_io import FileReader
+from offload.store.store import Store
+from offload.store.store_files import StoreIo
 from offload.trace import Trace
 
 PAGE = 4096

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload import manifest as manifest_module
+from offload.blocks import place
 from offload.errors import Closed, OffloadError, ReadError, TierFull, WriteError
-from offload.object_io import StoreIo
-from offload.object_layout import place
-from offload.store import Store
+from offload.store import manifest as manifest_module
+from offload.store.store import Store
+from offload.store.store_files import StoreIo
 from tests.offload.small_disk import fill, small_disk
 from tests.offload.test_store import LAYOUT, commit, contents, loaded
 
@@ -197,7 +197,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_last_step(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdatasync" if which == "data" else "fsync", fail)
             if which == "manifest":
-                patch.setattr("offload.store_files.sync_folder", lambda folder: None)
+                patch.setattr("offload.store.store_files.sync_folder", lambda folder: None)
             with pytest.raises(WriteError, match="Input/output error"):
                 commit(store, 2, a=2)
         store.abort_step()
@@ -217,7 +217,7 @@ def test_a_commit_of_which_nobody_knows_whether_it_holds_is_not_built_upon(
         raise WriteError(folder, offset_bytes=0, nbytes=0, reason="its entries: Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("offload.store.sync_folder", fail)
+        patch.setattr("offload.store.store.sync_folder", fail)
         with pytest.raises(WriteError):
             commit(store, 2, a=2)
     with pytest.raises(Closed, match=r"the last commit may have failed .* open the store again"):

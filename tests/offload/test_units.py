@@ -1,6 +1,6 @@
 import pytest
 
-from offload.units import format_bytes, parse_bytes
+from offload.budget import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from offload.visits import NEVER, VisitOrder
+from offload.pipeline import NEVER, VisitOrder
 
 
 def expecting(*order: int, num_blocks: int = 10) -> VisitOrder:

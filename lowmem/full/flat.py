@@ -1,0 +1,184 @@
+"""Where the parameters of one unit lie in its flat buffers: one place for weight, gradient and both moments.
+
+AdamW on flat buffers: which elements share their settings, and torch's fused update of a run of them.
+
+Decoupled weight decay (Loshchilov and Hutter, Decoupled weight decay regularization, 2019), in the arithmetic of
+`torch.optim.AdamW(fused=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_ALIGN_ELEMENTS = 16
+"""A cache line of fp32: vector instructions cover a parameter from its first element on."""
+
+
+PAGE_ELEMENTS = 1024
+"""A page of fp32: buffers end on one, so that they can be read and written past the page cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamPlace:
+    """One parameter's elements in a flat buffer."""
+
+    key: str
+    """Fully qualified name in the model."""
+    shape: torch.Size
+    """Shape in the model."""
+    start: int
+    """First element."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.shape.numel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitLayout:
+    """The flat buffers of one unit: a decoder block, or one parameter outside the blocks."""
+
+    name: str
+    """The unit's name, for errors and files."""
+    places: tuple[ParamPlace, ...]
+    """Its parameters in the order of the buffer."""
+    numel: int
+    """Elements of one buffer, a whole number of pages; what belongs to no parameter stays zero."""
+
+
+def lay_out_unit(name: str, shapes: Iterable[tuple[str, torch.Size]]) -> UnitLayout:
+    """Lay out a unit: matrices first, then vectors.
+
+    Norms and biases usually have a decay of their own. Apart from the matrices, they leave two long runs of equal
+    settings, each of which is one call of the fused update.
+
+    Args:
+        name: The unit's name.
+        shapes: Name and shape of each parameter.
+    """
+    places: list[ParamPlace] = []
+    end = 0
+    for key, shape in sorted(shapes, key=lambda entry: len(entry[1]) < 2):
+        places.append(ParamPlace(key=key, shape=shape, start=end))
+        end += -(-shape.numel() // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
+    return UnitLayout(name=name, places=tuple(places), numel=max(1, -(-end // PAGE_ELEMENTS)) * PAGE_ELEMENTS)
+
+
+SCALED_ELEMENTS = 1 << 21
+"""A gradient is scaled 8 MiB at a time, so that the update finds it in the cache; smaller pieces cost more in calls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamUpdate:
+    """The settings of one parameter's update."""
+
+    lr: float
+    """Learning rate."""
+    betas: tuple[float, float]
+    """Decay rates of the moments."""
+    eps: float
+    """Added to the denominator."""
+    weight_decay: float
+    """Decoupled decay."""
+    step: int
+    """Number of this update, 1 for the first."""
+    scales: tuple[float, ...] = ()
+    """What the gradient is multiplied with first, one after the other."""
+
+    def scaled(self, scales: tuple[float, ...]) -> ParamUpdate:
+        """The same settings for a gradient that has to be multiplied first."""
+        return replace(self, scales=scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of elements with equal settings."""
+
+    start: int
+    """First element."""
+    stop: int
+    """One past the last element."""
+    update: ParamUpdate
+    """Their settings."""
+
+
+def segments_of(layout: UnitLayout, updates: Mapping[str, ParamUpdate]) -> tuple[Segment, ...]:
+    """The runs of a unit's buffers that are updated, in order; parameters without an update are left out.
+
+    Args:
+        layout: The unit.
+        updates: Settings by parameter name.
+    """
+    runs: list[Segment] = []
+    # The gap behind a parameter belongs to its run: there all four buffers are zero, and stay so.
+    stops = [*(place.start for place in layout.places[1:]), layout.places[-1].stop]
+    for place, stop in zip(layout.places, stops, strict=True):
+        update = updates.get(place.key)
+        if update is None:
+            continue
+        if runs and runs[-1].stop == place.start and runs[-1].update == update:
+            runs[-1] = Segment(start=runs[-1].start, stop=stop, update=update)
+        else:
+            runs.append(Segment(start=place.start, stop=stop, update=update))
+    return tuple(runs)
+
+
+def update_run(
+    update: ParamUpdate,
+    *,
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scaled: Tensor | None = None,
+) -> None:
+    """Update a run of elements in place.
+
+    Args:
+        update: Its settings.
+        weight: Flat fp32 tensor; so are the others, of the same length, all on one device.
+        gradient: Gradient as accumulated; left as it is, or multiplied with the scales.
+        exp_avg: First moment.
+        exp_avg_sq: Second moment.
+        scaled: Room for `SCALED_ELEMENTS` of a scaled gradient, which stay in the cache; scaled in place if not given.
+    """
+    step = torch.tensor(float(update.step), device=weight.device)
+    size = SCALED_ELEMENTS if update.scales else weight.numel()
+    for start in range(0, weight.numel(), size):
+        piece = slice(start, start + size)
+        part = gradient[piece]
+        for scale in update.scales:
+            part = part.mul_(scale) if scaled is None else torch.mul(part, scale, out=scaled[: part.numel()])
+        torch._fused_adamw_(
+            [weight[piece]],
+            [part],
+            [exp_avg[piece]],
+            [exp_avg_sq[piece]],
+            [],
+            [step],
+            lr=update.lr,
+            beta1=update.betas[0],
+            beta2=update.betas[1],
+            weight_decay=update.weight_decay,
+            eps=update.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+__all__ = [
+    "PAGE_ELEMENTS",
+    "SCALED_ELEMENTS",
+    "ParamPlace",
+    "ParamUpdate",
+    "Segment",
+    "UnitLayout",
+    "lay_out_unit",
+    "segments_of",
+    "update_run",
+]

@@ -1,0 +1,46 @@
+"""Whether a tensor that autograd handed to us may be written over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+# The tensor itself, and the storage object that asking for the count makes.
+_OWN_REFERENCES = 2
+
+
+# Mappings of our own are whole pages.
+_PAGE_BYTES = 4096
+
+
+def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
+    """Whether nothing but the caller sees a gradient's memory, and it can hold a tensor like another.
+
+    Autograd keeps further references where a gradient also goes elsewhere: to another consumer, or to whom
+    `torch.autograd.grad` captures it for. Then it must stay as it is.
+
+    Args:
+        grad: A gradient that a Function's backward was called with.
+        like: What is to be written into it.
+    """
+    if grad.shape != like.shape or grad.dtype != like.dtype or not grad.is_contiguous():
+        return False
+    storage = grad.untyped_storage()
+    if storage.nbytes() - grad.nbytes >= _PAGE_BYTES:
+        return False
+    num_owners = grad._use_count()  # type: ignore[attr-defined]
+    return bool(num_owners == 1 and torch._C._storage_Use_Count(storage._cdata) == _OWN_REFERENCES)
+
+
+def has_fast_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices with instructions of its own."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+__all__ = ["has_fast_bf16", "is_sole_owner"]

@@ -1,0 +1,159 @@
+"""A module that treats each token by itself (a final norm), in token tiles and with nothing kept but its input.
+
+Norms outside the blocks, over long sequences: in tiles of tokens, keeping nothing but their input.
+
+Written out in Python, a norm keeps several tensors as large as the hidden states. The last one does so just when the
+head runs, and the gradients of those tensors come on top. Each token is normed by itself, so tiles change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from lowmem import host_memory
+
+RunTokens = Callable[[Tensor], Tensor]
+
+
+class _TokenwiseContext(FunctionCtx):
+    """What forward leaves for backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    run: RunTokens
+    tile_tokens: int
+
+
+class TokenwiseFunction(torch.autograd.Function):
+    """Run a function of single tokens over tiles; backward runs it again, a tile at a time.
+
+    Args of `apply`:
+        run: Maps (tokens, hidden) to (tokens, hidden), each token by itself, with no random numbers.
+        tile_tokens: Tokens of a tile.
+        hidden: (..., hidden).
+        params: Parameters that `run` uses and that are trained. Their gradients are summed in fp32 (fp64 in fp64).
+
+    Returns:
+        Of the shape of `hidden`.
+    """
+
+    @staticmethod
+    def forward(ctx: _TokenwiseContext, run: RunTokens, tile_tokens: int, hidden: Tensor, *params: Tensor) -> Tensor:
+        ctx.run, ctx.tile_tokens = run, tile_tokens
+        ctx.save_for_backward(hidden, *params)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        out: Tensor | None = None
+        for start in range(0, rows.shape[0], tile_tokens):
+            part = run(rows[start : start + tile_tokens])
+            if out is None:
+                out = host_memory.empty((rows.shape[0], part.shape[-1]), dtype=part.dtype, device=part.device)
+            out[start : start + tile_tokens] = part
+        return run(rows).view(hidden.shape) if out is None else out.view(*hidden.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *params = ctx.saved_tensors
+        rows, grads = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, grad_out))
+        # Not a view is what goes on: the next block writes over it if nothing else sees its memory.
+        grad_hidden = host_memory.empty_like(hidden) if ctx.needs_input_grad[2] else None
+        grad_rows = None if grad_hidden is None else grad_hidden.view(rows.shape)
+        sums: list[Tensor | None] = [None] * len(params)
+        for start in range(0, rows.shape[0], ctx.tile_tokens):
+            tile = slice(start, start + ctx.tile_tokens)
+            leaf = rows[tile].detach().requires_grad_(grad_rows is not None)
+            with torch.enable_grad():
+                out = ctx.run(leaf)
+            sought = ([leaf] if grad_rows is not None else []) + [param for param in params if param.requires_grad]
+            found = list(torch.autograd.grad(out, sought, grads[tile], allow_unused=True))
+            if grad_rows is not None:
+                _write(grad_rows[tile], found.pop(0))
+            _add_all(sums, params, found)
+        return (
+            None,
+            None,
+            grad_hidden,
+            *(None if total is None else total.to(param.dtype) for total, param in zip(sums, params, strict=True)),
+        )
+
+
+def _write(target: Tensor, grad: Tensor | None) -> None:
+    if grad is None:
+        target.zero_()
+    else:
+        target.copy_(grad)
+
+
+def _add_all(sums: list[Tensor | None], params: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
+    gradients = iter(found)
+    for index, param in enumerate(params):
+        grad = next(gradients) if param.requires_grad else None
+        if grad is not None:
+            grad = grad if grad.dtype == torch.float64 else grad.float()
+            total = sums[index]
+            sums[index] = grad if total is None else total.add_(grad)
+
+
+def tokenwise(run: RunTokens, hidden: Tensor, *, params: Sequence[Tensor] = (), tile_tokens: int = 256) -> Tensor:
+    """As `TokenwiseFunction.apply`; without gradients, just the tiles.
+
+    Args:
+        run: Maps (tokens, hidden) to (tokens, hidden), each token by itself.
+        hidden: (..., hidden).
+        params: Parameters that `run` uses.
+        tile_tokens: Tokens of a tile.
+    """
+    trained = [param for param in params if param.requires_grad]
+    out: Tensor = TokenwiseFunction.apply(run, tile_tokens, hidden, *trained)  # type: ignore[no-untyped-call]
+    return out
+
+
+TILE_TOKENS = 256
+
+
+class _Norm(Protocol):
+    def forward(self, hidden: Tensor) -> Tensor: ...
+
+
+class TiledNorm(nn.Module):
+    """Mixed in front of a norm's own class: the same module, walked in tiles where there are many tokens."""
+
+    def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """As the norm's own forward, of one tensor (..., tokens, hidden)."""
+        whole: _Norm = super()  # type: ignore[assignment]
+        if args or kwargs or not torch.is_grad_enabled() or hidden.shape[:-1].numel() <= TILE_TOKENS:
+            return whole.forward(hidden, *args, **kwargs)
+        return tokenwise(whole.forward, hidden, params=list(self.parameters()), tile_tokens=TILE_TOKENS)
+
+
+def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str, ...]:
+    """Have the norms outside the blocks run in tiles; answers their names.
+
+    The class is changed rather than `forward` on the instance: a copy of the module, as PEFT makes them, must run
+    itself and not the original.
+
+    Args:
+        model: A transformers model.
+        blocks: Its decoder blocks.
+    """
+    inside = {id(module) for block in blocks for module in block.modules()}
+    names = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        if id(module) in inside or not _norms_single_tokens(kind) or issubclass(kind, TiledNorm):
+            continue
+        module.__class__ = type(kind.__name__, (TiledNorm, kind), {"__module__": kind.__module__})
+        names.append(name)
+    return tuple(names)
+
+
+def _norms_single_tokens(kind: type[nn.Module]) -> bool:
+    return kind.__name__.endswith(("RMSNorm", "LayerNorm"))
+
+
+__all__ = ["TILE_TOKENS", "TiledNorm", "tile_outer_norms"]

@@ -1,0 +1,1 @@
+"""What a run shows: progress, values per step, memory, traces and their pictures."""

@@ -1,0 +1,313 @@
+"""What one block's recomputation and backward hold at their largest, from its widths. Pure arithmetic.
+
+The recomputation of a micro-batch with gradients keeps what autograd saves; on top of that come the temporaries of the
+moment. Two moments compete: the end of the forward, when the adapter of the last projection adds its parts, and the
+start of the backward, when the gradients of the expanded states appear before anything saved is released. A third one,
+the backward of attention, counts where heads are wide and the MLP is narrow.
+
+What walking one block in chunks holds at its largest, from its widths. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from lowmem.planning.shapes import BlockShape, ExpertsShape, LinearShape, Part, itemsize
+
+_FP32_BYTES = 4
+
+
+_INDEX_BYTES = 8
+
+
+_DORA_TILE_BYTES = 16 << 20
+
+
+_MLP = (Part.MLP_IN, Part.MLP_OUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """The sequences that go through a block together, and how."""
+
+    num_sequences: int
+    """Sequences."""
+    seq_len: int
+    """Tokens of each, padding included."""
+    dtype: str
+    """Compute dtype, by torch's name."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
+    has_mask: bool = False
+    """Whether attention gets a mask: padding, packing or a sliding window."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences together."""
+        return self.num_sequences * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """Bytes that autograd keeps, by where they are released in the backward."""
+
+    attention: int
+    """Up to the second residual: norms, projections' inputs, q, k, v and the heads' output."""
+    expanded: int
+    """Inputs of the MLP's first projections and the states they expand to."""
+    product: int
+    """Input of the MLP's last projection, where its adapter needs it."""
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.expanded + self.product
+
+
+def block_recompute_bytes(block: BlockShape, batch: MicroBatch) -> int:
+    """Bytes that recomputing one block for one micro-batch and differentiating it holds at its largest.
+
+    Without the block's weights, its input, the gradient that arrives and anything outside the block. Covers the dense
+    attention kernels of torch (`scaled_dot_product_attention`), LoRA and DoRA on any of its linear layers, and routed
+    experts computed as grouped products.
+
+    Args:
+        block: The block's widths.
+        batch: The micro-batch.
+    """
+    compute, adapter = itemsize(batch.dtype), _adapter_itemsize(block)
+    wide, is_mixed = max(compute, adapter), adapter > compute
+    saved = _saved_per_token(block, batch)
+    hidden, product = block.hidden_size, _product_size(block)
+    # End of the forward: the base's result, the adapter's, its scaled form and their sum, next to the residual.
+    tail = 4 * wide * hidden + compute * product + (5 * compute * hidden if is_mixed else 0)
+    if block.num_norms > 2:
+        tail += 3 * _FP32_BYTES * hidden
+    # Start of the backward: two gradients of the last projection's input; then one, with those of gate and up.
+    head = (3 if is_mixed else 2) * compute * hidden
+    head += max((2 * wide + (compute if is_mixed else 0)) * product, 3 * compute * product - saved.product)
+    experts = _experts_transient(block.experts, hidden, compute)
+    # Backward of attention: gradients of q, k, v before and after the rotation, with the MLP's share released.
+    heads = block.query_size + block.key_size + block.value_size
+    attention = saved.attention + 3 * compute * heads + 4 * wide * hidden
+    dora = max(
+        (wide * linear.out_features for linear in block.linears if linear.is_dora and linear.part in _MLP), default=0
+    )
+    peak = batch.num_tokens * (max(saved.total + max(tail, head, experts), attention) + dora)
+    if block.experts is not None and block.experts.adapted_bytes:
+        stacks = block.experts.adapted_bytes
+        # PEFT forms each adapted stack of experts as a whole. In the backward, from the last stack to the first, the
+        # gradient of one comes on top; by then the forward's temporaries are gone.
+        at_gradient = batch.num_tokens * (saved.total + 2 * compute * hidden * block.experts.num_per_token)
+        held = max(sum(stacks[: index + 1]) + stack for index, stack in enumerate(stacks))
+        peak = max(peak + sum(stacks), at_gradient + held)
+    peak += _mask_bytes(batch) + block.adapter_bytes + _dora_tile_bytes(block, is_mixed=is_mixed)
+    return ceil(peak * block.correction)
+
+
+def _adapter_itemsize(block: BlockShape) -> int:
+    return block.adapter_bytes // block.num_adapter_params if block.num_adapter_params else 0
+
+
+def _saved_per_token(block: BlockShape, batch: MicroBatch) -> _Saved:
+    compute = itemsize(batch.dtype)
+    # A norm computes in fp32: it keeps a copy in other types, and in fp32 the tensor itself, of which the first is the
+    # block's own input.
+    norms = (block.num_norms - (1 if compute == _FP32_BYTES else 0)) * _FP32_BYTES * block.hidden_size
+    if block.has_query_key_norm:
+        norms += _FP32_BYTES * (block.query_size + block.key_size)
+    attention = norms + compute * _attention_states(block, batch) + _FP32_BYTES * block.num_heads
+    attention += _input_bytes(block, Part.ATTENTION_IN, batch) + _input_bytes(block, Part.ATTENTION_OUT, batch)
+    expanded = compute * _expanded_states(block) + _input_bytes(block, Part.MLP_IN, batch)
+    return _Saved(
+        attention=attention,
+        expanded=expanded + _experts_saved(block.experts, block.hidden_size, compute),
+        product=_input_bytes(block, Part.MLP_OUT, batch),
+    )
+
+
+def _attention_states(block: BlockShape, batch: MicroBatch) -> int:
+    """Elements per token that attention keeps: q, k, v and the output; a mask makes it repeat keys and values."""
+    keys, values = block.key_size, block.value_size
+    if batch.has_mask and keys < block.query_size:
+        keys, values = block.query_size, block.query_size * values // keys
+    outs = [linear.in_features for linear in block.of_part(Part.ATTENTION_OUT)]
+    return block.query_size + keys + values + max(outs, default=block.query_size)
+
+
+def _expanded_states(block: BlockShape) -> int:
+    """Elements per token that the activation and the gate keep: gate, activated gate and up, or one plain state."""
+    expanded = sum(linear.out_features for linear in block.of_part(Part.MLP_IN))
+    product = sum(linear.in_features for linear in block.of_part(Part.MLP_OUT))
+    if expanded >= 2 * product:
+        return expanded + product * block.activation_copies
+    return expanded * block.activation_copies
+
+
+def _product_size(block: BlockShape) -> int:
+    return sum(linear.in_features for linear in block.of_part(Part.MLP_OUT))
+
+
+def _input_bytes(block: BlockShape, part: Part, batch: MicroBatch) -> int:
+    """Bytes per token kept of the inputs of adapted layers in one place, and of what their first factor makes."""
+    compute, adapter = itemsize(batch.dtype), _adapter_itemsize(block)
+    adapted = [linear for linear in block.of_part(part) if linear.rank]
+    nbytes = sum(adapter * linear.rank + _dora_bytes(linear, max(compute, adapter)) for linear in adapted)
+    mask = 1 if batch.device == "cuda" else adapter
+    dropped = [linear for linear in adapted if linear.has_dropout]
+    nbytes += sum((adapter + mask) * linear.in_features for linear in dropped)
+    plain = [linear.in_features for linear in adapted if not linear.has_dropout]
+    if adapter != compute:
+        # Each layer converts its input for itself.
+        return nbytes + adapter * sum(plain)
+    # One tensor serves all layers that read it; the heads' output is kept by attention already.
+    return nbytes + (0 if part == Part.ATTENTION_OUT else adapter * max(plain, default=0))
+
+
+def _dora_bytes(linear: LinearShape, wide: int) -> int:
+    """Bytes per token that the row scale's gradient needs: the unscaled sum, or its two parts apart with dropout."""
+    return linear.out_features * wide * (2 if linear.has_dropout else 1) if linear.is_dora else 0
+
+
+def _experts_saved(experts: ExpertsShape | None, hidden: int, compute: int) -> int:
+    if experts is None:
+        return 0
+    states = experts.expanded_size + experts.product_size + hidden
+    if experts.adapted_bytes:
+        states += hidden + experts.product_size
+    router = 4 * _FP32_BYTES * experts.num_experts
+    return experts.num_per_token * (compute * states + 4 * _INDEX_BYTES) + router
+
+
+def _experts_transient(experts: ExpertsShape | None, hidden: int, compute: int) -> int:
+    if experts is None:
+        return 0
+    return compute * (2 * hidden + experts.num_per_token * max(3 * hidden, hidden + 3 * experts.product_size))
+
+
+def _dora_tile_bytes(block: BlockShape, *, is_mixed: bool) -> int:
+    """The part of a frozen weight that DoRA converts at a time where adapters are wider than weights."""
+    weights = [
+        linear.in_features * linear.out_features for linear in block.linears if linear.is_dora and linear.part in _MLP
+    ]
+    return min(_DORA_TILE_BYTES, _FP32_BYTES * max(weights)) if weights and is_mixed else 0
+
+
+def _mask_bytes(batch: MicroBatch) -> int:
+    """The mask in the compute type, which torch makes of the boolean one for each call."""
+    return batch.num_sequences * batch.seq_len**2 * (1 + itemsize(batch.dtype)) if batch.has_mask else 0
+
+
+def block_forward_bytes(block: BlockShape, batch: MicroBatch) -> int:
+    """Bytes that one block's forward without gradients holds at its largest, its weights and its input aside."""
+    compute = itemsize(batch.dtype)
+    wide, hidden, product = max(compute, _adapter_itemsize(block)), block.hidden_size, _product_size(block)
+    # The residual, a norm's fp32 copies, the normed states; then the heads' states, rotated copies included, or the
+    # expanded ones with the adapter's input and result next to them.
+    stream = compute * 2 * hidden + 2 * _FP32_BYTES * hidden
+    heads = block.query_size + block.key_size + block.value_size
+    attention = 3 * compute * heads + 3 * wide * max(block.query_size, hidden)
+    expanded = sum(linear.out_features for linear in block.of_part(Part.MLP_IN))
+    mlp = compute * (expanded + 2 * product) + 3 * wide * max(hidden, product)
+    experts = 0
+    if block.experts is not None:
+        sizes = block.experts.expanded_size + 2 * block.experts.product_size + 3 * hidden
+        experts = compute * block.experts.num_per_token * sizes + _experts_saved(block.experts, 0, 0)
+    stacks = () if block.experts is None else block.experts.adapted_bytes
+    peak = batch.num_tokens * (stream + max(attention, mlp, experts)) + _mask_bytes(batch) + sum(stacks)
+    return ceil(peak * block.correction)
+
+
+_FP32_BYTES = 4
+
+
+# As lowmem.streaming.attention_parts bounds them.
+_PART_KEYS = 4096
+
+
+_PART_BYTES = 8 << 20
+
+
+# Over what a chunk's temporaries take, without and with gradients: torch asks for aligned memory, and glibc does not
+# give it a freed piece of the same size. With chunks of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2 were seen.
+_FORWARD_HEAP, _BACKWARD_HEAP = 0.4, 1.0
+
+
+# Seen with 16 and more chunks. Below these it is not counted: whole sequences then take less than the smaller chunk.
+_FEWEST_CHUNKS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkBytes:
+    """Bytes of one block's visit in chunks, besides its weights, its input and the gradients that come and go."""
+
+    activations: int
+    """Of one chunk, recomputed with its graph."""
+
+    keys_values: int
+    """Of the whole sequence."""
+
+    keys_values_grads: int
+    """Their gradients in fp32."""
+
+    attention: int
+    """Masks and gradients of one part of the keys."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.activations + self.keys_values + self.keys_values_grads + self.attention
+
+
+def chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> ChunkBytes:
+    """Bytes that a block's backward in chunks holds at its largest.
+
+    Args:
+        block: The block's widths.
+        batch: The micro-batch.
+        chunk_tokens: Tokens of a chunk, at least 1.
+
+    Raises:
+        ValueError: `chunk_tokens` is not positive.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1")
+    chunk = replace(batch, seq_len=min(chunk_tokens, batch.seq_len), has_mask=False)
+    states = batch.num_sequences * (block.key_size + block.value_size)
+    compute = itemsize(batch.dtype)
+    gradient_bytes = max(compute, _FP32_BYTES)
+    one_part = states * min(batch.seq_len, _PART_KEYS) * compute
+    queries = chunk.num_tokens * block.query_size * (compute + gradient_bytes)
+    return ChunkBytes(
+        activations=block_recompute_bytes(block, chunk),
+        keys_values=states * batch.seq_len * compute,
+        keys_values_grads=states * batch.seq_len * gradient_bytes,
+        attention=one_part + queries + (2 * _PART_BYTES if batch.has_mask else 0),
+    )
+
+
+def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> tuple[int, int]:
+    """Freed memory that the C library keeps between a chunk's temporaries, on a CPU: in the forward, in the backward.
+
+    Args:
+        block: The block's widths.
+        batch: The micro-batch.
+        chunk_tokens: Tokens of a chunk.
+    """
+    if batch.device != "cpu" or batch.seq_len < _FEWEST_CHUNKS * chunk_tokens:
+        return 0, 0
+    parts = chunk_bytes(block, batch, chunk_tokens)
+    forward = forward_chunk_bytes(block, batch, chunk_tokens) - parts.keys_values
+    return int(_FORWARD_HEAP * forward), int(_BACKWARD_HEAP * (parts.activations + parts.attention))
+
+
+def forward_chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> int:
+    """Bytes that a block's forward in chunks, without gradients, holds at its largest.
+
+    Args:
+        block: The block's widths.
+        batch: The micro-batch.
+        chunk_tokens: Tokens of a chunk, at least 1.
+    """
+    chunk = replace(batch, seq_len=min(chunk_tokens, batch.seq_len), has_mask=False)
+    return block_forward_bytes(block, chunk) + chunk_bytes(block, batch, chunk_tokens).keys_values

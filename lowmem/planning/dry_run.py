@@ -1,0 +1,191 @@
+"""A block run without memory: forward and backward on fake tensors, with what they would have held counted.
+
+The formula in `lowmem.planning.block_memory` knows the parts that most decoder blocks are made of. A dry run knows
+nothing and sees everything: state-space mixers, attention written out in Python, activations of an architecture's own.
+It follows the real code operator by operator, on tensors that have shapes and no values. Code that looks at values (a
+router's loop over the experts that were hit) cannot be followed; there the formula stands alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+if TYPE_CHECKING:
+    from lowmem.models.build import Skeleton
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made while it is on, and remembers the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now_bytes = 0
+        self.peak_bytes = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run an operator and count what it made."""
+        if func is torch.ops.aten._grouped_mm.default:
+            result: object = _grouped_product(*args)  # type: ignore[arg-type]
+        else:
+            result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """Do not count these: they are there before and after."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._alive[storage._cdata] = weakref.ref(storage)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None and known() is not None:
+            return
+        nbytes = storage.nbytes()
+        self._alive[key] = weakref.ref(storage, lambda _: self._release(key, nbytes))
+        self.now_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self._alive.pop(key, None)
+        self.now_bytes -= nbytes
+
+
+def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor, *_: object) -> Tensor:
+    """The shape of a grouped product of 2-d with 3-d (the forward) or 2-d (a weight's gradient) factors.
+
+    torch 2.13 computes it in every dtype, but its shape-only version takes bf16 only.
+    """
+    shape = (left.shape[0], right.shape[-1])
+    return left.new_empty(shape if right.dim() == 3 else (offsets.shape[0], *shape))
+
+
+def dry_run(built: Skeleton, *, num_sequences: int, seq_len: int) -> tuple[int, ...]:
+    """Count what recomputing and differentiating each block would hold at most, its weights and input aside.
+
+    Blocks of the same kind are run once, in training mode and without a padding mask. Loads nothing and leaves the
+    model as it was.
+
+    Args:
+        built: A model on meta, with or without an adapter's modules in it; only what requires gradients gets them.
+        num_sequences: Sequences that go through a block together.
+        seq_len: Tokens of each.
+
+    Returns:
+        Bytes, one number for each block.
+
+    Raises:
+        NotImplementedError: The model's code looks at values, or at something else that is not there.
+    """
+    blocks = [streamed.block for streamed in built.blocks]
+    run = _Run([block.raw_forward for block in blocks], [block.module for block in blocks])
+    model, was_training = built.model, built.model.training
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), _quiet(), run.watching():
+            tokens = torch.zeros(num_sequences, seq_len, dtype=torch.long)
+            arguments = {"input_ids": tokens, "use_cache": False}
+            with torch.no_grad():
+                torch.func.functional_call(model.train(), _fake_state(model), kwargs=arguments, strict=False)
+    except _NOT_FOLLOWED as error:
+        raise NotImplementedError(f"{type(model).__name__} cannot be run on fake tensors: {error}") from error
+    finally:
+        model.train(was_training)
+    return tuple(run.peaks)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging an operator that fake tensors have not: that is an answer here, not an error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
+# What fake tensors cannot follow is told by errors of many kinds: unknown values, missing kernels, odd devices.
+_NOT_FOLLOWED = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
+
+def _fake_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A fake tensor on the CPU for every parameter and buffer; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+        state[name] = made[id(tensor)]
+    return state
+
+
+class _Run:
+    """One forward of a model in which the first block of each kind is measured and the others are skipped."""
+
+    def __init__(self, raw_forwards: Sequence[Callable[..., object]], modules: Sequence[torch.nn.Module]) -> None:
+        self.peaks: list[int] = []
+        self._raw_forwards, self._modules = raw_forwards, modules
+        self._known: dict[object, tuple[int, object]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have the blocks' forwards come here."""
+        for index, module in enumerate(self._modules):
+            module.forward = partial(self._forward, index)
+        try:
+            yield
+        finally:
+            for module in self._modules:
+                del module.forward
+
+    def _forward(self, index: int, *args: object, **kwargs: object) -> object:
+        kind = _kind_of(self._modules[index], (args, kwargs))
+        if kind not in self._known:
+            self._known[kind] = self._measure(index, args, kwargs)
+        peak_bytes, output = self._known[kind]
+        self.peaks.append(peak_bytes)
+        return output
+
+    def _measure(self, index: int, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, object]:
+        module = self._modules[index]
+        hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        leaf = hidden.detach().requires_grad_()
+        args, kwargs = tree_map_only(Tensor, lambda tensor: leaf if tensor is hidden else tensor, (args, kwargs))
+        params = [param for param in module.parameters() if param.requires_grad]
+        gradient = torch.empty_like(leaf)
+        with PeakBytes() as peak, torch.enable_grad():
+            peak.ignore([leaf, gradient, *module.parameters(), *module.buffers()])
+            output = self._raw_forwards[index](module, *args, **kwargs)
+            result = next(value for value in tree_leaves(output) if isinstance(value, Tensor))
+            grads = torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
+        del grads
+        return peak.peak_bytes, tree_map_only(Tensor, Tensor.detach, output)
+
+
+def _kind_of(module: torch.nn.Module, call: object) -> object:
+    """Equal for blocks that hold the same: their modules' types and shapes, and their arguments' shapes."""
+    types = tuple(type(child).__name__ for child in module.modules())
+    shapes = tuple((param.shape, param.requires_grad) for param in module.parameters())
+    leaves = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in tree_leaves(call))
+    return types, shapes, leaves

@@ -1,0 +1,225 @@
+"""What one training step is to do: the task, the batch and its lengths. Plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TASKS = ("sft", "dpo", "kto", "reward", "grpo", "rloo", "generate")
+"""What can be planned: TRL's trainers by their short names, and generation alone."""
+
+
+TUNINGS = ("adapter", "full")
+"""What is trained."""
+
+
+_PAIRED = frozenset({"dpo", "reward"})
+
+
+_GENERATING = frozenset({"grpo", "rloo", "generate"})
+
+
+# TRL's defaults: beta is 0 in GRPO and 0.05 in RLOO; DPO and KTO compare with a reference always.
+_WITH_REFERENCE = frozenset({"dpo", "kto", "rloo"})
+
+
+_DEFAULT_COMPLETION_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One optimizer step of a task."""
+
+    task: str = "sft"
+    """One of `TASKS`."""
+    batch_size: int = 1
+    """Examples of one forward on this device (`per_device_train_batch_size`); pairs in DPO and Reward."""
+    seq_len: int
+    """Tokens of one sequence, prompt and completion together, padding included."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients one optimizer step sums. Each passes over all weights anew."""
+    completion_tokens: int = 0
+    """Tokens that are generated for each sequence; 0 where the task generates none."""
+    uses_reference: bool = False
+    """Whether reference log-probabilities are computed within the step."""
+    has_mask: bool = False
+    """Whether attention gets a mask, as it does for batches of sequences of unequal length."""
+    device: str = "cpu"
+    """Kind of the compute device: "cpu" or "cuda"."""
+    micro_batch: int | None = None
+    """Sequences that go through a block at a time; None for the planner's choice."""
+    chunk_tokens: int | None = None
+    """Tokens of a sequence that go through a block at a time; None for the planner's choice."""
+    tuning: str = "adapter"
+    """"adapter": frozen weights and PEFT adapters; "full": every weight is trained."""
+    has_dropout: bool = False
+    """Whether the adapter draws random numbers in training."""
+    num_steps: int | None = None
+    """Optimizer steps of the whole run, where its duration is to be predicted."""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r}: expected one of {', '.join(TASKS)}")
+        if self.tuning not in TUNINGS:
+            raise ValueError(f"tuning={self.tuning!r}: expected one of {', '.join(TUNINGS)}")
+        for name in ("batch_size", "seq_len", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(
+                f"micro_batch={self.micro_batch}: expected at least 1 sequence, or None to let lowmem choose"
+            )
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens}: expected at least 1 token, or None to let lowmem choose"
+            )
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps}: expected at least 1, or None")
+        if self.generates != (self.completion_tokens > 0):
+            expected = "at least 1" if self.generates else "0, because nothing is generated"
+            raise ValueError(f"completion_tokens={self.completion_tokens} for task {self.task}: expected {expected}")
+        if self.completion_tokens > self.seq_len:
+            raise ValueError(
+                f"completion_tokens={self.completion_tokens} are more than seq_len={self.seq_len}, which counts prompt "
+                "and completion together"
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Whether sequences are generated."""
+        return self.task in _GENERATING
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return self.task != "generate"
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that go through the model in one forward."""
+        return self.batch_size * (2 if self.task in _PAIRED else 1)
+
+    @property
+    def num_generated(self) -> int:
+        """Sequences that are generated together: GRPO and RLOO generate for all accumulated batches at once."""
+        return self.batch_size * self.gradient_accumulation_steps if self.generates else 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one forward."""
+        return self.num_sequences * self.seq_len
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that one optimizer step trains on, or that one generation ends with."""
+        return self.num_tokens * self.gradient_accumulation_steps
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of each sequence that are given."""
+        return self.seq_len - self.completion_tokens
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often whole sequences are evaluated in one optimizer step, by policy and reference.
+
+        KTO runs its mismatched completions as a forward of their own, and so does its reference; RLOO always computes
+        the log-probabilities of the policy that generated.
+        """
+        if not self.trains:
+            return 0
+        per_batch = {"kto": 2, "rloo": 2}.get(self.task, 1)
+        if self.uses_reference:
+            per_batch += 2 if self.task == "kto" else 1
+        return per_batch * self.gradient_accumulation_steps
+
+    @property
+    def num_forwards(self) -> int:
+        """Passes over the weights that compute activations of whole sequences, in one optimizer step.
+
+        Evaluations of the same sequences share a pass, from the second step on. In GRPO and RLOO those that precede the
+        policy's own do so if they see the same batch (no accumulation) and it draws no random numbers.
+        """
+        batches = self.gradient_accumulation_steps
+        if self.task not in ("grpo", "rloo"):
+            return self.num_evaluations // (2 if self.uses_reference else 1)
+        if batches > 1:
+            return self.num_evaluations
+        return min(self.num_evaluations, 2) if self.has_dropout else 1
+
+    @property
+    def num_beside(self) -> int:
+        """Most evaluations that another one takes along."""
+        return -(-self.num_evaluations // max(1, self.num_forwards)) - 1 if self.trains else 0
+
+    @property
+    def num_backwards(self) -> int:
+        """Passes over the weights that recompute and differentiate, in one optimizer step."""
+        return self.gradient_accumulation_steps if self.trains else 0
+
+    @property
+    def num_decodes(self) -> int:
+        """Passes over the weights that generate one token for every sequence; the first of them reads the prompts."""
+        return self.completion_tokens
+
+    @property
+    def num_passes(self) -> int:
+        """All passes over the weights in one optimizer step, or in one generation."""
+        return self.num_forwards + self.num_backwards + self.num_decodes
+
+
+def make_job(
+    task: str,
+    *,
+    batch_size: int,
+    seq_len: int,
+    gradient_accumulation_steps: int = 1,
+    completion_tokens: int | None = None,
+    use_reference: bool | None = None,
+    micro_batch: int | None = None,
+    chunk_tokens: int | None = None,
+    device: str = "cpu",
+    tuning: str = "adapter",
+    has_dropout: bool = False,
+    num_steps: int | None = None,
+) -> Job:
+    """Fill in what TRL's trainers do by default.
+
+    Args:
+        task: One of `TASKS`.
+        batch_size: Examples of one forward.
+        seq_len: Tokens of one sequence, prompt and completion together.
+        gradient_accumulation_steps: Batches per optimizer step.
+        completion_tokens: Tokens generated for each sequence; 256, or half of `seq_len`, if a task generates.
+        use_reference: Whether the step computes reference log-probabilities; as the trainer does by default if None.
+            False for DPO and KTO with `precompute_ref_log_probs=True`, True for GRPO with `beta` above 0.
+        micro_batch: Sequences that go through a block at a time.
+        chunk_tokens: Tokens of a sequence that go through a block at a time.
+        device: "cpu" or "cuda".
+        tuning: One of `TUNINGS`.
+        has_dropout: Whether the adapter draws random numbers in training.
+        num_steps: Optimizer steps of the whole run.
+
+    Raises:
+        ValueError: A number is out of range or the task is unknown.
+    """
+    if use_reference is None:
+        use_reference = task in _WITH_REFERENCE
+    elif use_reference and task in ("sft", "reward", "generate"):
+        raise ValueError(f"use_reference=True: task {task} has no reference")
+    if completion_tokens is None:
+        completion_tokens = min(_DEFAULT_COMPLETION_TOKENS, max(1, seq_len // 2)) if task in _GENERATING else 0
+    return Job(
+        task=task,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        completion_tokens=completion_tokens,
+        uses_reference=use_reference,
+        has_mask=batch_size > 1 or task not in ("sft", "generate"),
+        device=device,
+        micro_batch=micro_batch,
+        chunk_tokens=chunk_tokens,
+        tuning=tuning,
+        has_dropout=has_dropout,
+        num_steps=num_steps,
+    )

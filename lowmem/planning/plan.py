@@ -1,0 +1,469 @@
+"""What a run will keep where, and what that costs: frozen, pure data, made before anything is loaded.
+
+Reading a plan back from plain data, checked field by field.
+
+A plan for people: an aligned table for terminals, the same as HTML for notebooks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar, cast
+
+from lowmem.planning.job import Job
+from lowmem.planning.step_memory import ALWAYS, BOUNDARY_BUFFERS, Choice, RoleBytes, peak_bytes
+from lowmem.planning.step_time import Rates, StepTime
+from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A plan for one model, one job and one budget. It can be printed, compared, hashed and stored as JSON."""
+
+    model: str
+    """The model's name."""
+    adapter: str
+    """What trains, in words."""
+    compute_dtype: str
+    """Dtype the model computes in, by torch's name."""
+    stored_dtypes: tuple[str, ...]
+    """Dtypes the blocks are stored in."""
+    job: Job
+    """What one step is to do."""
+    choice: Choice
+    """Micro-batch, tier of the boundary activations, place of the embedding table."""
+    placement: PlacementPlan
+    """Where each block is, and the buffers that the others move through."""
+    roles: tuple[RoleBytes, ...]
+    """Bytes by tensor role and tier."""
+    time: StepTime
+    """The predicted step."""
+    rates: Rates
+    """What the prediction rests on, and which of it was measured."""
+    device_budget_bytes: int
+    """What the device may hold."""
+    host_budget_bytes: int
+    """What may be kept in host RAM besides staging buffers."""
+    smallest_device_bytes: int
+    """Smallest device budget with which this job fits, the host budget being what it is."""
+    disk_folder: str | None
+    """Where what must be written goes; None if there is no such folder."""
+    unchunkable: str
+    """Why the model's blocks cannot be walked along the sequence in chunks; empty if they can."""
+    framework_bytes: int
+    """RAM that Python, torch, transformers, PEFT and TRL take besides: in no budget, but in the process."""
+    advice: tuple[str, ...] = ()
+    """Sentences on what to change: to make it fit, or to make it faster."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether device and host stay within their budgets."""
+        return self.device_bytes <= self.device_budget_bytes and self.kept_host_bytes <= self.host_budget_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Largest bytes that the device holds at any moment of a step."""
+        return peak_bytes(self.roles, "device")
+
+    @property
+    def host_bytes(self) -> int:
+        """Largest bytes that host RAM holds, staging buffers included, the framework not."""
+        return peak_bytes(self.roles, "host")
+
+    @property
+    def kept_host_bytes(self) -> int:
+        """What counts against the host budget: all but the buffers that transfers pass through."""
+        return self.host_bytes - self.placement.staging_bytes - self.bytes_of(BOUNDARY_BUFFERS, tier="host")
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that are on disk only: weights, read in place, and what is written to `disk_folder`."""
+        return peak_bytes(self.roles, "disk")
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written to disk in one optimizer step."""
+        return self.time.written_bytes
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of one optimizer step, or of one generation."""
+        return self.time.step_s
+
+    @property
+    def bottleneck(self) -> str:
+        """What a step waits for longest: "compute", "disk" or "copy"."""
+        return self.time.bottleneck
+
+    @property
+    def passes(self) -> int:
+        """Passes over all weights in one optimizer step."""
+        return self.job.num_passes
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Where each block is, in visiting order."""
+        return self.placement.placements
+
+    @property
+    def task(self) -> str:
+        """The task's short name."""
+        return self.job.task
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of one forward."""
+        return self.job.batch_size
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of one sequence."""
+        return self.job.seq_len
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that go through a block at a time."""
+        return self.choice.micro_batch
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens of a sequence that go through a block at a time; None for all of them."""
+        return self.choice.chunk_tokens
+
+    @property
+    def boundary_tier(self) -> str:
+        """Where block inputs wait for the backward: "device", "host" or "disk"."""
+        return self.choice.boundary_tier
+
+    @property
+    def embedding_on_disk(self) -> bool:
+        """Whether only the rows that a batch needs are read of the embedding table."""
+        return self.choice.embedding_on_disk
+
+    def bytes_of(self, role: str, *, tier: str | None = None) -> int:
+        """Bytes of a role in one tier, or in all of them.
+
+        Args:
+            role: As in `roles`, "adapters" for instance.
+            tier: "device", "host" or "disk".
+        """
+        return sum(entry.nbytes for entry in self.roles if entry.role == role and tier in (None, entry.tier))
+
+    def require_fit(self) -> None:
+        """Do nothing if the plan fits.
+
+        Raises:
+            BudgetError: It does not; states and carries the smallest device budget that works.
+        """
+        if not self.fits:
+            raise BudgetError(self._misfit(), needed_bytes=self.smallest_device_bytes)
+
+    def _misfit(self) -> str:
+        parts, advice = [], self.advice[:2]
+        if self.device_bytes > self.device_budget_bytes:
+            # The first sentence says again what is missing.
+            advice = self.advice[1:3]
+            parts.append(
+                f"the device budget of {format_bytes(self.device_budget_bytes)} is too small for {self.model}: "
+                f"a {self.task} step of {self.job.num_sequences} x {self.seq_len} tokens needs at least "
+                f"{format_bytes(self.smallest_device_bytes)} ({self.smallest_device_bytes} bytes)"
+            )
+        else:
+            parts.append(
+                f"the host budget of {format_bytes(self.host_budget_bytes)} is too small: "
+                f"{format_bytes(self.kept_host_bytes)} have to be kept there"
+            )
+        return "; ".join((*parts, *(sentence.rstrip(".") for sentence in advice)))
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON: every field, and the numbers that follow from them under `summary`."""
+        return {
+            "version": _VERSION,
+            "model": self.model,
+            "adapter": self.adapter,
+            "compute_dtype": self.compute_dtype,
+            "stored_dtypes": list(self.stored_dtypes),
+            "job": asdict(self.job),
+            "choice": asdict(self.choice),
+            "placement": self.placement.to_dict(),
+            "roles": [asdict(role) for role in self.roles],
+            "time": asdict(self.time),
+            "rates": asdict(self.rates) | {"measured": list(self.rates.measured)},
+            "device_budget_bytes": self.device_budget_bytes,
+            "host_budget_bytes": self.host_budget_bytes,
+            "smallest_device_bytes": self.smallest_device_bytes,
+            "disk_folder": self.disk_folder,
+            "unchunkable": self.unchunkable,
+            "framework_bytes": self.framework_bytes,
+            "advice": list(self.advice),
+            "summary": self._summary(),
+        }
+
+    def _summary(self) -> dict[str, object]:
+        return {
+            "fits": self.fits,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
+            "step_s": self.step_s,
+            "bottleneck": self.bottleneck,
+            "passes": self.passes,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, object]) -> Plan:
+        """Make the plan that `to_dict` wrote.
+
+        Raises:
+            ValueError: Another version wrote it, or a field is missing or unknown.
+        """
+        if data.get("version") != _VERSION:
+            raise ValueError(
+                f"plan: expected version {_VERSION}, got {data.get('version')!r}; plan again with lowmem.plan"
+            )
+        return plan_from_dict(data)
+
+    def __str__(self) -> str:
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+
+        return plan_html(self)
+
+
+_T = TypeVar("_T")
+
+
+def plan_from_dict(data: Mapping[str, object]) -> Plan:
+    """Make a plan from what `Plan.to_dict` answered.
+
+    Raises:
+        ValueError: A field is missing or has the wrong type; names it.
+    """
+    plain = {"version", "summary", "job", "choice", "placement", "roles", "time", "rates", "advice", "stored_dtypes"}
+    return _make(
+        Plan,
+        {key: value for key, value in data.items() if key not in plain}
+        | {
+            "job": _make(Job, _mapping(data, "job"), field="job"),
+            "choice": _make(Choice, _mapping(data, "choice"), field="choice"),
+            "placement": _placement(_mapping(data, "placement")),
+            "roles": tuple(
+                _make(RoleBytes, _as_mapping(role, "roles"), field="roles") for role in _list(data, "roles")
+            ),
+            "time": _make(StepTime, _mapping(data, "time"), field="time"),
+            "rates": _make(Rates, _with_tuple(_mapping(data, "rates"), "measured"), field="rates"),
+            "advice": tuple(_list(data, "advice")),
+            "stored_dtypes": tuple(_list(data, "stored_dtypes")),
+        },
+        field="plan",
+    )
+
+
+def _placement(data: Mapping[str, object]) -> PlacementPlan:
+    known = {entry.name for entry in dataclasses.fields(PlacementPlan)}
+    try:
+        placements = tuple(Placement(value) for value in _list(data, "placements"))
+    except ValueError as error:
+        raise ValueError(f"placement.placements: {error}") from error
+    # The bytes by tier that it also writes follow from these.
+    fields = {key: value for key, value in data.items() if key in known}
+    fields |= {"placements": placements, "block_bytes": tuple(_list(data, "block_bytes"))}
+    return _make(PlacementPlan, fields, field="placement")
+
+
+def _make(kind: type[_T], fields: Mapping[str, object], *, field: str) -> _T:
+    names = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if set(fields) != names:
+        missing, unknown = sorted(names - set(fields)), sorted(set(fields) - names)
+        raise ValueError(f"{field}: missing fields {missing}, unknown fields {unknown}; plan again with lowmem.plan")
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"{field}: {error}") from error
+
+
+def _mapping(data: Mapping[str, object], field: str) -> Mapping[str, object]:
+    return _as_mapping(data.get(field), field)
+
+
+def _as_mapping(value: object, field: str) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{field}: expected an object, got {value!r}")
+    return cast("Mapping[str, object]", value)
+
+
+def _list(data: Mapping[str, object], field: str) -> Sequence[object]:
+    value = data.get(field)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{field}: expected a list, got {value!r}")
+    return value
+
+
+def _with_tuple(data: Mapping[str, object], field: str) -> dict[str, object]:
+    return {**data, field: tuple(_list(data, field))}
+
+
+_TIERS = ("device", "host", "disk")
+
+
+_PHASES = {
+    "embedding": "looking up embeddings",
+    "forward": "forward through the blocks",
+    "generation": "generating",
+    "head": "head and loss",
+    "block": "recomputing a block",
+}
+
+
+_MARKS = {Placement.RESIDENT: "#", Placement.HOST: "o", Placement.STREAMED: "."}
+
+
+_MAX_STRIP = 96
+
+
+_USUAL_STEPS = 100
+"""Whose duration is told where nobody said how many there will be."""
+
+
+# What makers warrant for a consumer drive of 1 TB.
+_RATED_BYTES = 600e12
+
+
+def plan_text(plan: Plan) -> str:
+    """Write a plan in fewer than 45 lines."""
+    lines = [_title(plan), _verdict(plan), "", *_table(plan), "", *_facts(plan)]
+    return "\n".join([*lines, *(f"-> {sentence}" for sentence in plan.advice)])
+
+
+def plan_html(plan: Plan) -> str:
+    """Write a plan as HTML: a table and a list."""
+    rows = "".join(
+        "<tr>"
+        + "".join(f'<td style="text-align:{align}">{html.escape(cell)}</td>' for cell, align in _aligned(row))
+        + "</tr>"
+        for row in _rows(plan)
+    )
+    header = "".join(f"<th>{cell}</th>" for cell in ("role", *_TIERS, "when"))
+    facts = "".join(f"<li>{html.escape(line)}</li>" for line in (*_facts(plan), *plan.advice))
+    return (
+        f"<div><b>{html.escape(_title(plan))}</b><br>{html.escape(_verdict(plan))}"
+        f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
+    )
+
+
+def _title(plan: Plan) -> str:
+    job = plan.job
+    words = [plan.model, f"{job.task}", f"batch {job.batch_size} x {job.seq_len} tokens"]
+    if job.gradient_accumulation_steps > 1:
+        words[-1] += f" x {job.gradient_accumulation_steps}"
+    if job.generates:
+        words[-1] += f" ({job.completion_tokens} generated)"
+    words.append(f"{plan.compute_dtype} on {job.device} from {', '.join(plan.stored_dtypes)}")
+    return " | ".join([*words, plan.adapter] if plan.adapter != "none" else words)
+
+
+def _verdict(plan: Plan) -> str:
+    sizes = [
+        f"{tier} {format_bytes(used)} of {format_bytes(given)}"
+        for tier, used, given in (
+            ("device", plan.device_bytes, plan.device_budget_bytes),
+            ("host", plan.kept_host_bytes, plan.host_budget_bytes),
+        )
+    ]
+    return f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {', '.join(sizes)}"
+
+
+def _rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Role, bytes by tier and phase; then the peaks."""
+    rows: dict[tuple[str, str], dict[str, int]] = {}
+    for role in plan.roles:
+        cells = rows.setdefault((role.role, role.phase), dict.fromkeys(_TIERS, 0))
+        cells[role.tier] += role.nbytes
+    table = [
+        (role, *(_cell(cells[tier]) for tier in _TIERS), _PHASES.get(phase, "" if phase == ALWAYS else phase))
+        for (role, phase), cells in rows.items()
+    ]
+    peaks = (plan.device_bytes, plan.host_bytes, plan.disk_bytes)
+    return [*table, ("peak", *(_cell(nbytes) for nbytes in peaks), "")]
+
+
+def _cell(nbytes: int) -> str:
+    return format_bytes(nbytes) if nbytes else "-"
+
+
+def _aligned(row: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(cell, "left" if column in (0, len(row) - 1) else "right") for column, cell in enumerate(row)]
+
+
+def _table(plan: Plan) -> list[str]:
+    rows = [("role", *_TIERS, "held while"), *_rows(plan)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if align == "left" else cell.rjust(width)
+            for (cell, align), width in zip(_aligned(row), widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    rule = "-" * max(len(line) for line in lines)
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+def _facts(plan: Plan) -> list[str]:
+    time, rates, job = plan.time, plan.rates, plan.job
+    counts = {place: plan.placements.count(place) for place in Placement}
+    blocks = ", ".join(f"{count} {place.value}" for place, count in counts.items() if count)
+    lines = [f"blocks     {len(plan.placements)}: {blocks}", *_strip(plan)]
+    lines.append(f"passes     {plan.passes} over the weights per step, {format_bytes(time.read_bytes)} read from disk")
+    along = f", chunks of {plan.chunk_tokens} tokens" if plan.chunk_tokens else ""
+    lines.append(
+        f"split      {job.num_sequences} sequences in micro-batches of {plan.micro_batch}{along}, boundary activations "
+        f"on {plan.boundary_tier}, embedding {'rows from disk' if plan.embedding_on_disk else 'on device'}"
+    )
+    if plan.choice.keeps_keys_values:
+        lines.append(f"           keys and values kept on {plan.boundary_tier}: computing them again takes longer")
+    if plan.unchunkable and (job.chunk_tokens or not plan.fits):
+        lines.append(f"           whole sequences: {plan.unchunkable}")
+    if plan.written_bytes:
+        num_steps = _RATED_BYTES / plan.written_bytes
+        lines.append(
+            f"writes     {format_bytes(plan.written_bytes)} per step to {plan.disk_folder}; a drive rated for "
+            f"{_RATED_BYTES / 1e12:.0f} TB of writes takes {num_steps:.2g} steps"
+        )
+    lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
+    lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
+    tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.completion_tokens) / time.step_s
+    lines.append(
+        f"step       {format_seconds(time.step_s)}, limited by {plan.bottleneck} ({lanes}); {tokens_per_s:.3g} tokens/s"
+    )
+    run_steps = job.num_steps or (_USUAL_STEPS if job.trains and job.task != "sft" else None)
+    if run_steps is not None:
+        lines.append(f"run        {run_steps} steps take {format_seconds(run_steps * time.step_s)}")
+    numbers = {
+        "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
+        "copy": f"{rates.copy_bytes_per_s / 1e9:.3g} GB/s",
+        "compute": f"{rates.compute_flops_per_s / 1e9:.4g} GFLOP/s",
+    }
+    words = (
+        f"{name} {number} {'measured' if name in rates.measured else 'assumed'}" for name, number in numbers.items()
+    )
+    lines.append(f"rates      {', '.join(words)}")
+    lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")
+    return lines
+
+
+def _strip(plan: Plan) -> list[str]:
+    """One character for each block, where that says more than the counts."""
+    if len(set(plan.placements)) == 1 or len(plan.placements) > _MAX_STRIP:
+        return []
+    return [f"           {''.join(_MARKS[place] for place in plan.placements)}  (# device, o host, . disk)"]
+
+
+__all__ = ["Plan"]

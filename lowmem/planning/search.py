@@ -1,0 +1,262 @@
+"""The ways in which one step can be run, and which of them fit. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+from lowmem.planning.job import Job
+from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_memory import (
+    BOUNDARY_BUFFERS,
+    Choice,
+    RoleBytes,
+    boundary_bytes,
+    key_value_bytes,
+    peak_bytes,
+    step_roles,
+)
+from lowmem.planning.step_time import Rates, StepTime, predict
+from offload import BudgetError, Placement, PlacementPlan, place_blocks
+
+_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a micro-batch from which on more of them make a block's products no faster."""
+
+
+_MIN_RING, _MAX_RING = 2, 3
+"""Buffers that master weights on disk are visited from."""
+
+
+_PRICE = {False: 1.0, True: 1.02}
+"""Keeping keys and values takes memory, so it has to make a step shorter by more than this."""
+
+
+_CHUNK_TOKENS = (4096, 2048, 1024, 512, 256, 128)
+"""Chunk lengths to try. Shorter ones are slower and save little: keys and values of the whole sequence stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One way to run a step."""
+
+    choice: Choice
+    """Micro-batch and tiers."""
+    placement: PlacementPlan
+    """Where the blocks are."""
+    roles: tuple[RoleBytes, ...]
+    """Bytes of everything, blocks and their buffers included."""
+    time: StepTime
+    """Predicted step."""
+
+    @property
+    def priced_s(self) -> float:
+        """Its step, with a price on memory that buys little time."""
+        return self.time.step_s * _PRICE[self.choice.keeps_keys_values]
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak of the device."""
+        return peak_bytes(self.roles, "device")
+
+
+@dataclass(frozen=True)
+class Room:
+    """A model, a job and what they have to fit into."""
+
+    shapes: ModelShapes
+    job: Job
+    rates: Rates
+    device_bytes: int
+    host_bytes: int
+    has_disk: bool = False
+    """Whether there is a folder for what must be written."""
+
+    def best(self) -> Draft | None:
+        """The draft to take, or None if none fits.
+
+        The largest useful micro-batch that fits; with it, the shortest step; among equals, what moves least. State of
+        full tuning in memory, with whatever micro-batch, before state on disk.
+        """
+        for state_tier, (micro_batch, chunk_tokens) in product(self._state_tiers(), self._splits()):
+            choices = [choice for choice in self._choices(micro_batch, chunk_tokens) if choice.state_tier == state_tier]
+            drafts = [draft for choice in choices if (draft := self._draft(choice)) is not None]
+            if drafts:
+                return min(drafts, key=lambda draft: round(draft.priced_s, 3))
+        return None
+
+    @cached_property
+    def smallest(self) -> Draft:
+        """The draft that takes the least device memory with this host budget, whether it fits or not.
+
+        One that takes more of the host than there is counts only where all do.
+        """
+        *_, (micro_batch, chunk_tokens) = self._splits()
+        choices = self._choices(micro_batch, chunk_tokens)
+        drafts = [self._least(choice) for choice in choices if not choice.keeps_keys_values]
+        return min(drafts, key=lambda draft: (self._host_short(draft), draft.device_bytes))
+
+    def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
+        """The same job with another budget."""
+        return Room(
+            self.shapes,
+            self.job,
+            self.rates,
+            self.device_bytes if device_bytes is None else device_bytes,
+            self.host_bytes if host_bytes is None else host_bytes,
+            self.has_disk,
+        )
+
+    def with_batch_size(self, batch_size: int) -> Room:
+        """The same budget with another batch size, the micro-batch free."""
+        job = replace(self.job, batch_size=batch_size, micro_batch=None)
+        return replace(self, job=job)
+
+    def with_seq_len(self, seq_len: int) -> Room:
+        """The same budget with other sequences; what is generated shrinks with them."""
+        completion = min(self.job.completion_tokens, seq_len)
+        job = replace(self.job, seq_len=seq_len, completion_tokens=completion)
+        return replace(self, job=job)
+
+    def _micro_batches(self) -> Iterator[int]:
+        """Sizes to try, largest first: the batch in equal parts, none of them larger than it takes to be fast."""
+        if self.job.micro_batch is not None:
+            yield min(self.job.micro_batch, self.job.num_sequences)
+            return
+        sizes = sorted({-(-self.job.num_sequences // parts) for parts in range(1, self.job.num_sequences + 1)})
+        enough = _ENOUGH_TOKENS[self.job.device]
+        largest = next((size for size in sizes if size * self.job.seq_len >= enough), sizes[-1])
+        yield from (size for size in reversed(sizes) if size <= largest)
+
+    def _splits(self) -> Iterator[tuple[int, int | None]]:
+        """Micro-batches and chunk lengths to try: whole sequences first, then ever shorter chunks of the fewest."""
+        asked_for = None if self.shapes.unchunkable else self.job.chunk_tokens
+        if asked_for is not None and asked_for < self.job.seq_len:
+            yield from ((micro_batch, asked_for) for micro_batch in self._micro_batches())
+            return
+        micro_batch = 1
+        for micro_batch in self._micro_batches():
+            yield micro_batch, None
+        if asked_for is None and self.job.trains and not self.shapes.unchunkable:
+            yield from ((micro_batch, chunk) for chunk in _CHUNK_TOKENS if chunk < self.job.seq_len)
+
+    def _choices(self, micro_batch: int, chunk_tokens: int | None) -> Iterator[Choice]:
+        """Ways to place the embedding and the boundary activations, those that move least first."""
+        boundary = boundary_bytes(self.shapes, self.job)
+        tiers = ["device"]
+        if boundary and boundary <= self.host_bytes:
+            tiers.append("host")
+        if boundary and self.has_disk:
+            tiers.append("disk")
+        places = (False, True) if self.shapes.embedding_gatherable else (False,)
+        keeps = (False, True) if chunk_tokens is not None and boundary else (False,)
+        for state, tier, kept, on_disk in product(self._state_tiers(), tiers, keeps, places):
+            if kept and tier == "host" and boundary + key_value_bytes(self.shapes, self.job) > self.host_bytes:
+                continue
+            yield Choice(
+                micro_batch=micro_batch,
+                chunk_tokens=chunk_tokens,
+                boundary_tier=tier,
+                keeps_keys_values=kept,
+                embedding_on_disk=on_disk,
+                state_tier=state,
+            )
+
+    def _state_tiers(self) -> tuple[str, ...]:
+        """Where the state of full tuning can be, the fastest first."""
+        if self.job.tuning != "full":
+            return ("device",)
+        return ("device", "host", "disk") if self.has_disk else ("device", "host")
+
+    def _draft(self, choice: Choice) -> Draft | None:
+        """What a choice leads to if it fits."""
+        roles = step_roles(self.shapes, self.job, choice)
+        left_device = self.device_bytes - peak_bytes(roles, "device")
+        left_host = self.host_bytes - self._kept_on_host(roles)
+        if min(left_device, left_host) < 0:
+            return None
+        try:
+            placement = self._place(choice, device_bytes=left_device, host_bytes=left_host)
+        except BudgetError:
+            return None
+        return self._finish(choice, roles, placement)
+
+    def _least(self, choice: Choice) -> Draft:
+        """What a choice takes with as little device memory for blocks as possible."""
+        roles = step_roles(self.shapes, self.job, choice)
+        if self.job.tuning == "full":
+            sizes = [block.buffer_bytes for block in self.shapes.blocks]
+            return self._finish(
+                choice, roles, place_masters(sizes, tier=choice.state_tier, ring=_MIN_RING, job=self.job)
+            )
+        left_host = self.host_bytes - self._kept_on_host(roles)
+        try:
+            placement = self._place(choice, device_bytes=0, host_bytes=left_host)
+        except BudgetError as error:
+            placement = self._place(choice, device_bytes=error.needed_bytes, host_bytes=left_host)
+        return self._finish(choice, roles, placement)
+
+    def _host_short(self, draft: Draft) -> int:
+        # Buffers that transfers pass through are in no budget.
+        kept = self._kept_on_host(draft.roles) - draft.placement.staging_bytes
+        return max(0, kept - self.host_bytes)
+
+    @staticmethod
+    def _kept_on_host(roles: tuple[RoleBytes, ...]) -> int:
+        return peak_bytes((role for role in roles if role.role != BOUNDARY_BUFFERS), "host")
+
+    def _place(self, choice: Choice, *, device_bytes: int, host_bytes: int) -> PlacementPlan:
+        sizes = [block.buffer_bytes for block in self.shapes.blocks]
+        if self.job.tuning == "full":
+            ring = max(_MIN_RING, min(_MAX_RING, device_bytes // max(sizes)))
+            plan = place_masters(sizes, tier=choice.state_tier, ring=ring, job=self.job)
+            if plan.device_bytes > device_bytes or plan.host_bytes > host_bytes:
+                raise BudgetError("the master weights do not fit", needed_bytes=plan.device_bytes)
+            return plan
+        return place_blocks(
+            sizes,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            device_is_host=self.job.device == "cpu",
+            num_passes=self.job.num_passes,
+        )
+
+    def _finish(self, choice: Choice, roles: tuple[RoleBytes, ...], placement: PlacementPlan) -> Draft:
+        return Draft(
+            choice=choice,
+            placement=placement,
+            roles=(*_block_roles(placement), *roles),
+            time=predict(self.shapes, self.job, choice=choice, placement=placement, rates=self.rates),
+        )
+
+
+def place_masters(sizes: Sequence[int], *, tier: str, ring: int, job: Job) -> PlacementPlan:
+    """Where the master weights of all blocks are: together with the rest of their state.
+
+    Args:
+        sizes: Bytes of each block.
+        tier: "device", "host" or "disk".
+        ring: Buffers that blocks on disk are visited from.
+        job: Kind of device, and passes.
+    """
+    place = {"device": Placement.RESIDENT, "host": Placement.HOST, "disk": Placement.STREAMED}[tier]
+    return PlacementPlan(
+        placements=(place,) * len(sizes),
+        block_bytes=tuple(sizes),
+        device_is_host=job.device == "cpu",
+        num_staging=ring if tier == "disk" else 0,
+        num_slots=0,
+        num_passes=job.num_passes,
+    )
+
+
+def _block_roles(placement: PlacementPlan) -> tuple[RoleBytes, ...]:
+    roles = (
+        RoleBytes(role="decoder blocks", tier="device", nbytes=placement.resident_bytes),
+        RoleBytes(role="decoder blocks", tier="host", nbytes=placement.host_bytes),
+        RoleBytes(role="decoder blocks", tier="disk", nbytes=placement.streamed_bytes),
+        RoleBytes(role="block ring", tier="device", nbytes=placement.ring_size * placement.slot_bytes),
+        RoleBytes(role="staging buffers", tier="host", nbytes=placement.staging_bytes),
+    )
+    return tuple(role for role in roles if role.nbytes)

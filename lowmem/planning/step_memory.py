@@ -1,0 +1,318 @@
+"""What each tensor role takes in each tier for one step, everything but the blocks' own bytes. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lowmem.planning.block_memory import (
+    MicroBatch,
+    block_forward_bytes,
+    block_recompute_bytes,
+    chunk_bytes,
+    forward_chunk_bytes,
+    heap_bytes,
+)
+from lowmem.planning.job import Job
+from lowmem.planning.limits import HeadTiles
+from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
+
+ALWAYS = "always"
+"""The phase of what is held throughout a step; phases other than this one exclude each other."""
+
+
+PHASES = ("embedding", "forward", "generation", "head", "block")
+"""Moments of a step: rows are looked up; a micro-batch goes through a block without gradients; tokens are generated;
+the head and its loss run; a block is recomputed and differentiated."""
+
+
+BOUNDARY_BUFFERS = "boundary buffers"
+"""Role of the RAM that boundary activations pass through on their way to disk; in no host budget."""
+
+
+_FP32_BYTES = 4
+
+
+_TOKEN_ID_BYTES = 8
+
+
+# Rows that the gathered embedding reads at a time; each may take two pages more than its bytes.
+_GATHERED_ROWS = 1024
+
+
+_PAGE_BYTES = 4096
+
+
+# As lowmem.full.disk_updates has them.
+_NUM_CHUNKS = 4
+
+
+_LARGEST_CHUNK_BYTES = 16 << 20
+
+
+# As lowmem.streaming.attention_mask keeps them.
+_DENSE_MASK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleBytes:
+    """What one tensor role takes in one tier."""
+
+    role: str
+    """What it is, in words."""
+    tier: str
+    """"device", "host" or "disk"."""
+    nbytes: int
+    """Bytes."""
+    phase: str = ALWAYS
+    """When they are held."""
+
+    def __post_init__(self) -> None:
+        if self.tier not in ("device", "host", "disk") or self.phase not in (ALWAYS, *PHASES) or self.nbytes < 0:
+            raise ValueError(f"{self.role}: tier {self.tier!r}, phase {self.phase!r}, {self.nbytes} bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a planner decides besides the blocks' places."""
+
+    micro_batch: int
+    """Sequences that go through a block at a time in training."""
+    chunk_tokens: int | None
+    """Tokens of a sequence that go through a block at a time; None for all."""
+    boundary_tier: str
+    """"device", "host" or "disk": where block inputs wait for the backward."""
+    keeps_keys_values: bool
+    """Whether keys and values of a block in chunks wait for the backward where its input does."""
+    embedding_on_disk: bool
+    """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
+    state_tier: str = "device"
+    """Where every weight is trained: "device", "host" or "disk", for master weights, gradients and moments."""
+
+
+def peak_bytes(roles: Iterable[RoleBytes], tier: str) -> int:
+    """Largest bytes held in a tier at any moment: what is always there, and the largest phase."""
+    by_phase = dict.fromkeys((ALWAYS, *PHASES), 0)
+    for role in roles:
+        if role.tier == tier:
+            by_phase[role.phase] += role.nbytes
+    return by_phase.pop(ALWAYS) + max(by_phase.values())
+
+
+def peak_phase(roles: Iterable[RoleBytes], tier: str) -> str:
+    """The phase in which a tier holds most."""
+    by_phase = dict.fromkeys(PHASES, 0)
+    for role in roles:
+        if role.tier == tier and role.phase != ALWAYS:
+            by_phase[role.phase] += role.nbytes
+    return max(by_phase, key=lambda phase: by_phase[phase])
+
+
+def step_roles(shapes: ModelShapes, job: Job, choice: Choice) -> tuple[RoleBytes, ...]:
+    """Every role of a step but the blocks' stored bytes and their buffers; roles of no bytes are left out."""
+    roles = (*_weights(shapes, job, choice), *_activations(shapes, job, choice), *_phases(shapes, job, choice))
+    return tuple(role for role in roles if role.nbytes)
+
+
+def _device(role: str, nbytes: int, *, phase: str = ALWAYS) -> RoleBytes:
+    return RoleBytes(role=role, tier="device", nbytes=nbytes, phase=phase)
+
+
+def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
+    yield _device("unpacked block", shapes.workspace_bytes)
+    if choice.embedding_on_disk:
+        yield RoleBytes(role="embedding", tier="disk", nbytes=shapes.embedding_stored_bytes)
+    else:
+        yield _device("embedding", shapes.embedding_bytes)
+    yield _device("head", shapes.head_bytes)
+    yield _device("norms and buffers", shapes.other_bytes)
+    if job.tuning == "full":
+        yield from full_state(shapes, choice)
+        return
+    yield _device("adapters", shapes.adapter_bytes)
+    if job.trains:
+        yield _device("adapter gradients", shapes.adapter_bytes)
+        # AdamW: first and second moments in the parameters' own dtype.
+        yield _device("optimizer state", 2 * shapes.adapter_bytes)
+
+
+def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
+    """Gradients and AdamW's moments of every weight, in fp32; the master weights are the decoder blocks themselves.
+
+    Gradients of what is outside the blocks are ordinary ones, on the device; of a block's weights, one has a gradient
+    of its own at a time.
+    """
+    outer_bytes = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
+    widest_bytes = max(block.buffer_bytes for block in shapes.blocks)
+    yield _device("gradients", outer_bytes)
+    yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
+    tier = choice.state_tier
+    yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.stored_bytes)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)
+    if tier == "disk":
+        yield _device("gradient buffer", widest_bytes)
+        # Weight, both moments and gradient of the chunks that are read, updated and written.
+        chunk_bytes = max(4 * _PAGE_BYTES, -(-widest_bytes // (8 * _PAGE_BYTES)) * _PAGE_BYTES)
+        chunk_bytes = min(_LARGEST_CHUNK_BYTES, chunk_bytes)
+        yield _device("state chunks", _NUM_CHUNKS * 4 * chunk_bytes)
+
+
+def _largest_weight_bytes(block: BlockShape) -> int:
+    if block.experts is not None:
+        return block.buffer_bytes
+    return max(linear.in_features * linear.out_features for linear in block.linears) * _FP32_BYTES
+
+
+def boundary_bytes(shapes: ModelShapes, job: Job) -> int:
+    """Bytes of all block inputs of one training forward."""
+    if not job.trains:
+        return 0
+    return len(shapes.blocks) * job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
+
+
+def key_value_bytes(shapes: ModelShapes, job: Job) -> int:
+    """Bytes of all blocks' keys and values of one training forward."""
+    return job.num_tokens * shapes.key_value_bytes_per_token if job.trains else 0
+
+
+def num_boundary_buffers(device: str) -> int:
+    """Buffers through which boundary activations go to disk and come back, each of the largest one's size.
+
+    Reading one takes a GPU longer than it should wait, so there the next is read ahead; to a CPU it is nothing.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return 1 if device == "cpu" else 2
+
+
+def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
+    compute = itemsize(shapes.compute_dtype)
+    hidden_bytes = job.num_tokens * shapes.hidden_size * compute
+    yield RoleBytes(role="boundary activations", tier=choice.boundary_tier, nbytes=boundary_bytes(shapes, job))
+    if choice.keeps_keys_values:
+        kept = key_value_bytes(shapes, job)
+        yield RoleBytes(role="keys and values", tier=choice.boundary_tier, nbytes=kept)
+    for phase, num in _num_in_flight(job, choice).items():
+        yield _device("batch in flight", num * hidden_bytes, phase=phase)
+    if job.num_beside:
+        # The first inputs, to compare with; of each evaluation beside, its hidden states and a block's output.
+        yield _device("reference in flight", (1 + 2 * job.num_beside) * hidden_bytes)
+    if choice.boundary_tier == "disk":
+        buffers = num_boundary_buffers(job.device) * hidden_bytes
+        if job.device == "cpu":
+            # They are let go of while the head runs.
+            for phase in ("forward", "block"):
+                yield _device(BOUNDARY_BUFFERS, buffers, phase=phase)
+        else:
+            yield RoleBytes(role=BOUNDARY_BUFFERS, tier="host", nbytes=buffers)
+    mask = _mask_bytes(shapes, job)
+    # Ids, labels, mask and positions; cosines and sines of the widest heads.
+    head_width = max(block.query_size // block.num_heads for block in shapes.blocks)
+    per_token = 4 * _TOKEN_ID_BYTES + 2 * head_width * compute
+    yield _device("inputs and masks", job.num_tokens * per_token + mask)
+
+
+def _num_in_flight(job: Job, choice: Choice) -> dict[str, int]:
+    """Tensors as large as the batch's hidden states, by phase, boundary activations and their buffers aside."""
+    if not job.trains:
+        return {"generation": 2}
+    is_split = choice.micro_batch < job.num_sequences
+    # The embeddings, which the model holds until its forward ends, a block's input and its output; that in parts, too.
+    # At the head, the last output. In the backward, the gradient that arrives and the one that leaves, which takes its
+    # place where the whole batch goes in chunks; on a GPU also the input, where that comes from another tier.
+    came_back = choice.boundary_tier != "device" and job.device != "cpu"
+    in_place = choice.chunk_tokens is not None and not is_split
+    return {"forward": 3 + is_split, "head": 1, "block": (1 if in_place else 2) + came_back}
+
+
+def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
+    if choice.embedding_on_disk:
+        yield _device("embedding rows", _gathered_bytes(shapes, job), phase="embedding")
+    if job.trains:
+        batch = _batch(shapes, job, num_sequences=choice.micro_batch)
+        widest = max(
+            block_forward_bytes(block, batch)
+            if choice.chunk_tokens is None
+            else forward_chunk_bytes(block, batch, choice.chunk_tokens)
+            for block in set(shapes.blocks)
+        )
+        yield _device("block without gradients", widest, phase="forward")
+    if job.generates:
+        # With a cache, a block takes whole sequences.
+        whole = _batch(shapes, job, num_sequences=max(job.num_sequences, job.num_generated))
+        widest = max(block_forward_bytes(block, whole) for block in set(shapes.blocks))
+        yield _device("block forward", widest, phase="generation")
+        cache = job.num_generated * job.seq_len * shapes.key_value_bytes_per_token
+        yield _device("K/V cache", cache, phase="generation")
+        # The last token's logits, and the copies that sampling sorts.
+        yield _device("logits", 4 * _FP32_BYTES * job.num_generated * shapes.vocab_size, phase="generation")
+    if job.trains:
+        yield _device("head and loss", _head_bytes(shapes, job), phase="head")
+        yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
+    if job.trains and choice.chunk_tokens is not None:
+        heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
+        for phase, kept in zip(("forward", "block"), zip(*heaps, strict=True), strict=True):
+            yield _device("freed heap", max(kept), phase=phase)
+
+
+def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:
+    return MicroBatch(
+        num_sequences=num_sequences,
+        seq_len=job.seq_len,
+        dtype=shapes.compute_dtype,
+        device=job.device,
+        has_mask=job.has_mask,
+    )
+
+
+def recompute_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
+    """Bytes of the largest block's recomputation and backward for one micro-batch.
+
+    Several micro-batches or chunks add up a block's adapter gradients in fp32 before autograd gets them.
+    """
+    batch = _batch(shapes, job, num_sequences=choice.micro_batch)
+    sums = max(block.num_adapter_params for block in shapes.blocks) * _FP32_BYTES
+    is_split = choice.micro_batch < job.num_sequences or choice.chunk_tokens is not None
+    # Blocks of one shape are computed once.
+    widest = max(
+        block_recompute_bytes(block, batch)
+        if choice.chunk_tokens is None
+        else chunk_bytes(block, batch, choice.chunk_tokens).total
+        for block in set(shapes.blocks)
+    )
+    return widest + (sums if is_split else 0)
+
+
+def _mask_bytes(shapes: ModelShapes, job: Job) -> int:
+    """A dense mask for the whole batch; where attention is ours, only those of short sequences are built."""
+    dense = job.num_sequences * job.seq_len**2 if job.has_mask else 0
+    return dense if shapes.unchunkable else min(dense, _DENSE_MASK_BYTES)
+
+
+def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
+    row_bytes = -(-shapes.embedding_stored_bytes // shapes.vocab_size)
+    num_rows = min(job.num_tokens, shapes.vocab_size)
+    rows = num_rows * shapes.hidden_size * itemsize(shapes.compute_dtype)
+    return rows + min(num_rows, _GATHERED_ROWS) * (row_bytes + 2 * _PAGE_BYTES)
+
+
+def _head_bytes(shapes: ModelShapes, job: Job) -> int:
+    """The final norm and the head, both in tiles: normed states, their gradient, and one tile.
+
+    Of several sequences, the tokens that predict one are copied together, but not while there are gradients; when the
+    norm's input gets its gradient, the normed states are gone.
+    """
+    compute, tiles = itemsize(shapes.compute_dtype), HeadTiles()
+    per_token = shapes.hidden_size * 2 * compute + 16 * _FP32_BYTES
+    num_tokens = min(tiles.num_tokens, job.num_tokens)
+    # Logits, what they are turned into, one more for a cap; a weight in another dtype is converted by the tile.
+    sizes = {
+        "bytes_per_logit": 3 * _FP32_BYTES,
+        "bytes_per_word": shapes.hidden_size * _FP32_BYTES if compute < _FP32_BYTES else 0,
+    }
+    num_words = tiles.num_words(num_tokens=num_tokens, vocab=shapes.vocab_size, **sizes)
+    tile = num_words * (num_tokens * sizes["bytes_per_logit"] + sizes["bytes_per_word"])
+    # A trained head's gradient is summed in fp32 and then brought into its own type.
+    return job.num_tokens * per_token + tile + 2 * shapes.outer_adapter_bytes

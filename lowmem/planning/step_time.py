@@ -1,0 +1,328 @@
+"""How fast bytes are read and copied and how fast the device computes: measured, or assumed and said so.
+
+What full tuning moves to and from disk in one optimizer step. Pure arithmetic.
+
+How long one step takes at these rates, and what it waits for. Pure arithmetic.
+
+Each pass over the weights takes as long as its slowest lane: reading the streamed blocks, copying to the device, or
+computing. A backward computes twice what a forward does (recomputation, then the gradient of each product's input;
+frozen weights get none), which for training with P active parameters and T tokens makes 6 P T operations in all; 8 P T
+where every weight is trained. Updates of state on disk move with the next forward, gradients with the backward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowmem.planning.job import Job
+from lowmem.planning.shapes import ModelShapes, Part, itemsize
+from lowmem.planning.step_memory import Choice, boundary_bytes, key_value_bytes
+from offload import Placement, PlacementPlan, probe_compute, probe_disk
+
+if TYPE_CHECKING:
+    from lowmem.planning.shapes import ModelShapes
+    from lowmem.planning.step_memory import Choice
+
+
+_MIB = 1 << 20
+
+
+_COPY_BYTES = 32 * _MIB
+
+
+_DISK_BYTES_PER_S = 1.0e9
+"""One NVMe drive of the slower kind, or a virtual disk."""
+
+
+_COPY_BYTES_PER_S = {"cpu": 8.0e9, "cuda": 10.0e9}
+"""Conversion of a block on a processor; pinned copies over PCIe 3.0 x16."""
+
+
+_FLOPS_PER_S = {"cpu": 50.0e9, "cuda": 30.0e12}
+"""Sustained in matrix products: two cores with AVX2 in fp32; a consumer GPU in bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What the predicted step time is made of."""
+
+    disk_bytes_per_s: float = _DISK_BYTES_PER_S
+    """Reading the checkpoint, past the page cache."""
+    copy_bytes_per_s: float = _COPY_BYTES_PER_S["cpu"]
+    """To the device; on a CPU, writing a block's parameters in the compute dtype."""
+    compute_flops_per_s: float = _FLOPS_PER_S["cpu"]
+    """Matrix products in the compute dtype, a multiplication and an addition counted as two."""
+    disk_num_threads: int = 8
+    """Requests in flight."""
+    disk_request_bytes: int = 4 * _MIB
+    """Size of a request."""
+    measured: tuple[str, ...] = ()
+    """Which of "disk", "copy" and "compute" were measured on this machine; the others are assumed."""
+
+    def __post_init__(self) -> None:
+        for name in ("disk_bytes_per_s", "copy_bytes_per_s", "compute_flops_per_s", "disk_num_threads"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Rates.{name} is {getattr(self, name)}; expected a positive number")
+
+
+def assumed_rates(device: str) -> Rates:
+    """Conservative rates for a kind of device, none of them measured.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return Rates(copy_bytes_per_s=_COPY_BYTES_PER_S[device], compute_flops_per_s=_FLOPS_PER_S[device])
+
+
+def measure_rates(files: Sequence[Path], *, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure all rates, in about a second: reads from the files, multiplies and copies on the device.
+
+    Args:
+        files: The checkpoint's shards.
+        device: Compute device.
+        dtype: Compute dtype.
+
+    Raises:
+        SourceError: A file is missing or empty.
+        ReadError: A file cannot be read.
+    """
+    disk = probe_disk(files)
+    return Rates(
+        disk_bytes_per_s=disk.read_bytes_per_s,
+        disk_num_threads=disk.num_threads,
+        disk_request_bytes=disk.request_bytes,
+        copy_bytes_per_s=probe_copy(device),
+        compute_flops_per_s=probe_compute(dtype, device),
+        measured=("disk", "copy", "compute"),
+    )
+
+
+def probe_copy(device: torch.device) -> float:
+    """Bytes per second of pinned copies to a GPU, or of widening bf16 to fp32 on a CPU (bytes written)."""
+    is_cuda = device.type == "cuda"
+    source = torch.zeros(_COPY_BYTES // 2, dtype=torch.bfloat16, pin_memory=is_cuda)
+    target = torch.empty(source.numel(), dtype=source.dtype if is_cuda else torch.float32, device=device)
+    best_s = float("inf")
+    # The first round touches the memory for the first time.
+    for _ in range(4):
+        start_s = time.perf_counter()
+        target.copy_(source, non_blocking=is_cuda)
+        if is_cuda:
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return target.nbytes / best_s
+
+
+UPDATE_S_PER_PARAM = 1.5e-9
+"""torch's fused AdamW on a processor: it is limited by memory, 28 bytes for each parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateTraffic:
+    """Bytes of one optimizer step, the weights that visits read left out."""
+
+    update_read_bytes: int = 0
+    """Moments and gradients, read for the update."""
+    update_written_bytes: int = 0
+    """Weights and moments, written by the update."""
+    gradient_read_bytes: int = 0
+    """Gradients of earlier micro-steps, read to be added to."""
+    gradient_written_bytes: int = 0
+    """Gradients, written by the backwards."""
+
+    @property
+    def read_bytes(self) -> int:
+        """All that is read."""
+        return self.update_read_bytes + self.gradient_read_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """All that is written."""
+        return self.update_written_bytes + self.gradient_written_bytes
+
+    @property
+    def update_bytes(self) -> int:
+        """What moves within the forward that follows the step."""
+        return self.update_read_bytes + self.update_written_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What moves within the backwards."""
+        return self.gradient_read_bytes + self.gradient_written_bytes
+
+
+def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic:
+    """What moves where state is on disk; nothing where it is in memory, or where adapters are trained.
+
+    A block's weight is read with its visits; gradients outside the blocks stay in memory.
+    """
+    if job.tuning != "full" or choice.state_tier != "disk":
+        return StateTraffic()
+    blocks = shapes.stored_bytes
+    outer = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
+    return StateTraffic(
+        update_read_bytes=3 * blocks + 2 * outer,
+        update_written_bytes=3 * (blocks + outer),
+        gradient_read_bytes=(job.num_backwards - 1) * blocks,
+        gradient_written_bytes=job.num_backwards * blocks,
+    )
+
+
+_READ_LATENCY_S = 1e-4
+"""One small random read of a solid-state drive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """The parts of a predicted step."""
+
+    step_s: float
+    """Seconds of one optimizer step, or of one generation."""
+    compute_s: float
+    """Time that the device computes."""
+    disk_s: float
+    """Time that the disk reads and writes; both are supposed to be equally fast, and add up."""
+    copy_s: float
+    """Time that the copy engine is busy."""
+    read_bytes: int
+    """Bytes read from disk."""
+    written_bytes: int
+    """Bytes written to disk."""
+
+    @property
+    def bottleneck(self) -> str:
+        """What the step waits for longest: "compute", "disk" or "copy"."""
+        lanes = {"compute": self.compute_s, "disk": self.disk_s, "copy": self.copy_s}
+        return max(lanes, key=lambda lane: lanes[lane])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Passes:
+    """Some equal passes over the weights."""
+
+    count: int
+    flops: float
+    copy_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    """Read or written besides weights."""
+
+
+def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: PlacementPlan, rates: Rates) -> StepTime:
+    """Predict one step.
+
+    Args:
+        shapes: The model.
+        job: The step; the kind of device in it decides whether blocks are copied.
+        choice: Micro-batch and tiers.
+        placement: Where the blocks are; its `num_passes` must be the job's.
+        rates: Of disk, copies and computation.
+    """
+    moved = sum(
+        size
+        for size, place in zip(placement.block_bytes, placement.placements, strict=True)
+        if place != Placement.RESIDENT
+    )
+    on_cpu = job.device == "cpu"
+    # A processor converts weights itself: that is computation. A GPU waits for copies and converts for nothing.
+    unpack_s = sum(block.workspace_bytes for block in shapes.blocks) / rates.copy_bytes_per_s if on_cpu else 0.0
+    copy_s = 0.0 if on_cpu else moved / rates.copy_bytes_per_s
+    disk_s = placement.step_read_bytes / job.num_passes / rates.disk_bytes_per_s
+    total = dict.fromkeys(("step", "compute", "disk", "copy"), 0.0)
+    for passes in _passes(shapes, job, choice):
+        compute = passes.flops / rates.compute_flops_per_s + unpack_s
+        copy = copy_s + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
+        disk = disk_s + passes.disk_bytes / rates.disk_bytes_per_s
+        for lane, seconds in (
+            ("step", max(compute, disk, copy)),
+            ("compute", compute),
+            ("disk", disk),
+            ("copy", copy),
+        ):
+            total[lane] += passes.count * seconds
+    gather_s = _gather_s(shapes, job, rates) if choice.embedding_on_disk else 0.0
+    moved_bytes = _boundary_disk_bytes(shapes, job, choice)
+    state = state_traffic(shapes, job, choice)
+    update_s = UPDATE_S_PER_PARAM * shapes.num_params if job.tuning == "full" and job.trains else 0.0
+    return StepTime(
+        step_s=total["step"] + gather_s + update_s,
+        compute_s=total["compute"] + update_s,
+        disk_s=total["disk"] + gather_s,
+        copy_s=total["copy"],
+        read_bytes=placement.step_read_bytes + moved_bytes + state.read_bytes,
+        written_bytes=moved_bytes + state.written_bytes,
+    )
+
+
+def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
+    forward = _forward_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
+    kept_bytes = boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
+    boundary = float(kept_bytes) if choice.boundary_tier != "device" else 0.0
+    on_disk = boundary if choice.boundary_tier == "disk" else 0.0
+    head = 2.0 * shapes.num_head_params * job.num_tokens
+    state = state_traffic(shapes, job, choice)
+    if job.num_backwards:
+        evaluation = (forward + head) * job.num_evaluations / job.num_forwards
+        # Only forwards that a backward follows leave boundary activations behind.
+        update = state.update_bytes / job.num_backwards
+        yield _Passes(count=job.num_backwards, flops=evaluation, copy_bytes=boundary, disk_bytes=on_disk + update)
+        yield _Passes(count=job.num_forwards - job.num_backwards, flops=evaluation)
+        backward = 2 * forward + 1.5 * _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
+        if choice.chunk_tokens is not None and not choice.keeps_keys_values:
+            backward += _key_value_flops(shapes, job)
+        backward += 2 * head
+        if job.tuning == "full":
+            # The gradient of each product's weight.
+            backward += 2.0 * shapes.num_active_params * job.num_tokens + head
+        disk = on_disk + state.gradient_bytes / job.num_backwards
+        yield _Passes(count=job.num_backwards, flops=backward, copy_bytes=boundary, disk_bytes=disk)
+    if job.num_decodes:
+        num = job.num_generated
+        first = _forward_flops(shapes, num_sequences=num, seq_len=max(1, job.num_prompt_tokens))
+        token = 2.0 * num * (shapes.num_active_params + shapes.num_adapter_params + shapes.num_head_params)
+        yield _Passes(count=1, flops=first + 2.0 * num * shapes.num_head_params)
+        yield _Passes(count=job.num_decodes - 1, flops=token)
+
+
+def _forward_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:
+    products = 2.0 * (shapes.num_active_params + shapes.num_adapter_params) * num_sequences * seq_len
+    return products + _attention_flops(shapes, num_sequences=num_sequences, seq_len=seq_len)
+
+
+def _key_value_flops(shapes: ModelShapes, job: Job) -> float:
+    """What a backward in chunks computes once more to have all keys and values first."""
+    widths = sum(
+        linear.in_features * linear.out_features
+        for block in shapes.blocks
+        for linear in block.of_part(Part.ATTENTION_IN)
+    )
+    return 2.0 * widths * job.num_tokens
+
+
+def _boundary_disk_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
+    """Bytes of boundary activations that go to disk in one optimizer step, and come back."""
+    if choice.boundary_tier != "disk":
+        return 0
+    kept_bytes = key_value_bytes(shapes, job) if choice.keeps_keys_values else 0
+    return (boundary_bytes(shapes, job) + kept_bytes) * job.num_backwards
+
+
+def _attention_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:
+    """Scores and weighted values of causal attention: half of all pairs, 2 products of 2 operations each."""
+    return sum(2.0 * num_sequences * seq_len**2 * block.query_size for block in shapes.blocks)
+
+
+def _gather_s(shapes: ModelShapes, job: Job, rates: Rates) -> float:
+    """Reading embedding rows one by one: once for each forward, and one row of each sequence for each token."""
+    row_bytes = shapes.hidden_size * itemsize(shapes.compute_dtype)
+    rows = job.num_evaluations * min(job.num_tokens, shapes.vocab_size) + job.num_decodes * job.num_generated
+    latency_s = _READ_LATENCY_S / rates.disk_num_threads
+    return rows * (latency_s + row_bytes / rates.disk_bytes_per_s)
+
+
+__all__ = ["UPDATE_S_PER_PARAM", "StateTraffic", "state_traffic"]

@@ -1,0 +1,185 @@
+"""Which keys each query sees, as a rule and the few tiles in which it matters, instead of a T x T tensor.
+
+transformers describes a mask as a function of (batch, head, query, key) indices before it evaluates it over all of
+them. A `CausalMask` keeps that function and evaluates it for one tile at a time. It travels through the model in place
+of the mask tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+# Queries of a tile where the rule has to be evaluated: few enough that a tile is skipped or whole more often than not.
+_QUERY_TOKENS = 512
+
+
+# Bytes of the dense masks that one rule keeps for the blocks after.
+_DENSE_BYTES = 16 * 1024**2
+
+
+class PartKind(Enum):
+    """How the queries of a tile see the keys of a part."""
+
+    FULL = "every query sees every key"
+    CAUSAL = "the keys are the queries' own tokens, and each query sees those up to itself"
+    MASKED = "as the rule says"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A range of keys."""
+
+    start: int
+    end: int
+    kind: PartKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryTile:
+    """A range of queries and all the keys that any of them sees."""
+
+    start: int
+    end: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(eq=False, kw_only=True)
+class MaskRule:
+    """The rule of one mask of one forward pass: shared by all blocks and micro-batches."""
+
+    allowed: MaskFunction
+    """transformers' function of index tensors, without padding."""
+
+    padding: Tensor | None
+    """bool, (batch, tokens): which keys are tokens; None if all are."""
+
+    window: int | None
+    """A query sees no key that is this many tokens or more before it; None if it may."""
+
+    num_tokens: int
+    plain: bool
+    """Whether this is nothing but a causal mask."""
+
+    device: torch.device
+    tiles: dict[tuple[tuple[int, ...], int, int], tuple[QueryTile, ...]] = field(default_factory=dict)
+    dense: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+
+class CausalMask:
+    """A rule for some sequences of a batch.
+
+    The mask of a query must not see later keys, and what it sees must be monotone: a key that a query sees is seen by
+    all queries between the two. Causal masks, windows, chunks, packed documents and padding are.
+
+    Args:
+        rule: The rule for the whole batch.
+        rows: (sequences, 1), on the CPU: which sequences of the batch these are.
+    """
+
+    def __init__(self, rule: MaskRule, rows: Tensor) -> None:
+        self.rule = rule
+        self.rows = rows
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of each sequence."""
+        return self.rule.num_tokens
+
+    def evaluate(self, queries: range, keys: range) -> Tensor:
+        """The mask of a tile: bool, (sequences, 1, queries, keys), True where a query sees a key."""
+        device = self.rule.device
+        batch = self.rows.to(device).view(-1, 1, 1, 1)
+        query = torch.arange(queries.start, queries.stop, device=device).view(1, 1, -1, 1)
+        key = torch.arange(keys.start, keys.stop, device=device).view(1, 1, 1, -1)
+        seen = self.rule.allowed(batch, torch.zeros_like(batch[:1]), query, key)
+        if self.rule.padding is not None:
+            seen = seen & self.rule.padding[batch, key]
+        return seen.expand(self.rows.shape[0], 1, len(queries), len(keys))
+
+    def dense(self) -> Tensor:
+        """The whole mask, (sequences, 1, T, T); for short sequences only. Shared by the blocks of a pass."""
+        key, kept = self._rows_key(), self.rule.dense
+        if key not in kept:
+            tokens = range(self.num_tokens)
+            dense = self.evaluate(tokens, tokens).contiguous()
+            if dense.nbytes + sum(mask.nbytes for mask in kept.values()) > _DENSE_BYTES:
+                return dense
+            kept[key] = dense
+        return kept[key]
+
+    def tiles(self, start: int, end: int) -> tuple[QueryTile, ...]:
+        """The queries [start, end) in tiles with the keys they see. Found once for all blocks of a pass."""
+        key = (self._rows_key(), start, end)
+        found = self.rule.tiles.get(key)
+        if found is None:
+            step = end - start if self.rule.plain else _QUERY_TOKENS
+            found = tuple(self._tile(first, min(first + step, end)) for first in range(start, end, step))
+            self.rule.tiles[key] = found
+        return found
+
+    def _rows_key(self) -> tuple[int, ...]:
+        return tuple(self.rows.flatten().tolist())
+
+    def _tile(self, start: int, end: int) -> QueryTile:
+        if self.rule.plain:
+            prefix = (Part(start=0, end=start, kind=PartKind.FULL),) if start else ()
+            return QueryTile(start=start, end=end, parts=(*prefix, Part(start=start, end=end, kind=PartKind.CAUSAL)))
+        lowest = 0 if self.rule.window is None else max(0, start - self.rule.window + 1)
+        # Monotone: no query of the tile sees a key before the first that its first query sees, ...
+        first_row = self.evaluate(range(start, start + 1), range(lowest, start)).any(0).flatten()
+        first = lowest + int(first_row.int().argmax()) if bool(first_row.any()) else start
+        # ... and all of them see a key if the last one does.
+        last_row = self.evaluate(range(end - 1, end), range(first, end)).all(0).flatten()
+        hidden = (~last_row[: start - first]).nonzero()
+        full = first + (int(hidden[-1]) + 1 if hidden.numel() else 0)
+        parts = [Part(start=first, end=full, kind=PartKind.MASKED)] if full > first else []
+        if start > full:
+            parts.append(Part(start=full, end=start, kind=PartKind.FULL))
+        causal = bool(last_row[start - first :].all())
+        parts.append(Part(start=start, end=end, kind=PartKind.CAUSAL if causal else PartKind.MASKED))
+        return QueryTile(start=start, end=end, parts=tuple(parts))
+
+
+def split_part(part: Part, *, at: int, num_keys: int) -> Iterator[Part]:
+    """A part in pieces of at most `num_keys` keys, none of which has keys on both sides of `at`.
+
+    A causal part stays whole: its keys are its queries.
+    """
+    if part.kind is PartKind.CAUSAL:
+        yield part
+        return
+    start = part.start
+    while start < part.end:
+        end = min(start + num_keys, part.end)
+        if start < at < end:
+            end = at
+        yield Part(start=start, end=end, kind=part.kind)
+        start = end
+
+
+def is_causal(mask: CausalMask) -> bool:
+    """Whether no query sees the key after it: false for bidirectional masks and for bidirectional blocks in others."""
+    if mask.num_tokens < 2:
+        return True
+    device = mask.rule.device
+    query = torch.arange(mask.num_tokens - 1, device=device).view(1, 1, -1, 1)
+    batch = mask.rows.to(device).view(-1, 1, 1, 1)
+    return not bool(mask.rule.allowed(batch, torch.zeros_like(batch[:1]), query, query + 1).any())
+
+
+# A block's arguments are cut along the batch leaf by leaf: the rows are the leaf of a mask.
+register_pytree_node(
+    CausalMask,
+    lambda mask: ([mask.rows], mask.rule),
+    lambda rows, rule: CausalMask(rule, next(iter(rows))),
+    serialized_type_name="lowmem.CausalMask",
+)

@@ -1,0 +1,131 @@
+"""The random generators' state, so that a recomputation draws the numbers that the forward drew.
+
+Gradients of a recomputed block: all at once, or each weight's handed on as soon as autograd has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """State of the CPU generator and of the compute device's."""
+
+    cpu: Tensor
+    """As torch.get_rng_state answers."""
+    cuda: Tensor | None
+    """As torch.cuda.get_rng_state answers; None on a CPU."""
+
+
+def capture(device: torch.device) -> RandomState:
+    """Note the generators' state now."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RandomState(cpu=torch.get_rng_state(), cuda=cuda)
+
+
+def restore(state: RandomState, device: torch.device) -> None:
+    """Put the generators back to where they were."""
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, device)
+
+
+def same_state(one: RandomState, other: RandomState) -> bool:
+    """Whether nothing was drawn between the two."""
+    pairs = ((one.cpu, other.cpu), (one.cuda, other.cuda))
+    return all(left is None or right is None or torch.equal(left, right) for left, right in pairs)
+
+
+class RandomTape:
+    """Notes states for later; as long as nothing is drawn, all notes are one.
+
+    Notes live until the backward. Each is small, and on a CPU lies in the heap between a block's temporaries: hundreds
+    of them would keep that memory from being used again in large pieces.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin with no note.
+
+        Args:
+            device: Compute device.
+        """
+        self.device = device
+        self._last: RandomState | None = None
+
+    def note(self) -> RandomState:
+        """The generators' state now."""
+        state = capture(self.device)
+        if self._last is None or not same_state(self._last, state):
+            self._last = state
+        return self._last
+
+
+@contextmanager
+def restored(state: RandomState, device: torch.device) -> Iterator[None]:
+    """Draw from `state` inside the block; afterwards the generators are where they were before it."""
+    outer = capture(device)
+    restore(state, device)
+    try:
+        yield
+    finally:
+        restore(outer, device)
+
+
+TakeGradient = Callable[[int, Tensor], None]
+"""Called with a parameter's number and a gradient of it, once for each part that a block is differentiated in."""
+
+
+def differentiate(
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    take: TakeGradient | None = None,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Differentiate with respect to leaves; None for one that the outputs do not depend on.
+
+    Args:
+        outputs: What was computed.
+        grads: Their gradients.
+        inputs: Leaves whose gradients are answered.
+        params: Parameters whose gradients are answered, unless `take` gets them.
+        take: Gets a parameter's gradient while autograd goes on: only one of a block's weights has a gradient at a
+            time. The parameters must be nobody else's, and have no gradients of their own.
+
+    Returns:
+        Gradients of the inputs and of the parameters.
+    """
+    if take is None:
+        # autograd.grad, not backward: a parameter's hooks must fire once per step, after the sum over all parts.
+        found = torch.autograd.grad(outputs, [*inputs, *params], grads, allow_unused=True)
+        return list(found[: len(inputs)]), list(found[len(inputs) :])
+    hooks = [
+        param.register_post_accumulate_grad_hook(partial(_hand_on, take, number))  # type: ignore[no-untyped-call]
+        for number, param in enumerate(params)
+    ]
+    try:
+        torch.autograd.backward(outputs, grads, inputs=[*inputs, *params])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = [value.grad for value in inputs]
+    for value in inputs:
+        value.grad = None
+    return gradients, [None] * len(params)
+
+
+def _hand_on(take: TakeGradient, number: int, param: Tensor) -> None:
+    grad, param.grad = param.grad, None
+    assert grad is not None
+    take(number, grad)
+
+
+__all__ = ["RandomState", "RandomTape", "TakeGradient", "capture", "differentiate", "restore", "restored", "same_state"]

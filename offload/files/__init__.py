@@ -1,0 +1,1 @@
+"""Files: opening, reading, writing, with and without O_DIRECT; safetensors; scratch space."""

@@ -1,0 +1,456 @@
+"""A store of mutable state on disk: versions of named objects, of which a kill at any instant leaves a whole step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import quote
+
+from torch import Tensor
+
+from offload.blocks import BlockLayout, BlockSpec, ObjectLayout, lay_out
+from offload.errors import Closed, OffloadError, SourceError
+from offload.files.file import write_failure
+from offload.store.manifest import (
+    MANIFEST,
+    OBJECTS,
+    FolderLock,
+    Manifest,
+    StoredObject,
+    put_manifest,
+    read_manifest,
+    sync_folder,
+)
+from offload.store.store_files import ObjectFile, ObjectFiles, ObjectIo, StoreIo, copy_state
+from offload.transfer import Transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    """One version of an object, written in this step or committed."""
+
+    layout: ObjectLayout
+    file: ObjectFile | None
+    """None where no file could be had; `write` says why."""
+    write: Transfer | None = None
+    """How the step wrote it; None once it is committed."""
+
+
+class Store:
+    """A folder with named objects, each a set of tensors in a file of its own, in versions.
+
+    Objects are written within a step; `commit` makes the step's versions the state, all at once, and those that it
+    replaces free for the next step. Until then, and after a kill at any instant, a disk that is full or one that fails,
+    the state is that of the last commit. An object that a step does not write keeps its version. Reads give the newest
+    version, in the middle of a step too.
+
+    One run at a time has a folder. What steps write takes twice its size on disk. Methods may be called from several
+    threads; transfers run in threads of the store's own. Made by `create` and `open`.
+    """
+
+    def __init__(self, folder: Path, lock: FolderLock, manifest: Manifest, io: StoreIo) -> None:
+        """Take over a locked folder; `create` and `open` do that."""
+        self._folder, self._folder_lock, self._manifest = folder, lock, manifest
+        self._lock = threading.RLock()
+        self._files = ObjectFiles(folder, direct=io.direct, pwrite=io.pwrite, pread=io.pread)
+        self._committed = {
+            name: _Version(layout=stored.layout, file=self._files.named(stored.file))
+            for name, stored in manifest.objects.items()
+        }
+        # What the files in specs stand for.
+        self._specs: dict[Path, tuple[str, ObjectLayout]] = {}
+        self._step: dict[str, _Version | None] | None = None
+        self._broken: OffloadError | None = None
+        self._io = ObjectIo(self._files, io)
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a folder has a committed state."""
+        return (folder / MANIFEST).is_file()
+
+    @staticmethod
+    def specs_in(folder: Path) -> dict[str, BlockSpec]:
+        """Objects of a committed state where they lie, for `FileReader`: of a checkpoint, which nothing changes.
+
+        Raises:
+            SourceError: There is none, or it is damaged.
+        """
+        objects = read_manifest(folder).objects
+        return {name: stored.layout.spec(name, folder / OBJECTS / stored.file) for name, stored in objects.items()}
+
+    @staticmethod
+    def restore(source: Path, target: Path) -> None:
+        """Make `target` a store with the state of `source`, by hard links where that is possible; then `open` it.
+
+        `source` keeps its state. Interrupted at any instant, `target` has its old state or the new one.
+
+        Raises:
+            SourceError: `source` has no state, or is damaged.
+            FolderInUse: A run works in `target`.
+            TierFull: There is no room; `target` is as before.
+            WriteError: Something cannot be written; likewise.
+        """
+        copy_state(read_manifest(source), source, target)
+
+    @classmethod
+    def create(cls, folder: Path, *, fingerprint: str, io: StoreIo | None = None) -> Self:
+        """Begin in a folder that has no state yet, made if it is not there. Other files in it are left alone.
+
+        Args:
+            folder: The folder.
+            fingerprint: What the state will belong to: of a model, its data, its options.
+            io: How to read and write.
+
+        Raises:
+            FolderInUse: Another run works there.
+            SourceError: There is a state already.
+            WriteError: The folder cannot be made or written.
+        """
+        try:
+            (folder / OBJECTS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_failure(folder, error, offset_bytes=0, nbytes=0) from error
+        sync_folder(folder.parent)
+        with ExitStack() as undo:
+            lock = FolderLock(folder)
+            undo.callback(lock.release)
+            if cls.exists(folder):
+                problem = "there is a committed state already"
+                remedy = "open it to go on with it, or give another folder"
+                raise SourceError(folder / MANIFEST, field="file", problem=problem, remedy=remedy)
+            manifest = Manifest(fingerprint=fingerprint, step=0, extra={}, objects={})
+            store = cls(folder, lock, manifest, io or StoreIo())
+            undo.pop_all()
+            return store
+
+    @classmethod
+    def open(cls, folder: Path, *, fingerprint: str | None = None, io: StoreIo | None = None) -> Self:
+        """Go on with the state that was committed last.
+
+        Args:
+            folder: The folder.
+            fingerprint: What the state has to belong to; None takes any.
+            io: How to read and write.
+
+        Raises:
+            FolderInUse: Another run works there.
+            SourceError: There is no state, it belongs to something else, or it is damaged; names file and field.
+        """
+        if not cls.exists(folder):
+            read_manifest(folder)
+        with ExitStack() as undo:
+            lock = FolderLock(folder)
+            undo.callback(lock.release)
+            manifest = read_manifest(folder)
+            if fingerprint not in (None, manifest.fingerprint):
+                problem = f"expected {fingerprint}, got {manifest.fingerprint}: the state of another run"
+                remedy = "give this run another folder, or start it with the options of the other one"
+                raise SourceError(folder / MANIFEST, field="fingerprint", problem=problem, remedy=remedy)
+            store = cls(folder, lock, manifest, io or StoreIo())
+            undo.pop_all()
+            return store
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self._folder
+
+    @property
+    def step(self) -> int:
+        """Number that the last commit gave; 0 before the first."""
+        return self._manifest.step
+
+    @property
+    def extra(self) -> Mapping[str, object]:
+        """What else the last commit said."""
+        return self._manifest.extra
+
+    @property
+    def fingerprint(self) -> str:
+        """What the state belongs to."""
+        return self._manifest.fingerprint
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written by this object so far."""
+        return self._io.written_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read by this object so far."""
+        return self._io.read_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk space that all versions take now, those included that wait to be written again."""
+        with self._lock:
+            versions = (*self._committed.values(), *(self._step or {}).values())
+            return self._files.disk_bytes([version.file for version in versions if version and version.file])
+
+    def names(self) -> tuple[str, ...]:
+        """Objects that there are now, those of the step that is under way included."""
+        with self._lock:
+            newest = self._committed | (self._step or {})
+            return tuple(name for name, version in newest.items() if version is not None)
+
+    def layout(self, name: str) -> ObjectLayout:
+        """How an object's newest version is laid out, in its file and in a buffer for `load`.
+
+        Raises:
+            KeyError: There is no such object.
+        """
+        with self._lock:
+            return self._newest(name).layout
+
+    def spec(self, name: str) -> BlockSpec:
+        """An object as a block to be read with this store's `read`, also in part.
+
+        Its `file` stands for the newest version whenever it is read; nothing on the disk has that name. The spec stays
+        good as long as the object is written with the same layout.
+
+        Raises:
+            KeyError: There is no such object.
+        """
+        layout = self.layout(name)
+        digest = sha256(repr(layout.tensors).encode()).hexdigest()[:12]
+        file = self._folder / "newest" / f"{quote(name, safe=' ')} {digest}"
+        with self._lock:
+            self._specs[file] = name, layout
+        return layout.spec(name, file)
+
+    def begin_step(self) -> None:
+        """Begin a step: only within one is anything written.
+
+        Raises:
+            RuntimeError: One is under way.
+        """
+        with self._lock:
+            self._check_usable()
+            if self._step is not None:
+                raise RuntimeError("a step is under way; commit or abort it first")
+            self._step = {}
+
+    def write(self, name: str, layout: ObjectLayout, data: Tensor) -> Transfer:
+        """Start writing a new version of an object, or its first.
+
+        Returns at once. Leave `data` alone until `wait()` returns or raises; the caller keeps ownership of it. When the
+        transfer has ended, the bytes are on the disk. A second write of an object in a step replaces the first.
+
+        Args:
+            name: Name of the object, any text.
+            layout: Its tensors.
+            data: Tensor of shape (layout.nbytes,), uint8, in host memory; page-aligned, or the write is not direct.
+
+        Returns:
+            The write. `wait()` raises `TierFull` where the disk is full and `WriteError` where it fails; so does
+            `commit` then, until the object has been written successfully or the step is aborted.
+
+        Raises:
+            RuntimeError: No step is under way.
+            ValueError: `data` has the wrong type, place or size.
+            Closed: The store was closed.
+        """
+        if data.numel() != layout.nbytes:
+            raise ValueError(f"{name}: expected {layout.nbytes} bytes, got {data.numel()}")
+        with self._lock:
+            step = self._in_step()
+            self._retire(step.pop(name, None))
+            try:
+                file, opened = self._files.claim(layout.nbytes)
+            except OffloadError as error:
+                transfer = Transfer(name, nbytes=0, num_pieces=0, memory=data)
+                transfer.finish_piece(error, num_pieces=0)
+                step[name] = _Version(layout=layout, file=None, write=transfer)
+                return transfer
+            try:
+                transfer = self._io.write(name, file, opened, data)
+            except BaseException:
+                self._files.free(file)
+                raise
+            step[name] = _Version(layout=layout, file=file, write=transfer)
+            return transfer
+
+    def remove(self, name: str) -> None:
+        """Have no such object any more once the step is committed.
+
+        Raises:
+            RuntimeError: No step is under way.
+            KeyError: There is no such object.
+        """
+        with self._lock:
+            step = self._in_step()
+            self._newest(name)
+            self._retire(step.pop(name, None))
+            if name in self._committed:
+                step[name] = None
+
+    def load(self, name: str, into: Tensor) -> Transfer:
+        """Start reading all of an object's newest version, laid out as `layout(name)` says; else as `read`."""
+        return self.read(lay_out(self.spec(name)), into)
+
+    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
+        """Start reading objects into a staging buffer, as `FileReader.read` reads blocks: the newest versions.
+
+        Returns at once, unless one of them is being written: the call waits for that. Leave `into` alone until `wait()`
+        returns or raises.
+
+        Args:
+            layout: Of one or several specs of this store (`spec`), or of parts of them.
+            into: Contiguous uint8 tensor of shape (n,), n >= `layout.buffer_bytes`, in host memory; page-aligned, else
+                the reads are not direct.
+
+        Returns:
+            The read; `wait()` raises `ReadError` where the disk fails.
+
+        Raises:
+            KeyError: An object was removed.
+            ValueError: `into` is wrong, or an object was written with another layout since.
+            OffloadError: A version could not be written.
+            Closed: The store was closed.
+        """
+        if into.numel() < layout.buffer_bytes:
+            raise ValueError(f"{layout.name}: expected a buffer of {layout.buffer_bytes} bytes, got {into.numel()}")
+        while True:
+            with self._lock:
+                versions = {extent.file: self._meant_by(extent.file) for extent in layout.extents}
+                writes = [version.write for version in versions.values() if version.write is not None]
+                files = {path: version.file for path, version in versions.items() if version.file is not None}
+                if all(write.done() and not write.failed for write in writes):
+                    return self._io.read(layout, into, files)
+            for write in writes:
+                write.wait()
+
+    def commit(self, *, step: int, extra: Mapping[str, object]) -> None:
+        """Make what this step wrote the state, for good: it survives a kill and a power failure once this returns.
+
+        Waits for its writes. If it fails, the state is as before and the step is still under way: write what failed
+        again and commit, or abort.
+
+        Args:
+            step: Number to remember.
+            extra: What else belongs to the state; anything that JSON can say.
+
+        Raises:
+            RuntimeError: No step is under way.
+            TierFull: The disk was too small.
+            WriteError: The disk failed.
+            TypeError: `extra` is not JSON.
+            ValueError: `step` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"step must be 0 or more, got {step}")
+        with self._lock:
+            written = dict(self._in_step())
+        # Without the lock: others may read meanwhile.
+        for version in written.values():
+            if version is not None and version.write is not None:
+                version.write.wait()
+        with self._lock:
+            if self._step != written:
+                raise RuntimeError("the step was changed by another thread while it was committed")
+            # A version without a file has failed above.
+            versions = {
+                name: _Version(layout=version.layout, file=version.file)
+                for name, version in (self._committed | written).items()
+                if version is not None
+            }
+            objects = {
+                name: StoredObject(file=version.file.path.name, layout=version.layout)
+                for name, version in versions.items()
+                if version.file is not None
+            }
+            manifest = Manifest(fingerprint=self.fingerprint, step=step, extra=dict(extra), objects=objects)
+            # Data first, then the names of its files, then the manifest that refers to them.
+            self._files.sync_names()
+            put_manifest(self._folder, manifest)
+            try:
+                sync_folder(self._folder)
+            except OffloadError as error:
+                # Which of the two is in force after a power failure, nobody knows: neither may be written over.
+                self._broken = error
+                raise
+            replaced = [self._committed.get(name) for name in written]
+            self._manifest, self._committed, self._step = manifest, versions, None
+            for version in replaced:
+                self._retire(version)
+
+    def abort_step(self) -> None:
+        """Forget what this step wrote; waits for its writes to end. Nothing happens if no step is under way."""
+        with self._lock:
+            for version in (self._step or {}).values():
+                if version is not None and version.write is not None:
+                    version.write.outcome()
+                self._retire(version)
+            self._step = None
+
+    def save_to(self, folder: Path) -> None:
+        """Make a folder a store of its own with the last committed state: a checkpoint, for `restore` or `open`.
+
+        By hard links where the file system has them: at once, and this store writes new files from then on. Else copied
+        in bounded memory. What was committed in `folder` before goes when this is there.
+
+        Raises:
+            ValueError: `folder` is this store's own, or nothing was committed yet.
+            FolderInUse: A run works in `folder`.
+            TierFull: There is no room; `folder` is as before.
+            WriteError: Something cannot be written; likewise.
+        """
+        with self._lock:
+            self._check_usable()
+            if folder.resolve() == self._folder.resolve():
+                raise ValueError(f"{folder} is the store itself; give another folder")
+            if not self.exists(self._folder):
+                raise ValueError(f"{self._folder}: nothing was committed yet; commit a step first")
+            copy_state(self._manifest, self._folder, folder)
+
+    def close(self) -> None:
+        """Stop the transfers, let other runs have the folder. A step that is under way is lost. Twice is fine."""
+        self._io.close()
+        self._folder_lock.release()
+
+    def _retire(self, version: _Version | None) -> None:
+        if version is not None and version.file is not None:
+            self._files.free(version.file)
+
+    def _newest(self, name: str) -> _Version:
+        version = (self._step or {}).get(name, self._committed.get(name))
+        if version is None:
+            raise KeyError(f"{self._folder} has no object {name!r}")
+        return version
+
+    def _meant_by(self, file: Path) -> _Version:
+        self._check_usable()
+        if file not in self._specs:
+            raise ValueError(f"{file} is not of this store; use the specs of Store.spec")
+        name, layout = self._specs[file]
+        version = self._newest(name)
+        if version.layout != layout:
+            raise ValueError(f"{name} was written with another layout since its spec was made; ask for the spec again")
+        return version
+
+    def _in_step(self) -> dict[str, _Version | None]:
+        self._check_usable()
+        if self._step is None:
+            raise RuntimeError("no step is under way; call begin_step first")
+        return self._step
+
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise Closed(f"{self._folder}: the last commit may have failed ({self._broken}); open the store again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+__all__ = ["Store"]

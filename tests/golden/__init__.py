@@ -1,0 +1,1 @@
+"""Recorded plans and the recorded public face: what a change must not change unnoticed."""
