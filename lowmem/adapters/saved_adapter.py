@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lowmem.adapters.updates import LowRank, Replacement, RowReplacement, Update
 from lowmem.errors import UnsupportedError
+from lowmem.internals.torch import parameter_table
 from lowmem.models.absent import AbsentParameter
 
 if TYPE_CHECKING:
@@ -69,17 +70,17 @@ class WholeLayer:
             read: Reads a whole parameter by its name in the model, in the dtype to compute in.
         """
         base = self.layer.get_base_layer()
-        absent = {name: param for name, param in base._parameters.items() if param is not None}
+        absent = {name: param for name, param in parameter_table(base).items() if param is not None}
         try:
             for name in absent:
-                base._parameters[name] = nn.Parameter(read(f"{self.prefix}.{name}"), requires_grad=False)
+                parameter_table(base)[name] = nn.Parameter(read(f"{self.prefix}.{name}"), requires_grad=False)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"peft(\.|$)")
                 self.layer.merge(adapter_names=[_ADAPTER])
-            merged: Tensor = base._parameters[attribute].detach()
+            merged: Tensor = parameter_table(base)[attribute].detach()
             return merged
         finally:
-            base._parameters.update(absent)
+            parameter_table(base).update(absent)
             self.layer.merged_adapters.clear()
 
 
@@ -170,7 +171,7 @@ def _place(model: PreTrainedModel) -> None:
                 key=name,
                 load=partial(torch.full((), torch.nan).expand, param.shape),
             )
-        model.get_submodule(path)._parameters[attribute] = placed[id(param)]
+        parameter_table(model.get_submodule(path))[attribute] = placed[id(param)]
 
 
 def _load(wrapped: PeftModel, folder: Path) -> None:

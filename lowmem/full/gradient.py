@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lowmem.errors import UnsupportedError
+from lowmem.internals.torch import tree_map_only
 
 _FREE_PROPERTIES = frozenset(
     """

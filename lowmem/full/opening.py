@@ -26,6 +26,7 @@ from lowmem.full.flat import UnitLayout, lay_out_unit
 from lowmem.full.optimizer_engine import OptimizerEngine
 from lowmem.full.saving import StoredNames, install_saving
 from lowmem.full.tier import MemoryTier, StateTier
+from lowmem.internals.torch import parameter_table
 from lowmem.models.embedding import read_now
 from lowmem.optim.optimizer import give_to_engine
 from offload import BlockSpec, Counters, FileReader, StagingBuffer, Trace, lay_out, view_tensor
@@ -292,7 +293,7 @@ def _disk_tier(
 
 
 def _param(module: torch.nn.Module, attribute: str) -> torch.nn.Parameter:
-    param = module._parameters[attribute]
+    param: torch.nn.Parameter | None = parameter_table(module)[attribute]
     assert param is not None, attribute
     return param
 

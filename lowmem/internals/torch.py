@@ -1,15 +1,21 @@
-"""Whether a tensor that autograd handed to us may be written over."""
+"""Private names of torch: trees of values, a module's tables of tensors, reference counts, what the processor can."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
-
+# One place to change where torch makes the module public.
+from torch.utils._pytree import (
+    TreeSpec,
+    register_pytree_node,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 # The tensor itself, and the storage object that asking for the count makes.
 _OWN_REFERENCES = 2
@@ -17,6 +23,16 @@ _OWN_REFERENCES = 2
 
 # Mappings of our own are whole pages.
 _PAGE_BYTES = 4096
+
+
+def parameter_table(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters by attribute, to be written: assigning through it passes `Module.__setattr__` by."""
+    return module._parameters
+
+
+def buffer_table(module: nn.Module) -> dict[str, Any]:
+    """A module's own buffers by attribute, to be written."""
+    return module._buffers
 
 
 def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
@@ -43,4 +59,15 @@ def has_fast_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-__all__ = ["has_fast_bf16", "is_sole_owner"]
+__all__ = [
+    "TreeSpec",
+    "buffer_table",
+    "has_fast_bf16",
+    "is_sole_owner",
+    "parameter_table",
+    "register_pytree_node",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_unflatten",
+]

@@ -7,9 +7,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from lowmem.errors import UnsupportedError
+from lowmem.internals.torch import tree_map_only
 
 # Facts of a tensor that need no values. Everything that is not listed here reads the weight.
 _FREE_PROPERTIES = frozenset(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
+from lowmem.internals.torch import buffer_table, parameter_table
 from lowmem.models.absent import AbsentParameter, refuse_copy
 from lowmem.models.blocks import DecoderBlock, find_blocks
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
@@ -264,7 +265,7 @@ def _place_absent(
     placed: set[str] = set()
 
     def place(module: torch.nn.Module, attribute: str, key: str, shape: torch.Size, dtype: torch.dtype) -> None:
-        module._parameters[attribute] = AbsentParameter.of(
+        parameter_table(module)[attribute] = AbsentParameter.of(
             shape,
             dtype=dtype,
             device=device,
@@ -293,17 +294,17 @@ def _load_now(
             continue
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        old = module._parameters.get(attribute)
+        old = parameter_table(module).get(attribute)
         is_param = old is not None
-        dtype = (old if old is not None else module._buffers[attribute]).dtype
+        dtype = (old if old is not None else buffer_table(module)[attribute]).dtype
         # A view would keep the whole staging memory alive.
         real = value.to(device=device, dtype=dtype, copy=True).contiguous()
         if is_param:
-            module._parameters[attribute] = torch.nn.Parameter(real, requires_grad=False)
-            module._parameters[attribute]._is_hf_initialized = True
+            parameter_table(module)[attribute] = torch.nn.Parameter(real, requires_grad=False)
+            parameter_table(module)[attribute]._is_hf_initialized = True
         else:
             real._is_hf_initialized = True  # type: ignore[attr-defined]
-            module._buffers[attribute] = real
+            buffer_table(module)[attribute] = real
 
 
 def _finish_as_transformers_does(built: Skeleton, device: torch.device, in_blocks: set[str]) -> None:

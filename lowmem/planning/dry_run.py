@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lowmem.internals.torch import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from lowmem.models.build import Skeleton

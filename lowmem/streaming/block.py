@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from lowmem import host_memory
 from lowmem.host_memory import products_for
-from lowmem.internals.torch import is_sole_owner
+from lowmem.internals.torch import TreeSpec, is_sole_owner, tree_flatten, tree_leaves, tree_unflatten
 from lowmem.internals.transformers import RouterLogits
 from lowmem.models.blocks import refuse_router_logits_in_chunks
 from lowmem.streaming.boundary import Boundary, BoundaryTier, DeviceTier, NoTier

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lowmem.errors import UnsupportedError
+from lowmem.internals.torch import TreeSpec, tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
     from lowmem.planning.plan import Plan

@@ -18,9 +18,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lowmem.internals.peft import flags_set, weight_marks
+from lowmem.internals.torch import TreeSpec, tree_flatten, tree_unflatten
 from lowmem.internals.transformers import collected_keys, collecting
 from lowmem.streaming.block import BlockFunction
 from lowmem.streaming.recompute import RandomState, capture, restore, same_state

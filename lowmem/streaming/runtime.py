@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem import host_memory
 from lowmem.errors import UnsupportedError
+from lowmem.internals.torch import parameter_table
 from lowmem.models.build import StreamedBlock
 from lowmem.planning.step_memory import num_boundary_buffers
 from lowmem.streaming.block import BlockFunction, VisitedCall
@@ -305,7 +306,7 @@ class Runtime:
 
     def trained_weights(self, index: int) -> dict[str, Tensor]:
         """The weights of the block being visited that are trained themselves, by model name."""
-        params = {slot.key: slot.module._parameters[slot.attribute] for slot in self._blocks[index].slots}
+        params = {slot.key: parameter_table(slot.module)[slot.attribute] for slot in self._blocks[index].slots}
         return {key: param for key, param in params.items() if param is not None and param.requires_grad}
 
     @contextmanager
@@ -313,7 +314,7 @@ class Runtime:
         if self._bound is not None:
             raise RuntimeError(f"block {index} was called inside block {self._bound}: blocks do not nest")
         slots = self._blocks[index].slots
-        absent = [slot.module._parameters[slot.attribute] for slot in slots]
+        absent = [parameter_table(slot.module)[slot.attribute] for slot in slots]
         self._bound = index
         try:
             for slot, param in zip(slots, absent, strict=True):
@@ -321,11 +322,11 @@ class Runtime:
                 # (torch's parametrizations do `set_`) would then look like a change of all.
                 value = values[slot.key].data
                 trains = param is not None and param.requires_grad
-                slot.module._parameters[slot.attribute] = torch.nn.Parameter(value, requires_grad=trains)
+                parameter_table(slot.module)[slot.attribute] = torch.nn.Parameter(value, requires_grad=trains)
             yield
         finally:
             for slot, param in zip(slots, absent, strict=True):
-                slot.module._parameters[slot.attribute] = param
+                parameter_table(slot.module)[slot.attribute] = param
             self._bound = None
 
     def _tell(self, index: int, phase: Phase, num_tokens: int, *, started: bool) -> None:

@@ -11,9 +11,9 @@ from types import CellType, FunctionType
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowmem.internals.peft import BlockFlags, read_flags
+from lowmem.internals.torch import tree_flatten, tree_unflatten
 from lowmem.streaming.chunking.mask import CausalMask
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lowmem import host_memory
+from lowmem.internals.torch import TreeSpec, tree_flatten, tree_unflatten
 from lowmem.streaming.chunking.attention import ChunkMask
 from lowmem.streaming.chunking.carrier import KeysTaken, KVCarrier, Workspace
 from lowmem.streaming.chunking.mask import CausalMask

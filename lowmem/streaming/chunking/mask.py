@@ -13,7 +13,8 @@ from enum import Enum
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node
+
+from lowmem.internals.torch import register_pytree_node
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
