@@ -24,6 +24,8 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from lowmem.internals.peft import embed, embed_scale
+
 # Converted weight held at a time where the weight is not stored in the type that the norm is computed in.
 _TILE_BYTES = 16 << 20
 
@@ -206,10 +208,10 @@ class FactoredDoraEmbedding(DoraEmbeddingVariant):
         )
         norms_D = norms_D.to(torch.promote_types(weight_DV.dtype, lora_A_RV.dtype))
         scale_D = module.lora_magnitude_vector[active_adapter].weight / norms_D
-        update: Tensor = scale_D * (module._embed(x, lora_A_RV.T) @ lora_B_DR.T) * scaling
-        embed_scale = module._get_embed_scale()
-        if embed_scale is not None:
-            update = update * embed_scale.to(update.dtype)
+        update: Tensor = scale_D * (embed(module, x, lora_A_RV.T) @ lora_B_DR.T) * scaling
+        times = embed_scale(module)
+        if times is not None:
+            update = update * times.to(update.dtype)
         scaled: Tensor = scale_D * result
         return scaled + update
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem.generation.cache import GrowingLayer, StreamedCache
@@ -18,16 +18,19 @@ from lowmem.streaming.chunking.carrier import KVCarrier
 from lowmem.streaming.chunking.chunks import CallArguments, NotChunkable, RunBlock
 from lowmem.streaming.visits import ActiveRows
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 _FUNCTIONAL = ("attention_dropout", "attn_dropout", "hidden_dropout", "activation_dropout", "layerdrop")
 
 
-def draws_numbers(model: torch.nn.Module) -> bool:
+def draws_numbers(model: nn.Module) -> bool:
     """Whether any dropout is on: a module's, or a rate that a module applies by function."""
     return any(module.training and _rate(module) > 0 for module in model.modules())
 
 
-def _rate(module: torch.nn.Module) -> float:
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+def _rate(module: nn.Module) -> float:
+    if isinstance(module, _DROPOUTS):
         return module.p
     rates = (getattr(module, name, 0.0) for name in _FUNCTIONAL)
     return max((rate for rate in rates if isinstance(rate, float)), default=0.0)

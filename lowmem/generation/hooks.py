@@ -1,27 +1,24 @@
-"""The two places where transformers' `generate` is told that a model is streamed.
+"""What a streamed model adds to transformers' `generate`: a cache that drops rows, its bytes counted, and progress.
 
-`generate` itself stays as it is: its sampling, its processors, its criteria. Two of the methods that it calls on the
-model are extended on the instance: the one that makes the cache (ours can drop rows, and counts its bytes), and the one
-that lists the criteria (ours notes what they answered). No public option reaches either for callers that do not know of
-streaming, TRL's trainers for one.
+Beam search, assisted decoding and caches that the caller gives run as transformers runs them.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList
 
-from lowmem.errors import UnsupportedError
 from lowmem.generation.cache import KvRoom, StreamedCache
 from lowmem.generation.decoding import CACHE, InChunks, draws_numbers, run_block
 from lowmem.generation.session import Generation, TokenProgress
 from lowmem.host_memory import products_for
+from lowmem.internals.generation import extend_generate
 from lowmem.streaming.visits import ActiveRows
 
 if TYPE_CHECKING:
@@ -45,13 +42,10 @@ class GenerationHooks:
         self._listeners: list[Callable[[TokenProgress], None]] = []
         self._cache: weakref.ref[StreamedCache] | None = None
         self._num_rows = 0
-        model._prepare_cache_for_generation = self._prepare_cache
-        model._get_stopping_criteria = self._stopping_criteria
-        # TRL's way in converts the whole model before it calls this, too.
-        model.init_continuous_batching = _refuse_continuous_batching
+        extend_generate(model, cache_made=self._replace_cache, criteria_made=self._note_criteria)
 
     def listen(self, callback: Callable[[TokenProgress], None]) -> Callable[[], None]:
-        """Call `callback` after every generated token; answers what removes it again."""
+        """Call `callback` after every generated token; returns what removes it again."""
         self._listeners.append(callback)
         return lambda: self._listeners.remove(callback) if callback in self._listeners else None
 
@@ -97,31 +91,23 @@ class GenerationHooks:
         held = {"device": 0, "host": 0} if cache is None else cache.allocated_bytes()
         return {"kv_device_bytes": held["device"], "kv_host_bytes": held["host"]}
 
-    def _prepare_cache(
+    def _replace_cache(
         self,
+        is_given: bool,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, object],
         generation_mode: GenerationMode,
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        model = self._model()
-        assert model is not None
-        given = model_kwargs.get("past_key_values")
-        type(model)._prepare_cache_for_generation(
-            model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         self._cache = None
         self._num_rows = batch_size * max(1, generation_config.num_return_sequences or 1)
         ours = generation_config.cache_implementation in (None, "dynamic") and not generation_config.is_assistant
-        if given is not None or type(cache) is not DynamicCache or not ours:
-            return
-        if generation_mode not in _ONE_TOKEN_AT_A_TIME:
-            return
-        made = self._make(max_cache_length + 1)
-        model_kwargs["past_key_values"] = made
-        self._cache = weakref.ref(made)
+        if not is_given and ours and type(cache) is DynamicCache and generation_mode in _ONE_TOKEN_AT_A_TIME:
+            made = self._make(max_cache_length + 1)
+            model_kwargs[CACHE] = made
+            self._cache = weakref.ref(made)
 
     def _make(self, max_tokens: int) -> StreamedCache:
         model = self._model()
@@ -133,33 +119,19 @@ class GenerationHooks:
         num_on_device = self._room.num_on_device(layer_bytes, num_layers=len(made.layers), what=what)
         return StreamedCache(config, max_tokens=max_tokens, num_on_device=num_on_device)
 
-    def _stopping_criteria(
-        self,
-        generation_config: GenerationConfig,
-        stopping_criteria: StoppingCriteriaList | None,
-        tokenizer: object = None,
+    def _note_criteria(
+        self, generation_config: GenerationConfig, criteria: StoppingCriteriaList
     ) -> StoppingCriteriaList:
         model = self._model()
         assert model is not None
-        found = type(model)._get_stopping_criteria(
-            model, generation_config=generation_config, stopping_criteria=stopping_criteria, tokenizer=tokenizer
-        )
         cache = self._cache() if self._cache is not None else None
         # What else the caller gets back would show that finished rows are no longer computed.
         drops = cache is not None and not generation_config.return_dict_in_generate
         # Without such a criterion `generate` goes on with the tokens of finished rows instead of padding them.
-        drops = drops and any(hasattr(criterion, "eos_token_id") for criterion in found)
+        drops = drops and any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         # Fewer rows would draw fewer numbers, and each other ones than in a whole batch.
         drops = drops and not draws_numbers(model)
-        return _NotedCriteria(found, cache if drops else None, listeners=self._listeners)
-
-
-def _refuse_continuous_batching(*args: object, **kwargs: object) -> NoReturn:
-    raise UnsupportedError(
-        "continuous batching (generate_batch)",
-        reason="its engine needs all weights, which are streamed",
-        instead="generate with a batch of prompts: finished ones are no longer computed",
-    )
+        return _NotedCriteria(criteria, cache if drops else None, listeners=self._listeners)
 
 
 class _NotedCriteria(StoppingCriteriaList):

@@ -1,14 +1,25 @@
-"""Which adapters a block's modules apply: PEFT's own flags, read, compared, and set for the time of one run."""
+"""PEFT's private names: which adapters a module applies, how an embedding looks rows up.
+
+The flags are read through PEFT's public properties. Setting them for the time of one run has no public way that leaves
+gradients alone, so it is done through the private attributes, and the public properties must then show what was set:
+with a PEFT that keeps its flags elsewhere, the policy would pass for its own reference.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowmem.models.absent import AbsentParameter
+from lowmem.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import Embedding
 
 Flags = tuple[bool, str | tuple[str, ...]]
 """Of one adapted module: whether its adapters are disabled, and which are active."""
@@ -24,41 +35,93 @@ _DISABLED, _ACTIVE = "_disable_adapters", "_active_adapter"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _adapted(block: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    return (module for module in block.modules() if hasattr(module, _DISABLED))
+def _adapted(block: nn.Module) -> Iterator[nn.Module]:
+    if "peft" not in sys.modules:
+        return
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    except ImportError as error:
+        raise _unknown("its adapter layers have other names") from error
+    for module in block.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield module
 
 
-def read_flags(block: torch.nn.Module) -> BlockFlags:
-    """The flags as they are: what PEFT's `disable_adapter` and `set_adapter` change."""
-    return tuple((bool(getattr(module, _DISABLED)), _frozen(getattr(module, _ACTIVE))) for module in _adapted(block))
+def _unknown(reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"peft {version('peft')}",
+        reason=f"{reason}, so that a run without the adapter would silently be one with it",
+        instead="a version of PEFT that README names as tested",
+    )
 
 
-def _frozen(active: object) -> str | tuple[str, ...]:
-    return active if isinstance(active, str) else tuple(active)  # type: ignore[arg-type]
+def _flags_of(module: nn.Module) -> Flags:
+    kind: Any = type(module)
+    # Asked of the class: an auxiliary wrapper looks an attribute that it lacks up in the module that it wraps.
+    if not (hasattr(kind, "disable_adapters") and hasattr(kind, "active_adapter")):
+        raise _unknown(f"{kind.__name__} does not show which adapters are active")
+    disabled, active = cast("tuple[bool, str | list[str]]", (module.disable_adapters, module.active_adapter))
+    return bool(disabled), active if isinstance(active, str) else tuple(active)
+
+
+def read_flags(block: nn.Module) -> BlockFlags:
+    """The flags as they are: what PEFT's `disable_adapter` and `set_adapter` change.
+
+    Raises:
+        UnsupportedError: This PEFT does not show them.
+    """
+    return tuple(_flags_of(module) for module in _adapted(block))
 
 
 @contextmanager
-def flags_set(block: torch.nn.Module, flags: BlockFlags) -> Iterator[None]:
-    """Run a block with other flags; whether adapters require gradients stays as it is."""
+def flags_set(block: nn.Module, flags: BlockFlags) -> Iterator[None]:
+    """Run a block with other flags; whether adapters require gradients stays as it is.
+
+    Raises:
+        UnsupportedError: This PEFT keeps its flags elsewhere: the block would run with those it has.
+    """
     modules = list(_adapted(block))
-    before = [(getattr(module, _DISABLED), getattr(module, _ACTIVE)) for module in modules]
+    before = read_flags(block)
     try:
-        for module, (disabled, active) in zip(modules, flags, strict=True):
-            setattr(module, _DISABLED, disabled)
-            setattr(module, _ACTIVE, active if isinstance(active, str) else list(active))
+        for module, wanted in zip(modules, flags, strict=True):
+            _set(module, wanted)
+            if _flags_of(module) != wanted:
+                raise _unknown(f"{type(module).__name__} keeps which adapters are active elsewhere")
         yield
     finally:
-        for module, (disabled, active) in zip(modules, before, strict=True):
-            setattr(module, _DISABLED, disabled)
-            setattr(module, _ACTIVE, active)
+        for module, wanted in zip(modules, before, strict=True):
+            _set(module, wanted)
 
 
-def weight_marks(blocks: Sequence[torch.nn.Module]) -> tuple[object, ...]:
-    """What changes when any weight of the adapters does: identities, versions, and sums over their bits.
+def _set(module: nn.Module, flags: Flags) -> None:
+    disabled, active = flags
+    setattr(module, _DISABLED, disabled)
+    setattr(module, _ACTIVE, active if isinstance(active, str) else list(active))
+
+
+def embed(layer: Embedding, ids: Tensor, weight: Tensor) -> Tensor:
+    """Look rows of a weight up as an adapted embedding looks its base weight's up: padding, norms, sparsity."""
+    found: Tensor = layer._embed(ids, weight)
+    return found
+
+
+def embed_scale(layer: Embedding) -> Tensor | None:
+    """What an adapted embedding's base layer multiplies its rows with (Gemma's square root of the width)."""
+    scale: Tensor | None = layer._get_embed_scale()
+    return scale
+
+
+def weight_marks(blocks: Sequence[nn.Module], *, skip: type[Tensor]) -> tuple[object, ...]:
+    """What changes when any weight of the blocks does: identities, versions, and sums over their bits.
 
     Some optimizers write through raw pointers, which no version counts: hence the bits.
+
+    Args:
+        blocks: Where to look.
+        skip: Type of the parameters to leave out: the base weights, which are not in memory.
     """
-    params = [param for block in blocks for param in block.parameters() if type(param) is not AbsentParameter]
+    params = [param for block in blocks for param in block.parameters() if type(param) is not skip]
     sums = [_bit_sum(param) for param in params]
     return (
         tuple((id(param), param._version) for param in params),
@@ -70,4 +133,4 @@ def _bit_sum(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(_BITS[param.element_size()]).sum(dtype=torch.int64)
 
 
-__all__ = ["BlockFlags", "Flags", "flags_set", "read_flags", "weight_marks"]
+__all__ = ["BlockFlags", "Flags", "embed", "embed_scale", "flags_set", "read_flags", "weight_marks"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from lowmem.internals.peft import flags_set, weight_marks
 from lowmem.internals.torch import TreeSpec, tree_flatten, tree_unflatten
 from lowmem.internals.transformers import collected_keys, collecting
+from lowmem.models.absent import AbsentParameter
 from lowmem.streaming.block import BlockFunction
 from lowmem.streaming.recompute import RandomState, capture, restore, same_state
 from lowmem.streaming.same_inputs import Correspondence, ForwardState, Inputs, Unsuitable, correspond
@@ -139,7 +140,7 @@ class Beside:
 
     def fits(self, blocks: Blocks) -> bool:
         """Whether the adapters still have the weights that it ran with."""
-        return self.marks == weight_marks(blocks.modules)
+        return self.marks == weight_marks(blocks.modules, skip=AbsentParameter)
 
 
 def single_tensor(output: object) -> tuple[Tensor, list[object], TreeSpec]:
@@ -386,7 +387,7 @@ class Twins:
         self._learn(state, inputs.hidden.detach())
         followers = [follower for follower in self._follows.get(state, ()) if (state, follower) not in self._apart]
         if followers:
-            marks = weight_marks(blocks.modules)
+            marks = weight_marks(blocks.modules, skip=AbsentParameter)
             self._lead = _Lead([Beside(follower, state, inputs, marks) for follower in followers])
 
     def _drop_unasked(self, first: ForwardState) -> None:

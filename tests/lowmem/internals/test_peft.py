@@ -1,0 +1,129 @@
+"""PEFT's private names mean what they meant; else a run stops instead of taking the policy for its reference."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.metadata import version
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Embedding
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowmem.errors import UnsupportedError
+from lowmem.internals.peft import embed, embed_scale, flags_set, read_flags
+
+ROWS = torch.arange(6)
+
+
+class Block(nn.Module):
+    """An embedding, a linear layer and a norm, each adapted in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear, self.norm = nn.Embedding(8, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.norm(self.linear(self.embed(ids)))
+        return out
+
+
+@pytest.fixture
+def block() -> Any:
+    """The block with two adapters, all of whose values are drawn."""
+    torch.manual_seed(0)
+    made = Block()
+    config = LoraConfig(r=2, target_modules=["embed", "linear"], modules_to_save=["norm"], init_lora_weights=False)
+    model: Any = get_peft_model(made, config, adapter_name="first")
+    model.add_adapter("second", config)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "modules_to_save" in name:
+                param.normal_()
+    model.set_adapter("first")
+    return model
+
+
+def test_flags_set_run_the_adapters_that_they_name(block: Any) -> None:
+    first = read_flags(block)
+    assert first == ((False, ("first",)), (False, ("first",)), (False, "first"))
+    with block.disable_adapter():
+        off, off_flags = block(ROWS), read_flags(block)
+    block.set_adapter("second")
+    second, second_flags = block(ROWS), read_flags(block)
+    block.set_adapter("first")
+    own = block(ROWS)
+    assert len({first, off_flags, second_flags}) == 3
+    for flags, expected in ((off_flags, off), (second_flags, second), (first, own)):
+        with flags_set(block, flags):
+            torch.testing.assert_close(block(ROWS), expected, rtol=0, atol=0)
+        assert read_flags(block) == first
+    assert not torch.equal(own, off)
+    assert not torch.equal(own, second)
+
+
+@pytest.mark.parametrize("kind", [BaseTunerLayer, AuxiliaryTrainingWrapper])
+@pytest.mark.parametrize("name", ["disable_adapters", "active_adapter"])
+def test_flags_that_are_kept_elsewhere_stop_the_run(
+    kind: type[Any], name: str, block: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value: object = False if name == "disable_adapters" else ["first"]
+    monkeypatch.setattr(kind, name, property(lambda _: value))
+    wanted = tuple((True, ("second",)) for _ in read_flags(block))
+    with pytest.raises(UnsupportedError, match=rf"peft {version('peft')} .*elsewhere"), flags_set(block, wanted):
+        pytest.fail("the block would run with other flags")
+
+
+@pytest.mark.parametrize("kind", [BaseTunerLayer, AuxiliaryTrainingWrapper])
+@pytest.mark.parametrize("name", ["disable_adapters", "active_adapter"])
+def test_flags_that_are_not_shown_stop_the_run(
+    kind: type[Any], name: str, block: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(kind, name)
+    with pytest.raises(UnsupportedError, match=rf"peft {version('peft')} .*does not show"):
+        read_flags(block)
+
+
+@pytest.mark.parametrize("kind", ["tuners.tuners_utils.BaseTunerLayer", "utils.other.AuxiliaryTrainingWrapper"])
+def test_layers_under_other_names_stop_the_run(kind: str, block: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(f"peft.{kind}")
+    with pytest.raises(UnsupportedError, match=rf"peft {version('peft')} .*other names"):
+        read_flags(block)
+
+
+def test_every_layer_that_can_be_switched_off_is_of_one_of_the_two_kinds() -> None:
+    found = set()
+    for info in pkgutil.walk_packages(peft.__path__, "peft."):
+        try:
+            module = importlib.import_module(info.name)
+        except ImportError:  # Of packages that are not installed: quantisers, other devices.
+            continue
+        found |= {value for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module)}
+    switched = {kind for kind in found if hasattr(kind, "enable_adapters") and hasattr(kind, "disable_adapters")}
+    assert len(switched) > 50
+    known = (BaseTunerLayer, AuxiliaryTrainingWrapper, PreTrainedModel)
+    assert {kind for kind in switched if not issubclass(kind, known)} == set()
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_embedding_is_looked_up_and_scaled_as_peft_does(scale: float | None) -> None:
+    torch.manual_seed(0)
+    base = nn.Embedding(8, 4, padding_idx=2)
+    if scale is not None:
+        base.embed_scale = torch.tensor(scale)
+    layer = Embedding(base, "default", config=LoraConfig(r=2, init_lora_weights=False), r=2, lora_alpha=2)
+    lora_A, lora_B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    update = embed(layer, ROWS, lora_A.T) @ lora_B.T
+    times = embed_scale(layer)
+    assert (times is None) == (scale is None)
+    update = update if times is None else update * times
+    torch.testing.assert_close(layer(ROWS), base(ROWS) + update)
+    (grad,) = torch.autograd.grad(embed(layer, ROWS, lora_A.T).sum(), lora_A)
+    assert not grad[:, 2].any(), "padding has no gradient"
