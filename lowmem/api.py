@@ -70,6 +70,7 @@ def from_pretrained(
     from lowmem.full.opening import refuse_unsupported
     from lowmem.loading import load
     from lowmem.models.checkpoint import open_checkpoint, pick_device, pick_dtype, read_config, resolve
+    from lowmem.monitoring.training_checks import check_every_trainer
     from lowmem.planning.planner import plan_for
 
     refuse_options(tuning=tuning, quantization=quantization)
@@ -96,6 +97,7 @@ def from_pretrained(
     if plan.job.tuning != tuning:
         raise ValueError(f"tuning={tuning!r} with a plan for tuning={plan.job.tuning!r}; plan with the same tuning")
     plan.require_fit()
+    check_every_trainer()
     return load(opened, plan=plan)
 
 

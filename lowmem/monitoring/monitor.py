@@ -1,11 +1,7 @@
-"""Options of the Trainer that a streamed model cannot honour: refused by name when the Trainer is made.
-
-The Trainer callback that shows, logs and records what streaming does: `callbacks=[lowmem.Monitor()]`.
-"""
+"""The Trainer callback that shows, logs and records what streaming does: `callbacks=[lowmem.Monitor()]`."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 import warnings
@@ -14,70 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerCallback
 
-from lowmem.errors import UnsupportedError
 from lowmem.monitoring.progress import StepEstimate, StepProgress
 from lowmem.monitoring.step_record import RepresentativeStep, StepRecord, StepRecorder, log_values
 from lowmem.monitoring.timeline import draw_timeline, require_matplotlib
-from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
+from lowmem.streaming.runtime import Runtime, runtime_of
 from lowmem.streaming.visits import Visit
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-
-_BLOCKS = "a streamed block is always recomputed in its backward, and keeps only its input"
-
-
-def refuse_training_options(args: TrainingArguments) -> None:
-    """Refuse what would be ignored or would go wrong.
-
-    Gradient checkpointing itself may be on or off: blocks are recomputed either way.
-
-    Args:
-        args: Of transformers or TRL.
-
-    Raises:
-        UnsupportedError: Names the option, the reason and what to use instead.
-    """
-    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
-    harmless = {"every_n_layers": (None, 1), "offload": (None, False), "selective": (None, False)}
-    for option, values in harmless.items():
-        # By identity: True equals 1.
-        if not any(kwargs.get(option) is value for value in values):
-            raise UnsupportedError(
-                f"activation_checkpointing_kwargs={{{option!r}: {kwargs[option]!r}}}",
-                reason=_BLOCKS,
-                instead="lowmem.plan, which decides from the budget what is kept where",
-            )
-    if getattr(args, "activation_offloading", False):
-        raise UnsupportedError(
-            "activation_offloading=True",
-            reason="it would take streamed weights for activations",
-            instead="Budget.device: block inputs go to the host where the plan finds no room",
-        )
-    if getattr(args, "torch_compile", False):
-        raise UnsupportedError(
-            "torch_compile=True",
-            reason="a compiled graph cannot have its weights exchanged from block to block",
-            instead="torch_compile=False",
-        )
-    for option in ("use_vllm", "use_transformers_continuous_batching"):
-        if getattr(args, option, False):
-            raise UnsupportedError(
-                f"{option}=True",
-                reason="another engine would need all weights, which are streamed",
-                instead=f"{option}=False: generate goes block by block with the whole batch",
-            )
-    for option in ("deepspeed", "fsdp"):
-        if getattr(args, option, None):
-            raise UnsupportedError(
-                f"{option}={getattr(args, option)!r}",
-                reason="it moves and shards the weights itself",
-                instead=f"no {option}: the scheduler streams the weights",
-            )
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 Output = str | os.PathLike[str] | Literal[False] | None
@@ -95,7 +37,6 @@ class Monitor(TrainerCallback):
       `train()`'s metrics, has them for the whole run with the prefix `train_`.
     - At the end, a trace that Perfetto opens (https://ui.perfetto.dev) and a picture of one representative step.
 
-    A step that did not go through the model's blocks stops training with a RuntimeError before the optimizer uses it.
     With a model that is not streamed there is nothing to watch: it says so once and does nothing.
 
     Args:
@@ -117,14 +58,6 @@ class Monitor(TrainerCallback):
         self._has_warned = False
         self._run: _Run | None = None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Refuse options that a streamed model cannot honour, as soon as the Trainer is made."""
-        model = kwargs.get("model")
-        if isinstance(model, nn.Module) and is_streamed(model):
-            refuse_training_options(args)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
@@ -137,7 +70,6 @@ class Monitor(TrainerCallback):
         except ValueError:
             self._warn_once("lowmem.Monitor has nothing to watch: the model was not made by lowmem.from_pretrained")
             return
-        _stand_before_reporters(self)
         is_main = state.is_world_process_zero
         trace = _output(self._trace, args, "trace.json") if is_main else None
         timeline = _output(self._timeline, args, "timeline.png") if is_main else None
@@ -161,17 +93,6 @@ class Monitor(TrainerCallback):
         if self._run is not None:
             self._run.start_step(state.global_step + 1, state.max_steps)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Make sure that the gradients came from the streamed blocks.
-
-        Raises:
-            RuntimeError: They did not.
-        """
-        if self._run is not None:
-            self._run.recorder.check_blocks_were_used()
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
@@ -187,19 +108,9 @@ class Monitor(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
-        """Add the values to a log of training steps, or to the final one; logs of evaluations stay as they are."""
-        if self._run is None or logs is None:
-            return
-        if "loss" in logs:
-            values = self._run.values_since_last_log()
-        elif "train_loss" in logs:
-            values = {f"train_{name}": value for name, value in self._run.values_of_run().items()}
-        else:
-            return
-        logs.update(values)
-        # The Trainer copied `logs` into its history just before this event.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(values)
+        """Add the values where `TrainingChecks`, which stands in front of the reporters, has not done so already."""
+        if self._run is not None and logs is not None:
+            self._run.add_to_log(state, logs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -232,6 +143,7 @@ class _Run:
         self._representative = RepresentativeStep()
         self._progress: StepProgress | None = None
         self._stop_showing = runtime.listen(self._visited)
+        runtime.add_to_log = self.add_to_log
         self._stop_counting: Callable[[], None] = lambda: None
         self._start_ns = time.perf_counter_ns()
 
@@ -256,21 +168,28 @@ class _Run:
         self._all.append(record)
         self._representative.offer(timeline)
 
-    def planned(self) -> dict[str, float]:
+    def _planned(self) -> dict[str, float]:
         plan = self._runtime.plan
-        planned = {
+        return {
             "planned_step_s": plan.step_s,
             "planned_host_bytes": plan.host_bytes,
             "planned_device_bytes": plan.device_bytes,
         }
-        return {name: value for name, value in planned.items() if value is not None}
 
-    def values_since_last_log(self) -> dict[str, float]:
-        records, self._since_log = self._since_log, []
-        return {**log_values(records), **self.planned()} if records else {}
-
-    def values_of_run(self) -> dict[str, float]:
-        return {**log_values(self._all), **self.planned()} if self._all else {}
+    def add_to_log(self, state: TrainerState, logs: dict[str, float]) -> None:
+        """Add the values to a log of training steps, or to the final one; logs of evaluations stay as they are."""
+        if "loss" in logs:
+            records, self._since_log, prefix = self._since_log, [], ""
+        elif "train_loss" in logs:
+            records, prefix = self._all, "train_"
+        else:
+            return
+        values = {**log_values(records), **self._planned()} if records else {}
+        values = {f"{prefix}{name}": value for name, value in values.items()}
+        logs.update(values)
+        # The Trainer copied `logs` into its history just before this event.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
 
     def write(self) -> None:
         """Write the files that were asked for. A full disk must not cost the model that was just trained."""
@@ -284,6 +203,7 @@ class _Run:
             warnings.warn(f"lowmem.Monitor could not write its files: {error}", UserWarning, stacklevel=2)
 
     def close(self) -> None:
+        self._runtime.add_to_log = None
         self._stop_showing()
         self._stop_counting()
         self.recorder.close()
@@ -301,22 +221,4 @@ def _output(given: Output, args: TrainingArguments, default_name: str) -> Path |
     return Path(args.output_dir) / default_name if given is None else Path(given)
 
 
-def _stand_before_reporters(monitor: Monitor) -> None:
-    """Move the monitor to the front of the Trainer's callbacks.
-
-    The Trainer tells callbacks of a log in their order, `report_to` integrations before the user's own, and hands no
-    callback the list or the Trainer: what a callback adds to a log would reach no integration. The list is found
-    through the caller, which is walking it: all before the monitor move back by one, the next one stays where it is.
-    Where it is not found, the values still reach `log_history` and the callbacks behind.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler) and monitor in caller.callbacks:
-            caller.callbacks.remove(monitor)
-            caller.callbacks.insert(0, monitor)
-            return
-        frame = frame.f_back
-
-
-__all__ = ["refuse_training_options"]
+__all__ = ["Monitor"]

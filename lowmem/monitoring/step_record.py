@@ -106,30 +106,6 @@ class StepRecorder:
         self._passes, self._token_counts, self._block_tokens = [], [], {}
         self._start_ns = time.perf_counter_ns()
 
-    def check_blocks_were_used(self) -> None:
-        """Make sure that the step in progress went through the streamed blocks, before the optimizer uses its result.
-
-        Raises:
-            RuntimeError: No block was called, or blocks with trainable parameters got no backward.
-        """
-        step = f"step {self._step} of a streamed model"
-        if not self._passes:
-            raise RuntimeError(
-                f"{step} called none of its {self._runtime.num_blocks} blocks, so its loss did not come from their "
-                "weights: something replaced the forward of the model or of its layers after lowmem.from_pretrained; "
-                "build the model again and leave those alone"
-            )
-        if any(visit.phase == "backward" for visit in self._passes):
-            return
-        for index, streamed in enumerate(self._runtime.blocks):
-            names = [name for name, param in streamed.block.module.named_parameters() if param.requires_grad]
-            if names:
-                raise RuntimeError(
-                    f"{step} had {len(self._passes)} block calls but no backward through any block, although "
-                    f"{names[0]} of block {index} is to be trained: it got no gradient; check that the loss depends on "
-                    "the model's output and that the forward does not run under torch.no_grad"
-                )
-
     def finish_step(self) -> tuple[StepRecord, StepTimeline]:
         """End the step and return what it took; the timeline holds all of its spans."""
         end_ns = time.perf_counter_ns()

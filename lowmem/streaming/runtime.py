@@ -30,6 +30,8 @@ from lowmem.streaming.reference import Twins
 from lowmem.streaming.visits import ActiveRows, Phase, TrainingPass, Visit, VisitingOrder
 
 if TYPE_CHECKING:
+    from transformers import TrainerState
+
     from lowmem.full.engine import FullTuning
     from lowmem.generation.hooks import GenerationHooks
     from lowmem.planning.plan import Plan
@@ -119,6 +121,8 @@ class Runtime:
         self._order = VisitingOrder(len(self._blocks), tell=scheduler.expect)
         self._listeners: list[Callable[[Visit], None]] = []
         self._before_first: list[Callable[[], None]] = []
+        self.add_to_log: Callable[[TrainerState, dict[str, float]], None] | None = None
+        """Adds what a monitor measured to a log of the Trainer's, while one watches."""
         self._choose_split = choose_split
         self.chunk_workspace = Workspace()
         self.tape = RandomTape(device)

@@ -240,24 +240,26 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [streamed.block.module for streamed in runtime_of(model).blocks]
 
 
+@pytest.mark.parametrize("callbacks", [[], [Monitor()]], ids=["alone", "monitor"])
 def test_a_step_that_bypasses_the_blocks_fails_before_the_update(
-    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
+    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path, callbacks: list[TrainerCallback]
 ) -> None:
     for layer in layers_of(model):
         layer.forward = lambda hidden, **kwargs: hidden  # type: ignore[method-assign]
     before = trainable(model)
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, callbacks=[Monitor()])
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, callbacks=callbacks)
     with pytest.raises(RuntimeError, match=r"step 1 of a streamed model called none of its 3 blocks"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainable(model).items())
 
 
+@pytest.mark.parametrize("callbacks", [[], [Monitor()]], ids=["alone", "monitor"])
 def test_a_step_without_backward_through_trained_blocks_fails(
-    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
+    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path, callbacks: list[TrainerCallback]
 ) -> None:
     for layer in layers_of(model):
         layer.forward = torch.no_grad()(layer.forward)  # type: ignore[method-assign]
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, callbacks=[Monitor()])
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, callbacks=callbacks)
     with pytest.raises(RuntimeError, match=r"no backward through any block, although .*lora_A.* of block 0"):
         trainer.train()
 

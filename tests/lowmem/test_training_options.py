@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from trl import GRPOConfig, SFTConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 import lowmem
-from lowmem.monitoring.monitor import refuse_training_options
-from tests.lowmem.tiny_training import resident, streamed, trainer
+from lowmem.monitoring.training_checks import refuse_training_options
+from tests.lowmem.tiny_training import resident, streamed, texts, trainer, word_tokenizer
 from tests.zoo.architectures import build
 
 
@@ -42,12 +43,47 @@ def test_what_is_exact_passes(options: dict[str, object], tmp_path: Path) -> Non
     refuse_training_options(_config(tmp_path, **options))
 
 
-def test_the_monitor_refuses_when_the_trainer_is_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("callbacks", [[], [lowmem.Monitor(progress=False)]], ids=["alone", "monitor"])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"activation_checkpointing_kwargs": {"every_n_layers": 2}}, "every_n_layers"),
+        ({"activation_offloading": True}, "activation_offloading=True"),
+        ({"torch_compile": True}, "torch_compile=True"),
+    ],
+)
+def test_a_trainer_refuses_when_it_is_made_with_or_without_a_monitor(
+    options: dict[str, object], name: str, callbacks: list[TrainerCallback], tmp_path: Path
+) -> None:
     folder = Path(build("llama", tmp_path / "model"))
-    options = {"activation_checkpointing_kwargs": {"every_n_layers": 2}, "callbacks": [lowmem.Monitor(progress=False)]}
-    with pytest.raises(lowmem.UnsupportedError, match="every_n_layers"):
-        trainer(streamed(folder), tmp_path / "out", **options)  # type: ignore[arg-type]
+    with pytest.raises(lowmem.UnsupportedError, match=name):
+        trainer(streamed(folder), tmp_path / "out", callbacks=callbacks, **options)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_not_streamed_takes_every_option(tmp_path: Path) -> None:
+    folder = Path(build("llama", tmp_path / "model"))
+    streamed(folder)
+    options = {"activation_checkpointing_kwargs": {"every_n_layers": 2}}
     trainer(resident(folder), tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+def test_an_option_set_since_the_trainer_was_made_is_refused_when_training_begins(tmp_path: Path) -> None:
+    run = trainer(streamed(Path(build("llama", tmp_path / "model"))), tmp_path / "out", max_steps=1)
+    run.args.activation_offloading = True
+    with pytest.raises(lowmem.UnsupportedError, match="activation_offloading=True"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_a_model_in_which_nothing_trains_is_named_before_the_first_step(tmp_path: Path) -> None:
+    run = SFTTrainer(
+        model=streamed(Path(build("llama", tmp_path / "model"))),
+        args=_config(tmp_path / "out", max_steps=1),
+        train_dataset=texts(),
+        processing_class=word_tokenizer(),
+    )
+    with pytest.raises(ValueError, match=r"nothing in this model is to be trained.*peft_config.*tuning=.full"):
+        run.train()
 
 
 def test_bf16_autocast_on_a_cpu_without_its_instructions_is_named(

@@ -1,0 +1,178 @@
+"""What every Trainer of a streamed model checks, with or without `lowmem.Monitor`, before a weight is changed.
+
+Options that cannot be honoured are refused when the Trainer is made, a model in which nothing trains when training
+begins, and a step whose gradients did not come from the streamed blocks before the optimizer uses them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import TrainerCallback
+
+from lowmem.errors import UnsupportedError
+from lowmem.internals.trainer import add_default_callback
+from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from lowmem.streaming.visits import Visit
+
+
+def refuse_training_options(args: TrainingArguments) -> None:
+    """Refuse what would be ignored or would go wrong.
+
+    Gradient checkpointing itself may be on or off: blocks are recomputed either way.
+
+    Args:
+        args: Of transformers or TRL.
+
+    Raises:
+        UnsupportedError: Names the option, the reason and what to use instead.
+    """
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
+    harmless = {"every_n_layers": (None, 1), "offload": (None, False), "selective": (None, False)}
+    for option, values in harmless.items():
+        # By identity: True equals 1.
+        if not any(kwargs.get(option) is value for value in values):
+            raise UnsupportedError(
+                f"activation_checkpointing_kwargs={{{option!r}: {kwargs[option]!r}}}",
+                reason="a streamed block is always recomputed in its backward, and keeps only its input",
+                instead="lowmem.plan, which decides from the budget what is kept where",
+            )
+    if getattr(args, "activation_offloading", False):
+        raise UnsupportedError(
+            "activation_offloading=True",
+            reason="it would take streamed weights for activations",
+            instead="Budget.device: block inputs go to the host where the plan finds no room",
+        )
+    if getattr(args, "torch_compile", False):
+        raise UnsupportedError(
+            "torch_compile=True",
+            reason="a compiled graph cannot have its weights exchanged from block to block",
+            instead="torch_compile=False",
+        )
+    for option in ("use_vllm", "use_transformers_continuous_batching"):
+        if getattr(args, option, False):
+            raise UnsupportedError(
+                f"{option}=True",
+                reason="another engine would need all weights, which are streamed",
+                instead=f"{option}=False: generate goes block by block with the whole batch",
+            )
+    for option in ("deepspeed", "fsdp"):
+        if getattr(args, option, None):
+            raise UnsupportedError(
+                f"{option}={getattr(args, option)!r}",
+                reason="it moves and shards the weights itself",
+                instead=f"no {option}: the scheduler streams the weights",
+            )
+
+
+class TrainingChecks(TrainerCallback):
+    """Stands in front of the reporters in every Trainer; does nothing where the model is not streamed."""
+
+    def __init__(self) -> None:
+        self._runtime: weakref.ref[Runtime] | None = None
+        self._stop_listening: Callable[[], None] = lambda: None
+        self._num_visits: Counter[str] = Counter()
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Refuse options that a streamed model cannot honour, as soon as the Trainer is made."""
+        model = kwargs.get("model")
+        if isinstance(model, nn.Module) and is_streamed(model):
+            refuse_training_options(args)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Refuse a model in which nothing trains, and options that were set since the Trainer was made."""
+        self._stop_listening()  # a train() that raised has no on_train_end
+        self._runtime = None
+        model = kwargs.get("model")
+        if not isinstance(model, nn.Module) or not is_streamed(model):
+            return
+        refuse_training_options(args)
+        if not any(param.requires_grad for param in model.parameters()):
+            raise ValueError(
+                "nothing in this model is to be trained: lowmem.from_pretrained freezes every weight; give the trainer "
+                "a peft_config, pass a model made by peft.get_peft_model (PeftModel.from_pretrained: "
+                'is_trainable=True), or open it with tuning="full"'
+            )
+        runtime = runtime_of(model)
+        self._runtime = weakref.ref(runtime)
+        self._stop_listening = runtime.listen(self._visited)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Begin an optimizer step."""
+        self._num_visits.clear()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Make sure that the step went through the streamed blocks, before the optimizer uses its gradients.
+
+        Raises:
+            RuntimeError: No block was called, or blocks with trainable parameters got no backward.
+        """
+        runtime = None if self._runtime is None else self._runtime()
+        if runtime is None or self._num_visits["backward"]:
+            return
+        step = f"step {state.global_step + 1} of a streamed model"
+        if not self._num_visits:
+            raise RuntimeError(
+                f"{step} called none of its {runtime.num_blocks} blocks, so its loss did not come from their weights: "
+                "something replaced the forward of the model or of its layers after lowmem.from_pretrained; build the "
+                "model again and leave those alone"
+            )
+        for index, streamed in enumerate(runtime.blocks):
+            names = [name for name, param in streamed.block.module.named_parameters() if param.requires_grad]
+            if names:
+                raise RuntimeError(
+                    f"{step} had {self._num_visits.total()} block calls but no backward through any block, although "
+                    f"{names[0]} of block {index} is to be trained: it got no gradient; check that the loss depends on "
+                    "the model's output and that the forward does not run under torch.no_grad"
+                )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Let a monitor add its values before the reporters, which come next, take the log as it is."""
+        runtime = None if self._runtime is None else self._runtime()
+        if runtime is not None and runtime.add_to_log is not None and logs is not None:
+            runtime.add_to_log(state, logs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Stop listening."""
+        self._stop_listening()
+
+    def _visited(self, visit: Visit) -> None:
+        if not visit.started:
+            self._num_visits[visit.phase] += 1
+
+
+def check_every_trainer() -> None:
+    """Have every Trainer that is made from now on begin with `TrainingChecks`.
+
+    Raises:
+        UnsupportedError: This version of transformers gives no way to.
+    """
+    add_default_callback(TrainingChecks)
+
+
+__all__ = ["TrainingChecks", "check_every_trainer", "refuse_training_options"]

@@ -1,0 +1,60 @@
+"""Canaries: what lowmem.internals.trainer takes from transformers is there, and still means what it is used for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
+from transformers.trainer_callback import DefaultFlowCallback
+
+import lowmem
+from lowmem.internals.trainer import add_default_callback
+from tests.lowmem.tiny_training import resident
+from tests.zoo.architectures import build
+
+
+class Ours(TrainerCallback):
+    """Notes the events that it is told of."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_init_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        self.events.append("init_end")
+
+
+class Users(TrainerCallback):
+    """What a script passes."""
+
+
+@pytest.fixture
+def callbacks() -> Iterator[list[type[TrainerCallback]]]:
+    before = list(trainer.DEFAULT_CALLBACKS)
+    yield trainer.DEFAULT_CALLBACKS
+    trainer.DEFAULT_CALLBACKS[:] = before
+
+
+def test_a_trainer_starts_with_the_callback_in_front_of_those_of_the_user(
+    callbacks: list[type[TrainerCallback]], tmp_path: Path
+) -> None:
+    add_default_callback(Ours)
+    add_default_callback(Ours)
+    model = resident(Path(build("llama", tmp_path / "model")))
+    made = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), callbacks=[Users()])
+    kinds = [type(callback) for callback in made.callback_handler.callbacks]
+    assert kinds.count(Ours) == 1
+    assert kinds.index(DefaultFlowCallback) < kinds.index(Ours) < kinds.index(Users)
+    ours = made.callback_handler.callbacks[kinds.index(Ours)]
+    assert ours.events == ["init_end"]
+
+
+def test_a_trainer_without_that_list_is_refused_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(trainer, "DEFAULT_CALLBACKS")
+    with pytest.raises(lowmem.UnsupportedError, match=r"transformers 5\.\d+.*DEFAULT_CALLBACKS"):
+        add_default_callback(Ours)
+
+
+def test_a_trainer_that_does_not_read_that_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self: None)
+    with pytest.raises(lowmem.UnsupportedError, match="does not begin with"):
+        add_default_callback(Ours)
