@@ -4,6 +4,10 @@ transformers collects them through hooks on the routers, into a list that is the
 (`transformers.utils.output_capturing`). A block that is recomputed would leave logits without a graph there, and
 compute those with one when the list is gone. So a recorded call takes what the hooks collect, both times, as part of
 the block's output, and puts the first ones into the list when autograd knows them.
+
+The list of callbacks that every Trainer starts with: `lowmem.from_pretrained` returns a model, not a trainer, and a
+Trainer asks its model nothing before the first forward. What has to be said before that, or in front of the reporters,
+is said by a callback that no script has to pass.
 """
 
 from __future__ import annotations
@@ -11,10 +15,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 
 _KEY = "router_logits"
 
@@ -97,4 +107,32 @@ def _by_sequence(logits: Tensor, num_sequences: int) -> Tensor:
     return logits.view(num_sequences, -1, *logits.shape[1:])
 
 
-__all__ = ["RouterLogits", "collected_keys", "collecting"]
+_CALLBACKS = "DEFAULT_CALLBACKS"
+
+
+def add_default_callback(callback: type[TrainerCallback]) -> None:
+    """Have every Trainer that is made from now on start with a callback, in front of reporters and of the user's own.
+
+    Each Trainer makes an object of its own. May be called again with the same class.
+
+    Args:
+        callback: The class; its objects do nothing for trainers that do not concern them.
+
+    Raises:
+        UnsupportedError: This Trainer has no such list, or does not read it.
+    """
+    from transformers import trainer
+
+    callbacks = getattr(trainer, _CALLBACKS, None)
+    if not isinstance(callbacks, list) or _CALLBACKS not in trainer.Trainer.__init__.__code__.co_names:
+        raise UnsupportedError(
+            f"transformers {version('transformers')}",
+            reason=f"its Trainer does not begin with transformers.trainer.{_CALLBACKS}, so options that a streamed model "
+            "cannot honour would pass",
+            instead="a version of transformers that this one of lowmem names in its metadata",
+        )
+    if callback not in callbacks:
+        callbacks.append(callback)
+
+
+__all__ = ["RouterLogits", "add_default_callback", "collected_keys", "collecting"]

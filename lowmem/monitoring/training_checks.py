@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.trainer import add_default_callback
+from lowmem.internals.transformers import add_default_callback
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Canaries: what lowmem.internals.trainer takes from transformers is there, and still means what it is used for."""
+"""Canaries: what lowmem.internals.transformers takes from transformers is there, and still means what it is used for."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
 import lowmem
-from lowmem.internals.trainer import add_default_callback
+from lowmem.internals.transformers import add_default_callback
 from tests.lowmem.tiny_training import resident
 from tests.zoo.architectures import build
 
