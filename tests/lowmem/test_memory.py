@@ -57,7 +57,7 @@ def test_peak_reset_is_reported_as_refused_where_the_kernel_has_no_such_file(tmp
 def test_peak_reset_forgets_earlier_peaks() -> None:
     program = """
 from tests.lowmem.test_memory import touch, MIB
-from lowmem.memory import process_memory, reset_process_peak
+from lowmem.monitoring.memory import process_memory, reset_process_peak
 before = process_memory().peak_bytes
 touch(128 * MIB)
 risen = process_memory().peak_bytes

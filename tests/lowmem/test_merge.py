@@ -451,7 +451,7 @@ CHILD = """
     import lowmem.adapters.saved_adapter, transformers
     from transformers import AutoModelForCausalLM
     from lowmem.adapters.merge import merge
-    from lowmem.memory import process_memory
+    from lowmem.monitoring.memory import process_memory
     from offload import TierFull
     torch.set_num_threads(1)
     base, adapter, out = map(Path, sys.argv[1:])

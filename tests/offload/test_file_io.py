@@ -589,8 +589,8 @@ def test_process_ends_although_nobody_closed_the_reader(file: Path) -> None:
 from pathlib import Path
 import torch
 from offload.buffers import StagingBuffer
-from offload.file_io import FileReader
-from offload.layout import BlockLayout, Extent
+from offload.files.file_io import FileReader
+from offload.blocks import BlockLayout, Extent
 extent = Extent(file=Path({str(file)!r}), file_offset_bytes=0, nbytes={100 * PAGE}, buffer_offset_bytes=0)
 layout = BlockLayout(name="b", extents=(extent,), tensor_offsets={{}}, buffer_bytes={100 * PAGE})
 reader = FileReader(request_bytes=4096)

@@ -524,7 +524,7 @@ def run_program(program: str, folder: Path) -> "subprocess.CompletedProcess[str]
 import os, sys, warnings
 from pathlib import Path
 from offload.device import CpuDevice
-from offload.file_io import FileReader
+from offload.files.file_io import FileReader
 from tests.offload.stored_blocks import StoredBlocks
 stored = StoredBlocks(Path({str(folder)!r}), 6)
 reader = FileReader()
