@@ -207,7 +207,8 @@ def contenders(base: nn.Module, setting: Setting) -> dict[str, Contender]:
 def _rank_of(kind: Kind, base: nn.Module) -> int:
     def bytes_at(rank: int) -> int:
         optimizer = kind(base, lr=0.0, rank=rank)
-        return sum(optimizer.rule_of(param).state_bytes(param.shape, param.dtype) for param in matrices(base))
+        states = (optimizer.rule_of(param).init(param.to("meta")) for param in matrices(base))
+        return sum(value.nbytes for state in states for value in state.values())
 
     return largest_rank(base, bytes_at)
 

@@ -269,8 +269,7 @@ class OptimizerEngine:
         with self._states.lend(call.key) as state:
             if not state:
                 state.update(call.rule.init(weight))
-            payload = call.rule.reduce(gradient, state)
-            call.rule.apply(weight, call.rule.solve(payload, state, call.hyper), state, call.hyper)
+            call.rule.update(weight, gradient, state, call.hyper)
 
     def _is_offloaded(self, key: str) -> bool:
         return isinstance(self._full.params[key].param.grad, OffloadedGradient)

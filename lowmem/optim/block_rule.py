@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowmem.optim.method import BlockOrder
-from lowmem.optim.projected import DirectionRule, direction, new_inner_state
-from lowmem.optim.rule import Hyper, Payload, State, Update, counter, generator, mix
+from lowmem.optim.projected import DirectionRule, inner_direction, new_inner_state
+from lowmem.optim.rule import Hyper, State, counter, generator, mix
 from lowmem.optim.state import check_writable, new_writer_state
 
 _CPU = torch.device("cpu")
@@ -61,16 +61,6 @@ class BlockRule(DirectionRule):
     def __post_init__(self) -> None:
         assert self.place.block is not None
 
-    @property
-    def needs_full_gradient(self) -> bool:
-        """The payload is the gradient."""
-        return True
-
-    @property
-    def payload_is_linear(self) -> bool:
-        """The payload is the gradient."""
-        return True
-
     def is_active(self, clock: int) -> bool:
         """Always with a residual, otherwise while the block is chosen."""
         return self.method.residual != "none" or self.is_chosen(clock)
@@ -95,22 +85,18 @@ class BlockRule(DirectionRule):
         state |= self._new_moments(weight)
         return state | self._limiter_state(weight) | new_writer_state(self.method.writer, weight)
 
-    def reduce(self, gradient: Tensor, state: State) -> Payload:
-        """The gradient itself."""
-        return {"gradient": gradient}
-
-    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
+    def direction(self, gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
         """The inner direction if the block is chosen, the residual otherwise."""
-        gradient = payload["gradient"].float()
+        gradient = gradient.float()
         is_chosen = self.is_chosen(hyper.clock)
         self._enter_window(gradient, state, hyper, is_chosen=is_chosen)
         if is_chosen:
             state["inner_step"] += 1
             step = int(state["inner_step"])
-            update = direction(self.method.inner, gradient, state, hyper, step=step, seed=self._seed(hyper))
-            return {"direction": self._limit(update.mul_(self.method.scale), state)}
+            update = inner_direction(self.method.inner, gradient, state, hyper, step=step, seed=self._seed(hyper))
+            return self._limit(update.mul_(self.method.scale), state)
         rest = gradient.sign() if self.method.residual == "sign" else gradient.clone()
-        return {"direction": self._limit(rest.mul_(self.method.residual_scale), state)}
+        return self._limit(rest.mul_(self.method.residual_scale), state)
 
     def _enter_window(self, gradient: Tensor, state: State, hyper: Hyper, *, is_chosen: bool) -> None:
         """Bring the moments in line with the window of this step."""

@@ -5,14 +5,13 @@ Blocks that are not trained in the coming step have `requires_grad` off, so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
-from lowmem.optim.method import BlockOrder, Inner, Method, Writer
-from lowmem.optim.methods import MethodOptimizer
+from lowmem.optim.method import BlockOrder, Inner, Writer
+from lowmem.optim.methods import MethodOptimizer, arguments
 from lowmem.optim.optimizer import block_name, embedding_names, groups_of_module, number_blocks
 
 
@@ -38,6 +37,8 @@ class BAdam(MethodOptimizer):
     """
 
     method_name: ClassVar[str] = "BAdam"
+    _words: ClassVar = {"switch_block_every": "update_gap", "switch_mode": "block_order"}
+    _parts: ClassVar = {"projector": "block", "active_blocks": 1, "at_refresh": "reset"}
 
     def __init__(
         self,
@@ -55,35 +56,9 @@ class BAdam(MethodOptimizer):
         writer: Writer = "fp32",
         seed: int = 0,
     ) -> None:
-        self._include = (include_embedding, include_lm_head)
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            seed=seed,
-            project_embeddings=False,
-            fields={
-                "switch_block_every": switch_block_every,
-                "switch_mode": switch_mode,
-                "inner": inner,
-                "writer": writer,
-            },
-        )
-
-    @classmethod
-    def method_of(cls, group: Mapping[str, Any]) -> Method:
-        """One block at a time, moments from zero."""
-        return Method(
-            projector="block",
-            active_blocks=1,
-            update_gap=group["switch_block_every"],
-            block_order=group["switch_mode"],
-            inner=group["inner"],
-            at_refresh="reset",
-            writer=group["writer"],
-        )
+        given = arguments(locals())
+        self._include = (given.pop("include_embedding"), given.pop("include_lm_head"))
+        super().__init__(**given)
 
     def _groups_of(self, model: nn.Module) -> ParamsT:
         embeddings, head = embedding_names(model)
@@ -114,6 +89,8 @@ class LISA(MethodOptimizer):
     """
 
     method_name: ClassVar[str] = "LISA"
+    _words: ClassVar = {"interval_steps": "update_gap", "activated_layers": "active_blocks"}
+    _parts: ClassVar = {"projector": "block", "block_order": "sample", "at_refresh": "reset"}
 
     def __init__(
         self,
@@ -129,31 +106,4 @@ class LISA(MethodOptimizer):
         writer: Writer = "stochastic",
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            seed=seed,
-            project_embeddings=False,
-            fields={
-                "activated_layers": activated_layers,
-                "interval_steps": interval_steps,
-                "inner": inner,
-                "writer": writer,
-            },
-        )
-
-    @classmethod
-    def method_of(cls, group: Mapping[str, Any]) -> Method:
-        """Some blocks at a time, drawn anew each time."""
-        return Method(
-            projector="block",
-            active_blocks=group["activated_layers"],
-            update_gap=group["interval_steps"],
-            block_order="sample",
-            inner=group["inner"],
-            at_refresh="reset",
-            writer=group["writer"],
-        )
+        super().__init__(**arguments(locals()))

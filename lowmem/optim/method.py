@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from lowmem.optim.state import WRITERS
+from typing import Literal, get_args
 
 Projector = Literal["svd", "rsvd", "warm", "gaussian", "columns", "rows", "block"]
 
@@ -43,15 +41,15 @@ BY_DENSITY = ("columns", "rows", "block")
 
 
 _CHOICES = {
-    "projector": (*FROM_GRADIENT, "gaussian", *BY_DENSITY),
-    "inner": ("adamw", "adamw8bit", "adafactor", "sgd"),
-    "side": ("std", "reverse_std", "left", "right"),
-    "at_refresh": ("keep", "reset", "rotate"),
-    "residual": ("none", "sign", "sgd", "fira"),
-    "scale_gradient": ("none", "channel", "tensor"),
-    "limiter": ("none", "norm_growth", "update_rms"),
-    "writer": WRITERS,
-    "block_order": ("random", "sample", "ascending", "descending", "fixed"),
+    "projector": get_args(Projector),
+    "inner": get_args(Inner),
+    "side": get_args(Side),
+    "at_refresh": get_args(AtRefresh),
+    "residual": get_args(Residual),
+    "scale_gradient": get_args(ScaleGradient),
+    "limiter": get_args(Limiter),
+    "writer": get_args(Writer),
+    "block_order": get_args(BlockOrder),
     "state_dtype": ("fp32", "bf16"),
 }
 

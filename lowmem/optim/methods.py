@@ -9,9 +9,9 @@ FRUGAL: Adam on a share of the gradient, sign descent on the rest.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowmem.errors import UnsupportedError
 from lowmem.optim.block_rule import BlockRule
-from lowmem.optim.method import AtRefresh, Inner, Method, Projector, Side, Writer
+from lowmem.optim.method import BY_DENSITY, AtRefresh, Inner, Method, Projector, Side, Writer
 from lowmem.optim.optimizer import (
     RuleOptimizer,
     block_name,
@@ -32,6 +32,13 @@ from lowmem.optim.plain import AdamWRule
 from lowmem.optim.projected import ProjectedRule
 from lowmem.optim.rule import Place, Rule
 
+_METHOD_FIELDS = frozenset(field.name for field in dataclass_fields(Method))
+
+
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor that is being called, from its `locals()`."""
+    return {name: value for name, value in given.items() if name not in ("self", "__class__")}
+
 
 class MethodOptimizer(RuleOptimizer):
     """An optimizer whose groups describe a `Method`.
@@ -42,28 +49,28 @@ class MethodOptimizer(RuleOptimizer):
     Of groups, one with `project=False` gets plain AdamW; of the others, everything but vectors is projected.
     """
 
-    def __init__(
-        self,
-        params: nn.Module | ParamsT,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        seed: int,
-        project_embeddings: bool,
-        fields: dict[str, Any],
-    ) -> None:
+    _words: ClassVar[Mapping[str, str]] = {}
+    """Group fields by the names that the method's own code gives them, and the fields of `Method` that they are."""
+    _parts: ClassVar[Mapping[str, object]] = {}
+    """What the method is made of, whatever its options."""
+
+    def __init__(self, params: nn.Module | ParamsT, *, project_embeddings: bool = False, **fields: Any) -> None:
         self._project_embeddings = project_embeddings
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed, **fields}
-        defaults["project"] = True
+        defaults = {**fields, "project": True}
         self._by_block = self.method_of(defaults).projector == "block"
         super().__init__(params, defaults)
 
     @classmethod
-    @abstractmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
         """What a group's fields, in the words of the method's paper, mean."""
+        given = {cls._words.get(name, name): value for name, value in group.items()}
+        if given.get("side") == "full":
+            raise UnsupportedError(
+                "proj_type='full'",
+                reason="it projects both sides at once",
+                instead="proj_type='std', 'reverse_std', 'left' or 'right'",
+            )
+        return Method(**{name: value for name, value in {**given, **cls._parts}.items() if name in _METHOD_FIELDS})
 
     def _groups_of(self, model: nn.Module) -> ParamsT:
         embeddings, head = embedding_names(model)
@@ -123,47 +130,29 @@ class Projected(MethodOptimizer):
         seed: int = 0,
         project_embeddings: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            seed=seed,
-            project_embeddings=project_embeddings,
-            fields=asdict(method),
-        )
-
-    @classmethod
-    def method_of(cls, group: Mapping[str, Any]) -> Method:
-        """The group's fields are the method's."""
-        return Method(**{name: group[name] for name in Method.__dataclass_fields__})
+        given = arguments(locals())
+        super().__init__(**{**given, **asdict(given.pop("method"))})
 
 
-def projector_with_rank(projector: Projector) -> Projector:
+def check_has_rank(projector: str) -> None:
     """Refuse a projector that picks coordinates or blocks.
 
     Raises:
         ValueError: It has no rank.
     """
-    if projector in ("columns", "rows", "block"):
+    if projector in BY_DENSITY:
         raise ValueError(f"projector={projector!r}: expected one that has a rank: svd, rsvd, warm or gaussian")
-    return projector
 
 
-def side_of(proj_type: str) -> Side:
-    """The projected side by the name that the papers' code gives it.
+def one_of(meanings: Mapping[str, str], name: str, group: Mapping[str, Any]) -> str:
+    """What a field's value means.
 
     Raises:
-        UnsupportedError: Both at once.
+        ValueError: It is none of those that there are.
     """
-    if proj_type == "full":
-        raise UnsupportedError(
-            "proj_type='full'",
-            reason="it projects both sides at once",
-            instead="proj_type='std', 'reverse_std', 'left' or 'right'",
-        )
-    return proj_type  # type: ignore[return-value]
+    if group[name] not in meanings:
+        raise ValueError(f"{name}={group[name]!r}: expected one of {', '.join(meanings)}")
+    return meanings[group[name]]
 
 
 class GaLore(MethodOptimizer):
@@ -190,6 +179,7 @@ class GaLore(MethodOptimizer):
     """
 
     method_name: ClassVar[str] = "GaLore"
+    _words: ClassVar = {"update_proj_gap": "update_gap", "proj_type": "side"}
 
     def __init__(
         self,
@@ -211,38 +201,13 @@ class GaLore(MethodOptimizer):
         seed: int = 0,
         project_embeddings: bool = False,
     ) -> None:
-        fields: dict[str, object] = {
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-        }
-        fields |= {"projector": projector, "inner": inner, "at_refresh": at_refresh, "writer": writer}
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            seed=seed,
-            project_embeddings=project_embeddings,
-            fields=fields | {"stagger": stagger},
-        )
+        super().__init__(**arguments(locals()))
 
     @classmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
         """No residual, no limiter."""
-        return Method(
-            projector=projector_with_rank(group["projector"]),
-            rank=group["rank"],
-            update_gap=group["update_proj_gap"],
-            side=side_of(group["proj_type"]),
-            scale=group["scale"],
-            inner=group["inner"],
-            at_refresh=group["at_refresh"],
-            writer=group["writer"],
-            stagger=group["stagger"],
-        )
+        check_has_rank(group["projector"])
+        return super().method_of(group)
 
 
 class Fira(MethodOptimizer):
@@ -269,6 +234,8 @@ class Fira(MethodOptimizer):
     """
 
     method_name: ClassVar[str] = "Fira"
+    _words: ClassVar = {"update_proj_gap": "update_gap", "proj_type": "side", "alpha": "scale", "gamma": "limit"}
+    _parts: ClassVar = {"residual": "fira", "limiter": "norm_growth"}
 
     def __init__(
         self,
@@ -291,42 +258,13 @@ class Fira(MethodOptimizer):
         seed: int = 0,
         project_embeddings: bool = False,
     ) -> None:
-        fields: dict[str, object] = {
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "alpha": alpha,
-            "proj_type": proj_type,
-        }
-        fields |= {"gamma": gamma, "projector": projector, "inner": inner, "at_refresh": at_refresh}
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            seed=seed,
-            project_embeddings=project_embeddings,
-            fields=fields | {"writer": writer, "stagger": stagger},
-        )
+        super().__init__(**arguments(locals()))
 
     @classmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
         """Fira's residual, its norm growth limited."""
-        return Method(
-            projector=projector_with_rank(group["projector"]),
-            rank=group["rank"],
-            update_gap=group["update_proj_gap"],
-            side=side_of(group["proj_type"]),
-            scale=group["alpha"],
-            residual="fira",
-            residual_scale=group["alpha"],
-            limiter="norm_growth",
-            limit=group["gamma"],
-            inner=group["inner"],
-            at_refresh=group["at_refresh"],
-            writer=group["writer"],
-            stagger=group["stagger"],
-        )
+        check_has_rank(group["projector"])
+        return super().method_of({**group, "residual_scale": group["alpha"]})
 
 
 class APOLLO(MethodOptimizer):
@@ -356,6 +294,8 @@ class APOLLO(MethodOptimizer):
     """
 
     method_name: ClassVar[str] = "APOLLO"
+    _words: ClassVar = {"update_proj_gap": "update_gap", "proj_type": "side", "gamma": "limit"}
+    _parts: ClassVar = {"limiter": "norm_growth"}
 
     def __init__(
         self,
@@ -379,44 +319,15 @@ class APOLLO(MethodOptimizer):
         seed: int = 0,
         project_embeddings: bool = False,
     ) -> None:
-        if proj not in ("random", "svd"):
-            raise ValueError(f"proj={proj!r}: expected 'random' or 'svd'")
-        if scale_type not in ("channel", "tensor"):
-            raise ValueError(f"scale_type={scale_type!r}: expected 'channel' or 'tensor'")
-        fields: dict[str, object] = {
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "scale_type": scale_type,
-        }
-        fields |= {"proj": proj, "proj_type": proj_type, "gamma": gamma, "inner": inner, "at_refresh": at_refresh}
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            seed=seed,
-            project_embeddings=project_embeddings,
-            fields=fields | {"writer": writer, "stagger": stagger},
-        )
+        super().__init__(**arguments(locals()))
 
     @classmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
         """The scaled gradient, its norm growth limited."""
-        return Method(
-            projector="gaussian" if group["proj"] == "random" else "svd",
-            rank=group["rank"],
-            update_gap=group["update_proj_gap"],
-            side=side_of(group["proj_type"]),
-            scale=group["scale"] ** 0.5,
-            scale_gradient=group["scale_type"],
-            limiter="norm_growth",
-            limit=group["gamma"],
-            inner=group["inner"],
-            at_refresh=group["at_refresh"],
-            writer=group["writer"],
-            stagger=group["stagger"],
+        projector = one_of({"random": "gaussian", "svd": "svd"}, "proj", group)
+        per = one_of({"channel": "channel", "tensor": "tensor"}, "scale_type", group)
+        return super().method_of(
+            {**group, "projector": projector, "scale_gradient": per, "scale": group["scale"] ** 0.5}
         )
 
 
@@ -443,26 +354,7 @@ class APOLLOMini(APOLLO):
         seed: int = 0,
         project_embeddings: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            scale_type="tensor",
-            gamma=gamma,
-            inner=inner,
-            writer=writer,
-            stagger=stagger,
-            seed=seed,
-            project_embeddings=project_embeddings,
-        )
-
-
-_RESIDUALS = {"no": "none", "sgd": "sgd", "sign_sgd": "sign"}
+        super().__init__(**arguments(locals()), scale_type="tensor")
 
 
 class FRUGAL(MethodOptimizer):
@@ -491,6 +383,8 @@ class FRUGAL(MethodOptimizer):
     """
 
     method_name: ClassVar[str] = "FRUGAL"
+    _words: ClassVar = {"proj_params_lr_scale": "scale", "inactive_lr_scale": "residual_scale", "proj_side": "side"}
+    _parts: ClassVar = {"rank": None}
 
     def __init__(
         self,
@@ -515,42 +409,11 @@ class FRUGAL(MethodOptimizer):
         seed: int = 0,
         project_embeddings: bool = False,
     ) -> None:
-        if inactive_update_rule not in _RESIDUALS:
-            raise ValueError(f"inactive_update_rule={inactive_update_rule!r}: expected one of {', '.join(_RESIDUALS)}")
-        fields: dict[str, object] = {
-            "density": density,
-            "update_gap": update_gap,
-            "proj_params_lr_scale": proj_params_lr_scale,
-        }
-        fields |= {"inactive_update_rule": inactive_update_rule, "inactive_lr_scale": inactive_lr_scale}
-        fields |= {"reset_statistics": reset_statistics, "projector": projector, "proj_side": proj_side}
-        fields |= {"block_order": block_order, "inner": inner, "writer": writer, "stagger": stagger}
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            seed=seed,
-            project_embeddings=project_embeddings,
-            fields=fields,
-        )
+        super().__init__(**arguments(locals()))
 
     @classmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
         """A share with Adam, a residual of its own size."""
-        return Method(
-            projector=group["projector"],
-            rank=None,
-            density=group["density"],
-            update_gap=group["update_gap"],
-            side=side_of(group["proj_side"]),
-            block_order=group["block_order"],
-            scale=group["proj_params_lr_scale"],
-            residual=_RESIDUALS[group["inactive_update_rule"]],  # type: ignore[arg-type]
-            residual_scale=group["inactive_lr_scale"],
-            inner=group["inner"],
-            at_refresh="reset" if group["reset_statistics"] else "keep",
-            writer=group["writer"],
-            stagger=group["stagger"],
-        )
+        residual = one_of({"no": "none", "sgd": "sgd", "sign_sgd": "sign"}, "inactive_update_rule", group)
+        at_refresh = "reset" if group["reset_statistics"] else "keep"
+        return super().method_of({**group, "residual": residual, "at_refresh": at_refresh})

@@ -238,7 +238,7 @@ class RuleOptimizer(Optimizer):
         rule = self.rule_of(param)
         state: State = self.state[param]
         if not rule.is_active(hyper.clock):
-            rule.retire(state)
+            state.clear()
             return
         if param.grad is None:
             return
@@ -248,8 +248,7 @@ class RuleOptimizer(Optimizer):
             )
         if not state:
             state.update(rule.init(param))
-        payload = rule.reduce(param.grad, state)
-        rule.apply(param, rule.solve(payload, state, hyper), state, hyper)
+        rule.update(param, param.grad, state, hyper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does.

@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from lowmem.optim.optimizer import RuleOptimizer, groups_of_module
 from lowmem.optim.projected import limit_update_rms, norm_of_matrices
-from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counter, mix
+from lowmem.optim.rule import Hyper, Place, Rule, State, counter, mix
 from lowmem.optim.state import (
     STATE_DTYPES,
     WRITERS,
@@ -46,16 +46,6 @@ class AdamWRule(Rule):
     seed: int = 0
     """Seed of stochastic rounding."""
 
-    @property
-    def needs_full_gradient(self) -> bool:
-        """The payload is the gradient."""
-        return True
-
-    @property
-    def payload_is_linear(self) -> bool:
-        """The payload is the gradient."""
-        return True
-
     def init(self, weight: Tensor) -> State:
         """The `step` of torch (fp32), `exp_avg` and `exp_avg_sq`, and what the writer keeps."""
         check_writable(weight)
@@ -70,17 +60,8 @@ class AdamWRule(Rule):
                 state.update(moment)
         return state | new_writer_state(self.writer, weight)
 
-    def reduce(self, gradient: Tensor, state: State) -> Payload:
-        """The gradient itself."""
-        return {"gradient": gradient}
-
-    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
-        """The gradient: torch's kernel computes and applies the update in one pass over memory."""
-        return payload
-
-    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
-        """One AdamW step."""
-        gradient = update["gradient"]
+    def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
+        """One AdamW step: torch's kernel computes and applies the update in one pass over memory."""
         if self.state_dtype is None and self.writer == "nearest":
             self._step(weight, gradient.to(weight.dtype), state["exp_avg"], state["exp_avg_sq"], state, hyper)
             return
@@ -136,16 +117,6 @@ class AdaLomoRule(Rule):
     writer: str = "stochastic"
     seed: int = 0
 
-    @property
-    def needs_full_gradient(self) -> bool:
-        """The payload is the gradient."""
-        return True
-
-    @property
-    def payload_is_linear(self) -> bool:
-        """The payload is the gradient."""
-        return True
-
     def init(self, weight: Tensor) -> State:
         """Row and column means for matrices and stacks of them; the whole second moment for vectors."""
         check_writable(weight)
@@ -158,13 +129,9 @@ class AdaLomoRule(Rule):
             state["exp_avg_sq"] = torch.zeros(weight.shape, device=weight.device)
         return state | new_writer_state(self.writer, weight)
 
-    def reduce(self, gradient: Tensor, state: State) -> Payload:
-        """The gradient itself."""
-        return {"gradient": gradient}
-
-    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
-        """u, limited, before the factor that depends on the weight."""
-        gradient = payload["gradient"].float()
+    def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
+        """Normalise the gradient, limit it, scale it by the weight's RMS, and descend."""
+        gradient = gradient.float()
         state["step"] += 1
         weight_of_new = float(state["step"]) ** self.decay_rate
         squares = gradient.square().add_(self.eps[0])
@@ -174,14 +141,11 @@ class AdaLomoRule(Rule):
             rows = state["exp_avg_sq_row"].lerp_(squares.mean(dim=-1, keepdim=True), weight_of_new)
             columns = state["exp_avg_sq_col"].lerp_(squares.mean(dim=-2, keepdim=True), weight_of_new)
             second = rows * columns / rows.mean(dim=-2, keepdim=True)
-        return {"direction": limit_update_rms(gradient / second.sqrt(), self.clip_threshold)}
-
-    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
-        """Scale by the weight's RMS and descend."""
+        towards = limit_update_rms(gradient / second.sqrt(), self.clip_threshold)
         exact = read_weight(weight, state)
         num_values = weight.shape[-2:].numel()
         size = (norm_of_matrices(exact) / num_values**0.5).clamp_min_(self.eps[1])
-        descend(exact, update["direction"] * size, hyper)
+        descend(exact, towards * size, hyper)
         write_weight(self.writer, weight, exact, state, seed=mix(self.seed, hyper.clock))
 
 

@@ -7,6 +7,7 @@ One rule for all methods that keep their moments in a projection of the gradient
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.optim.basis import Basis, DenseBasis, choose_coordinates, gaussian_basis, gradient_basis
 from lowmem.optim.method import BY_DENSITY, FROM_GRADIENT, Method
-from lowmem.optim.rule import Hyper, Payload, Place, Rule, State, Update, counter, mix
+from lowmem.optim.rule import Hyper, Place, Rule, State, counter, mix
 from lowmem.optim.state import (
     check_writable,
     descend,
@@ -46,7 +47,7 @@ def new_inner_state(inner: str, shape: Sequence[int], *, state_dtype: str, devic
     return state
 
 
-def direction(inner: str, low: Tensor, state: State, hyper: Hyper, *, step: int, seed: int) -> Tensor:
+def inner_direction(inner: str, low: Tensor, state: State, hyper: Hyper, *, step: int, seed: int) -> Tensor:
     """N = inner(R), a new tensor; advances the moments.
 
     Args:
@@ -137,9 +138,6 @@ def norm_ratio(direction: Tensor, projected: Tensor, *, per: str) -> Tensor:
     return torch.where(lower > 0, upper / torch.where(lower > 0, lower, 1.0), 0.0)
 
 
-_LINEAR = ("low", "gradient")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DirectionRule(Rule):
     """What projected rules share: a direction in fp32, its limiter, and how the weight is written."""
@@ -147,23 +145,15 @@ class DirectionRule(Rule):
     method: Method
     place: Place
 
-    @property
-    def payload_is_linear(self) -> bool:
-        """The gradient and its projection are linear, the sign of what is left is not."""
-        return self.method.residual != "sign"
+    @abstractmethod
+    def direction(self, gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
+        """The limited update in fp32, before learning rate and decay; advances the state."""
 
-    def scale(self, payload: Payload, factor: float | Tensor) -> Payload:
-        """Scale what is linear in the gradient; signs and rotations stay."""
-        return {name: value * factor if name in _LINEAR else value for name, value in payload.items()}
-
-    def add(self, payload: Payload, other: Payload) -> None:
-        """As `Rule.add`; a rotation is the same in both."""
-        super().add(payload, {name: value for name, value in other.items() if name in _LINEAR})
-
-    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
+    def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
         """W <- (1 - lr * weight_decay) W - lr * direction."""
+        towards = self.direction(gradient, state, hyper)
         exact = read_weight(weight, state)
-        descend(exact, update["direction"], hyper)
+        descend(exact, towards, hyper)
         write_weight(self.method.writer, weight, exact, state, seed=self._seed(hyper))
 
     def _seed(self, hyper: Hyper) -> int:
@@ -197,24 +187,10 @@ class ProjectedRule(DirectionRule):
                 instead="put the parameter into a group with project=False",
             )
 
-    @property
-    def needs_full_gradient(self) -> bool:
-        """Whether more than the projection, and signs, goes into the update."""
-        return self.method.scale_gradient != "none" or self.method.residual in ("sgd", "fira")
-
-    @property
-    def reduce_state(self) -> frozenset[str]:
-        """The step, and a basis that is kept."""
-        return frozenset({"step", "basis"} if self._keeps_basis else {"step"})
-
     def refreshes(self, state: State) -> bool:
         """Whether the coming step takes a new basis."""
         step = int(state["step"])
         return step == 0 or (step + self._offset) % self.method.update_gap == 0
-
-    def reduces_once(self, state: State) -> bool:
-        """A basis read off the gradient has to see the whole step's."""
-        return super().reduces_once(state) or (self._keeps_basis and self.refreshes(state))
 
     def init(self, weight: Tensor) -> State:
         """Counters, a basis if it is read off the gradient, moments of R, the last norm, and what the writer keeps."""
@@ -229,91 +205,87 @@ class ProjectedRule(DirectionRule):
         )
         return state | self._limiter_state(weight) | new_writer_state(self.method.writer, weight)
 
-    def reduce(self, gradient: Tensor, state: State) -> Payload:
-        """R, with the signs of the residual if they are wanted; or the gradient where the update needs it."""
-        full = self._oriented(gradient)
-        payload: Payload = {}
-        if self.refreshes(state):
-            payload |= self._refresh(full, state)
-        if self.needs_full_gradient:
-            return payload | {"gradient": gradient}
-        basis = self._basis(state, full.device)
-        payload["low"] = basis.project(full)
-        if self.method.residual == "sign":
-            payload["sign"] = (full - basis.lift(payload["low"])).sign_().to(torch.int8)
-        return payload
-
-    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
-        """Advance the moments of R and put the update together."""
-        full = self._oriented(payload["gradient"]) if "gradient" in payload else None
-        basis = self._basis(state, next(iter(payload.values())).device)
-        low = payload["low"] if full is None else basis.project(full)
-        if int(state["step"]) > 0 and self.refreshes(state):
-            self._carry_moments(payload, low, state, hyper)
-        state["inner_step"] += 1
-        inner_step = int(state["inner_step"])
-        inner = direction(self.method.inner, low, state, hyper, step=inner_step, seed=self._seed(hyper))
-        if self.method.scale_gradient != "none":
-            assert full is not None
-            factors = norm_ratio(inner, low, per=self.method.scale_gradient)
-            update = self._limit(full * factors.mul_(self.method.scale), state)
-        elif self._lifts_into_weight:
-            state["step"] += 1
-            return {"low": inner}
-        else:
-            update = self._with_residual(basis, inner, low, full, payload, state)
-        state["step"] += 1
-        return {"direction": update.mT if self._is_transposed else update}
-
-    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
-        """As `DirectionRule.apply`; an update that is only lifted is so into the weight, never a matrix of its own."""
-        if "low" not in update:
-            super().apply(weight, update, state, hyper)
+    def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
+        """As `DirectionRule.update`; what is only lifted is so into the weight, and never a matrix of its own."""
+        if not self._lifts_into_weight:
+            super().update(weight, gradient, state, hyper)
             return
-        exact, basis, low = read_weight(weight, state), state["basis"], update["low"]
+        full = self._oriented(gradient)
+        _, low = self._project(full, state, hyper)
+        # Of a bf16 gradient it is a copy, as large as the weight.
+        del full
+        low = self._inner_direction(low, state, hyper)
+        exact, basis = read_weight(weight, state), state["basis"]
         left, right = (low.mT, basis.mT) if self._is_transposed else (basis, low)
         add = torch.addmm if exact.ndim == 2 else torch.baddbmm
         decay, size = 1 - hyper.lr * hyper.weight_decay, hyper.lr * self.method.scale
         add(exact, left, right, beta=decay, alpha=-size, out=exact)
         write_weight(self.method.writer, weight, exact, state, seed=self._seed(hyper))
 
-    def _with_residual(
-        self, basis: Basis, inner: Tensor, low: Tensor, full: Tensor | None, payload: Payload, state: State
-    ) -> Tensor:
-        """The update: scale * P N + residual_scale * residual, limited."""
-        method = self.method
+    def direction(self, gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
+        """Put the update together: scale * P N + residual_scale * residual, or the scaled gradient; limited."""
+        method, full = self.method, self._oriented(gradient)
+        basis, low = self._project(full, state, hyper)
+        sign = (full - basis.lift(low)).sign_().to(torch.int8) if method.residual == "sign" else None
+        if method.scale_gradient == "none" and method.residual not in ("sgd", "fira"):
+            # Of a bf16 gradient it is a copy, as large as the weight.
+            del full
+        inner = self._inner_direction(low, state, hyper)
+        if method.scale_gradient != "none":
+            factors = norm_ratio(inner, low, per=method.scale_gradient)
+            update = self._limit(full * factors.mul_(method.scale), state)
+            return update.mT if self._is_transposed else update
         update = basis.lift(inner).mul_(method.scale)
-        if "sign" in payload:
-            update.add_(payload["sign"], alpha=method.residual_scale)
-        if full is not None:
+        if sign is not None:
+            update.add_(sign, alpha=method.residual_scale)
+        elif method.residual != "none":
             rest = full - basis.lift(low)
             if method.residual == "fira":
                 rest.mul_(norm_ratio(inner, low, per="channel"))
             if self._limits_residual:
                 self._limit(rest, state)
             update.add_(rest, alpha=method.residual_scale)
-        return update if self._limits_residual else self._limit(update, state)
+        if not self._limits_residual:
+            self._limit(update, state)
+        return update.mT if self._is_transposed else update
 
-    def _refresh(self, full: Tensor, state: State) -> Payload:
+    def _project(self, full: Tensor, state: State, hyper: Hyper) -> tuple[Basis, Tensor]:
+        """P of this step and R = P^T G; where the basis is new, the moments have followed it."""
+        is_new = self.refreshes(state)
+        rotation = self._refresh(full, state) if is_new else None
+        basis = self._basis(state, full.device)
+        low = basis.project(full)
+        if is_new and int(state["step"]) > 0:
+            self._carry_moments(rotation, low, state, hyper)
+        return basis, low
+
+    def _inner_direction(self, low: Tensor, state: State, hyper: Hyper) -> Tensor:
+        """N = inner(R); the step is counted."""
+        state["inner_step"] += 1
+        state["step"] += 1
+        step = int(state["inner_step"])
+        return inner_direction(self.method.inner, low, state, hyper, step=step, seed=self._seed(hyper))
+
+    def _refresh(self, full: Tensor, state: State) -> Tensor | None:
         """Take a new basis; returns the rotation into it if the moments want one."""
         is_first = int(state["step"]) == 0
         rotates = self.method.at_refresh == "rotate" and not is_first
         if not self._keeps_basis:
             if not rotates:
-                return {}
+                return None
             number = self._refresh_number(state)
             last = self._basis_from_seed(number - 1, full.device)
-            return {"rotation": self._basis_from_seed(number, full.device).overlap(last)}
+            return self._basis_from_seed(number, full.device).overlap(last)
         last_matrix = None if is_first else state["basis"]
         seed = mix(self.place.own_seed, self._refresh_number(state))
         matrix = gradient_basis(self.method.projector, full, self._rank, old=last_matrix, seed=seed)
-        payload = {"rotation": matrix.mT @ state["basis"]} if rotates else {}
+        rotation = matrix.mT @ state["basis"] if rotates else None
         state["basis"].copy_(matrix)
-        return payload
+        return rotation
 
-    def _carry_moments(self, payload: Payload, low: Tensor, state: State, hyper: Hyper) -> None:
-        if self.method.at_refresh == "rotate":
-            rotate_moments(state, low.shape, payload["rotation"], seed=mix(self._seed(hyper), 1))
+    def _carry_moments(self, rotation: Tensor | None, low: Tensor, state: State, hyper: Hyper) -> None:
+        if rotation is not None:
+            rotate_moments(state, low.shape, rotation, seed=mix(self._seed(hyper), 1))
         elif self.method.at_refresh == "reset":
             for name, value in state.items():
                 if name.startswith("exp_avg"):
@@ -346,7 +318,8 @@ class ProjectedRule(DirectionRule):
     @property
     def _lifts_into_weight(self) -> bool:
         """Whether the update is P N and nothing else, of a basis that stays in the state."""
-        return self._keeps_basis and self.method.residual == "none" and self.method.limiter == "none"
+        method = self.method
+        return self._keeps_basis and method.residual == method.scale_gradient == method.limiter == "none"
 
     @property
     def _keeps_basis(self) -> bool:

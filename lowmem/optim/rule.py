@@ -1,12 +1,11 @@
 """Random numbers that follow from integers alone: nothing to save, the same after a resume.
 
-What an optimizer does to one parameter, in three phases that an engine may run at different times and places.
+What an optimizer does to one parameter, wherever its weight and gradient are.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +31,6 @@ def generator(seed: int, device: torch.device) -> torch.Generator:
 
 
 State = dict[str, Tensor]
-
-
-Payload = dict[str, Tensor]
-
-
-Update = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,40 +73,12 @@ class Place:
 
 
 class Rule(ABC):
-    """One parameter's update. Holds no tensors: everything that changes is in the state, which is the caller's.
-
-    The order for one step is `reduce`, `solve`, `apply`, each once; `reduce` once per gradient (micro-batch or backward
-    pass) where payloads may be added. The same calls with the same state give the same bits on the same device.
-    """
-
-    @property
-    @abstractmethod
-    def needs_full_gradient(self) -> bool:
-        """Whether the payload holds the gradient itself, so that deferring the update means keeping it."""
-
-    @property
-    @abstractmethod
-    def payload_is_linear(self) -> bool:
-        """Whether payloads of parts of a step may be added. If not, add the gradients and reduce once."""
-
-    @property
-    def reduce_state(self) -> frozenset[str]:
-        """Names of the state that `reduce` reads or writes; the rest is needed by `solve` and `apply` only."""
-        return frozenset()
+    """One parameter's update. Holds no tensors: everything that changes is in the state, which is the caller's."""
 
     def is_active(self, clock: int) -> bool:
-        """Whether the parameter is updated at all in the step after `clock` completed ones; if not, call `retire`."""
+        """Whether the parameter is updated at all in the step after `clock` completed ones; if not, drop its state."""
         del clock
         return True
-
-    def retire(self, state: State) -> None:
-        """Drop the state of a parameter that is not active."""
-        state.clear()
-
-    def reduces_once(self, state: State) -> bool:
-        """Whether this step's `reduce` has to be given the whole step's gradient, in one call."""
-        del state
-        return not self.payload_is_linear
 
     @abstractmethod
     def init(self, weight: Tensor) -> State:
@@ -124,39 +89,17 @@ class Rule(ABC):
         """
 
     @abstractmethod
-    def reduce(self, gradient: Tensor, state: State) -> Payload:
-        """Reduce a gradient to what `solve` needs. Runs on the gradient's device; may refresh a basis in the state.
+    def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
+        """Change the weight in place, weight decay included, and advance the state.
 
-        The payload may share memory with the gradient.
+        The same call with the same state gives the same bits on the same device.
+
+        Args:
+            weight: The weight, fp32 or bf16.
+            gradient: The whole step's gradient, of the same shape; may be changed.
+            state: What `init` made, as earlier steps have left it.
+            hyper: The numbers of this step.
         """
-
-    def scale(self, payload: Payload, factor: float | Tensor) -> Payload:
-        """The payload of `factor` times the gradient (clipping), for a factor above zero."""
-        return {name: value * factor for name, value in payload.items()}
-
-    def add(self, payload: Payload, other: Payload) -> None:
-        """Add a second payload of the same step to the first, in place.
-
-        Raises:
-            ValueError: The payload is not linear in the gradient.
-        """
-        if not self.payload_is_linear:
-            raise ValueError("payloads that are not linear in the gradient cannot be added; add the gradients")
-        for name, value in other.items():
-            payload[name].add_(value)
-
-    @abstractmethod
-    def solve(self, payload: Payload, state: State, hyper: Hyper) -> Update:
-        """Turn a step's payload into the update of the weight, advancing the state."""
-
-    @abstractmethod
-    def apply(self, weight: Tensor, update: Update, state: State, hyper: Hyper) -> None:
-        """Change the weight in place, weight decay included."""
-
-    def state_bytes(self, shape: Iterable[int], dtype: torch.dtype) -> int:
-        """Bytes of the state of an active parameter of this shape and dtype, counters included."""
-        state = self.init(torch.empty(tuple(shape), dtype=dtype, device="meta"))
-        return sum(value.nbytes for value in state.values())
 
 
 def counter(value: int = 0) -> Tensor:

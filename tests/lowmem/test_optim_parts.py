@@ -215,7 +215,7 @@ class Recorder:
             rule = optimizer.rule_of(param)
             state = self.states.setdefault(id(param), rule.init(param))
             with torch.no_grad():
-                rule.apply(param, rule.solve(rule.reduce(gradient, state), state, hyper), state, hyper)
+                rule.update(param, gradient, state, hyper)
         self.pending.clear()
 
     def save(self, state_dict: StateDict) -> StateDict:

@@ -99,7 +99,7 @@ def test_a_step_that_fails_leaves_the_last_one(folder: Path, tmp_path: Path, mon
     def fail(*_: object, **__: object) -> None:
         raise ArithmeticError("no")
 
-    monkeypatch.setattr(rule, "apply", fail)
+    monkeypatch.setattr(rule, "update", fail)
     with pytest.raises(ArithmeticError):
         optimizer.step()
     monkeypatch.undo()
