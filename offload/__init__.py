@@ -26,7 +26,7 @@ from offload.scheduler import Counters, Scheduler
 from offload.store.store import Store
 from offload.store.store_files import StoreIo
 from offload.trace import LANES, Span, Trace
-from offload.transfer import Transfer
+from offload.transfer import Transfer, WorkerThread
 
 __all__ = [
     "LANES",
@@ -64,6 +64,7 @@ __all__ = [
     "TierFull",
     "Trace",
     "Transfer",
+    "WorkerThread",
     "WriteError",
     "available_ram_bytes",
     "format_bytes",

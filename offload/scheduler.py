@@ -25,6 +25,7 @@ from offload.errors import Closed, OffloadError
 from offload.pipeline import BlockReader, Pipeline, Slot
 from offload.placement import Placement, PlacementPlan
 from offload.trace import Trace
+from offload.transfer import WorkerThread
 
 _POLL_S = 0.001
 """How often finished transfers are looked for while none of them is waited for."""
@@ -69,8 +70,8 @@ class Fetcher:
         """Visits whose block was there already."""
         self.stall_s = 0.0
         """Seconds that visits have waited."""
-        # A daemon, stopped at exit by its owner's finalizer: it must not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, name="offload-fetch", daemon=True)
+        # Stopped at exit by its owner's finalizer.
+        self._thread = WorkerThread(target=self._run, name="offload-fetch")
         self._thread.start()
 
     @contextmanager

@@ -18,6 +18,16 @@ from torch import Tensor
 from offload.errors import Closed, OffloadError
 
 
+class WorkerThread(threading.Thread):
+    """A thread whose work others wait for. It must never wait for that itself, as a finalizer run in it might.
+
+    A daemon: if nobody has closed its owner, it must not keep the process from ending.
+    """
+
+    def __init__(self, *, target: Callable[..., None], args: tuple[object, ...] = (), name: str) -> None:
+        super().__init__(target=target, args=args, name=name, daemon=True)
+
+
 class Transfer:
     """A read or write in progress: a future without a value."""
 
@@ -151,9 +161,9 @@ class IoThreads:
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
         self._service = service = _Service(closed_reason=f"the {owner} was closed", at_end=at_end)
-        # Daemons, stopped at exit by the finalizer: threads that nobody closed must not keep the process from ending.
+        # Stopped at exit by the finalizer.
         for i in range(num_threads):
-            thread = threading.Thread(target=_serve, args=(service,), name=f"{name}-{i}", daemon=True)
+            thread = WorkerThread(target=_serve, args=(service,), name=f"{name}-{i}")
             service.threads.append(thread)
             service.num_running += 1
             thread.start()

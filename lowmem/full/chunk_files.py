@@ -1,7 +1,4 @@
-"""Writing single parameters to state on disk: changes are collected chunk by chunk.
-
-Chunks as objects of a store: what of them is there, reading and writing them, and the steps they belong to.
-"""
+"""Chunks as objects of a store: what of them is there, reading and writing them, and the steps they belong to."""
 
 from __future__ import annotations
 
@@ -12,106 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.full.chunks import Chunk, parts
-from lowmem.full.disk_gradients import DiskGradients
-from lowmem.full.disk_updates import Job
-from lowmem.full.flat import ParamPlace
-from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from lowmem.full.chunks import Chunk
+from lowmem.full.flat import ELEMENT_BYTES
+from lowmem.full.tier import EXP_AVG, WEIGHT
 from offload import BlockLayout, BlockSpec, ObjectLayout, StagingBuffer, Store, StoreIo, Trace, Transfer, lay_out
-
-_ELEMENT_BYTES = 4
-
-
-class ChunkEdits:
-    """One chunk's weight, or its moments, in memory on the way to the next version."""
-
-    def __init__(
-        self,
-        files: ChunkFiles,
-        chunks: Sequence[tuple[Chunk, ...]],
-        *,
-        settle: Callable[[int], None],
-        changed: Callable[[int], None],
-    ) -> None:
-        """Begin without a chunk.
-
-        Args:
-            files: Where chunks lie.
-            chunks: Of each unit.
-            settle: Called before a unit is changed.
-            changed: Called when a unit has been changed.
-        """
-        self._files, self._chunks = files, chunks
-        self._settle, self._changed = settle, changed
-        self._chunk: Chunk | None = None
-        self._is_weight = True
-        self._buffer: StagingBuffer | None = None
-
-    def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
-        """Change a parameter's weight or moment; on disk after `flush`."""
-        for chunk, here, there in parts(self._chunks[index], place):
-            if (self._chunk, self._is_weight) != (chunk, field == WEIGHT):
-                self._begin(chunk, is_weight=field == WEIGHT)
-            flat = self._data().view(torch.float32)
-            half = flat[chunk.numel :] if field == EXP_AVG_SQ else flat[: chunk.numel]
-            half[here] = value.detach().reshape(-1)[there].float()
-
-    def flush(self) -> None:
-        """Write the chunk that is in memory."""
-        if self._chunk is None:
-            return
-        chunk = self._chunk
-        for write in self._files.start_save(chunk, **self._halves()):
-            write.wait()
-        self._chunk = None
-        self._changed(chunk.unit)
-
-    def write_unit(self, index: int, weight: Tensor) -> None:
-        """Write a unit's whole weight, flat and maybe without what fills its last page."""
-        self.flush()
-        self._files.begin()
-        for chunk in self._chunks[index]:
-            self._chunk, self._is_weight = chunk, True
-            part = weight[chunk.start : chunk.stop]
-            flat = self._data().view(torch.float32)
-            flat[: part.numel()].copy_(part)
-            flat[part.numel() :].zero_()
-            self.flush()
-
-    def _begin(self, chunk: Chunk, *, is_weight: bool) -> None:
-        self.flush()
-        self._settle(chunk.unit)
-        self._files.begin()
-        if is_weight and not self._files.has_weight(chunk.unit):
-            self._write_base(chunk.unit)
-        self._chunk, self._is_weight = chunk, is_weight
-        for read in self._files.start_load(chunk, **self._halves()):
-            read.wait()
-
-    def _halves(self) -> dict[str, Tensor | None]:
-        data = self._data()
-        return {"weight": data, "moments": None} if self._is_weight else {"weight": None, "moments": data}
-
-    def _data(self) -> Tensor:
-        assert self._chunk is not None, "a chunk is being edited"
-        nbytes = (1 if self._is_weight else 2) * self._chunk.numel * _ELEMENT_BYTES
-        if self._buffer is None or self._buffer.nbytes < nbytes:
-            self._buffer = StagingBuffer(nbytes)
-        return self._buffer.tensor[:nbytes]
-
-    def _write_base(self, index: int) -> None:
-        """Write a block's weight as the checkpoint has it: from now on parts of it may differ."""
-        with StagingBuffer(self._chunks[index][-1].stop * _ELEMENT_BYTES) as buffer:
-            flat = buffer.tensor.view(torch.float32)
-            self._files.load_base(index, flat)
-            for chunk in self._chunks[index]:
-                data = flat[chunk.start : chunk.stop].view(torch.uint8)
-                for write in self._files.start_save(chunk, weight=data, moments=None):
-                    write.wait()
-
-
-_ELEMENT_BYTES = 4
-
 
 _STATE = " state"
 
@@ -130,8 +31,6 @@ class ChunkFiles:
         fingerprint: str,
         chunks: Sequence[tuple[Chunk, ...]],
         load_base: Callable[[int, Tensor], None],
-        finished: Callable[[Job], None],
-        gradients: DiskGradients,
         trace: Trace,
     ) -> None:
         """Open or make the store.
@@ -141,11 +40,11 @@ class ChunkFiles:
             fingerprint: What the state belongs to.
             chunks: Of each unit.
             load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
-            finished: Called when a job is done.
-            gradients: The blocks' accumulated gradients.
             trace: Where transfers are recorded.
         """
-        self._chunks, self._base, self._finished, self._gradients = chunks, load_base, finished, gradients
+        self._chunks = chunks
+        self.load_base = load_base
+        """Fills a flat fp32 buffer with a block's weight as the checkpoint has it, by the block's number."""
         self._folder, self._fingerprint, self._io = folder, fingerprint, StoreIo(trace=trace)
         self._store = self._open()
         self._have: set[str] = set()
@@ -164,30 +63,12 @@ class ChunkFiles:
         """What belongs to the committed state."""
         return dict(self._store.extra)
 
-    @property
-    def written_bytes(self) -> int:
-        """Bytes written so far."""
-        return self._store.written_bytes
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes read so far."""
-        return self._store.read_bytes
-
     def has_weight(self, unit: int) -> bool:
-        """See `ChunkStore.has_weight`."""
+        """Whether a unit's weight was ever written."""
         return all(chunk.weight_name in self._have for chunk in self._chunks[unit])
 
-    def load_base(self, unit: int, into: Tensor) -> None:
-        """See `ChunkStore.load_base`."""
-        self._base(unit, into)
-
-    def job_done(self, job: Job) -> None:
-        """See `ChunkStore.job_done`."""
-        self._finished(job)
-
     def start_load(self, chunk: Chunk, *, weight: Tensor | None, moments: Tensor | None) -> list[Transfer]:
-        """See `ChunkStore.start_load`."""
+        """Start reading a chunk's newest weight and moments, unless None; what there is not yet becomes zero."""
         found = []
         for name, into in ((chunk.weight_name, weight), (chunk.moments_name, moments)):
             if into is None:
@@ -198,13 +79,8 @@ class ChunkFiles:
                 into.zero_()
         return found
 
-    def start_gradient(self, chunk: Chunk, into: Tensor) -> list[Transfer]:
-        """See `ChunkStore.start_gradient`."""
-        self._gradients.wait_written(chunk.unit)
-        return [self._gradients.start_read(chunk, into)]
-
     def start_save(self, chunk: Chunk, *, weight: Tensor | None, moments: Tensor | None) -> list[Transfer]:
-        """See `ChunkStore.start_save`; either may be None, and then stays."""
+        """Start writing a chunk's new weight and moments; either may be None, and then stays."""
         parts: tuple[tuple[str, ObjectLayout, Tensor | None], ...] = (
             (chunk.weight_name, chunk.weight_layout, weight),
             (chunk.moments_name, chunk.moments_layout, moments),
@@ -252,7 +128,7 @@ class ChunkFiles:
 
     def read_chunk(self, chunk: Chunk, field: str) -> Tensor:
         """A chunk's weight or moment, flat fp32: zeros where there is none, else a view, valid until the next call."""
-        nbytes = chunk.numel * _ELEMENT_BYTES
+        nbytes = chunk.numel * ELEMENT_BYTES
         name = chunk.weight_name if field == WEIGHT else chunk.moments_name
         if self._buffer is None or self._buffer.nbytes < 2 * nbytes:
             self._buffer, self._in_buffer = StagingBuffer(2 * nbytes), None
@@ -321,7 +197,7 @@ class ChunkFiles:
             replace(self._store.spec(chunk.weight_name).tensors[0], name=chunk.name) for chunk in self._chunks[unit]
         ]
         layout = lay_out(BlockSpec(name=self._chunks[unit][0].name, tensors=tuple(tensors)))
-        starts = {chunk.name: chunk.start * _ELEMENT_BYTES for chunk in self._chunks[unit]}
+        starts = {chunk.name: chunk.start * ELEMENT_BYTES for chunk in self._chunks[unit]}
         assert dict(layout.tensor_offsets) == starts, "chunks in order of their names are in order of the buffer"
         return layout
 
@@ -331,4 +207,4 @@ def _state_name(key: str) -> str:
     return key + _STATE
 
 
-__all__ = ["ChunkEdits", "ChunkFiles"]
+__all__ = ["ChunkFiles"]

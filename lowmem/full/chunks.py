@@ -12,20 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.full.flat import PAGE_ELEMENTS, ParamPlace, UnitLayout
+from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, UnitLayout
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from lowmem.planning.limits import state_chunk_bytes
 from offload import BlockLayout, BlockSpec, ObjectLayout, TensorSpec, Transfer, place
-
-LARGEST_CHUNK = 4 << 20
-"""Elements: 16 MiB of each buffer. Larger ones move no faster."""
-
-
-_SMALLEST_CHUNK = 4 * PAGE_ELEMENTS
-"""Each chunk is two files, and each file is brought to the disk for itself."""
-
-
-_PARTS = 8
-"""A unit is cut into at least so many chunks, so that reading, updating and writing it overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +62,7 @@ class Chunk:
 
 def chunk_numel(layouts: Sequence[UnitLayout]) -> int:
     """Elements of the largest chunk."""
-    widest = max(layout.numel for layout in layouts)
-    return min(LARGEST_CHUNK, max(_SMALLEST_CHUNK, -(-widest // (_PARTS * PAGE_ELEMENTS)) * PAGE_ELEMENTS))
+    return state_chunk_bytes(max(layout.numel for layout in layouts) * ELEMENT_BYTES) // ELEMENT_BYTES
 
 
 def cut(layouts: Sequence[UnitLayout]) -> list[tuple[Chunk, ...]]:
@@ -107,9 +96,6 @@ def parts(chunks: Sequence[Chunk], place: ParamPlace) -> Iterator[tuple[Chunk, s
             )
 
 
-_ELEMENT_BYTES = 4
-
-
 class NewestBlocks:
     """Reads blocks for the scheduler."""
 
@@ -137,9 +123,9 @@ def block_spec(layout: UnitLayout, folder: Path) -> BlockSpec:
         shape=shape,
         file=folder / "newest" / layout.name,
         offset_bytes=0,
-        nbytes=layout.numel * _ELEMENT_BYTES,
+        nbytes=layout.numel * ELEMENT_BYTES,
     )
     return BlockSpec(name=layout.name, tensors=(weight,))
 
 
-__all__ = ["LARGEST_CHUNK", "Chunk", "NewestBlocks", "block_spec", "chunk_numel", "cut", "parts"]
+__all__ = ["Chunk", "NewestBlocks", "block_spec", "chunk_numel", "cut", "parts"]

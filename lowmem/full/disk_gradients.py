@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +13,27 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.chunks import Chunk, parts
-from lowmem.full.flat import ParamPlace, UnitLayout
+from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, UnitLayout
 from lowmem.full.tier import Contribution
 from offload import FileSlot, Scratch, StagingBuffer, Trace, Transfer
 
-_ELEMENT_BYTES = 4
+
+@dataclass(kw_only=True, eq=False)
+class _Kept:
+    """One block's accumulated gradient: in the file, in the buffer, or no more."""
+
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    """2-norms by parameter, of those that have a gradient."""
+    writes: list[Transfer] = field(default_factory=list)
+    """On their way to the file."""
+    stays: bool = False
+    """It is in the buffer only, for an update within the backward."""
+    is_spent: bool = False
+    """An update has used it."""
 
 
 class DiskGradients:
-    """Scratch space for the gradients of one step.
+    """Scratch space for the gradients of one step, and the buffer in which one block's are accumulated.
 
     Used by the thread that runs the backward, and by the one that updates; the caller sees to it that they do not use
     one block at the same time.
@@ -40,10 +53,7 @@ class DiskGradients:
         self._layouts, self._chunks = layouts, chunks
         self._scratch = Scratch(folder, trace=trace)
         self._slots: dict[tuple[int, int], FileSlot] = {}
-        self._writes: dict[int, list[Transfer]] = {}
-        self._norms: dict[int, dict[str, Tensor]] = {}
-        self._spent: set[int] = set()
-        self._applied: set[int] = set()
+        self._kept: dict[int, _Kept] = {}
         self._numel = max(layout.numel for layout in layouts)
         self._buffer: StagingBuffer | None = None
         self._chunk_buffer: StagingBuffer | None = None
@@ -56,72 +66,61 @@ class DiskGradients:
         return 0 if self._buffer is None else self._buffer.nbytes
 
     @contextmanager
-    def holding(self, index: int) -> Iterator[Callable[[Contribution], None]]:
-        """Take the gradients of a block's one backward into the buffer, and leave them there."""
-        filling = _Filling(partial(self._begin_holding, index))
+    def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
+        """See `StateTier.accumulating`. The first gradient waits until the buffer is free of the block before.
+
+        What stays is in the buffer until the transfer that is given to `release_after` has ended.
+        """
+        filling = _Filling(partial(self._begin, index, adds=adds, stays=stays))
         yield filling.take
-        if filling.kept:
-            self._norms.setdefault(index, {}).update(filling.norms())
-            self._applied.add(index)
+        if not filling.taken:
+            return
+        kept = self._kept.setdefault(index, _Kept())
+        kept.norms.update(filling.norms())
+        kept.stays, kept.is_spent = stays, False
+        if not stays:
+            self._in_buffer = index
+            kept.writes = self._write(index)
 
-    def _begin_holding(self, index: int) -> Tensor:
+    def _begin(self, index: int, *, adds: bool, stays: bool) -> Tensor:
+        """The buffer, with what the gradients of a backward are added to."""
+        if adds:
+            self.check_unspent(index, self._layouts[index].places[0])
+        holds = adds and self._in_buffer == index
+        # Should the buffer still hold this block, it may be changed once its writes are over.
         self._settle_buffer()
-        self._in_buffer = None
-        return self._zeroed(index)
+        flat = self._flat()
+        kept = self._kept.get(index)
+        if stays or kept is None or kept.is_spent:
+            flat[: self._layouts[index].numel].zero_()
+        elif not holds:
+            # What was accumulated of parameters that this backward says nothing of is kept.
+            self._read_into(index, flat)
+        return flat
 
-    def held(self, index: int) -> Tensor:
-        """The flat gradient held: the caller's to read until the transfer given to `release_after` has ended."""
+    def staying(self, index: int) -> Tensor | None:
+        """The flat gradient of a block that stays in the buffer until it is spent."""
+        kept = self._kept.get(index)
+        if kept is None or not kept.stays or kept.is_spent:
+            return None
         return self._flat()[: self._layouts[index].numel]
 
     def release_after(self, reading: Transfer) -> None:
-        """Let the next block have the buffer when somebody has read it."""
+        """Let the next block have the buffer once a transfer, which reads it, has ended."""
         self._reading = reading
 
-    @contextmanager
-    def accumulating(self, index: int, *, adds: bool) -> Iterator[Callable[[Contribution], None]]:
-        """See `StateTier.accumulating`. The first gradient waits for the writes of the block before."""
-        filling = _Filling(partial(self._begin_accumulating, index, adds=adds))
-        yield filling.take
-        if filling.kept:
-            self._norms.setdefault(index, {}).update(filling.norms())
-            self._spent.discard(index)
-            self._applied.discard(index)
-            self._write(index, self._flat())
-
-    def _begin_accumulating(self, index: int, *, adds: bool) -> Tensor:
-        if adds and index in self._spent:
-            raise _spent(self._layouts[index].places[0].key)
-        # Should the buffer still hold this block, it may be changed once its writes are over.
-        self._settle_buffer()
-        holds = self._in_buffer == index and adds
-        # As long as it is being filled it holds no block.
-        self._in_buffer = None
-        if holds:
-            return self._flat()
-        if index not in self._norms or index in self._spent:
-            return self._zeroed(index)
-        # What was accumulated of parameters that this backward says nothing of is kept.
-        self._read_into(index, self._flat())
-        return self._flat()
-
-    def _zeroed(self, index: int) -> Tensor:
-        flat = self._flat()
-        flat[: self._layouts[index].numel].zero_()
-        return flat
-
     def norm(self, index: int, place: ParamPlace) -> Tensor | None:
-        """The 2-norm of an accumulated gradient; of one that was `hold`-ed also after an update has used it up."""
-        is_unknown = index in self._spent and index not in self._applied
-        return None if is_unknown else self._norms[index][place.key]
+        """The 2-norm of an accumulated gradient; None if an update has used it, unless within the backward."""
+        kept = self._kept[index]
+        return None if kept.is_spent and not kept.stays else kept.norms[place.key]
 
     def read(self, index: int, place: ParamPlace) -> Tensor:
         """A copy of an accumulated gradient."""
         self.check_unspent(index, place)
-        self.wait_written(index)
         found = torch.empty(place.shape)
         flat = found.view(-1)
         if self._chunk_buffer is None:
-            self._chunk_buffer = StagingBuffer(max(chunks[0].numel for chunks in self._chunks) * _ELEMENT_BYTES)
+            self._chunk_buffer = StagingBuffer(max(chunks[0].numel for chunks in self._chunks) * ELEMENT_BYTES)
         values = self._chunk_buffer.tensor.view(torch.float32)
         for chunk, here, there in parts(self._chunks[index], place):
             self.start_read(chunk, self._chunk_buffer.tensor).wait()
@@ -129,38 +128,38 @@ class DiskGradients:
         return found
 
     def check_unspent(self, index: int, place: ParamPlace) -> None:
-        """Refuse to read a gradient that an update has used up.
+        """Refuse to read a gradient that an update has used.
 
         Raises:
             UnsupportedError: It has.
         """
-        if index in self._spent:
-            raise _spent(place.key)
+        if index in self._kept and self._kept[index].is_spent:
+            raise UnsupportedError(
+                f"keeping the gradient of {place.key} after optimizer.step()",
+                reason="an update of weights on disk uses it up",
+                instead="optimizer.zero_grad() after each step, as the Trainer does, or state in memory (Budget.host)",
+            )
 
     def start_read(self, chunk: Chunk, into: Tensor) -> Transfer:
-        """Start reading a chunk; `wait_written` first."""
-        nbytes = chunk.numel * _ELEMENT_BYTES
-        return self._scratch.read(self._slots[chunk.unit, chunk.number], into[:nbytes], name=f"{chunk.name} gradient")
-
-    def wait_written(self, index: int) -> None:
-        """Wait until a block's gradient is in the file.
+        """Start reading a chunk, once the block's gradient is in the file.
 
         Raises:
-            TierFull: The disk is full.
+            TierFull: The disk was full.
             WriteError: The disk failed.
         """
-        for write in self._writes.pop(index, []):
-            write.wait()
+        self._finish_writes(chunk.unit)
+        nbytes = chunk.numel * ELEMENT_BYTES
+        return self._scratch.read(self._slots[chunk.unit, chunk.number], into[:nbytes], name=f"{chunk.name} gradient")
 
     def spend(self, index: int) -> None:
-        """Note that an update uses the gradient up."""
-        self._spent.add(index)
+        """Note that an update uses the gradient."""
+        self._kept.setdefault(index, _Kept()).is_spent = True
 
     def rest(self) -> None:
         """Give the buffer's memory back until the next backward."""
         if self._buffer is not None:
             self._settle_buffer()
-            self._in_buffer, self._buffer = None, None
+            self._buffer = None
 
     def close(self) -> None:
         """Give the space back. May be called twice."""
@@ -168,15 +167,22 @@ class DiskGradients:
 
     def _flat(self) -> Tensor:
         if self._buffer is None:
-            self._buffer = StagingBuffer(self._numel * _ELEMENT_BYTES)
+            self._buffer = StagingBuffer(self._numel * ELEMENT_BYTES)
         return self._buffer.tensor.view(torch.float32)
 
     def _settle_buffer(self) -> None:
-        if self._reading is not None:
-            self._reading.wait()
-            self._reading = None
-        if self._in_buffer is not None:
-            self.wait_written(self._in_buffer)
+        """Wait until nobody reads the buffer; from here on it holds no block."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.wait()
+        index, self._in_buffer = self._in_buffer, None
+        if index is not None:
+            self._finish_writes(index)
+
+    def _finish_writes(self, index: int) -> None:
+        # Both threads may wait for the same writes.
+        for write in self._kept[index].writes:
+            write.wait()
 
     def _read_into(self, index: int, flat: Tensor) -> None:
         reads = [
@@ -185,16 +191,15 @@ class DiskGradients:
         for read in reads:
             read.wait()
 
-    def _write(self, index: int, flat: Tensor) -> None:
-        self._in_buffer = index
-        writes = []
+    def _write(self, index: int) -> list[Transfer]:
+        flat, writes = self._flat(), []
         for chunk in self._chunks[index]:
             slot = self._slots.get((index, chunk.number))
             if slot is None:
-                slot = self._slots[index, chunk.number] = self._scratch.take(chunk.numel * _ELEMENT_BYTES)
+                slot = self._slots[index, chunk.number] = self._scratch.take(chunk.numel * ELEMENT_BYTES)
             data = flat[chunk.start : chunk.stop].view(torch.uint8)
             writes.append(self._scratch.write(slot, data, name=f"{chunk.name} gradient"))
-        self._writes[index] = writes
+        return writes
 
 
 class _Filling:
@@ -209,8 +214,8 @@ class _Filling:
         Args:
             begin: Makes the buffer ready.
         """
-        self.kept: dict[str, Tensor] = {}
-        """What has been taken: views of the buffer by parameter name."""
+        self.taken: dict[str, Tensor] = {}
+        """Views of the buffer by parameter name."""
         self._begin = begin
         self._flat: Tensor | None = None
 
@@ -219,20 +224,12 @@ class _Filling:
         if self._flat is None:
             self._flat = self._begin()
         place = one.place
-        kept = self.kept[place.key] = self._flat[place.start : place.stop].view(place.shape)
-        one.add_to(kept)
+        taken = self.taken[place.key] = self._flat[place.start : place.stop].view(place.shape)
+        one.add_to(taken)
 
     def norms(self) -> dict[str, Tensor]:
         """2-norms of what has been taken."""
-        return {key: torch.linalg.vector_norm(kept) for key, kept in self.kept.items()}
-
-
-def _spent(key: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"keeping the gradient of {key} after optimizer.step()",
-        reason="an update of weights on disk uses it up",
-        instead="optimizer.zero_grad() after each step, as the Trainer does, or state in memory (Budget.host)",
-    )
+        return {key: torch.linalg.vector_norm(taken) for key, taken in self.taken.items()}
 
 
 __all__ = ["DiskGradients"]

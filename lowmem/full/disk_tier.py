@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.chunk_files import ChunkEdits, ChunkFiles
-from lowmem.full.chunks import NewestBlocks, block_spec, chunk_numel, cut, parts
+from lowmem.full.chunk_files import ChunkFiles
+from lowmem.full.chunks import Chunk, NewestBlocks, block_spec, chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
-from lowmem.full.disk_updates import Job, UpdateThread
+from lowmem.full.disk_updates import ChunkBuffers, Job, UpdateThread, keep_as_it_is, put_values, update_chunk
 from lowmem.full.flat import ParamPlace, Segment, UnitLayout
 from lowmem.full.rules import RuleStream, Upcoming
 from lowmem.full.tier import WEIGHT, Contribution
-from offload import Counters, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, open_device
-
-_ELEMENT_BYTES = 4
+from offload import OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
 
 
 class DiskTier:
@@ -67,32 +66,22 @@ class DiskTier:
         self._gradients = DiskGradients(
             self.layouts[:num_blocks], self._chunks[:num_blocks], folder=folder, trace=trace
         )
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
         self._pending: dict[int, Sequence[Segment]] = {}
-        self._running: set[int] = set()
+        self._working: dict[int, Transfer] = {}
         self._outer: list[Transfer] = []
-        self._is_updating, self._is_committing = False, False
-        self._step: tuple[int, dict[str, object]] | None = None
-        self._last: tuple[int, dict[str, object]] = (0, {})
+        self._is_updating = False
+        self._has_ended, self._last = False, (0, dict[str, object]())
         self._edited: set[int] = set()
         self._changed_live: set[int] = set()
         self.keeps_live = False
         """Whether what rules change of the weights that the model itself holds is committed with the step, too."""
-        self._held: dict[int, tuple[Sequence[Segment], Tensor]] = {}
-        self.files = ChunkFiles(
-            folder,
-            fingerprint=fingerprint,
-            chunks=self._chunks,
-            load_base=load_base,
-            finished=self._job_done,
-            gradients=self._gradients,
-            trace=trace,
-        )
-        self._edits = ChunkEdits(self.files, self._chunks, settle=self._settle, changed=self._invalidate)
+        self._at_end_of_visit: dict[int, Sequence[Segment]] = {}
+        self.files = ChunkFiles(folder, fingerprint=fingerprint, chunks=self._chunks, load_base=load_base, trace=trace)
         self._rules = RuleStream(
             self.files, self._gradients, self._chunks, settle=self._carry_out, changed=self._invalidate
         )
-        self._thread = UpdateThread(self.files, chunk_numel=chunk_numel(self.layouts))
+        self._thread = UpdateThread(self.files, self._gradients, chunk_numel=chunk_numel(self.layouts))
         self._scheduler = Scheduler(
             [block_spec(layout, folder) for layout in self.layouts[:num_blocks]],
             plan=placement,
@@ -104,11 +93,17 @@ class DiskTier:
     @contextmanager
     def lend(self, index: int) -> Iterator[Tensor]:
         """See `StateTier.lend`: a slot of the ring."""
-        self._flush()
+        self._rules.flush()
         with self._scheduler.resident(index) as tensors:
             yield tensors[WEIGHT]
         # Not before the visit has ended: until then the old weight is in use.
-        self._start_held(index)
+        segments = self._at_end_of_visit.pop(index, None)
+        if segments is not None:
+            gradient = self._gradients.staying(index)
+            self._gradients.spend(index)
+            with self._lock:
+                self._gradients.release_after(self._submit_update(index, segments, gradient=gradient))
+            self._scheduler.invalidate((index,))
 
     def expect(self, order: Sequence[int]) -> None:
         """See `StateTier.expect`."""
@@ -119,34 +114,25 @@ class DiskTier:
 
         Called by the scheduler's thread.
         """
-        with self._changed:
+        flat = into.view(torch.float32)[: self.layouts[index].numel]
+        with self._lock:
             segments = self._pending.pop(index, None)
-            if segments is None and index not in self._running and self.files.has_weight(index):
+            if segments is not None:
+                done = self._submit_update(index, segments, into=flat)
+                self._commit_if_complete()
+                return done
+            working = self._working.get(index)
+            if self.files.has_weight(index) and (working is None or working.done()):
                 return self.files.read_weight(index, into)
-            return self._submit(index, segments or (), into=into)
+            job = self._job(index, change=None)
+            job.into = flat
+            return self._submit(job)
 
-    def accumulating(self, index: int, *, adds: bool) -> AbstractContextManager[Callable[[Contribution], None]]:
+    def accumulating(
+        self, index: int, *, adds: bool, stays: bool
+    ) -> AbstractContextManager[Callable[[Contribution], None]]:
         """See `StateTier.accumulating`."""
-        return self._gradients.accumulating(index, adds=adds)
-
-    def holding(self, index: int) -> AbstractContextManager[Callable[[Contribution], None]]:
-        """Take the gradients of a block's one backward, for `apply`."""
-        return self._gradients.holding(index)
-
-    def apply(self, index: int, segments: Sequence[Segment]) -> None:
-        """Update a block whose gradients are held as soon as its visit ends."""
-        self.begin_updates()
-        self._held[index] = segments, self._gradients.held(index)
-        self._gradients.spend(index)
-
-    def _start_held(self, index: int) -> None:
-        held = self._held.pop(index, None)
-        if held is None:
-            return
-        segments, gradient = held
-        with self._changed:
-            self._gradients.release_after(self._submit(index, segments, gradient=gradient))
-        self._scheduler.invalidate((index,))
+        return self._gradients.accumulating(index, adds=adds, stays=stays)
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         """See `StateTier.read_gradient`."""
@@ -169,14 +155,20 @@ class DiskTier:
         )
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
-        """See `StateTier.update`: blocks when they are fetched, parameters outside them from now on."""
+        """See `StateTier.update`: parameters outside the blocks from now on, blocks when they are fetched.
+
+        A block whose gradient stays in the buffer is updated as soon as its visit ends.
+        """
         self.begin_updates()
         if index >= self._num_blocks:
-            with self._changed:
-                self._outer.append(self._submit(index, segments, gradient=gradient))
+            with self._lock:
+                self._outer.append(self._submit_update(index, segments, gradient=gradient))
+            return
+        if self._gradients.staying(index) is not None:
+            self._at_end_of_visit[index] = segments
             return
         self._gradients.spend(index)
-        with self._changed:
+        with self._lock:
             self._pending[index] = segments
         # What the scheduler has fetched of it, or is fetching, is out of date now; from here on it gets the update.
         self._scheduler.invalidate((index,))
@@ -198,44 +190,45 @@ class DiskTier:
             run(self._live[index][place.start : place.stop].view(place.shape), gradient)
             self._changed_live.add(index)
             return
-        self._edits.flush()
         self._rules.run(index, place, run, scales=scales, upcoming=upcoming)
         self._edited.add(index)
 
     def end_step(self, step: int, record: dict[str, object]) -> None:
         """See `StateTier.end_step`. Waits for the weights that the model itself holds."""
         self.begin_updates()
-        self._flush()
+        self._rules.flush()
         for index in self._edited:
             self._gradients.spend(index)
         self._edited.clear()
+        outer, self._outer = self._outer, []
         if self.keeps_live:
             for index in self._changed_live:
-                self._edits.write_unit(index, self._live[index])
+                job = self._job(index, change=keep_as_it_is)
+                job.live = self._live[index]
+                outer.append(self._submit(job))
         self._changed_live.clear()
-        outer, self._outer = self._outer, []
         for transfer in outer:
             transfer.wait()
-        with self._changed:
-            self._is_updating = False
-            self._step = self._last = (step, record)
-        self._commit_if_complete()
+        with self._lock:
+            self._is_updating, self._has_ended, self._last = False, True, (step, record)
+            self._commit_if_complete()
 
     def finish(self) -> None:
         """See `StateTier.finish`."""
-        self._flush()
-        with self._changed:
+        self._rules.flush()
+        with self._lock:
             for index in list(self._pending):
-                self._submit(index, self._pending.pop(index))
-        self._finish_jobs()
-        if not self._is_updating:
-            self._commit_if_complete()
+                self._submit_update(index, self._pending.pop(index))
             # What was written between steps belongs to the last one.
-            self.files.commit(*self._last)
+            commit = None if self._is_updating else partial(self.files.commit, *self._last)
+            self._has_ended = False
+            done = self._thread.submit(Job(name="state", at_last=commit))
+        done.wait()
 
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
         """See `StateTier.read`."""
-        self._settle(index)
+        self._rules.flush()
+        self._carry_out(index)
         if field == WEIGHT and index in self._live:
             return self._live[index][place.start : place.stop].view(place.shape).clone()
         if field == WEIGHT and not self.files.has_weight(index):
@@ -246,17 +239,20 @@ class DiskTier:
         return found
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
-        """See `StateTier.write`. Changes are collected chunk by chunk."""
-        if field == WEIGHT and index in self._live:
-            self._settle(index)
+        """See `StateTier.write`."""
+        self._rules.flush()
+        self._carry_out(index)
+        is_weight = field == WEIGHT
+        if is_weight and index in self._live:
             self._live[index][place.start : place.stop].view(place.shape).copy_(value)
             return
-        self._edits.write(index, field, place, value)
-
-    @property
-    def counters(self) -> Counters:
-        """See `StateTier.counters`."""
-        return self._scheduler.counters
+        change = partial(put_values, field, place, value)
+        job = self._job(index, change=change, weight=is_weight, moments=not is_weight)
+        if not is_weight or self.files.has_weight(index):
+            # Else it is written as a whole, as the checkpoint has it: from now on parts of it differ.
+            job.chunks = [chunk for chunk, _, _ in parts(self._chunks[index], place)]
+        self._submit(job).wait()
+        self._invalidate(index)
 
     def reset(self) -> None:
         """See `StateTier.reset`."""
@@ -272,16 +268,15 @@ class DiskTier:
 
     def close(self) -> None:
         """Complete what is pending, then give everything back. A run that has failed keeps its last whole step."""
-        if threading.current_thread().name.startswith(("lowmem-update", "offload-")):
+        if isinstance(threading.current_thread(), WorkerThread):
             # The collector runs finalizers in any thread; one that the work needs must not wait for it.
             threading.Thread(target=self.close, name="lowmem-close").start()
             return
-        with suppress(OffloadError):
-            self.finish()
-        self._scheduler.close()
-        self._thread.close()
-        self._gradients.close()
-        self.files.close()
+        with ExitStack() as closing:
+            for part in (self.files, self._gradients, self._thread, self._scheduler):
+                closing.callback(part.close)
+            with suppress(OffloadError):
+                self.finish()
 
     def save_to(self, folder: Path) -> None:
         """Keep the state of the last step in a folder of its own, by links where possible."""
@@ -300,13 +295,14 @@ class DiskTier:
         Raises:
             SourceError: There is no such state.
         """
-        self._flush()
+        self._rules.flush()
         # Nothing is fetched ahead while the state changes under it.
         self._scheduler.expect(())
-        with self._changed:
+        with self._lock:
             self._pending.clear()
-            self._step = None
-        self._finish_jobs()
+            self._has_ended = False
+            done = self._thread.submit(Job(name="state"))
+        done.wait()
         if folder is None:
             self.files.adopt()
         else:
@@ -327,89 +323,56 @@ class DiskTier:
             self._is_updating = True
             self.files.begin()
 
-    def _submit(
+    def _submit_update(
+        self, index: int, segments: Sequence[Segment], *, into: Tensor | None = None, gradient: Tensor | None = None
+    ) -> Transfer:
+        job = self._job(index, change=partial(update_chunk, segments), moments=True)
+        job.into, job.live, job.gradient = into, self._live.get(index), gradient
+        job.reads_gradient = gradient is None
+        return self._submit(job)
+
+    def _job(
         self,
         index: int,
-        segments: Sequence[Segment],
         *,
-        into: Tensor | None = None,
-        gradient: Tensor | None = None,
-    ) -> Transfer:
-        """Queue a job; the lock is held."""
-        numel = self.layouts[index].numel
-        memory = torch.empty(0, dtype=torch.uint8) if into is None else into
-        done = Transfer(self.layouts[index].name, nbytes=numel * _ELEMENT_BYTES, num_pieces=1, memory=memory)
-        if segments:
-            self._running.add(index)
-        self._thread.submit(
-            Job(
-                unit=index,
-                chunks=self._chunks[index],
-                segments=segments,
-                done=done,
-                into=None if into is None else into.view(torch.float32)[:numel],
-                live=self._live.get(index),
-                gradient=gradient,
-            )
+        change: Callable[[Chunk, ChunkBuffers], None] | None,
+        weight: bool = True,
+        moments: bool = False,
+    ) -> Job:
+        return Job(
+            name=self.layouts[index].name,
+            unit=index,
+            chunks=self._chunks[index],
+            change=change,
+            weight=weight,
+            moments=moments,
         )
-        return done
 
-    def _job_done(self, job: Job) -> None:
-        """In the updating thread."""
-        if not job.segments:
-            return
-        with self._changed:
-            self._running.discard(job.unit)
-            self._changed.notify_all()
-        self._commit_if_complete()
+    def _submit(self, job: Job) -> Transfer:
+        with self._lock:
+            if job.change is not None:
+                self._working[job.unit] = job.done
+            return self._thread.submit(job)
 
     def _commit_if_complete(self) -> None:
-        with self._changed:
-            step = self._step
-            if step is None or self._pending or self._running or self._is_committing:
-                return
-            self._step, self._is_committing = None, True
-        try:
-            self.files.commit(*step)
-        finally:
-            with self._changed:
-                self._is_committing = False
-                self._changed.notify_all()
-
-    def _finish_jobs(self) -> None:
-        with self._changed:
-            while self._running or self._is_committing:
-                self._raise_failure()
-                self._changed.wait(0.05)
-            self._raise_failure()
+        """Have the step committed once nothing of it is pending; the lock is held."""
+        if self._has_ended and not self._pending:
+            self._has_ended = False
+            self._thread.submit(Job(name="state", at_last=partial(self.files.commit, *self._last)))
 
     def _invalidate(self, index: int) -> None:
         if index < self._num_blocks:
             self._scheduler.invalidate((index,))
 
-    def _flush(self) -> None:
-        """Have single parameters written that are in memory."""
-        self._edits.flush()
-        self._rules.flush()
-
-    def _settle(self, index: int) -> None:
-        """Have a unit's weight and moments on disk as they are to be."""
-        self._flush()
-        self._carry_out(index)
-
     def _carry_out(self, index: int) -> None:
         """Have a unit's pending update carried out."""
-        with self._changed:
+        with self._lock:
             if index in self._pending:
-                self._submit(index, self._pending.pop(index))
-            while index in self._running:
-                self._raise_failure()
-                self._changed.wait(0.05)
-            self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        if self._thread.failure is not None:
-            raise self._thread.failure
+                self._submit_update(index, self._pending.pop(index))
+                self._commit_if_complete()
+            working = self._working.get(index)
+        if working is not None:
+            working.wait()
 
 
 __all__ = ["DiskTier"]

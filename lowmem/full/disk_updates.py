@@ -1,4 +1,4 @@
-"""The thread that brings units on disk up to date: reads chunks ahead, updates them, writes them behind."""
+"""The thread that works on units on disk: reads chunks ahead, changes them, writes them behind, commits steps."""
 
 from __future__ import annotations
 
@@ -7,72 +7,110 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lowmem.full.chunks import Chunk
-from lowmem.full.flat import Segment, update_run
-from offload import StagingBuffer, Transfer
-
-_ELEMENT_BYTES = 4
-
-
-NUM_SETS = 4
-"""Chunks in memory: one is updated while others are read and written."""
-
-
-class ChunkStore(Protocol):
-    """Where chunks lie; called from the updating thread."""
-
-    def start_load(self, chunk: Chunk, *, weight: Tensor | None, moments: Tensor | None) -> list[Transfer]:
-        """Start reading a chunk's newest weight and moments, unless None; what there is not yet becomes zero."""
-
-    def start_gradient(self, chunk: Chunk, into: Tensor) -> list[Transfer]:
-        """Start reading a chunk's accumulated gradient."""
-
-    def start_save(self, chunk: Chunk, *, weight: Tensor, moments: Tensor) -> list[Transfer]:
-        """Start writing a chunk's new weight and moments."""
-
-    def has_weight(self, unit: int) -> bool:
-        """Whether the unit's weight was ever written."""
-
-    def load_base(self, unit: int, into: Tensor) -> None:
-        """Fill a flat fp32 buffer with a unit's weight as the checkpoint has it."""
-
-    def job_done(self, job: Job) -> None:
-        """Called when all of a job is computed and its writes have been started."""
+from lowmem.full.chunk_files import ChunkFiles
+from lowmem.full.chunks import Chunk, parts
+from lowmem.full.disk_gradients import DiskGradients
+from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, update_run
+from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from lowmem.planning.limits import NUM_CHUNK_BUFFERS
+from offload import Closed, StagingBuffer, Transfer, WorkerThread
 
 
 @dataclass(kw_only=True)
-class Job:
-    """One unit to be updated, or only its weight to be brought."""
+class ChunkBuffers:
+    """One chunk in memory: flat fp32 tensors of its length."""
 
-    unit: int
-    """Its number."""
-    chunks: Sequence[Chunk]
-    """Its chunks."""
-    segments: Sequence[Segment]
-    """What to update; none where only the weight is wanted."""
-    done: Transfer
-    """Ends when the new weight is there."""
+    weight: Tensor
+    """Its weight."""
+    exp_avg: Tensor
+    """First moments."""
+    exp_avg_sq: Tensor
+    """Second moments."""
+    gradient: Tensor
+    """Its accumulated gradient."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """What is done to chunks of one unit; without chunks, to the files as a whole once all earlier jobs are done."""
+
+    name: str
+    """Of the unit, for errors."""
+    unit: int = -1
+    """Number of the unit."""
+    chunks: Sequence[Chunk] = ()
+    """Its chunks that are worked on: all of them where its weight is wanted and has never been written."""
+    weight: bool = True
+    """Whether the weight is read, and written if there is a change."""
+    moments: bool = False
+    """Whether the moments are read and written."""
+    reads_gradient: bool = False
+    """Whether the accumulated gradient is read."""
+    change: Callable[[Chunk, ChunkBuffers], None] | None = None
+    """Changes a chunk in place; None where weights are only fetched."""
     into: Tensor | None = None
     """Gets the new weight: flat fp32, or None."""
     live: Tensor | None = None
     """The weight itself, flat, where the model holds it."""
     gradient: Tensor | None = None
-    """The flat gradient, where the model holds it."""
+    """The flat gradient, where it is in memory."""
+    at_last: Callable[[], None] | None = None
+    """Called before `done` ends."""
+    done: Transfer = field(init=False)
+    """Ends when the new weight is in `into` and `live` and everything that is written is on its way."""
+
+    def __post_init__(self) -> None:
+        nbytes = sum(chunk.numel for chunk in self.chunks) * ELEMENT_BYTES
+        self.done = Transfer(self.name, nbytes=nbytes, num_pieces=1, memory=torch.empty(0, dtype=torch.uint8))
+
+
+def update_chunk(segments: Sequence[Segment], chunk: Chunk, at: ChunkBuffers) -> None:
+    """The change of an AdamW step."""
+    for segment in segments:
+        start, stop = max(segment.start, chunk.start), min(segment.stop, chunk.stop)
+        if start < stop:
+            run = slice(start - chunk.start, stop - chunk.start)
+            update_run(
+                segment.update,
+                weight=at.weight[run],
+                gradient=at.gradient[run],
+                exp_avg=at.exp_avg[run],
+                exp_avg_sq=at.exp_avg_sq[run],
+            )
+
+
+def put_values(field: str, place: ParamPlace, value: Tensor, chunk: Chunk, at: ChunkBuffers) -> None:
+    """The change that sets a parameter's weight or moment."""
+    flat = {WEIGHT: at.weight, EXP_AVG: at.exp_avg, EXP_AVG_SQ: at.exp_avg_sq}[field]
+    for _, here, there in parts((chunk,), place):
+        flat[here].copy_(value.detach().reshape(-1)[there])
+
+
+def keep_as_it_is(chunk: Chunk, at: ChunkBuffers) -> None:
+    """The change of a weight that the model holds and that only has to be written."""
 
 
 @dataclass(kw_only=True, eq=False)
 class _Set:
-    """Buffers of one chunk."""
+    """Buffers for one chunk."""
 
     weight: Tensor
     moments: Tensor
     gradient: Tensor
     writes: list[Transfer] = field(default_factory=list)
+
+    def views(self, numel: int) -> ChunkBuffers:
+        moments = self.moments.view(torch.float32)
+        return ChunkBuffers(
+            weight=self.weight.view(torch.float32)[:numel],
+            exp_avg=moments[:numel],
+            exp_avg_sq=moments[numel : 2 * numel],
+            gradient=self.gradient.view(torch.float32)[:numel],
+        )
 
 
 @dataclass(kw_only=True)
@@ -82,43 +120,38 @@ class _Task:
     buffers: _Set
     base: Tensor | None
     reads: list[Transfer]
-    is_last: bool
 
 
 class UpdateThread:
     """Works on jobs one after another; reads for the next chunks run ahead, across jobs too.
 
-    One processor core computes: with all of them it would take turns with the model's own threads.
+    One processor core computes: with all of them it would take turns with the model's own threads. The first failure
+    ends it: that job and all later ones fail with it, and the last whole step stays.
     """
 
-    def __init__(self, store: ChunkStore, *, chunk_numel: int) -> None:
+    def __init__(self, files: ChunkFiles, gradients: DiskGradients, *, chunk_numel: int) -> None:
         """Start the thread; buffers are committed as they are first used.
 
         Args:
-            store: Where chunks lie.
+            files: Where weights and moments lie.
+            gradients: Where gradients lie.
             chunk_numel: Elements of the largest chunk.
         """
-        self._store = store
-        nbytes = chunk_numel * _ELEMENT_BYTES
-        self._memory = StagingBuffer(NUM_SETS * 4 * nbytes)
-        cuts = [self._memory.tensor[number * nbytes : (number + 1) * nbytes] for number in range(NUM_SETS * 4)]
+        self._files, self._gradients = files, gradients
+        nbytes = chunk_numel * ELEMENT_BYTES
+        self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * 4 * nbytes)
         self._sets = deque(
-            _Set(
-                weight=cuts[4 * number],
-                moments=self._memory.tensor[(4 * number + 1) * nbytes : (4 * number + 3) * nbytes],
-                gradient=cuts[4 * number + 3],
-            )
-            for number in range(NUM_SETS)
+            _Set(weight=own[:nbytes], moments=own[nbytes : 3 * nbytes], gradient=own[3 * nbytes :])
+            for own in torch.split(self._memory.tensor, 4 * nbytes)
         )
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._tasks: deque[_Task] = deque()
         self._cutting: Iterator[_Task] | None = None
         self._cutting_job: Job | None = None
         self._waiting: Job | None = None
-        self._closed = False
-        self.failure: BaseException | None = None
-        """Why it has given up."""
-        self._thread = threading.Thread(target=self._run, name="lowmem-update", daemon=True)
+        self._failure: BaseException | None = None
+        self._is_closed = False
+        self._thread = WorkerThread(target=self._run, name="lowmem-update")
         self._thread.start()
 
     @property
@@ -126,24 +159,26 @@ class UpdateThread:
         """Bytes of its buffers."""
         return self._memory.nbytes
 
-    def submit(self, job: Job) -> None:
-        """Queue a job."""
-        self._queue.put(job)
+    def submit(self, job: Job) -> Transfer:
+        """Queue a job; returns its `done`."""
+        if self._is_closed:
+            job.done.finish_piece(Closed(f"{job.name}: the model was closed; open it again"))
+        else:
+            self._queue.put(job)
+        return job.done
 
     def close(self) -> None:
         """Finish what is queued and end the thread. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            self._queue.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._is_closed = True
+        self._queue.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         _compute_on_one_core()
         ended = False
         while not ended or self._tasks or self._cutting is not None or self._waiting is not None:
             # One set of buffers stays free of reads: it may still be written.
-            while len(self._tasks) < NUM_SETS - 1:
+            while len(self._tasks) < NUM_CHUNK_BUFFERS - 1:
                 task, ended = self._next_task(ended)
                 if task is None:
                     break
@@ -161,7 +196,7 @@ class UpdateThread:
                 job = self._queue.get()
             if job is None:
                 return None, True
-            if any(task.job.unit == job.unit for task in self._tasks):
+            if any(task.job.unit == job.unit or not job.chunks for task in self._tasks):
                 # It must read what the job before it, on the same unit, has not begun to write yet.
                 self._waiting = job
                 return None, ended
@@ -174,19 +209,21 @@ class UpdateThread:
         except BaseException as error:  # noqa: BLE001
             self._fail(error)
         if found is None:
-            self._cutting = None
+            self._cutting = self._cutting_job = None
         return found, ended
 
     def _cut(self, job: Job) -> Iterator[_Task]:
         """The tasks of a job, their reads started."""
-        if self.failure is not None:
-            job.done.finish_piece(self.failure)
+        if self._failure is not None:
+            job.done.finish_piece(self._failure)
             return
+        if job.change is not None:
+            self._files.begin()
         base = None
-        if job.live is None and not self._store.has_weight(job.unit):
+        if job.weight and job.live is None and job.chunks and not self._files.has_weight(job.unit):
             base = job.into if job.into is not None else torch.empty(job.chunks[-1].stop)
-            self._store.load_base(job.unit, base)
-        if not job.segments and base is not None:
+            self._files.load_base(job.unit, base)
+        if not job.chunks or (job.change is None and base is not None):
             self._end(job)
             return
         for chunk in job.chunks:
@@ -196,17 +233,18 @@ class UpdateThread:
                 write.wait()
             buffers.writes = []
             reads = self._start_reads(job, chunk, buffers, base)
-            yield _Task(job=job, chunk=chunk, buffers=buffers, base=base, reads=reads, is_last=chunk is job.chunks[-1])
+            yield _Task(job=job, chunk=chunk, buffers=buffers, base=base, reads=reads)
 
     def _start_reads(self, job: Job, chunk: Chunk, buffers: _Set, base: Tensor | None) -> list[Transfer]:
-        from_store = job.live is None and base is None
-        reads = self._store.start_load(
+        nbytes = chunk.numel * ELEMENT_BYTES
+        from_files = job.weight and job.live is None and base is None
+        reads = self._files.start_load(
             chunk,
-            weight=buffers.weight[: chunk.numel * _ELEMENT_BYTES] if from_store else None,
-            moments=buffers.moments[: 2 * chunk.numel * _ELEMENT_BYTES] if job.segments else None,
+            weight=buffers.weight[:nbytes] if from_files else None,
+            moments=buffers.moments[: 2 * nbytes] if job.moments else None,
         )
-        if job.gradient is None and job.segments:
-            reads += self._store.start_gradient(chunk, buffers.gradient)
+        if job.reads_gradient:
+            reads.append(self._gradients.start_read(chunk, buffers.gradient))
         return reads
 
     def _finish_first(self) -> None:
@@ -214,46 +252,38 @@ class UpdateThread:
         try:
             for read in task.reads:
                 read.wait()
-            self._update(task)
+            self._work_on(task)
         finally:
             self._sets.append(task.buffers)
-        if task.is_last:
+        if task.chunk is task.job.chunks[-1]:
             self._end(task.job)
 
-    def _update(self, task: _Task) -> None:
+    def _work_on(self, task: _Task) -> None:
         job, chunk, buffers = task.job, task.chunk, task.buffers
-        weight = buffers.weight.view(torch.float32)[: chunk.numel]
-        moments = buffers.moments.view(torch.float32)
+        at = buffers.views(chunk.numel)
         source = job.live if job.live is not None else task.base
-        if source is not None:
-            _copy(source[chunk.start : chunk.stop], weight)
-        gradient = buffers.gradient.view(torch.float32)[: chunk.numel]
+        if job.weight and source is not None:
+            _copy(source[chunk.start : chunk.stop], at.weight)
         if job.gradient is not None:
-            _copy(job.gradient[chunk.start : chunk.stop], gradient)
-        for segment in job.segments:
-            start, stop = max(segment.start, chunk.start), min(segment.stop, chunk.stop)
-            if start < stop:
-                run = slice(start - chunk.start, stop - chunk.start)
-                update_run(
-                    segment.update,
-                    weight=weight[run],
-                    gradient=gradient[run],
-                    exp_avg=moments[: chunk.numel][run],
-                    exp_avg_sq=moments[chunk.numel : 2 * chunk.numel][run],
-                )
+            _copy(job.gradient[chunk.start : chunk.stop], at.gradient)
+        if job.change is not None:
+            job.change(chunk, at)
         for target in (job.live, job.into):
-            if target is not None:
+            if job.weight and target is not None:
                 part = target[chunk.start : chunk.stop]
-                part.copy_(weight[: part.numel()])
-        if job.segments:
-            nbytes = chunk.numel * _ELEMENT_BYTES
-            buffers.writes = self._store.start_save(
-                chunk, weight=buffers.weight[:nbytes], moments=buffers.moments[: 2 * nbytes]
+                part.copy_(at.weight[: part.numel()])
+        if job.change is not None:
+            nbytes = chunk.numel * ELEMENT_BYTES
+            buffers.writes = self._files.start_save(
+                chunk,
+                weight=buffers.weight[:nbytes] if job.weight else None,
+                moments=buffers.moments[: 2 * nbytes] if job.moments else None,
             )
 
     def _end(self, job: Job) -> None:
+        if job.at_last is not None:
+            job.at_last()
         job.done.finish_piece()
-        self._store.job_done(job)
 
     def _guarded(self, job: Job, work: Callable[[], None]) -> None:
         try:
@@ -266,7 +296,7 @@ class UpdateThread:
 
     def _fail(self, error: BaseException) -> None:
         """Note the first error; everything that was queued fails with it."""
-        self.failure = self.failure or error
+        self._failure = self._failure or error
         self._cutting = None
         if self._cutting_job is not None and not self._cutting_job.done.done():
             self._cutting_job.done.finish_piece(error)
@@ -295,4 +325,4 @@ def _compute_on_one_core() -> None:
     restorer.join()
 
 
-__all__ = ["ChunkStore", "Job", "UpdateThread"]
+__all__ = ["ChunkBuffers", "Job", "UpdateThread", "keep_as_it_is", "put_values", "update_chunk"]

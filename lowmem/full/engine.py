@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,7 +119,7 @@ class FullTuning:
         if kept and self.updates_now is not None:
             raise _used_up(kept[0])
         taken: set[str] = set()
-        with self._gradients_of(index, adds=bool(kept)) as keep:
+        with self.tier.accumulating(index, adds=bool(kept), stays=self.updates_now is not None) as keep:
 
             def take(key: str, value: Tensor) -> None:
                 # What a part of the batch left is added to as it is.
@@ -131,13 +131,10 @@ class FullTuning:
         for key in taken:
             self._mark_taken(index, places[key])
         if taken and self.updates_now is not None:
-            self._update_now(index, [key for key in places if key in taken])
-
-    def _gradients_of(self, index: int, *, adds: bool) -> AbstractContextManager[Callable[[Contribution], None]]:
-        if self.updates_now is None:
-            return self.tier.accumulating(index, adds=adds)
-        assert isinstance(self.tier, DiskTier), "only state on disk is updated within the backward"
-        return self.tier.holding(index)
+            self.version += 1
+            segments = segments_of(self.tier.layouts[index], self.updates_now([key for key in places if key in taken]))
+            if segments:
+                self.tier.update(index, segments, None)
 
     def _earlier_scales(self, key: str) -> tuple[float, ...] | None:
         """What the gradient that was accumulated before is multiplied with first; None where there is none."""
@@ -157,14 +154,6 @@ class FullTuning:
             return
         param.grad = OffloadedGradient.of(param, _Place(self.tier, index, place))
         param.grad.is_used_up = self.updates_now is not None
-
-    def _update_now(self, index: int, keys: Sequence[str]) -> None:
-        assert self.updates_now is not None
-        assert isinstance(self.tier, DiskTier)
-        self.version += 1
-        segments = segments_of(self.tier.layouts[index], self.updates_now(keys))
-        if segments:
-            self.tier.apply(index, segments)
 
     def step(self, updates: Mapping[str, ParamUpdate], *, number: int, record: dict[str, object]) -> None:
         """Update every parameter that has settings and a gradient.

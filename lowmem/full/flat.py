@@ -13,6 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+
+ELEMENT_BYTES = 4
+"""All buffers are fp32."""
+
 
 _ALIGN_ELEMENTS = 16
 """A cache line of fp32: vector instructions cover a parameter from its first element on."""
@@ -147,20 +152,21 @@ def update_run(
         exp_avg_sq: Second moment.
         scaled: Room for `SCALED_ELEMENTS` of a scaled gradient, which stay in the cache; scaled in place if not given.
     """
-    step = torch.tensor(float(update.step), device=weight.device)
     size = SCALED_ELEMENTS if update.scales else weight.numel()
     for start in range(0, weight.numel(), size):
         piece = slice(start, start + size)
         part = gradient[piece]
         for scale in update.scales:
             part = part.mul_(scale) if scaled is None else torch.mul(part, scale, out=scaled[: part.numel()])
-        torch._fused_adamw_(
+        adamw(
             [weight[piece]],
             [part],
             [exp_avg[piece]],
             [exp_avg_sq[piece]],
             [],
-            [step],
+            # It counts the step itself.
+            [torch.tensor(float(update.step - 1), device=weight.device)],
+            fused=True,
             lr=update.lr,
             beta1=update.betas[0],
             beta2=update.betas[1],
@@ -172,6 +178,7 @@ def update_run(
 
 
 __all__ = [
+    "ELEMENT_BYTES",
     "PAGE_ELEMENTS",
     "SCALED_ELEMENTS",
     "ParamPlace",

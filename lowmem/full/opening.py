@@ -29,7 +29,7 @@ from lowmem.full.tier import MemoryTier, StateTier
 from lowmem.internals.torch import parameter_table
 from lowmem.models.embedding import read_now
 from lowmem.optim.optimizer import give_to_engine
-from offload import BlockSpec, Counters, FileReader, StagingBuffer, Trace, lay_out, view_tensor
+from offload import BlockSpec, FileReader, StagingBuffer, Trace, lay_out, view_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,11 +104,6 @@ class MasterWeights:
     def num_blocks(self) -> int:
         """Number of blocks."""
         return self._full.num_blocks
-
-    @property
-    def counters(self) -> Counters:
-        """What the tier has read so far."""
-        return self._full.tier.counters
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory taken, by role."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowmem.full.chunk_files import ChunkFiles
 from lowmem.full.chunks import Chunk, parts
 from lowmem.full.disk_gradients import DiskGradients
-from lowmem.full.flat import ParamPlace
+from lowmem.full.flat import ELEMENT_BYTES, ParamPlace
 from lowmem.optim.rule import State
 from offload import ObjectLayout, StagingBuffer, Transfer, place
 
@@ -176,9 +176,6 @@ def _copy_unless_same(value: Tensor, view: Tensor) -> None:
         view.copy_(value.detach().to(torch.device("cpu")))
 
 
-_ELEMENT_BYTES = 4
-
-
 Upcoming = tuple[int, ParamPlace]
 """A unit's number and a parameter in it."""
 
@@ -279,7 +276,7 @@ class _Window:
 
     def __init__(self, files: ChunkFiles, gradients: DiskGradients, chunks: Sequence[Chunk]) -> None:
         self._files, self._gradients, self._chunks = files, gradients, chunks
-        nbytes = chunks[-1].stop * _ELEMENT_BYTES
+        nbytes = chunks[-1].stop * ELEMENT_BYTES
         self._weight, self._gradient = StagingBuffer(nbytes), StagingBuffer(nbytes)
         self._weight_reads: dict[Chunk, list[Transfer]] = {}
         self._gradient_reads: dict[Chunk, Transfer] = {}
@@ -300,7 +297,6 @@ class _Window:
                     write.wait()
                 self._weight_reads[chunk] = self._files.start_load(chunk, weight=_at(self._weight, chunk), moments=None)
             if chunk not in self._gradient_reads:
-                self._gradients.wait_written(chunk.unit)
                 self._gradient_reads[chunk] = self._gradients.start_read(chunk, _at(self._gradient, chunk))
 
     def lend(self, place: ParamPlace) -> tuple[Tensor, Tensor]:
@@ -350,11 +346,11 @@ class _Window:
 
 
 def _at(buffer: StagingBuffer, chunk: Chunk) -> Tensor:
-    return buffer.tensor[chunk.start * _ELEMENT_BYTES : chunk.stop * _ELEMENT_BYTES]
+    return buffer.tensor[chunk.start * ELEMENT_BYTES : chunk.stop * ELEMENT_BYTES]
 
 
 def _give_back(buffer: StagingBuffer, chunk: Chunk) -> None:
-    buffer.give_back(chunk.start * _ELEMENT_BYTES, chunk.stop * _ELEMENT_BYTES)
+    buffer.give_back(chunk.start * ELEMENT_BYTES, chunk.stop * ELEMENT_BYTES)
 
 
 __all__ = ["DiskStates", "MemoryStates", "RuleStates", "RuleStream", "Upcoming"]

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.full.flat import SCALED_ELEMENTS, ParamPlace, Segment, UnitLayout, update_run
-from offload import Counters, StagingBuffer
+from lowmem.full.flat import ELEMENT_BYTES, SCALED_ELEMENTS, ParamPlace, Segment, UnitLayout, update_run
+from offload import StagingBuffer
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 
@@ -59,12 +59,15 @@ class StateTier(Protocol):
     def expect(self, order: Sequence[int]) -> None:
         """Have blocks ready for visits in this order."""
 
-    def accumulating(self, index: int, *, adds: bool) -> AbstractContextManager[Callable[[Contribution], None]]:
+    def accumulating(
+        self, index: int, *, adds: bool, stays: bool
+    ) -> AbstractContextManager[Callable[[Contribution], None]]:
         """Take the gradients of a block's backward one by one; each may be dropped once it was taken.
 
         Args:
             index: The block.
             adds: Whether any of them may be added to what was accumulated before.
+            stays: Whether `update` is called with them before the visit ends, and they are not needed afterwards.
         """
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
@@ -125,10 +128,6 @@ class StateTier(Protocol):
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
         """Set a parameter's weight or moment."""
 
-    @property
-    def counters(self) -> Counters:
-        """What has been read for visits."""
-
     def reset(self) -> None:
         """End all visits, wherever an exception has left them."""
 
@@ -136,13 +135,10 @@ class StateTier(Protocol):
         """Bytes of memory taken, by role."""
 
     def close(self) -> None:
-        """Give everything back. May be called twice."""
+        """Complete all updates, then give everything back. May be called twice."""
 
 
 _GRADIENT = "gradient"
-
-
-_ELEMENT_BYTES = 4
 
 
 class MemoryTier:
@@ -161,10 +157,9 @@ class MemoryTier:
         """
         self.layouts = tuple(layouts)
         self._live = dict(live)
-        self._visits = [0] * len(self.layouts)
         self._buffers: dict[tuple[int, str], StagingBuffer] = {}
         # Committed by the first update that scales a gradient.
-        self._scaled = StagingBuffer(SCALED_ELEMENTS * _ELEMENT_BYTES)
+        self._scaled = StagingBuffer(SCALED_ELEMENTS * ELEMENT_BYTES)
 
     def weight(self, index: int) -> Tensor:
         """A unit's flat master weight, to be filled."""
@@ -173,16 +168,15 @@ class MemoryTier:
     @contextmanager
     def lend(self, index: int) -> Iterator[Tensor]:
         """See `StateTier.lend`: the master weight itself."""
-        self._visits[index] += 1
         yield self._flat(index, WEIGHT)
 
     def expect(self, order: Sequence[int]) -> None:
         """Do nothing: everything is here."""
 
     @contextmanager
-    def accumulating(self, index: int, *, adds: bool) -> Iterator[Callable[[Contribution], None]]:
+    def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
         """See `StateTier.accumulating`."""
-        del adds
+        del adds, stays
         flat = self._flat(index, _GRADIENT)
         yield lambda one: one.add_to(_view(flat, one.place))
 
@@ -245,18 +239,6 @@ class MemoryTier:
         """See `StateTier.write`."""
         _view(self._flat(index, field), place).copy_(value)
 
-    @property
-    def counters(self) -> Counters:
-        """See `StateTier.counters`: visits only, nothing is read."""
-        num_visits = sum(self._visits)
-        return Counters(
-            bytes_read=0,
-            num_reads=tuple(0 for _ in self._visits),
-            num_visits=num_visits,
-            num_hits=num_visits,
-            stall_s=0.0,
-        )
-
     def reset(self) -> None:
         """Do nothing: visits hold nothing."""
 
@@ -277,7 +259,7 @@ class MemoryTier:
             return self._live[index]
         buffer = self._buffers.get((index, field))
         if buffer is None:
-            buffer = self._buffers[index, field] = StagingBuffer(self.layouts[index].numel * _ELEMENT_BYTES)
+            buffer = self._buffers[index, field] = StagingBuffer(self.layouts[index].numel * ELEMENT_BYTES)
         return buffer.tensor.view(torch.float32)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PAGE_BYTES = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTiles:
@@ -34,3 +36,29 @@ class HeadTiles:
         """
         fitting = self.max_bytes // (num_tokens * bytes_per_logit + bytes_per_word)
         return max(1, min(vocab, self.max_words, fitting))
+
+
+NUM_CHUNK_BUFFERS = 4
+"""Chunks of state on disk that are in memory: one is updated while others are read and written."""
+
+
+_LARGEST_STATE_CHUNK_BYTES = 16 << 20
+"""Larger ones move no faster."""
+
+
+_SMALLEST_STATE_CHUNK_BYTES = 4 * PAGE_BYTES
+"""Each chunk is two files, and each file is brought to the disk for itself."""
+
+
+_PARTS_OF_A_UNIT = 8
+"""A unit is cut into at least so many chunks, so that reading, updating and writing it overlap."""
+
+
+def state_chunk_bytes(widest_bytes: int) -> int:
+    """Bytes of one buffer of the largest chunk of state on disk, whole pages.
+
+    Args:
+        widest_bytes: Bytes of the widest unit's weights in fp32.
+    """
+    share_bytes = -(-widest_bytes // (_PARTS_OF_A_UNIT * PAGE_BYTES)) * PAGE_BYTES
+    return min(_LARGEST_STATE_CHUNK_BYTES, max(_SMALLEST_STATE_CHUNK_BYTES, share_bytes))

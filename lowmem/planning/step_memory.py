@@ -14,7 +14,7 @@ from lowmem.planning.block_memory import (
     heap_bytes,
 )
 from lowmem.planning.job import Job
-from lowmem.planning.limits import HeadTiles
+from lowmem.planning.limits import NUM_CHUNK_BUFFERS, HeadTiles, state_chunk_bytes
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
 
 ALWAYS = "always"
@@ -41,13 +41,6 @@ _GATHERED_ROWS = 1024
 
 
 _PAGE_BYTES = 4096
-
-
-# As lowmem.full.disk_updates has them.
-_NUM_CHUNKS = 4
-
-
-_LARGEST_CHUNK_BYTES = 16 << 20
 
 
 # As lowmem.streaming.attention_mask keeps them.
@@ -153,9 +146,7 @@ def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
     if tier == "disk":
         yield _device("gradient buffer", widest_bytes)
         # Weight, both moments and gradient of the chunks that are read, updated and written.
-        chunk_bytes = max(4 * _PAGE_BYTES, -(-widest_bytes // (8 * _PAGE_BYTES)) * _PAGE_BYTES)
-        chunk_bytes = min(_LARGEST_CHUNK_BYTES, chunk_bytes)
-        yield _device("state chunks", _NUM_CHUNKS * 4 * chunk_bytes)
+        yield _device("state chunks", NUM_CHUNK_BUFFERS * 4 * state_chunk_bytes(widest_bytes))
 
 
 def _largest_weight_bytes(block: BlockShape) -> int:

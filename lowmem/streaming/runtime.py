@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lowmem.generation.hooks import GenerationHooks
     from lowmem.planning.plan import Plan
     from lowmem.streaming.reference import Entry
-    from offload import Counters, Trace
+    from offload import Trace
 
 
 class BlockSource(Protocol):
@@ -45,10 +45,6 @@ class BlockSource(Protocol):
     @property
     def num_blocks(self) -> int:
         """Number of blocks."""
-
-    @property
-    def counters(self) -> Counters:
-        """What it has done so far."""
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated now, by role."""

@@ -275,7 +275,7 @@ def test_a_block_is_recomputed_while_the_gradient_before_it_is_written(
     real = gradients._settle_buffer
     monkeypatch.setattr(gradients, "_settle_buffer", lambda: (settled.append(True), real())[1])
     place = gradients._layouts[0].places[0]
-    with gradients.accumulating(0, adds=False) as take:
+    with gradients.accumulating(0, adds=False, stays=False) as take:
         assert not settled
         take(Contribution(place=place, value=torch.ones(place.shape), earlier_scales=None))
         assert settled
