@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
 from lowmem.errors import UnsupportedError
-from lowmem.planning.job import TUNINGS, Job, make_job
+from lowmem.planning.job import Job, Task, Tuning, kind_of
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import ASSUMED_RANK, plan_step, rates_for
 from lowmem.planning.read_model import corrected, read_shapes
@@ -29,7 +29,7 @@ def from_pretrained(
     *,
     plan: Plan | None = None,
     budget: Budget | None = None,
-    tuning: str = "adapter",
+    tuning: Tuning = "adapter",
     quantization: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -104,12 +104,12 @@ def from_pretrained(
 def plan(
     model: str | os.PathLike[str],
     *,
-    task: str = "sft",
+    task: Task = "sft",
     batch_size: int = 1,
     seq_len: int,
     peft_config: PeftConfig | None = None,
     quantization: str | None = None,
-    tuning: str = "adapter",
+    tuning: Tuning = "adapter",
     budget: Budget | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -161,18 +161,18 @@ def plan(
 
     refuse_options(tuning=tuning, quantization=quantization, peft_config=peft_config)
     chosen = pick_device(device)
-    job = make_job(
-        task,
+    job = Job(
+        task=task,
         batch_size=batch_size,
         seq_len=seq_len,
         gradient_accumulation_steps=gradient_accumulation_steps,
         completion_tokens=completion_tokens,
-        use_reference=use_reference,
+        uses_reference=use_reference,
         has_dropout=bool(getattr(peft_config, "lora_dropout", 0.0)),
         num_steps=num_steps,
         micro_batch=micro_batch,
         chunk_tokens=chunk_tokens,
-        device=chosen.type,
+        device=kind_of(chosen),
         tuning=tuning,
     )
     opened = _open(model, device=chosen, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
@@ -207,9 +207,9 @@ def refuse_options(*, tuning: str, quantization: str | None, peft_config: PeftCo
         from lowmem.adapters.support import check_peft_config
 
         check_peft_config(peft_config)
-    if tuning not in TUNINGS:
+    if tuning not in get_args(Tuning):
         raise UnsupportedError(
-            f"tuning={tuning!r}", reason="it is not known", instead=f"one of {', '.join(map(repr, TUNINGS))}"
+            f"tuning={tuning!r}", reason="it is not known", instead=f"one of {', '.join(map(repr, get_args(Tuning)))}"
         )
     if tuning == "full" and peft_config is not None:
         raise UnsupportedError(

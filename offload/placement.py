@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from offload.budget import format_bytes
 from offload.errors import BudgetError
@@ -113,21 +113,12 @@ class PlacementPlan:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: the fields, and the bytes by tier."""
-        return {
+        fields = asdict(self) | {
             "placements": [placement.value for placement in self.placements],
             "block_bytes": list(self.block_bytes),
-            "device_is_host": self.device_is_host,
-            "num_staging": self.num_staging,
-            "num_slots": self.num_slots,
-            "num_passes": self.num_passes,
-            "resident_bytes": self.resident_bytes,
-            "host_bytes": self.host_bytes,
-            "streamed_bytes": self.streamed_bytes,
-            "slot_bytes": self.slot_bytes,
-            "device_bytes": self.device_bytes,
-            "staging_bytes": self.staging_bytes,
-            "step_read_bytes": self.step_read_bytes,
         }
+        derived = ("resident_bytes", "host_bytes", "streamed_bytes", "slot_bytes", "device_bytes", "staging_bytes")
+        return fields | {name: getattr(self, name) for name in (*derived, "step_read_bytes")}
 
     def _bytes_of(self, placement: Placement) -> int:
         return sum(size for size, place in zip(self.block_bytes, self.placements, strict=True) if place == placement)

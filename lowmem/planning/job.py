@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
-TASKS = ("sft", "dpo", "kto", "reward", "grpo", "rloo", "generate")
+import torch
+
+Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo", "generate"]
 """What can be planned: TRL's trainers by their short names, and generation alone."""
 
 
-TUNINGS = ("adapter", "full")
-"""What is trained."""
+Tuning = Literal["adapter", "full"]
+"""What is trained: PEFT adapters on frozen weights, or every weight."""
+
+
+DeviceKind = Literal["cpu", "cuda"]
+"""What computes."""
 
 
 _PAIRED = frozenset({"dpo", "reward"})
@@ -29,38 +36,39 @@ _DEFAULT_COMPLETION_TOKENS = 256
 class Job:
     """One optimizer step of a task."""
 
-    task: str = "sft"
-    """One of `TASKS`."""
+    task: Task = "sft"
+    """What is run."""
     batch_size: int = 1
     """Examples of one forward on this device (`per_device_train_batch_size`); pairs in DPO and Reward."""
     seq_len: int
     """Tokens of one sequence, prompt and completion together, padding included."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients one optimizer step sums. Each passes over all weights anew."""
-    completion_tokens: int = 0
-    """Tokens that are generated for each sequence; 0 where the task generates none."""
-    uses_reference: bool = False
-    """Whether reference log-probabilities are computed within the step."""
-    has_mask: bool = False
-    """Whether attention gets a mask, as it does for batches of sequences of unequal length."""
-    device: str = "cpu"
-    """Kind of the compute device: "cpu" or "cuda"."""
+    completion_tokens: int | None = None
+    """Tokens that are generated for each sequence. None, which becomes what TRL does by default: 256, or half of
+    `seq_len`, where the task generates, else 0."""
+    uses_reference: bool | None = None
+    """Whether reference log-probabilities are computed within the step. None, which becomes what TRL's trainer does by
+    default. False for DPO and KTO with `precompute_ref_log_probs=True`, True for GRPO with `beta` above 0."""
+    has_mask: bool | None = None
+    """Whether attention gets a mask, as it does for batches of sequences of unequal length, which None becomes."""
+    device: DeviceKind = "cpu"
+    """Kind of the compute device."""
     micro_batch: int | None = None
     """Sequences that go through a block at a time; None for the planner's choice."""
     chunk_tokens: int | None = None
     """Tokens of a sequence that go through a block at a time; None for the planner's choice."""
-    tuning: str = "adapter"
-    """"adapter": frozen weights and PEFT adapters; "full": every weight is trained."""
+    tuning: Tuning = "adapter"
+    """What is trained."""
     has_dropout: bool = False
     """Whether the adapter draws random numbers in training."""
     num_steps: int | None = None
     """Optimizer steps of the whole run, where its duration is to be predicted."""
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r}: expected one of {', '.join(TASKS)}")
-        if self.tuning not in TUNINGS:
-            raise ValueError(f"tuning={self.tuning!r}: expected one of {', '.join(TUNINGS)}")
+        for name, kind in (("task", Task), ("tuning", Tuning)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(kind))}")
         for name in ("batch_size", "seq_len", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
@@ -74,10 +82,21 @@ class Job:
             )
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"num_steps={self.num_steps}: expected at least 1, or None")
-        if self.generates != (self.completion_tokens > 0):
+        if self.uses_reference and self.task in ("sft", "reward", "generate"):
+            raise ValueError(f"use_reference=True: task {self.task} has no reference")
+        completion = min(_DEFAULT_COMPLETION_TOKENS, max(1, self.seq_len // 2)) if self.generates else 0
+        for name, default in (
+            ("completion_tokens", completion),
+            ("uses_reference", self.task in _WITH_REFERENCE),
+            ("has_mask", self.batch_size > 1 or self.task not in ("sft", "generate")),
+        ):
+            if getattr(self, name) is None:
+                # Frozen: fields can be set only past the class's own __setattr__.
+                object.__setattr__(self, name, default)
+        if self.generates != (self.num_decodes > 0):
             expected = "at least 1" if self.generates else "0, because nothing is generated"
             raise ValueError(f"completion_tokens={self.completion_tokens} for task {self.task}: expected {expected}")
-        if self.completion_tokens > self.seq_len:
+        if self.num_decodes > self.seq_len:
             raise ValueError(
                 f"completion_tokens={self.completion_tokens} are more than seq_len={self.seq_len}, which counts prompt "
                 "and completion together"
@@ -116,7 +135,7 @@ class Job:
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of each sequence that are given."""
-        return self.seq_len - self.completion_tokens
+        return self.seq_len - self.num_decodes
 
     @property
     def num_evaluations(self) -> int:
@@ -159,7 +178,7 @@ class Job:
     @property
     def num_decodes(self) -> int:
         """Passes over the weights that generate one token for every sequence; the first of them reads the prompts."""
-        return self.completion_tokens
+        return self.completion_tokens or 0
 
     @property
     def num_passes(self) -> int:
@@ -167,59 +186,12 @@ class Job:
         return self.num_forwards + self.num_backwards + self.num_decodes
 
 
-def make_job(
-    task: str,
-    *,
-    batch_size: int,
-    seq_len: int,
-    gradient_accumulation_steps: int = 1,
-    completion_tokens: int | None = None,
-    use_reference: bool | None = None,
-    micro_batch: int | None = None,
-    chunk_tokens: int | None = None,
-    device: str = "cpu",
-    tuning: str = "adapter",
-    has_dropout: bool = False,
-    num_steps: int | None = None,
-) -> Job:
-    """Fill in what TRL's trainers do by default.
-
-    Args:
-        task: One of `TASKS`.
-        batch_size: Examples of one forward.
-        seq_len: Tokens of one sequence, prompt and completion together.
-        gradient_accumulation_steps: Batches per optimizer step.
-        completion_tokens: Tokens generated for each sequence; 256, or half of `seq_len`, if a task generates.
-        use_reference: Whether the step computes reference log-probabilities; as the trainer does by default if None.
-            False for DPO and KTO with `precompute_ref_log_probs=True`, True for GRPO with `beta` above 0.
-        micro_batch: Sequences that go through a block at a time.
-        chunk_tokens: Tokens of a sequence that go through a block at a time.
-        device: "cpu" or "cuda".
-        tuning: One of `TUNINGS`.
-        has_dropout: Whether the adapter draws random numbers in training.
-        num_steps: Optimizer steps of the whole run.
+def kind_of(device: torch.device) -> DeviceKind:
+    """The kind of a compute device.
 
     Raises:
-        ValueError: A number is out of range or the task is unknown.
+        ValueError: Neither a CPU nor a GPU of CUDA's.
     """
-    if use_reference is None:
-        use_reference = task in _WITH_REFERENCE
-    elif use_reference and task in ("sft", "reward", "generate"):
-        raise ValueError(f"use_reference=True: task {task} has no reference")
-    if completion_tokens is None:
-        completion_tokens = min(_DEFAULT_COMPLETION_TOKENS, max(1, seq_len // 2)) if task in _GENERATING else 0
-    return Job(
-        task=task,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        completion_tokens=completion_tokens,
-        uses_reference=use_reference,
-        has_mask=batch_size > 1 or task not in ("sft", "generate"),
-        device=device,
-        micro_batch=micro_batch,
-        chunk_tokens=chunk_tokens,
-        tuning=tuning,
-        has_dropout=has_dropout,
-        num_steps=num_steps,
-    )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device.type!r}: expected one of {', '.join(get_args(DeviceKind))}")
+    return cast("DeviceKind", device.type)

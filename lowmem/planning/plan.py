@@ -1,8 +1,6 @@
 """What a run will keep where, and what that costs: frozen, pure data, made before anything is loaded.
 
-Reading a plan back from plain data, checked field by field.
-
-A plan for people: an aligned table for terminals, the same as HTML for notebooks.
+As JSON, checked field by field when it is read back; as an aligned table for terminals, and as HTML for notebooks.
 """
 
 from __future__ import annotations
@@ -10,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass
+from enum import Enum
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lowmem.planning.job import Job
 from lowmem.planning.step_memory import ALWAYS, BOUNDARY_BUFFERS, Choice, RoleBytes, peak_bytes
@@ -182,38 +182,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: every field, and the numbers that follow from them under `summary`."""
-        return {
-            "version": _VERSION,
-            "model": self.model,
-            "adapter": self.adapter,
-            "compute_dtype": self.compute_dtype,
-            "stored_dtypes": list(self.stored_dtypes),
-            "job": asdict(self.job),
-            "choice": asdict(self.choice),
-            "placement": self.placement.to_dict(),
-            "roles": [asdict(role) for role in self.roles],
-            "time": asdict(self.time),
-            "rates": asdict(self.rates) | {"measured": list(self.rates.measured)},
-            "device_budget_bytes": self.device_budget_bytes,
-            "host_budget_bytes": self.host_budget_bytes,
-            "smallest_device_bytes": self.smallest_device_bytes,
-            "disk_folder": self.disk_folder,
-            "unchunkable": self.unchunkable,
-            "framework_bytes": self.framework_bytes,
-            "advice": list(self.advice),
-            "summary": self._summary(),
-        }
-
-    def _summary(self) -> dict[str, object]:
-        return {
-            "fits": self.fits,
-            "device_bytes": self.device_bytes,
-            "host_bytes": self.host_bytes,
-            "disk_bytes": self.disk_bytes,
-            "step_s": self.step_s,
-            "bottleneck": self.bottleneck,
-            "passes": self.passes,
-        }
+        summary = {name: getattr(self, name) for name in _SUMMARY}
+        return {"version": _VERSION, **_plain(self), "placement": self.placement.to_dict(), "summary": summary}
 
     @staticmethod
     def from_dict(data: Mapping[str, object]) -> Plan:
@@ -226,88 +196,71 @@ class Plan:
             raise ValueError(
                 f"plan: expected version {_VERSION}, got {data.get('version')!r}; plan again with lowmem.plan"
             )
-        return plan_from_dict(data)
+        fields = {key: value for key, value in data.items() if key not in ("version", "summary")}
+        if isinstance(placement := fields.get("placement"), Mapping):
+            # The bytes by tier that it also writes follow from these.
+            known = {entry.name for entry in dataclasses.fields(PlacementPlan)}
+            fields["placement"] = {key: value for key, value in placement.items() if key in known}
+        return _read_fields(Plan, fields, "plan")
 
     def __str__(self) -> str:
-
         return plan_text(self)
 
     def _repr_html_(self) -> str:
-
         return plan_html(self)
 
 
-_T = TypeVar("_T")
+_SUMMARY = ("fits", "device_bytes", "host_bytes", "disk_bytes", "step_s", "bottleneck", "passes")
 
 
-def plan_from_dict(data: Mapping[str, object]) -> Plan:
-    """Make a plan from what `Plan.to_dict` answered.
+def _plain(value: object) -> Any:
+    """Dataclasses as dictionaries, tuples as lists, enumerations as their values."""
+    if dataclasses.is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _read_fields(kind: type[Any], data: object, field: str) -> Any:
+    """Make a dataclass of what `_plain` made of one.
 
     Raises:
-        ValueError: A field is missing or has the wrong type; names it.
+        ValueError: A field is missing, unknown or of the wrong type; names it.
     """
-    plain = {"version", "summary", "job", "choice", "placement", "roles", "time", "rates", "advice", "stored_dtypes"}
-    return _make(
-        Plan,
-        {key: value for key, value in data.items() if key not in plain}
-        | {
-            "job": _make(Job, _mapping(data, "job"), field="job"),
-            "choice": _make(Choice, _mapping(data, "choice"), field="choice"),
-            "placement": _placement(_mapping(data, "placement")),
-            "roles": tuple(
-                _make(RoleBytes, _as_mapping(role, "roles"), field="roles") for role in _list(data, "roles")
-            ),
-            "time": _make(StepTime, _mapping(data, "time"), field="time"),
-            "rates": _make(Rates, _with_tuple(_mapping(data, "rates"), "measured"), field="rates"),
-            "advice": tuple(_list(data, "advice")),
-            "stored_dtypes": tuple(_list(data, "stored_dtypes")),
-        },
-        field="plan",
-    )
-
-
-def _placement(data: Mapping[str, object]) -> PlacementPlan:
-    known = {entry.name for entry in dataclasses.fields(PlacementPlan)}
-    try:
-        placements = tuple(Placement(value) for value in _list(data, "placements"))
-    except ValueError as error:
-        raise ValueError(f"placement.placements: {error}") from error
-    # The bytes by tier that it also writes follow from these.
-    fields = {key: value for key, value in data.items() if key in known}
-    fields |= {"placements": placements, "block_bytes": tuple(_list(data, "block_bytes"))}
-    return _make(PlacementPlan, fields, field="placement")
-
-
-def _make(kind: type[_T], fields: Mapping[str, object], *, field: str) -> _T:
-    names = {entry.name for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if set(fields) != names:
-        missing, unknown = sorted(names - set(fields)), sorted(set(fields) - names)
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{field}: expected an object, got {data!r}")
+    types, prefix = get_type_hints(kind), "" if kind is Plan else f"{field}."
+    values = {name: _read(types[name], value, prefix + name) for name, value in data.items() if name in types}
+    if set(data) != set(types):
+        missing, unknown = sorted(set(types) - set(data)), sorted(set(data) - set(types))
         raise ValueError(f"{field}: missing fields {missing}, unknown fields {unknown}; plan again with lowmem.plan")
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise ValueError(f"{field}: {error}") from error
+    return kind(**values)
 
 
-def _mapping(data: Mapping[str, object], field: str) -> Mapping[str, object]:
-    return _as_mapping(data.get(field), field)
-
-
-def _as_mapping(value: object, field: str) -> Mapping[str, object]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{field}: expected an object, got {value!r}")
-    return cast("Mapping[str, object]", value)
-
-
-def _list(data: Mapping[str, object], field: str) -> Sequence[object]:
-    value = data.get(field)
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{field}: expected a list, got {value!r}")
+def _read(kind: Any, value: object, field: str) -> Any:
+    """A value of an annotated type: a dataclass, a tuple, an enumeration, a literal or a plain value, or None."""
+    arguments = get_args(kind)
+    if NoneType in arguments:
+        return None if value is None else _read(arguments[0], value, field)
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, value, field)  # type: ignore[arg-type]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{field}: expected a list, got {value!r}")
+        return tuple(_read(arguments[0], entry, field) for entry in value)
+    if get_origin(kind) is Literal:
+        if value not in arguments:
+            raise ValueError(f"{field}: expected one of {', '.join(arguments)}, got {value!r}")
+        return value
+    if issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+    if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{field}: expected {kind.__name__}, got {value!r}")
     return value
-
-
-def _with_tuple(data: Mapping[str, object], field: str) -> dict[str, object]:
-    return {**data, field: tuple(_list(data, field))}
 
 
 _TIERS = ("device", "host", "disk")
@@ -364,7 +317,7 @@ def _title(plan: Plan) -> str:
     if job.gradient_accumulation_steps > 1:
         words[-1] += f" x {job.gradient_accumulation_steps}"
     if job.generates:
-        words[-1] += f" ({job.completion_tokens} generated)"
+        words[-1] += f" ({job.num_decodes} generated)"
     words.append(f"{plan.compute_dtype} on {job.device} from {', '.join(plan.stored_dtypes)}")
     return " | ".join([*words, plan.adapter] if plan.adapter != "none" else words)
 
@@ -439,7 +392,7 @@ def _facts(plan: Plan) -> list[str]:
         )
     lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
     lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
-    tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.completion_tokens) / time.step_s
+    tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.num_decodes) / time.step_s
     lines.append(
         f"step       {format_seconds(time.step_s)}, limited by {plan.bottleneck} ({lanes}); {tokens_per_s:.3g} tokens/s"
     )

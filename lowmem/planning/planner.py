@@ -6,7 +6,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from lowmem.planning.advice import advise
-from lowmem.planning.job import Job, make_job
+from lowmem.planning.job import Job, Tuning
 from lowmem.planning.plan import Plan
 from lowmem.planning.read_model import corrected, read_shapes
 from lowmem.planning.search import Room
@@ -76,7 +76,7 @@ def plan_for(
     budget: Budget | None = None,
     micro_batch: int | None = None,
     chunk_tokens: int | None = None,
-    tuning: str = "adapter",
+    tuning: Tuning = "adapter",
 ) -> Plan:
     """Plan for a model that is about to be loaded for a job that nobody has described.
 
@@ -96,13 +96,13 @@ def plan_for(
     filled = measured(budget or Budget(), opened.device)
     trained = (bare.with_every_weight(),) if tuning == "full" else (bare.with_lora(ASSUMED_RANK), bare)
     for shapes, seq_len in product(trained, _unplanned_seq_lens(opened)):
-        job = make_job(
-            "sft" if opened.num_labels is None else "reward",
+        job = Job(
+            task="sft" if opened.num_labels is None else "reward",
             batch_size=micro_batch or 1,
             seq_len=seq_len,
             micro_batch=micro_batch,
             chunk_tokens=chunk_tokens,
-            device=opened.device.type,
+            device=kind_of(opened.device),
             tuning=tuning,
         )
         made = plan_step(shapes, job, budget=filled, rates=rates_for(opened, None))

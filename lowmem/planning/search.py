@@ -115,7 +115,7 @@ class Room:
 
     def with_seq_len(self, seq_len: int) -> Room:
         """The same budget with other sequences; what is generated shrinks with them."""
-        completion = min(self.job.completion_tokens, seq_len)
+        completion = min(self.job.num_decodes, seq_len)
         job = replace(self.job, seq_len=seq_len, completion_tokens=completion)
         return replace(self, job=job)
 

@@ -254,7 +254,7 @@ def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:
         seq_len=job.seq_len,
         dtype=shapes.compute_dtype,
         device=job.device,
-        has_mask=job.has_mask,
+        has_mask=bool(job.has_mask),
     )
 
 

@@ -125,7 +125,7 @@ class Runtime:
         self._bound: int | None = None
         self.rows = ActiveRows()
         self.generation: GenerationHooks | None = None
-        self._twins = Twins(expects_reference=plan.job.task in ("dpo", "kto") and plan.job.uses_reference)
+        self._twins = Twins(expects_reference=plan.job.task in ("dpo", "kto") and bool(plan.job.uses_reference))
         self.full: FullTuning | None = None
         """Where every weight is trained: takes the blocks' gradients."""
         self.boundaries = tier_for(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.planning.job import make_job
+from lowmem.planning.job import Job
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_step
 from lowmem.planning.shapes import BlockShape, LinearShape, Part, itemsize
@@ -23,7 +23,7 @@ def planned(task: str = "sft", *, device: str = "24MiB", **job: Any) -> Plan:
     shapes = llama(num_blocks=16)
     arguments = {"batch_size": 2, "seq_len": 64, **job}
     return plan_step(
-        shapes, make_job(task, **arguments), budget=Budget(device=device, host="1MiB"), rates=assumed_rates("cpu")
+        shapes, Job(task=task, **arguments), budget=Budget(device=device, host="1MiB"), rates=assumed_rates("cpu")
     )
 
 
@@ -42,7 +42,7 @@ def test_the_text_says_how_long_a_run_takes() -> None:
 
 
 def test_a_shared_pass_computes_as_much_as_two() -> None:
-    alone, shared = planned("dpo", use_reference=False), planned("dpo")
+    alone, shared = planned("dpo", uses_reference=False), planned("dpo")
     assert shared.passes == alone.passes == 2
     assert shared.time.compute_s > 1.2 * alone.time.compute_s
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.planning.job import Job, make_job
+from lowmem.planning.job import Job
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_step
 from lowmem.planning.search import Room
@@ -29,7 +29,7 @@ def planned(
     rates: Rates = RATES,
     job: Job | None = None,
 ) -> Plan:
-    job = job or make_job("sft", batch_size=1, seq_len=64)
+    job = job or Job(task="sft", batch_size=1, seq_len=64)
     return plan_step(shapes or llama(), job, budget=Budget(device=device, host=host, disk=disk), rates=rates)
 
 
@@ -66,7 +66,7 @@ def test_less_memory_never_gives_a_faster_step() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("host", [0, 1 * MIB, 64 * MIB])
 def test_smallest_device_budget_is_the_smallest(task: str, device: str, tied: bool, host: int) -> None:
-    job = make_job(task, batch_size=4, seq_len=32, device=device)
+    job = Job(task=task, batch_size=4, seq_len=32, device=device)
     shapes = llama(tied=tied)
     needed = planned(shapes, device=0, host=host, job=job).smallest_device_bytes
     assert planned(shapes, device=needed, host=host, job=job).fits
@@ -105,7 +105,7 @@ def test_streamed_blocks_are_cached_on_the_host_where_it_has_room() -> None:
 
 
 def test_micro_batch_shrinks_until_it_fits_and_takes_the_largest_that_does() -> None:
-    shapes, job = llama(), make_job("sft", batch_size=8, seq_len=64)
+    shapes, job = llama(), Job(task="sft", batch_size=8, seq_len=64)
     roomy = planned(shapes, job=job)
     assert roomy.micro_batch == 8
     sizes = []
@@ -120,21 +120,21 @@ def test_micro_batch_shrinks_until_it_fits_and_takes_the_largest_that_does() -> 
 
 
 def test_micro_batch_is_no_larger_than_it_takes_to_be_fast() -> None:
-    assert planned(job=make_job("sft", batch_size=64, seq_len=512)).micro_batch == 2
+    assert planned(job=Job(task="sft", batch_size=64, seq_len=512)).micro_batch == 2
 
 
 def test_a_given_micro_batch_is_kept() -> None:
-    assert planned(job=make_job("sft", batch_size=8, seq_len=64, micro_batch=3)).micro_batch == 3
+    assert planned(job=Job(task="sft", batch_size=8, seq_len=64, micro_batch=3)).micro_batch == 3
 
 
 def test_dpo_counts_both_sequences_of_a_pair() -> None:
-    single, paired = (planned(job=make_job(task, batch_size=4, seq_len=64)) for task in ("sft", "dpo"))
+    single, paired = (planned(job=Job(task=task, batch_size=4, seq_len=64)) for task in ("sft", "dpo"))
     assert paired.bytes_of("boundary activations") == 2 * single.bytes_of("boundary activations")
     assert paired.job.num_sequences == 8
 
 
 def test_boundary_activations_go_to_the_host_where_the_device_has_no_room() -> None:
-    job = make_job("sft", batch_size=8, seq_len=256, device="cuda")
+    job = Job(task="sft", batch_size=8, seq_len=256, device="cuda")
     on_device = planned(job=job, device=0).smallest_device_bytes
     with_host = planned(job=job, device=0, host="64MiB").smallest_device_bytes
     assert with_host < on_device
@@ -146,7 +146,7 @@ def test_boundary_activations_go_to_the_host_where_the_device_has_no_room() -> N
 
 
 def test_boundary_activations_stay_where_host_has_no_room_for_them() -> None:
-    assert planned(job=make_job("sft", batch_size=8, seq_len=256), device=0, host=0).boundary_tier == "device"
+    assert planned(job=Job(task="sft", batch_size=8, seq_len=256), device=0, host=0).boundary_tier == "device"
 
 
 def test_embedding_stays_on_disk_where_memory_is_short_unless_it_is_the_head() -> None:
@@ -170,7 +170,7 @@ def test_training_state_is_counted_per_trainable_byte() -> None:
 
 
 def test_generation_needs_no_training_state() -> None:
-    plan = planned(job=make_job("generate", batch_size=4, seq_len=64, completion_tokens=16))
+    plan = planned(job=Job(task="generate", batch_size=4, seq_len=64, completion_tokens=16))
     for role in ("adapter gradients", "optimizer state", "boundary activations", "block recomputation"):
         assert plan.bytes_of(role) == 0
     # 8 blocks, 128 key and 128 value elements of 4 bytes for each of 64 tokens of 4 sequences
@@ -196,14 +196,14 @@ def test_step_is_as_long_as_its_slowest_lane() -> None:
 
 def test_compute_time_is_six_operations_per_parameter_and_token() -> None:
     shapes = llama(hidden=1024)
-    job = make_job("sft", batch_size=4, seq_len=16)
+    job = Job(task="sft", batch_size=4, seq_len=16)
     plan = planned(shapes, device="8GiB", job=job, rates=replace(RATES, copy_bytes_per_s=1e15))
     products = 6 * (shapes.num_params + shapes.num_adapter_params + shapes.num_head_params) * job.num_tokens / 1e11
     assert plan.time.compute_s == pytest.approx(products, rel=0.02)
 
 
 def test_a_gpu_waits_for_copies_of_what_is_not_resident() -> None:
-    job = make_job("sft", batch_size=1, seq_len=64, device="cuda")
+    job = Job(task="sft", batch_size=1, seq_len=64, device="cuda")
     small = planned(job=job, device=0, host="1GiB").smallest_device_bytes
     plan = planned(job=job, device=small, host="1GiB", rates=replace(RATES, copy_bytes_per_s=1e6))
     assert plan.bottleneck == "copy"
@@ -213,7 +213,7 @@ def test_a_gpu_waits_for_copies_of_what_is_not_resident() -> None:
 def test_gradient_accumulation_multiplies_passes_and_reads_but_not_memory() -> None:
     small = planned(device=0).smallest_device_bytes
     one = planned(device=small)
-    four = planned(device=small, job=make_job("sft", batch_size=1, seq_len=64, gradient_accumulation_steps=4))
+    four = planned(device=small, job=Job(task="sft", batch_size=1, seq_len=64, gradient_accumulation_steps=4))
     assert (one.passes, four.passes) == (2, 8)
     assert four.device_bytes == one.device_bytes
     assert four.time.read_bytes > 3 * one.time.read_bytes
@@ -221,7 +221,7 @@ def test_gradient_accumulation_multiplies_passes_and_reads_but_not_memory() -> N
 
 def test_batch_size_changes_neither_passes_nor_bytes_read() -> None:
     small = planned(device=0).smallest_device_bytes
-    batched = make_job("sft", batch_size=32, seq_len=64)
+    batched = Job(task="sft", batch_size=32, seq_len=64)
     large = planned(device=planned(device=0, job=batched).smallest_device_bytes, job=batched)
     assert large.passes == planned(device=small).passes == 2
     assert large.time.read_bytes <= planned(device=small).time.read_bytes
@@ -236,7 +236,7 @@ def test_equal_inputs_give_equal_plans() -> None:
 
 def test_both_sizes_of_the_budget_are_needed() -> None:
     with pytest.raises(ValueError, match=r"offload\.measured"):
-        plan_step(llama(), make_job("sft", batch_size=1, seq_len=8), budget=Budget(device="1GiB"), rates=RATES)
+        plan_step(llama(), Job(task="sft", batch_size=1, seq_len=8), budget=Budget(device="1GiB"), rates=RATES)
 
 
 def test_advice_names_the_smallest_budget_where_nothing_fits() -> None:
@@ -255,7 +255,7 @@ def test_advised_host_budget_is_as_fast_as_it_says() -> None:
 
 
 def test_advice_to_take_a_larger_batch_where_the_disk_decides() -> None:
-    job = make_job("sft", batch_size=1, seq_len=8)
+    job = Job(task="sft", batch_size=1, seq_len=8)
     slow = replace(RATES, disk_bytes_per_s=1e7)
     plan = planned(llama(num_blocks=64), device="48MiB", rates=slow, job=job)
     assert plan.fits
@@ -278,13 +278,13 @@ def test_blocks_of_different_sizes_are_planned_by_the_largest() -> None:
 
 
 def test_room_with_another_budget_keeps_the_job() -> None:
-    room = Room(llama(), make_job("sft", batch_size=2, seq_len=8), assumed_rates("cpu"), 1, 2)
+    room = Room(llama(), Job(task="sft", batch_size=2, seq_len=8), assumed_rates("cpu"), 1, 2)
     changed = room.with_budget(device_bytes=5)
     assert (changed.device_bytes, changed.host_bytes, changed.job) == (5, 2, room.job)
 
 
 def test_chunks_come_after_whole_sequences_and_the_longest_that_fit_first() -> None:
-    job = make_job("sft", batch_size=1, seq_len=4096)
+    job = Job(task="sft", batch_size=1, seq_len=4096)
     assert planned(job=job, device="8GiB").chunk_tokens is None
     smallest = planned(job=job, device=0).smallest_device_bytes
     assert planned(job=job, device=smallest).chunk_tokens == 128
@@ -294,17 +294,17 @@ def test_chunks_come_after_whole_sequences_and_the_longest_that_fit_first() -> N
 
 
 def test_chunk_tokens_are_kept_to_where_blocks_can_be_cut() -> None:
-    job = make_job("sft", batch_size=2, seq_len=512, chunk_tokens=96)
+    job = Job(task="sft", batch_size=2, seq_len=512, chunk_tokens=96)
     assert planned(job=job).chunk_tokens == 96
     assert "chunks of 96 tokens" in str(planned(job=job))
     whole = planned(replace(llama(), unchunkable="its blocks mix tokens"), job=job)
     assert whole.chunk_tokens is None
     assert "whole sequences: its blocks mix tokens" in str(whole)
-    assert planned(job=make_job("sft", batch_size=2, seq_len=64, chunk_tokens=96)).chunk_tokens is None
+    assert planned(job=Job(task="sft", batch_size=2, seq_len=64, chunk_tokens=96)).chunk_tokens is None
 
 
 def test_boundary_activations_go_to_disk_where_memory_has_no_room(tmp_path: Path) -> None:
-    job = make_job("sft", batch_size=8, seq_len=256)
+    job = Job(task="sft", batch_size=8, seq_len=256)
     boundary = 8 * 8 * 256 * 256 * 4
 
     def with_disk(device: int) -> Plan:
@@ -322,7 +322,7 @@ def test_boundary_activations_go_to_disk_where_memory_has_no_room(tmp_path: Path
 
 
 def test_keys_and_values_are_kept_where_that_is_faster_than_computing_them_again(tmp_path: Path) -> None:
-    job = make_job("sft", batch_size=1, seq_len=512, chunk_tokens=128)
+    job = Job(task="sft", batch_size=1, seq_len=512, chunk_tokens=128)
 
     def kept(flops_per_s: float, disk_bytes_per_s: float) -> bool:
         rates = replace(RATES, compute_flops_per_s=flops_per_s, disk_bytes_per_s=disk_bytes_per_s)
@@ -339,7 +339,7 @@ def test_keys_and_values_are_kept_where_that_is_faster_than_computing_them_again
 
 
 def test_smallest_budget_of_full_tuning_keeps_to_the_host_budget() -> None:
-    shapes, job = llama().with_every_weight(), make_job("sft", batch_size=1, seq_len=64, tuning="full")
+    shapes, job = llama().with_every_weight(), Job(task="sft", batch_size=1, seq_len=64, tuning="full")
     without, on_disk = (planned(shapes, device=0, disk=disk, job=job) for disk in (None, Path("state")))
     # In RAM that there is not, the device would need less.
     assert without.kept_host_bytes == on_disk.kept_host_bytes == 0
@@ -351,6 +351,6 @@ def test_smallest_budget_of_full_tuning_keeps_to_the_host_budget() -> None:
 
 
 def test_advice_for_long_sequences_names_a_folder_for_boundary_activations() -> None:
-    job = make_job("sft", batch_size=1, seq_len=65536)
+    job = Job(task="sft", batch_size=1, seq_len=65536)
     with pytest.raises(BudgetError, match="a folder on disk for boundary activations"):
         planned(device=0, job=job).require_fit()
