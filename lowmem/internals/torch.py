@@ -1,13 +1,18 @@
-"""Private names of torch: trees of values, a module's tables of tensors, reference counts, what the processor can."""
+"""Private names of torch: trees of values, tables of tensors, reference counts, what a processor can, shapes alone."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# One place to change where torch makes the module public.
+# One place to change where torch makes these modules public.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     TreeSpec,
     register_pytree_node,
@@ -59,13 +64,39 @@ def has_fast_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """The same number for all Python objects that stand for one storage."""
+    return int(storage._cdata)
+
+
+def is_grouped_product(operator: object) -> bool:
+    """Whether an operator that a dispatch mode sees is the product of stacked experts."""
+    return operator is torch.ops.aten._grouped_mm.default
+
+
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Keep torch from logging an operator that fake tensors have not: whoever asks for shapes is told by the error."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
 __all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
     "TreeSpec",
     "buffer_table",
     "has_fast_bf16",
+    "is_grouped_product",
     "is_sole_owner",
     "parameter_table",
+    "quiet_fake_tensors",
     "register_pytree_node",
+    "storage_key",
     "tree_flatten",
     "tree_leaves",
     "tree_map_only",

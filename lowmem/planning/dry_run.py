@@ -8,7 +8,6 @@ router's loop over the experts that were hit) cannot be followed; there the form
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.internals.torch import tree_leaves, tree_map_only
+from lowmem.internals.torch import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    is_grouped_product,
+    quiet_fake_tensors,
+    storage_key,
+    tree_leaves,
+    tree_map_only,
+)
 
 if TYPE_CHECKING:
     from lowmem.models.build import Skeleton
@@ -43,7 +48,7 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         """Run an operator and count what it made."""
-        if func is torch.ops.aten._grouped_mm.default:
+        if is_grouped_product(func):
             result: object = _grouped_product(*args)  # type: ignore[arg-type]
         else:
             result = func(*args, **(kwargs or {}))
@@ -56,10 +61,10 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Do not count these: they are there before and after."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._alive[storage._cdata] = weakref.ref(storage)
+            self._alive[storage_key(storage)] = weakref.ref(storage)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_key(storage)
         known = self._alive.get(key)
         if known is not None and known() is not None:
             return
@@ -103,7 +108,7 @@ def dry_run(built: Skeleton, *, num_sequences: int, seq_len: int) -> tuple[int, 
     run = _Run([block.raw_forward for block in blocks], [block.module for block in blocks])
     model, was_training = built.model, built.model.training
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), _quiet(), run.watching():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), quiet_fake_tensors(), run.watching():
             tokens = torch.zeros(num_sequences, seq_len, dtype=torch.long)
             arguments = {"input_ids": tokens, "use_cache": False}
             with torch.no_grad():
@@ -113,17 +118,6 @@ def dry_run(built: Skeleton, *, num_sequences: int, seq_len: int) -> tuple[int, 
     finally:
         model.train(was_training)
     return tuple(run.peaks)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging an operator that fake tensors have not: that is an answer here, not an error."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was_disabled
 
 
 # What fake tensors cannot follow is told by errors of many kinds: unknown values, missing kernels, odd devices.

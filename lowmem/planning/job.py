@@ -69,19 +69,29 @@ class Job:
         for name, kind in (("task", Task), ("tuning", Tuning)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(kind))}")
-        for name in ("batch_size", "seq_len", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.micro_batch is not None and self.micro_batch < 1:
+        for name, unit, none in (
+            ("batch_size", "", ""),
+            ("seq_len", "", ""),
+            ("gradient_accumulation_steps", "", ""),
+            ("micro_batch", " sequence", ", or None to let lowmem choose"),
+            ("chunk_tokens", " token", ", or None to let lowmem choose"),
+            ("num_steps", "", ", or None"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1{unit}{none}")
+        self._fill_in()
+        if self.generates != (self.num_decodes > 0):
+            expected = "at least 1" if self.generates else "0, because nothing is generated"
+            raise ValueError(f"completion_tokens={self.completion_tokens} for task {self.task}: expected {expected}")
+        if self.num_decodes > self.seq_len:
             raise ValueError(
-                f"micro_batch={self.micro_batch}: expected at least 1 sequence, or None to let lowmem choose"
+                f"completion_tokens={self.completion_tokens} are more than seq_len={self.seq_len}, which counts prompt "
+                "and completion together"
             )
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ValueError(
-                f"chunk_tokens={self.chunk_tokens}: expected at least 1 token, or None to let lowmem choose"
-            )
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps}: expected at least 1, or None")
+
+    def _fill_in(self) -> None:
+        """Give fields that are None what TRL's trainers do."""
         if self.uses_reference and self.task in ("sft", "reward", "generate"):
             raise ValueError(f"use_reference=True: task {self.task} has no reference")
         completion = min(_DEFAULT_COMPLETION_TOKENS, max(1, self.seq_len // 2)) if self.generates else 0
@@ -93,14 +103,6 @@ class Job:
             if getattr(self, name) is None:
                 # Frozen: fields can be set only past the class's own __setattr__.
                 object.__setattr__(self, name, default)
-        if self.generates != (self.num_decodes > 0):
-            expected = "at least 1" if self.generates else "0, because nothing is generated"
-            raise ValueError(f"completion_tokens={self.completion_tokens} for task {self.task}: expected {expected}")
-        if self.num_decodes > self.seq_len:
-            raise ValueError(
-                f"completion_tokens={self.completion_tokens} are more than seq_len={self.seq_len}, which counts prompt "
-                "and completion together"
-            )
 
     @property
     def generates(self) -> bool:

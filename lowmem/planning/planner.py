@@ -6,7 +6,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from lowmem.planning.advice import advise
-from lowmem.planning.job import Job, Tuning
+from lowmem.planning.job import Job, Tuning, kind_of
 from lowmem.planning.plan import Plan
 from lowmem.planning.read_model import corrected, read_shapes
 from lowmem.planning.search import Room

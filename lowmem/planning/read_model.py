@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice, product
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -254,48 +254,57 @@ def read_shapes(opened: Opened, *, peft_config: PeftConfig | None = None) -> Mod
     Raises:
         ValueError: The adapter fits nothing in the model.
     """
-    built = opened.built
+    built, config = opened.built, opened.built.model.config
     built.model.requires_grad_(False)
-    ends = _Ends.of(built)
-    if peft_config is not None:
-        _add_adapter(built.model, peft_config)
-    return _shapes_of(built, ends, opened=opened, peft_config=peft_config)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Ends:
-    """What stands before and after the blocks, as it was before an adapter wrapped it."""
-
-    vocab_size: int
-    embedding_bytes: int
-    embedding_stored_bytes: int
-    head_bytes: int
-    num_head_params: int
-    embedding_gatherable: bool
-    other_bytes: int
-
-    @staticmethod
-    def of(built: Skeleton) -> _Ends:
-        """Read the sizes of everything outside the blocks; tied weights count once, as the head."""
-        from lowmem.models.checkpoint import gatherable_embedding
-
-        embedding = built.model.get_input_embeddings().weight
-        output = built.model.get_output_embeddings()
-        head = embedding if output is None else output.weight
-        inside = {id(param) for streamed in built.blocks for param in streamed.block.module.parameters()}
-        outside = {id(param): param for param in built.model.parameters() if id(param) not in inside}
-        known = {id(embedding), id(head)}
-        rest = sum(param.nbytes for key, param in outside.items() if key not in known)
-        is_tied = head is embedding
-        return _Ends(
-            vocab_size=embedding.shape[0],
-            embedding_bytes=0 if is_tied else embedding.nbytes,
-            embedding_stored_bytes=0 if is_tied else _stored_bytes(built, embedding),
-            head_bytes=head.nbytes,
-            num_head_params=head.numel(),
-            embedding_gatherable=gatherable_embedding(built) is not None,
-            other_bytes=rest + sum(buffer.nbytes for buffer in built.model.buffers()),
+    # What stands outside the blocks is read before an adapter wraps it.
+    bare = _bare_shapes(opened)
+    if peft_config is None:
+        return bare
+    _add_adapter(built.model, peft_config)
+    blocks = tuple(
+        read_block(
+            streamed.block.module, config, buffer_bytes=known.buffer_bytes, workspace_bytes=known.workspace_bytes
         )
+        for streamed, known in zip(built.blocks, bare.blocks, strict=True)
+    )
+    trainable = [param for param in built.model.parameters() if param.requires_grad]
+    return replace(
+        bare,
+        blocks=blocks,
+        adapter=describe_adapter(peft_config),
+        num_outer_adapter_params=sum(param.numel() for param in trainable)
+        - sum(block.num_adapter_params for block in blocks),
+        outer_adapter_bytes=sum(param.nbytes for param in trainable) - sum(block.adapter_bytes for block in blocks),
+    )
+
+
+def _bare_shapes(opened: Opened) -> ModelShapes:
+    """A model without adapters; tied weights count once, as the head."""
+    from lowmem.models.checkpoint import gatherable_embedding
+    from lowmem.streaming.chunking.chunkable import can_chunk
+
+    built, model = opened.built, opened.built.model
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    head = embedding if output is None else output.weight
+    is_tied = head is embedding
+    inside = {id(param) for streamed in built.blocks for param in streamed.block.module.parameters()}
+    known = {id(embedding), id(head), *inside}
+    rest = {id(param): param.nbytes for param in model.parameters() if id(param) not in known}
+    stored = {str(spec.dtype) for streamed in built.blocks for spec in streamed.spec.tensors}
+    return ModelShapes(
+        name=str(model.config.name_or_path) or opened.folder.name,
+        blocks=tuple(_block_shape(streamed, model.config) for streamed in built.blocks),
+        vocab_size=embedding.shape[0],
+        embedding_bytes=0 if is_tied else embedding.nbytes,
+        embedding_stored_bytes=0 if is_tied else _stored_bytes(built, embedding),
+        embedding_gatherable=gatherable_embedding(built) is not None,
+        head_bytes=head.nbytes,
+        num_head_params=head.numel(),
+        other_bytes=sum(rest.values()) + sum(buffer.nbytes for buffer in model.buffers()),
+        compute_dtype=str(opened.dtype).removeprefix("torch."),
+        stored_dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in stored)),
+        unchunkable=can_chunk(model) or "",
+    )
 
 
 def _stored_bytes(built: Skeleton, embedding: torch.Tensor) -> int:
@@ -318,32 +327,6 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
         # PEFT says this of the patterns that it makes itself for stacked experts.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
         get_peft_model(model, config, low_cpu_mem_usage=True)
-
-
-def _shapes_of(built: Skeleton, ends: _Ends, *, opened: Opened, peft_config: PeftConfig | None) -> ModelShapes:
-    from lowmem.streaming.chunking.chunkable import can_chunk
-
-    blocks = tuple(_block_shape(streamed, built.model.config) for streamed in built.blocks)
-    trainable = [param for param in built.model.parameters() if param.requires_grad]
-    stored = {str(spec.dtype) for streamed in built.blocks for spec in streamed.spec.tensors}
-    return ModelShapes(
-        name=str(built.model.config.name_or_path) or opened.folder.name,
-        blocks=blocks,
-        vocab_size=ends.vocab_size,
-        embedding_bytes=ends.embedding_bytes,
-        embedding_stored_bytes=ends.embedding_stored_bytes,
-        head_bytes=ends.head_bytes,
-        num_head_params=ends.num_head_params,
-        embedding_gatherable=ends.embedding_gatherable,
-        other_bytes=ends.other_bytes,
-        compute_dtype=str(opened.dtype).removeprefix("torch."),
-        stored_dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in stored)),
-        unchunkable=can_chunk(built.model) or "",
-        adapter=describe_adapter(peft_config),
-        num_outer_adapter_params=sum(param.numel() for param in trainable)
-        - sum(block.num_adapter_params for block in blocks),
-        outer_adapter_bytes=sum(param.nbytes for param in trainable) - sum(block.adapter_bytes for block in blocks),
-    )
 
 
 def _block_shape(streamed: StreamedBlock, config: PretrainedConfig) -> BlockShape:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,11 +23,6 @@ from lowmem.planning.job import Job
 from lowmem.planning.shapes import ModelShapes, Part, itemsize
 from lowmem.planning.step_memory import Choice, boundary_bytes, key_value_bytes
 from offload import Placement, PlacementPlan, probe_compute, probe_disk
-
-if TYPE_CHECKING:
-    from lowmem.planning.shapes import ModelShapes
-    from lowmem.planning.step_memory import Choice
-
 
 _MIB = 1 << 20
 
