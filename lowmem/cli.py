@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+    from lowmem.planning.job import Task
 
 
 _FAILED = 2
@@ -77,7 +79,7 @@ def plan(
 
     made = make_plan(
         model,
-        task=task,
+        task=cast("Task", task),
         batch_size=batch_size,
         seq_len=seq_len,
         gradient_accumulation_steps=gradient_accumulation_steps,

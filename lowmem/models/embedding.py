@@ -13,7 +13,7 @@ from lowmem.internals.torch import parameter_table
 from lowmem.models.absent import AbsentParameter
 from offload import BlockSpec, FileReader, StagingBuffer, TensorSpec, lay_out, view_tensor
 
-_ROWS_PER_READ = 1024
+ROWS_PER_READ = 1024
 """Rows in the staging buffer at a time: at most two pages more than their bytes each."""
 
 
@@ -77,8 +77,8 @@ class GatheredEmbedding:
 
     def _rows(self, ids: list[int]) -> Tensor:
         rows = host_memory.empty((len(ids), self._spec.shape[1]), dtype=self._dtype, device=torch.device("cpu"))
-        for start in range(0, len(ids), _ROWS_PER_READ):
-            self._read(ids[start : start + _ROWS_PER_READ], into=rows[start : start + _ROWS_PER_READ])
+        for start in range(0, len(ids), ROWS_PER_READ):
+            self._read(ids[start : start + ROWS_PER_READ], into=rows[start : start + ROWS_PER_READ])
         return rows.to(self._device)
 
     def _read(self, ids: list[int], *, into: Tensor) -> None:

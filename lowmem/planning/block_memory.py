@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
+from lowmem.planning.job import DeviceKind
+from lowmem.planning.limits import PART_BYTES, PART_KEYS
 from lowmem.planning.shapes import BlockShape, ExpertsShape, LinearShape, Part, itemsize
 
 _FP32_BYTES = 4
@@ -37,8 +39,8 @@ class MicroBatch:
     """Tokens of each, padding included."""
     dtype: str
     """Compute dtype, by torch's name."""
-    device: str = "cpu"
-    """"cpu" or "cuda"."""
+    device: DeviceKind = "cpu"
+    """What computes."""
     has_mask: bool = False
     """Whether attention gets a mask: padding, packing or a sliding window."""
 
@@ -218,16 +220,6 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch) -> int:
     return ceil(peak * block.correction)
 
 
-_FP32_BYTES = 4
-
-
-# As lowmem.streaming.attention_parts bounds them.
-_PART_KEYS = 4096
-
-
-_PART_BYTES = 8 << 20
-
-
 # Over what a chunk's temporaries take, without and with gradients: torch asks for aligned memory, and glibc does not
 # give it a freed piece of the same size. With chunks of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2 were seen.
 _FORWARD_HEAP, _BACKWARD_HEAP = 0.4, 1.0
@@ -276,13 +268,13 @@ def chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> Chun
     states = batch.num_sequences * (block.key_size + block.value_size)
     compute = itemsize(batch.dtype)
     gradient_bytes = max(compute, _FP32_BYTES)
-    one_part = states * min(batch.seq_len, _PART_KEYS) * compute
+    one_part = states * min(batch.seq_len, PART_KEYS) * compute
     queries = chunk.num_tokens * block.query_size * (compute + gradient_bytes)
     return ChunkBytes(
         activations=block_recompute_bytes(block, chunk),
         keys_values=states * batch.seq_len * compute,
         keys_values_grads=states * batch.seq_len * gradient_bytes,
-        attention=one_part + queries + (2 * _PART_BYTES if batch.has_mask else 0),
+        attention=one_part + queries + (2 * PART_BYTES["cpu"] if batch.has_mask else 0),
     )
 
 

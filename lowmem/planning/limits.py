@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowmem.planning.job import DeviceKind
+
 PAGE_BYTES = 4096
 
 
@@ -36,6 +38,18 @@ class HeadTiles:
         """
         fitting = self.max_bytes // (num_tokens * bytes_per_logit + bytes_per_word)
         return max(1, min(vocab, self.max_words, fitting))
+
+
+DENSE_MASK_BYTES = 16 << 20
+"""Dense masks that one attention rule keeps for the blocks after; those that are larger are evaluated in parts."""
+
+
+PART_KEYS = 4096
+"""Most keys that attention in chunks takes at a time."""
+
+
+PART_BYTES: dict[DeviceKind, int] = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Scores or a mask of one part of the keys, by kind of device: what fits a cache; enough to keep a GPU busy."""
 
 
 NUM_CHUNK_BUFFERS = 4

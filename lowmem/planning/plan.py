@@ -13,9 +13,9 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowmem.planning.job import Job
-from lowmem.planning.step_memory import ALWAYS, BOUNDARY_BUFFERS, Choice, RoleBytes, peak_bytes
-from lowmem.planning.step_time import Rates, StepTime
+from lowmem.planning.job import Job, Task
+from lowmem.planning.step_memory import ALWAYS, BOUNDARY_BUFFERS, Choice, RoleBytes, Tier, peak_bytes
+from lowmem.planning.step_time import Lane, Rates, StepTime
 from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
 
 _VERSION = 1
@@ -96,8 +96,8 @@ class Plan:
         return self.time.step_s
 
     @property
-    def bottleneck(self) -> str:
-        """What a step waits for longest: "compute", "disk" or "copy"."""
+    def bottleneck(self) -> Lane:
+        """What a step waits for longest."""
         return self.time.bottleneck
 
     @property
@@ -111,7 +111,7 @@ class Plan:
         return self.placement.placements
 
     @property
-    def task(self) -> str:
+    def task(self) -> Task:
         """The task's short name."""
         return self.job.task
 
@@ -136,8 +136,8 @@ class Plan:
         return self.choice.chunk_tokens
 
     @property
-    def boundary_tier(self) -> str:
-        """Where block inputs wait for the backward: "device", "host" or "disk"."""
+    def boundary_tier(self) -> Tier:
+        """Where block inputs wait for the backward."""
         return self.choice.boundary_tier
 
     @property
@@ -145,12 +145,12 @@ class Plan:
         """Whether only the rows that a batch needs are read of the embedding table."""
         return self.choice.embedding_on_disk
 
-    def bytes_of(self, role: str, *, tier: str | None = None) -> int:
+    def bytes_of(self, role: str, *, tier: Tier | None = None) -> int:
         """Bytes of a role in one tier, or in all of them.
 
         Args:
             role: As in `roles`, "adapters" for instance.
-            tier: "device", "host" or "disk".
+            tier: None for all.
         """
         return sum(entry.nbytes for entry in self.roles if entry.role == role and tier in (None, entry.tier))
 
@@ -201,7 +201,8 @@ class Plan:
             # The bytes by tier that it also writes follow from these.
             known = {entry.name for entry in dataclasses.fields(PlacementPlan)}
             fields["placement"] = {key: value for key, value in placement.items() if key in known}
-        return _read_fields(Plan, fields, "plan")
+        plan: Plan = _read_fields(Plan, fields, "plan")
+        return plan
 
     def __str__(self) -> str:
         return plan_text(self)
@@ -263,7 +264,7 @@ def _read(kind: Any, value: object, field: str) -> Any:
     return value
 
 
-_TIERS = ("device", "host", "disk")
+_TIERS = get_args(Tier)
 
 
 _PHASES = {

@@ -127,7 +127,7 @@ def rates_for(opened: Opened, rates: Rates | str | None) -> Rates:
     if isinstance(rates, Rates):
         return rates
     if rates is None:
-        return assumed_rates(opened.device.type)
+        return assumed_rates(kind_of(opened.device))
     if rates != "measure":
         raise ValueError(
             f'rates={rates!r}: expected None, "measure" or what lowmem.planning.step_time.measure_rates answered'

@@ -13,6 +13,7 @@ from lowmem.planning.step_memory import (
     BOUNDARY_BUFFERS,
     Choice,
     RoleBytes,
+    Tier,
     boundary_bytes,
     key_value_bytes,
     peak_bytes,
@@ -144,7 +145,7 @@ class Room:
     def _choices(self, micro_batch: int, chunk_tokens: int | None) -> Iterator[Choice]:
         """Ways to place the embedding and the boundary activations, those that move least first."""
         boundary = boundary_bytes(self.shapes, self.job)
-        tiers = ["device"]
+        tiers: list[Tier] = ["device"]
         if boundary and boundary <= self.host_bytes:
             tiers.append("host")
         if boundary and self.has_disk:
@@ -163,7 +164,7 @@ class Room:
                 state_tier=state,
             )
 
-    def _state_tiers(self) -> tuple[str, ...]:
+    def _state_tiers(self) -> tuple[Tier, ...]:
         """Where the state of full tuning can be, the fastest first."""
         if self.job.tuning != "full":
             return ("device",)
@@ -231,12 +232,12 @@ class Room:
         )
 
 
-def place_masters(sizes: Sequence[int], *, tier: str, ring: int, job: Job) -> PlacementPlan:
+def place_masters(sizes: Sequence[int], *, tier: Tier, ring: int, job: Job) -> PlacementPlan:
     """Where the master weights of all blocks are: together with the rest of their state.
 
     Args:
         sizes: Bytes of each block.
-        tier: "device", "host" or "disk".
+        tier: Where it is.
         ring: Buffers that blocks on disk are visited from.
         job: Kind of device, and passes.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-_PAGE_BYTES = 4096
+from lowmem.planning.limits import PAGE_BYTES
 
 
 class Part(StrEnum):
@@ -183,7 +183,7 @@ class ModelShapes:
                 block,
                 linears=tuple(replace(linear, rank=1) for linear in block.linears),
                 workspace_bytes=0,
-                buffer_bytes=-(-block.num_params * itemsize("float32") // _PAGE_BYTES) * _PAGE_BYTES,
+                buffer_bytes=-(-block.num_params * itemsize("float32") // PAGE_BYTES) * PAGE_BYTES,
             )
             for block in self.blocks
         )

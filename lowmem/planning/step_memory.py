@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+from lowmem.models.embedding import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     MicroBatch,
     block_forward_bytes,
@@ -14,16 +16,26 @@ from lowmem.planning.block_memory import (
     heap_bytes,
 )
 from lowmem.planning.job import Job
-from lowmem.planning.limits import NUM_CHUNK_BUFFERS, HeadTiles, state_chunk_bytes
+from lowmem.planning.limits import DENSE_MASK_BYTES, NUM_CHUNK_BUFFERS, PAGE_BYTES, HeadTiles, state_chunk_bytes
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
 
-ALWAYS = "always"
-"""The phase of what is held throughout a step; phases other than this one exclude each other."""
+Tier = Literal["device", "host", "disk"]
+"""Where bytes are."""
 
 
-PHASES = ("embedding", "forward", "generation", "head", "block")
-"""Moments of a step: rows are looked up; a micro-batch goes through a block without gradients; tokens are generated;
-the head and its loss run; a block is recomputed and differentiated."""
+Moment = Literal["embedding", "forward", "generation", "head", "block"]
+"""Parts of a step that exclude each other: rows are looked up; a micro-batch goes through a block without gradients;
+tokens are generated; the head and its loss run; a block is recomputed and differentiated."""
+
+
+Phase = Literal[Moment, "always"]
+"""When bytes are held: in one of the moments, or throughout a step."""
+
+
+ALWAYS: Literal["always"] = "always"
+
+
+_MOMENTS: tuple[Moment, ...] = get_args(Moment)
 
 
 BOUNDARY_BUFFERS = "boundary buffers"
@@ -36,32 +48,21 @@ _FP32_BYTES = 4
 _TOKEN_ID_BYTES = 8
 
 
-# Rows that the gathered embedding reads at a time; each may take two pages more than its bytes.
-_GATHERED_ROWS = 1024
-
-
-_PAGE_BYTES = 4096
-
-
-# As lowmem.streaming.attention_mask keeps them.
-_DENSE_MASK_BYTES = 16 << 20
-
-
 @dataclass(frozen=True, kw_only=True)
 class RoleBytes:
     """What one tensor role takes in one tier."""
 
     role: str
     """What it is, in words."""
-    tier: str
-    """"device", "host" or "disk"."""
+    tier: Tier
+    """Where it is."""
     nbytes: int
     """Bytes."""
-    phase: str = ALWAYS
+    phase: Phase = ALWAYS
     """When they are held."""
 
     def __post_init__(self) -> None:
-        if self.tier not in ("device", "host", "disk") or self.phase not in (ALWAYS, *PHASES) or self.nbytes < 0:
+        if self.tier not in get_args(Tier) or self.phase not in (ALWAYS, *_MOMENTS) or self.nbytes < 0:
             raise ValueError(f"{self.role}: tier {self.tier!r}, phase {self.phase!r}, {self.nbytes} bytes")
 
 
@@ -73,30 +74,30 @@ class Choice:
     """Sequences that go through a block at a time in training."""
     chunk_tokens: int | None
     """Tokens of a sequence that go through a block at a time; None for all."""
-    boundary_tier: str
-    """"device", "host" or "disk": where block inputs wait for the backward."""
+    boundary_tier: Tier
+    """Where block inputs wait for the backward."""
     keeps_keys_values: bool
     """Whether keys and values of a block in chunks wait for the backward where its input does."""
     embedding_on_disk: bool
     """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
-    state_tier: str = "device"
-    """Where every weight is trained: "device", "host" or "disk", for master weights, gradients and moments."""
+    state_tier: Tier = "device"
+    """Where master weights, gradients and moments are, where every weight is trained."""
 
 
-def peak_bytes(roles: Iterable[RoleBytes], tier: str) -> int:
+def peak_bytes(roles: Iterable[RoleBytes], tier: Tier) -> int:
     """Largest bytes held in a tier at any moment: what is always there, and the largest phase."""
-    by_phase = dict.fromkeys((ALWAYS, *PHASES), 0)
+    by_phase: dict[Phase, int] = dict.fromkeys((ALWAYS, *_MOMENTS), 0)
     for role in roles:
         if role.tier == tier:
             by_phase[role.phase] += role.nbytes
     return by_phase.pop(ALWAYS) + max(by_phase.values())
 
 
-def peak_phase(roles: Iterable[RoleBytes], tier: str) -> str:
+def peak_phase(roles: Iterable[RoleBytes], tier: Tier) -> Moment:
     """The phase in which a tier holds most."""
-    by_phase = dict.fromkeys(PHASES, 0)
+    by_phase = dict.fromkeys(_MOMENTS, 0)
     for role in roles:
-        if role.tier == tier and role.phase != ALWAYS:
+        if role.tier == tier and role.phase != "always":
             by_phase[role.phase] += role.nbytes
     return max(by_phase, key=lambda phase: by_phase[phase])
 
@@ -107,7 +108,7 @@ def step_roles(shapes: ModelShapes, job: Job, choice: Choice) -> tuple[RoleBytes
     return tuple(role for role in roles if role.nbytes)
 
 
-def _device(role: str, nbytes: int, *, phase: str = ALWAYS) -> RoleBytes:
+def _device(role: str, nbytes: int, *, phase: Phase = ALWAYS) -> RoleBytes:
     return RoleBytes(role=role, tier="device", nbytes=nbytes, phase=phase)
 
 
@@ -171,9 +172,6 @@ def num_boundary_buffers(device: str) -> int:
     """Buffers through which boundary activations go to disk and come back, each of the largest one's size.
 
     Reading one takes a GPU longer than it should wait, so there the next is read ahead; to a CPU it is nothing.
-
-    Args:
-        device: "cpu" or "cuda".
     """
     return 1 if device == "cpu" else 2
 
@@ -205,7 +203,7 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     yield _device("inputs and masks", job.num_tokens * per_token + mask)
 
 
-def _num_in_flight(job: Job, choice: Choice) -> dict[str, int]:
+def _num_in_flight(job: Job, choice: Choice) -> dict[Moment, int]:
     """Tensors as large as the batch's hidden states, by phase, boundary activations and their buffers aside."""
     if not job.trains:
         return {"generation": 2}
@@ -243,8 +241,9 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         yield _device("head and loss", _head_bytes(shapes, job), phase="head")
         yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
     if job.trains and choice.chunk_tokens is not None:
+        moments: tuple[Moment, Moment] = ("forward", "block")
         heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
-        for phase, kept in zip(("forward", "block"), zip(*heaps, strict=True), strict=True):
+        for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
             yield _device("freed heap", max(kept), phase=phase)
 
 
@@ -279,14 +278,14 @@ def recompute_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
 def _mask_bytes(shapes: ModelShapes, job: Job) -> int:
     """A dense mask for the whole batch; where attention is ours, only those of short sequences are built."""
     dense = job.num_sequences * job.seq_len**2 if job.has_mask else 0
-    return dense if shapes.unchunkable else min(dense, _DENSE_MASK_BYTES)
+    return dense if shapes.unchunkable else min(dense, DENSE_MASK_BYTES)
 
 
 def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
     row_bytes = -(-shapes.embedding_stored_bytes // shapes.vocab_size)
     num_rows = min(job.num_tokens, shapes.vocab_size)
     rows = num_rows * shapes.hidden_size * itemsize(shapes.compute_dtype)
-    return rows + min(num_rows, _GATHERED_ROWS) * (row_bytes + 2 * _PAGE_BYTES)
+    return rows + min(num_rows, ROWS_PER_READ) * (row_bytes + 2 * PAGE_BYTES)
 
 
 def _head_bytes(shapes: ModelShapes, job: Job) -> int:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from lowmem.planning.job import Job
+from lowmem.planning.job import DeviceKind, Job
 from lowmem.planning.shapes import ModelShapes, Part, itemsize
 from lowmem.planning.step_memory import Choice, boundary_bytes, key_value_bytes
 from offload import Placement, PlacementPlan, probe_compute, probe_disk
@@ -42,6 +43,10 @@ _FLOPS_PER_S = {"cpu": 50.0e9, "cuda": 30.0e12}
 """Sustained in matrix products: two cores with AVX2 in fp32; a consumer GPU in bf16."""
 
 
+Lane = Literal["compute", "disk", "copy"]
+"""What a step keeps busy."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """What the predicted step time is made of."""
@@ -56,8 +61,8 @@ class Rates:
     """Requests in flight."""
     disk_request_bytes: int = 4 * _MIB
     """Size of a request."""
-    measured: tuple[str, ...] = ()
-    """Which of "disk", "copy" and "compute" were measured on this machine; the others are assumed."""
+    measured: tuple[Lane, ...] = ()
+    """Which were measured on this machine; the others are assumed."""
 
     def __post_init__(self) -> None:
         for name in ("disk_bytes_per_s", "copy_bytes_per_s", "compute_flops_per_s", "disk_num_threads"):
@@ -65,12 +70,8 @@ class Rates:
                 raise ValueError(f"Rates.{name} is {getattr(self, name)}; expected a positive number")
 
 
-def assumed_rates(device: str) -> Rates:
-    """Conservative rates for a kind of device, none of them measured.
-
-    Args:
-        device: "cpu" or "cuda".
-    """
+def assumed_rates(device: DeviceKind) -> Rates:
+    """Conservative rates for a kind of device, none of them measured."""
     return Rates(copy_bytes_per_s=_COPY_BYTES_PER_S[device], compute_flops_per_s=_FLOPS_PER_S[device])
 
 
@@ -190,9 +191,9 @@ class StepTime:
     """Bytes written to disk."""
 
     @property
-    def bottleneck(self) -> str:
-        """What the step waits for longest: "compute", "disk" or "copy"."""
-        lanes = {"compute": self.compute_s, "disk": self.disk_s, "copy": self.copy_s}
+    def bottleneck(self) -> Lane:
+        """What the step waits for longest."""
+        lanes: dict[Lane, float] = {"compute": self.compute_s, "disk": self.disk_s, "copy": self.copy_s}
         return max(lanes, key=lambda lane: lanes[lane])
 
 

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from lowmem.internals.torch import register_pytree_node
+from lowmem.planning.limits import DENSE_MASK_BYTES
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 # Queries of a tile where the rule has to be evaluated: few enough that a tile is skipped or whole more often than not.
 _QUERY_TOKENS = 512
-
-
-# Bytes of the dense masks that one rule keeps for the blocks after.
-_DENSE_BYTES = 16 * 1024**2
 
 
 class PartKind(Enum):
@@ -112,7 +109,7 @@ class CausalMask:
         if key not in kept:
             tokens = range(self.num_tokens)
             dense = self.evaluate(tokens, tokens).contiguous()
-            if dense.nbytes + sum(mask.nbytes for mask in kept.values()) > _DENSE_BYTES:
+            if dense.nbytes + sum(mask.nbytes for mask in kept.values()) > DENSE_MASK_BYTES:
                 return dense
             kept[key] = dense
         return kept[key]

@@ -17,16 +17,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 
+from lowmem.planning.job import kind_of
+from lowmem.planning.limits import PART_BYTES, PART_KEYS
 from lowmem.streaming.chunking.mask import CausalMask, Part, PartKind, QueryTile, split_part
-
-# Bounds of one part: bytes of its mask or scores (a GPU wants large kernels), and keys where there is neither.
-_CPU_PART_BYTES = 8 * 1024**2
-
-
-_GPU_PART_BYTES = 256 * 1024**2
-
-
-_PART_KEYS = 4096
 
 
 class KeyValuePrefix(Protocol):
@@ -183,14 +176,14 @@ def _uses_scores(query: Tensor, job: AttentionJob) -> bool:
 def _pieces(tile: QueryTile, query: Tensor, job: AttentionJob) -> Iterator[Part]:
     """The parts of a tile, cut so that no mask and no scores outgrow their bound."""
     num_queries = tile.end - tile.start
-    part_bytes = _CPU_PART_BYTES if query.device.type == "cpu" else _GPU_PART_BYTES
+    part_bytes = PART_BYTES[kind_of(query.device)]
     for part in tile.parts:
-        num_keys = _PART_KEYS
+        num_keys = PART_KEYS
         if _uses_scores(query, job):
             num_keys = part_bytes // (query.shape[0] * query.shape[1] * num_queries * _sum_dtype(query).itemsize)
         elif part.kind is PartKind.MASKED:
             num_keys = part_bytes // (query.shape[0] * num_queries * query.dtype.itemsize)
-        yield from split_part(part, at=job.start, num_keys=max(16, min(num_keys, _PART_KEYS)))
+        yield from split_part(part, at=job.start, num_keys=max(16, min(num_keys, PART_KEYS)))
 
 
 def _part_tensors(
