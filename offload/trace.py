@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,33 +45,27 @@ class LaneTotal:
     busy_s: float
     """Seconds in which at least one span was open: overlapping spans count once."""
 
-    @property
-    def bytes_per_s(self) -> float:
-        """Bytes per busy second; 0 if the lane was never busy."""
-        return self.nbytes / self.busy_s if self.busy_s > 0 else 0.0
-
 
 class Trace:
-    """The newest spans of a run, bounded in number. Any thread may add and read.
+    """The newest spans of a run, bounded in number, and the totals of all. Any thread may add and read.
 
     Args:
-        capacity: Spans that are kept; older ones are dropped, and counted in `num_dropped`.
+        capacity: Spans that are kept, at 40 bytes each; older ones are dropped, and count in the totals only.
     """
 
-    def __init__(self, capacity: int = 100_000) -> None:
+    def __init__(self, capacity: int = 65_536) -> None:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1 span, got {capacity}")
-        self._spans: deque[Span] = deque(maxlen=capacity)
+        self._capacity = capacity
+        # A ring once it is full. As objects, spans would take ten times the memory.
+        self._lanes: list[str] = []
+        self._names: list[str] = []
+        self._numbers = array("q")  # start_ns, end_ns and nbytes of each
+        self._oldest = 0
+        self._sums: dict[str, _LaneSum] = {}
         self._lock = threading.Lock()
-        self._num_added = 0
         # Replaced, never changed: add() reads it without the lock.
         self._listeners: tuple[Callable[[Span], None], ...] = ()
-
-    @property
-    def num_dropped(self) -> int:
-        """Spans that were added and are no longer kept."""
-        with self._lock:
-            return self._num_added - len(self._spans)
 
     def add(self, lane: str, name: str, start_ns: int, end_ns: int, *, nbytes: int = 0) -> None:
         """Record a span that is over. Times are `time.perf_counter_ns()`.
@@ -80,12 +75,25 @@ class Trace:
         """
         if end_ns < start_ns:
             raise ValueError(f"span {name!r} on lane {lane!r} ends {start_ns - end_ns} ns before it starts")
-        span = Span(lane, name, start_ns, end_ns, nbytes)
+        # Names come again and again, often as new strings.
+        lane, name = sys.intern(lane), sys.intern(name)
+        numbers = (start_ns, end_ns, nbytes)
         with self._lock:
-            self._spans.append(span)
-            self._num_added += 1
+            if len(self._names) < self._capacity:
+                self._lanes.append(lane)
+                self._names.append(name)
+                self._numbers.extend(numbers)
+            else:
+                at = self._oldest
+                self._lanes[at], self._names[at] = lane, name
+                self._numbers[3 * at], self._numbers[3 * at + 1], self._numbers[3 * at + 2] = numbers
+                self._oldest = (at + 1) % self._capacity
+            total = self._sums.get(lane)
+            if total is None:
+                total = self._sums[lane] = _LaneSum()
+            total.add(*numbers)
         for listener in self._listeners:
-            listener(span)
+            listener(Span(lane, name, start_ns, end_ns, nbytes))
 
     def span(self, lane: str, name: str, *, nbytes: int = 0) -> contextlib.AbstractContextManager[None]:
         """Record the time that the body of a ``with`` takes, also when it raises."""
@@ -111,28 +119,17 @@ class Trace:
     def spans(self, since_ns: int | None = None) -> tuple[Span, ...]:
         """Spans kept, in the order in which they were added; with `since_ns`, those that ended after it."""
         with self._lock:
-            spans = tuple(self._spans)
-        if since_ns is None:
-            return spans
-        return tuple(span for span in spans if span.end_ns > since_ns)
-
-    def totals(self, since_ns: int | None = None) -> dict[str, LaneTotal]:
-        """Sum up the kept spans by lane.
-
-        Args:
-            since_ns: Count the spans that ended after it: all of their bytes, but only the busy time after it.
-        """
-        lanes: dict[str, list[Span]] = {}
-        for span in self.spans(since_ns):
-            lanes.setdefault(span.lane, []).append(span)
-        return {
-            lane: LaneTotal(
-                num_spans=len(spans),
-                nbytes=sum(span.nbytes for span in spans),
-                busy_s=busy_ns(spans, since_ns=since_ns) / 1e9,
+            numbers = self._numbers
+            return tuple(
+                Span(self._lanes[at], self._names[at], numbers[3 * at], numbers[3 * at + 1], numbers[3 * at + 2])
+                for at in (*range(self._oldest, len(self._names)), *range(self._oldest))
+                if since_ns is None or numbers[3 * at + 1] > since_ns
             )
-            for lane, spans in lanes.items()
-        }
+
+    def totals(self) -> dict[str, LaneTotal]:
+        """All spans so far summed up by lane, also those that are no longer kept."""
+        with self._lock:
+            return {lane: total.so_far() for lane, total in self._sums.items()}
 
     def save(self, path: str | os.PathLike[str], *, since_ns: int | None = None) -> None:
         """Write the kept spans as Chrome trace events, which Perfetto and chrome://tracing open.
@@ -157,6 +154,43 @@ class Trace:
             unfinished.unlink(missing_ok=True)
 
 
+class _LaneSum:
+    """A lane's total, kept up to date span by span in bounded memory."""
+
+    _MOST_INTERVALS = 64
+
+    def __init__(self) -> None:
+        self._num_spans = self._nbytes = self._settled_ns = 0
+        # The newest busy intervals, apart from each other, by time. Spans come by their ends, those of parallel
+        # requests nearly so: what lies before these is over, and only its length is kept.
+        self._recent: list[tuple[int, int]] = []
+        self._settled_to_ns: int | None = None
+
+    def add(self, start_ns: int, end_ns: int, nbytes: int) -> None:
+        self._num_spans += 1
+        self._nbytes += nbytes
+        if self._settled_to_ns is not None:
+            start_ns = max(start_ns, self._settled_to_ns)
+        if end_ns <= start_ns:
+            return
+        recent = self._recent
+        first = len(recent)
+        while first and recent[first - 1][1] >= start_ns:
+            first -= 1
+        last = first
+        while last < len(recent) and recent[last][0] <= end_ns:
+            start_ns, end_ns = min(start_ns, recent[last][0]), max(end_ns, recent[last][1])
+            last += 1
+        recent[first:last] = [(start_ns, end_ns)]
+        if len(recent) > self._MOST_INTERVALS:
+            old_start_ns, self._settled_to_ns = recent.pop(0)
+            self._settled_ns += self._settled_to_ns - old_start_ns
+
+    def so_far(self) -> LaneTotal:
+        busy_ns = self._settled_ns + sum(end_ns - start_ns for start_ns, end_ns in self._recent)
+        return LaneTotal(num_spans=self._num_spans, nbytes=self._nbytes, busy_s=busy_ns / 1e9)
+
+
 class _Running:
     """A span that is open. A class rather than a generator: half the cost per span."""
 
@@ -175,18 +209,6 @@ class _Running:
         self._trace.add(
             self._lane, self._name, start_ns=self._start_ns, end_ns=time.perf_counter_ns(), nbytes=self._nbytes
         )
-
-
-def busy_ns(spans: Iterable[Span], *, since_ns: int | None = None) -> int:
-    """Length of the union of the spans' intervals, of the part after `since_ns` if that is given."""
-    total_ns = 0
-    covered_to_ns = since_ns
-    for span in sorted(spans, key=lambda span: span.start_ns):
-        start_ns = span.start_ns if covered_to_ns is None else max(span.start_ns, covered_to_ns)
-        if span.end_ns > start_ns:
-            total_ns += span.end_ns - start_ns
-            covered_to_ns = span.end_ns
-    return total_ns
 
 
 def _chrome_events(spans: tuple[Span, ...]) -> list[Mapping[str, object]]:
