@@ -15,7 +15,7 @@ from lowmem.planning.planner import ASSUMED_RANK, plan_step, rates_for
 from lowmem.planning.read_model import corrected, read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
-from offload import Budget, measured
+from offload import Budget
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -178,7 +178,7 @@ def plan(
     opened = _open(model, device=chosen, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     with closing(opened.source):
         shapes, found = _shapes_for(opened, job, peft_config=peft_config), rates_for(opened, rates)
-    return plan_step(shapes, job, budget=measured(budget or Budget(), chosen), rates=found)
+    return plan_step(shapes, job, budget=(budget or Budget()).measured(chosen), rates=found)
 
 
 def _open(

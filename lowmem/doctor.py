@@ -19,12 +19,13 @@ import torch
 from lowmem.monitoring.memory import cgroup_memory
 from lowmem.planning.step_time import probe_copy
 from offload import (
+    PAGE_BYTES,
     OffloadError,
-    OpenedFile,
     SafetensorsSource,
     StagingBuffer,
     available_ram_bytes,
     format_bytes,
+    open_source,
     probe_compute,
     probe_disk,
 )
@@ -65,9 +66,6 @@ def probe_lines(files: Sequence[Path], *, device: torch.device, dtype: torch.dty
         "gflop_per_s": round(probe_compute(dtype, device) / 1e9, 2),
         **machine,
     }
-
-
-_PAGE_BYTES = 4096
 
 
 _NEEDED_TO_TRAIN = ("torch", "safetensors", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -246,11 +244,11 @@ def _architecture(folder: Path, *, trust_remote_code: bool) -> Check:
 
 def _direct(file: Path) -> Check:
     """Read one page past the page cache, as training will."""
-    opened = OpenedFile(file, stamp=None, direct=True, pread=os.preadv)
-    nbytes = min(_PAGE_BYTES, file.stat().st_size)
+    opened = open_source(file)
+    nbytes = min(PAGE_BYTES, file.stat().st_size)
     try:
-        with StagingBuffer(_PAGE_BYTES) as buffer:
-            opened.read(buffer.tensor.numpy().data, offset_bytes=0, nbytes=nbytes, direct=opened.direct)
+        with StagingBuffer(PAGE_BYTES) as buffer:
+            opened.read(buffer.tensor.numpy().data, offset_bytes=0, nbytes=nbytes)
         works = opened.direct
     finally:
         opened.close()

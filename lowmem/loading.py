@@ -26,7 +26,7 @@ from lowmem.models.unpack import Unpacker
 from lowmem.streaming.call import SplitChoice
 from lowmem.streaming.chunking.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.runtime import Runtime, attach
-from offload import BlockSpec, FileReader, Scheduler, Trace, open_device
+from offload import BlockSpec, FileIO, Scheduler, Trace, open_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     built, device = opened.built, opened.device
     with ExitStack() as stack:
         stack.callback(opened.source.close)
-        reader = FileReader(
+        reader = FileIO(
             num_threads=plan.rates.disk_num_threads,
             request_bytes=plan.rates.disk_request_bytes,
             stamps=opened.source.stamps,
@@ -125,7 +125,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         )
         if gathered is not None:
             # Its own threads: the rows of a token must not wait for the blocks that are being fetched ahead.
-            rows = FileReader(num_threads=_ROW_THREADS, stamps=opened.source.stamps)
+            rows = FileIO(num_threads=_ROW_THREADS, stamps=opened.source.stamps)
             stack.callback(rows.close)
             GatheredEmbedding(
                 model.get_input_embeddings(),
@@ -171,7 +171,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
 class _FrozenWeights:
     """Weights that stay in the checkpoint and never change."""
 
-    def __init__(self, built: Skeleton, *, plan: Plan, reader: FileReader, device: torch.device, trace: Trace) -> None:
+    def __init__(self, built: Skeleton, *, plan: Plan, reader: FileIO, device: torch.device, trace: Trace) -> None:
         self.scheduler = Scheduler(
             [streamed.spec for streamed in built.blocks],
             plan=plan.placement,
@@ -186,7 +186,7 @@ class _Weights:
     """Reads one parameter's true values, for code that looks at an absent weight outside a visit."""
 
     def __init__(
-        self, blocks: tuple[StreamedBlock, ...], built: Skeleton, *, reader: FileReader, device: torch.device
+        self, blocks: tuple[StreamedBlock, ...], built: Skeleton, *, reader: FileIO, device: torch.device
     ) -> None:
         self._recipes = built.mapping.recipes
         self._dtypes = {slot.key: slot.dtype for streamed in blocks for slot in streamed.slots}

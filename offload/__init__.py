@@ -1,9 +1,19 @@
 """Moves bytes and tensors between disk, host memory and a compute device. Knows nothing of models."""
 
-from offload.blocks import BlockLayout, BlockSpec, ObjectLayout, TensorSpec, lay_out, place
+from offload.blocks import (
+    PAGE_BYTES,
+    BlockLayout,
+    BlockSpec,
+    ObjectLayout,
+    TensorSpec,
+    ceil_div,
+    lay_out,
+    lay_out_object,
+    round_up,
+)
 from offload.budget import Budget, available_ram_bytes, format_bytes, format_seconds, parse_bytes
 from offload.buffers import StagingBuffer, view_tensor
-from offload.device import measured, open_device
+from offload.device import open_device
 from offload.errors import (
     BudgetError,
     Closed,
@@ -15,9 +25,9 @@ from offload.errors import (
     TierFull,
     WriteError,
 )
-from offload.files.file import OpenedFile, OwnFile
-from offload.files.file_io import FileReader, FileWriter
-from offload.files.safetensors_read import SafetensorsSource
+from offload.files.file import NO_ROOM, open_source, sync_folder
+from offload.files.file_io import FileIO
+from offload.files.safetensors_read import DTYPES, SafetensorsSource
 from offload.files.safetensors_write import OutputTensor, ShardFile, TensorReader, split_into_shards, write_index
 from offload.files.scratch import FileSlot, Scratch
 from offload.placement import Placement, PlacementPlan, place_blocks
@@ -29,7 +39,10 @@ from offload.trace import LANES, Span, Trace
 from offload.transfer import Transfer, WorkerThread
 
 __all__ = [
+    "DTYPES",
     "LANES",
+    "NO_ROOM",
+    "PAGE_BYTES",
     "BlockLayout",
     "BlockSpec",
     "Budget",
@@ -37,15 +50,12 @@ __all__ = [
     "Closed",
     "Counters",
     "DiskRate",
-    "FileReader",
+    "FileIO",
     "FileSlot",
-    "FileWriter",
     "FolderInUse",
     "ObjectLayout",
     "OffloadError",
-    "OpenedFile",
     "OutputTensor",
-    "OwnFile",
     "Placement",
     "PlacementPlan",
     "ReadError",
@@ -67,17 +77,20 @@ __all__ = [
     "WorkerThread",
     "WriteError",
     "available_ram_bytes",
+    "ceil_div",
     "format_bytes",
     "format_seconds",
     "lay_out",
-    "measured",
+    "lay_out_object",
     "open_device",
+    "open_source",
     "parse_bytes",
-    "place",
     "place_blocks",
     "probe_compute",
     "probe_disk",
+    "round_up",
     "split_into_shards",
+    "sync_folder",
     "view_tensor",
     "write_index",
 ]

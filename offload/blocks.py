@@ -1,16 +1,10 @@
-"""What a stored tensor is, and which of them make up a block.
-
-Which byte ranges of which files make up a block, and where each lands in its staging buffer. Pure arithmetic.
-
-How the tensors of a stored object lie one after another, each beginning on a page. Pure arithmetic.
-"""
+"""Stored tensors, the blocks and objects they make up, and where each lies in files and buffers. Pure arithmetic."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
@@ -109,9 +103,14 @@ class BlockLayout:
         return sum(extent.nbytes for extent in self.extents)
 
 
+def ceil_div(value: int, divisor: int) -> int:
+    """`value` divided by `divisor`, rounded up."""
+    return -(-value // divisor)
+
+
 def round_up(nbytes: int, multiple: int) -> int:
     """Smallest multiple of `multiple` that is at least `nbytes`."""
-    return -(-nbytes // multiple) * multiple
+    return ceil_div(nbytes, multiple) * multiple
 
 
 def lay_out(block: BlockSpec, page_bytes: int = PAGE_BYTES, *, max_gap_bytes: int = 65536) -> BlockLayout:
@@ -187,7 +186,7 @@ class PlacedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
-        return prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,28 +216,8 @@ class ObjectLayout:
             for placed in self.tensors
         }
 
-    def spec(self, name: str, file: Path) -> BlockSpec:
-        """The object as a block whose tensors lie in a file.
 
-        Args:
-            name: Name of the block.
-            file: The file.
-        """
-        tensors = tuple(
-            TensorSpec(
-                name=placed.name,
-                dtype=placed.dtype,
-                shape=placed.shape,
-                file=file,
-                offset_bytes=placed.offset_bytes,
-                nbytes=placed.nbytes,
-            )
-            for placed in self.tensors
-        )
-        return BlockSpec(name=name, tensors=tensors)
-
-
-def place(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> ObjectLayout:
+def lay_out_object(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> ObjectLayout:
     """Lay tensors out one after another, each on a page of its own, so that each can be read alone without a page more.
 
     Args:
@@ -251,6 +230,3 @@ def place(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> ObjectLay
         placed.append(tensor)
         start = round_up(start + tensor.nbytes, PAGE_BYTES)
     return ObjectLayout(tensors=tuple(placed))
-
-
-__all__ = ["ObjectLayout", "PlacedTensor", "place"]

@@ -1,11 +1,4 @@
-"""Sizes as people write them, and back.
-
-How much RAM this process can still take: the machine's free memory, and what its control groups leave it.
-
-How much of each tier a run may use.
-
-Durations as people read them.
-"""
+"""How much of each tier a run may use, and what there is; sizes and durations as people write and read them."""
 
 from __future__ import annotations
 
@@ -14,6 +7,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Self
+
+import torch
 
 _UNIT_BYTES = {
     "": 1,
@@ -28,8 +24,13 @@ _UNIT_BYTES = {
     "TB": 10**12,
 }
 
-
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+_RAM_MARGIN = 0.1
+"""Part of the available RAM that a measured budget leaves to the rest of the process and to the system."""
+
+_CUDA_MARGIN = 0.05
+"""Part of the free device memory that a measured budget leaves to the allocator's rounding and to libraries."""
 
 
 def parse_bytes(size: str | int, *, field: str = "size") -> int:
@@ -151,7 +152,7 @@ class Budget:
     """Bytes that a run may use of the compute device and of host RAM, and where it may write on disk.
 
     Sizes are bytes as an int or text such as ``"900MiB"``, ``"2.4GiB"``, ``"0"``. What is not given is measured when it
-    is needed (`offload.device.measured`).
+    is needed (`measured`).
 
     Args:
         device: Bounds everything that the compute device holds: the ring, resident blocks and whatever else the caller
@@ -195,6 +196,39 @@ class Budget:
     def host_bytes(self) -> int | None:
         """Bytes of host RAM, or None where they are to be measured."""
         return None if self.host is None else parse_bytes(self.host)
+
+    def measured(self, device: torch.device | str) -> Self:
+        """Fill in what is left open from the memory that is free now, less a margin.
+
+        On a CPU both sizes come out of the same RAM: what is given for one is not counted again for the other, and with
+        neither given all of it is the device's, because a cached block is there no closer to disk than a resident one.
+
+        Args:
+            device: Where the model computes.
+
+        Returns:
+            A budget with both sizes in bytes and the same folder.
+
+        Raises:
+            ValueError: Neither a CPU nor a CUDA device.
+        """
+        chosen = torch.device(device)
+        device_bytes, host_bytes = self.device_bytes, self.host_bytes
+        if chosen.type not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected a CPU or a CUDA device, got {str(chosen)!r}")
+        if device_bytes is None or host_bytes is None:
+            if chosen.type == "cuda" and device_bytes is None:
+                free_bytes, _ = torch.cuda.mem_get_info(chosen)
+                # Torch has taken this from the driver and uses it for nothing.
+                idle_bytes = torch.cuda.memory_reserved(chosen) - torch.cuda.memory_allocated(chosen)
+                device_bytes = int((free_bytes + idle_bytes) * (1 - _CUDA_MARGIN))
+            ram_bytes = int(available_ram_bytes() * (1 - _RAM_MARGIN))
+            if chosen.type == "cpu":
+                if device_bytes is None:
+                    device_bytes = max(0, ram_bytes - (host_bytes or 0))
+                ram_bytes = max(0, ram_bytes - device_bytes)
+            host_bytes = ram_bytes if host_bytes is None else host_bytes
+        return type(self)(device=device_bytes, host=host_bytes, disk=self.disk)
 
 
 def _folder(disk: str | os.PathLike[str]) -> Path:

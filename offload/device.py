@@ -8,16 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload.budget import Budget, available_ram_bytes
 from offload.buffers import StagingBuffer
-
-_RAM_MARGIN = 0.1
-"""Part of the available RAM that a measured budget leaves to the rest of the process and to the system."""
-
-
-_CUDA_MARGIN = 0.05
-"""Part of the free device memory that a measured budget leaves to the allocator's rounding and to libraries."""
-
 
 _ANCHOR_NS = 1_000_000_000
 """Age at which the time base of a device's events is renewed: they measure from it in float32 milliseconds."""
@@ -216,38 +207,3 @@ def open_device(device: torch.device | str) -> Device:
     if chosen.type == "cuda":
         return CudaDevice(chosen)
     raise ValueError(f"device: expected a CPU or a CUDA device, got {str(chosen)!r}")
-
-
-def measured(budget: Budget, device: torch.device | str) -> Budget:
-    """Fill in what a budget leaves open from the memory that is free now, less a margin.
-
-    On a CPU both sizes come out of the same RAM: what is given for one is not counted again for the other, and with
-    neither given all of it is the device's, because a cached block is there no closer to disk than a resident one.
-
-    Args:
-        budget: Sizes as the user gave them.
-        device: Where the model computes.
-
-    Returns:
-        A budget with both sizes in bytes and the same folder.
-
-    Raises:
-        ValueError: Neither a CPU nor a CUDA device.
-    """
-    chosen = torch.device(device)
-    device_bytes, host_bytes = budget.device_bytes, budget.host_bytes
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected a CPU or a CUDA device, got {str(chosen)!r}")
-    if device_bytes is not None and host_bytes is not None:
-        return Budget(device=device_bytes, host=host_bytes, disk=budget.disk)
-    if chosen.type == "cuda" and device_bytes is None:
-        free_bytes, _ = torch.cuda.mem_get_info(chosen)
-        # Torch has taken this from the driver and uses it for nothing.
-        idle_bytes = torch.cuda.memory_reserved(chosen) - torch.cuda.memory_allocated(chosen)
-        device_bytes = int((free_bytes + idle_bytes) * (1 - _CUDA_MARGIN))
-    ram_bytes = int(available_ram_bytes() * (1 - _RAM_MARGIN))
-    if chosen.type == "cpu":
-        if device_bytes is None:
-            device_bytes = max(0, ram_bytes - (host_bytes or 0))
-        ram_bytes = max(0, ram_bytes - device_bytes)
-    return Budget(device=device_bytes, host=ram_bytes if host_bytes is None else host_bytes, disk=budget.disk)

@@ -1,9 +1,4 @@
-"""The order in which blocks will be visited, and where in it the consumer is. Pure: no threads, no memory.
-
-A fixed set of equal buffers that blocks pass through, and which of them the next block may take.
-
-Moves blocks up: disk to host buffer, host buffer to device slot. Decides what to start next; waits for nothing.
-"""
+"""Moves blocks up, disk to host buffer to device slot, in the order of the visits to come; waits for nothing."""
 
 from __future__ import annotations
 
@@ -183,7 +178,6 @@ class Ring:
 _OUTDATED = -1
 """Stands for the block in a slot that is being filled with bytes that nobody wants any more."""
 
-
 POISON = 0xFF
 """Every 16-, 32- and 64-bit float made of such bytes is NaN."""
 
@@ -203,10 +197,10 @@ class _Moving:
 
 
 class BlockReader(Protocol):
-    """Reads blocks: a `FileReader`, a `Store`, or what brings blocks that change up to date first."""
+    """Reads blocks: a `FileIO`, a `Store`, or what brings blocks that change up to date first."""
 
     def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
-        """Start reading a block into a staging buffer, as `FileReader.read` does."""
+        """Start reading a block into a staging buffer, as `FileIO.read` does."""
 
 
 class Pipeline:

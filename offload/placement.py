@@ -1,7 +1,4 @@
-"""Where each block's stored bytes live during a run. Frozen, pure data: it can be printed, compared and tested.
-
-Decides which blocks stay and which are streamed. Pure arithmetic: no device, no file, no model.
-"""
+"""Which blocks stay and which are streamed. Pure arithmetic and frozen data: no device, no file, no model."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from offload.blocks import ceil_div
 from offload.budget import format_bytes
 from offload.errors import BudgetError
 
@@ -253,7 +251,7 @@ def _host_share(room: _Room, kept: Sequence[int]) -> set[int] | None:
     if kept_bytes > room.device_bytes + room.host_bytes:
         return None
     # No fewer than it takes if all were as large as the largest: for blocks of one size the first try fits.
-    fewest = -(-max(0, kept_bytes - room.device_bytes) // max(room.sizes))
+    fewest = ceil_div(max(0, kept_bytes - room.device_bytes), max(room.sizes))
     for num_host in range(fewest, len(kept) + 1):
         # With nothing streamed, cached blocks are all that moves, and the ends are the best places for them too.
         spread = _with_ends if len(kept) == len(room.sizes) else _inside

@@ -14,26 +14,16 @@ import torch
 from offload.blocks import PAGE_BYTES, BlockLayout, Extent
 from offload.buffers import StagingBuffer
 from offload.errors import SourceError
-from offload.files.file_io import FileReader
+from offload.files.file_io import FileIO
 
 _MIB = 1 << 20
-
-
 _NUM_THREADS = (1, 2, 4, 8)
-
-
 _FIRST_REQUEST_BYTES = 4 * _MIB
-
-
 _OTHER_REQUEST_BYTES = (1 * _MIB, 16 * _MIB)
-
-
 _BUFFER_BYTES = 32 * _MIB
-
 
 # Bytes per setting: twice what is in flight, within these bounds. The largest settings get half of that.
 _SLICE_BYTES = (16 * _MIB, 64 * _MIB)
-
 
 # A setting that keeps more bytes in flight must be this much faster to be worth them.
 _WORTH = 1.05
@@ -159,7 +149,7 @@ def _measure(
         tensor_offsets={},
         buffer_bytes=buffer.nbytes,
     )
-    with FileReader(num_threads=setting.num_threads, request_bytes=setting.request_bytes) as reader:
+    with FileIO(num_threads=setting.num_threads, request_bytes=setting.request_bytes) as reader:
         transfer = reader.read(layout, buffer.tensor)
         transfer.wait()
     took_ns = max(transfer.end_ns - transfer.start_ns, 1)

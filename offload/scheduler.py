@@ -1,7 +1,4 @@
-"""The thread that brings blocks ahead of their visits, and the calls through which visits wait for it.
-
-Brings blocks to the compute device just in time for their visits, and takes their room back afterwards.
-"""
+"""Brings blocks to the compute device just in time for their visits, and takes their room back afterwards."""
 
 from __future__ import annotations
 

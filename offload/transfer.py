@@ -17,6 +17,8 @@ from torch import Tensor
 
 from offload.errors import Closed, OffloadError
 
+_CLOSED = "the reader or writer was closed"
+
 
 class WorkerThread(threading.Thread):
     """A thread whose work others wait for. It must never wait for that itself, as a finalizer run in it might.
@@ -135,7 +137,6 @@ class _Piece(NamedTuple):
 class _Service:
     """What the threads share with their owner. Does not refer to the owner, so that the owner can be collected."""
 
-    closed_reason: str
     at_end: Callable[[], None]
     queue: SimpleQueue[_Piece | None] = field(default_factory=SimpleQueue)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -150,17 +151,16 @@ class IoThreads:
     Args:
         num_threads: Requests in flight.
         name: Beginning of the threads' names.
-        owner: Who is closed, for errors: "reader", "writer".
         at_end: Called by the last thread as it ends; must not refer to whoever owns these threads.
 
     Raises:
         ValueError: `num_threads` is less than 1.
     """
 
-    def __init__(self, num_threads: int, *, name: str, owner: str, at_end: Callable[[], None]) -> None:
+    def __init__(self, num_threads: int, *, name: str, at_end: Callable[[], None]) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-        self._service = service = _Service(closed_reason=f"the {owner} was closed", at_end=at_end)
+        self._service = service = _Service(at_end=at_end)
         # Stopped at exit by the finalizer.
         for i in range(num_threads):
             thread = WorkerThread(target=_serve, args=(service,), name=f"{name}-{i}")
@@ -168,9 +168,6 @@ class IoThreads:
             service.num_running += 1
             thread.start()
         self._finalizer = weakref.finalize(self, _shut_down, service)
-
-    def __len__(self) -> int:
-        return len(self._service.threads)
 
     @contextmanager
     def admitted(self, what: str) -> Iterator[None]:
@@ -181,7 +178,7 @@ class IoThreads:
         """
         with self._service.lock:
             if self._service.closed:
-                raise Closed(f"{what}: {self._service.closed_reason}; make a new one")
+                raise Closed(f"{what}: {_CLOSED}; open it again")
             yield
 
     def submit(
@@ -225,7 +222,7 @@ def _serve(service: _Service) -> None:
         error: BaseException | None = None
         try:
             if service.closed:
-                error = Closed(f"{transfer.name}: {service.closed_reason} before the transfer ended")
+                error = Closed(f"{transfer.name}: {_CLOSED} before the transfer ended")
             elif transfer.begin_piece():
                 piece.move()
         # Whatever it is belongs to the thread that waits: wait() raises it there.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from lowmem.adapters.merge_plan import MergedTensor, MergePlan, num_rows, plan_m
 from lowmem.adapters.updates import Update, apply_all
 from lowmem.models.checkpoint import resolve
 from offload import (
+    NO_ROOM,
     OutputTensor,
     SafetensorsSource,
     ShardFile,
@@ -25,6 +25,7 @@ from offload import (
     format_bytes,
     parse_bytes,
     split_into_shards,
+    sync_folder,
     write_index,
 )
 
@@ -33,9 +34,6 @@ _TILE_BYTES = 8 << 20
 
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 _TOKENIZER_FILES = (
@@ -107,7 +105,7 @@ def merge(
             unfinished.replace(target)
         except BaseException as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            if isinstance(error, TierFull) or (isinstance(error, OSError) and error.errno in NO_ROOM):
                 raise TierFull(f"disk: writing {target} failed ({error}); nothing of it was left there") from error
             raise
     _sync_folder(target.parent)
@@ -230,11 +228,7 @@ def _sync_folder(folder: Path) -> None:
     for file in folder.glob("*.json"):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_folder(folder)
 
 
 __all__ = ["merge"]

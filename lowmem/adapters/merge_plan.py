@@ -105,6 +105,13 @@ def plan_merge(
     tensors = [tensor for recipe in _distinct(mapping) for tensor in _made_of(recipe, saved, shapes, dtype=dtype)]
     tensors += [_merged_tensor(source.tensors[name], dtype=dtype) for name in sorted(mapping.unexpected)]
     tensors += [_changed(spec, name, saved, name=name, dtype=dtype) for name, spec in (extras or {}).items()]
+    for tensor in tensors:
+        if tensor.output.dtype.is_floating_point and tensor.output.dtype.itemsize == 1:
+            raise UnsupportedError(
+                f"{tensor.output.name} stored as {tensor.output.dtype}",
+                reason="merging into quantised weights would round them again",
+                instead="the bf16, fp16 or fp32 checkpoint of the same model",
+            )
     position = {name: number for number, name in enumerate(source.tensors)}
     tensors.sort(key=lambda tensor: position.get(tensor.output.name, len(position)))
     plain = {name: recipe.sources[0] for name, recipe in mapping.recipes.items() if recipe.convert is None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from lowmem.full.chunks import Chunk
 from lowmem.full.flat import ELEMENT_BYTES
 from lowmem.full.tier import EXP_AVG, WEIGHT
-from offload import BlockLayout, BlockSpec, ObjectLayout, StagingBuffer, Store, StoreIo, Trace, Transfer, lay_out
+from offload import ObjectLayout, StagingBuffer, Store, StoreIo, Trace, Transfer
 
 _STATE = " state"
 
@@ -49,7 +48,6 @@ class ChunkFiles:
         self._store = self._open()
         self._have: set[str] = set()
         self._is_fresh, self._in_step = True, False
-        self._layouts: dict[int, BlockLayout] = {}
         self._buffer: StagingBuffer | None = None
         self._in_buffer: str | None = None
 
@@ -121,10 +119,7 @@ class ChunkFiles:
 
     def read_weight(self, unit: int, into: Tensor) -> Transfer:
         """Start reading a unit's newest weight, which must be there, into a uint8 buffer."""
-        layout = self._layouts.get(unit)
-        if layout is None:
-            layout = self._layouts[unit] = self._weight_layout(unit)
-        return self._store.read(layout, into)
+        return self._store.load([chunk.weight_name for chunk in self._chunks[unit]], into)
 
     def read_chunk(self, chunk: Chunk, field: str) -> Tensor:
         """A chunk's weight or moment, flat fp32: zeros where there is none, else a view, valid until the next call."""
@@ -163,7 +158,7 @@ class ChunkFiles:
         Raises:
             SourceError: Nothing was committed.
         """
-        Store.specs_in(self._folder)
+        Store.check(self._folder)
         self._store.abort_step()
         self._in_step = self._is_fresh = False
         self._have, self._in_buffer = set(self._store.names()), None
@@ -180,7 +175,6 @@ class ChunkFiles:
             Store.restore(folder, self._folder)
         finally:
             self._store = self._open()
-        self._layouts.clear()
         self.adopt()
 
     def close(self) -> None:
@@ -191,15 +185,6 @@ class ChunkFiles:
         if Store.exists(self._folder):
             return Store.open(self._folder, fingerprint=self._fingerprint, io=self._io)
         return Store.create(self._folder, fingerprint=self._fingerprint, io=self._io)
-
-    def _weight_layout(self, unit: int) -> BlockLayout:
-        tensors = [
-            replace(self._store.spec(chunk.weight_name).tensors[0], name=chunk.name) for chunk in self._chunks[unit]
-        ]
-        layout = lay_out(BlockSpec(name=self._chunks[unit][0].name, tensors=tuple(tensors)))
-        starts = {chunk.name: chunk.start * ELEMENT_BYTES for chunk in self._chunks[unit]}
-        assert dict(layout.tensor_offsets) == starts, "chunks in order of their names are in order of the buffer"
-        return layout
 
 
 def _state_name(key: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, UnitLayout
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from lowmem.planning.limits import state_chunk_bytes
-from offload import BlockLayout, BlockSpec, ObjectLayout, TensorSpec, Transfer, place
+from offload import BlockLayout, BlockSpec, ObjectLayout, TensorSpec, Transfer, lay_out_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,13 @@ class Chunk:
     @property
     def weight_layout(self) -> ObjectLayout:
         """One flat fp32 tensor."""
-        return place({WEIGHT: (torch.float32, (self.numel,))})
+        return lay_out_object({WEIGHT: (torch.float32, (self.numel,))})
 
     @property
     def moments_layout(self) -> ObjectLayout:
         """Two flat fp32 tensors, one after the other."""
         shape = (torch.float32, (self.numel,))
-        return place({EXP_AVG: shape, EXP_AVG_SQ: shape})
+        return lay_out_object({EXP_AVG: shape, EXP_AVG_SQ: shape})
 
 
 def chunk_numel(layouts: Sequence[UnitLayout]) -> int:

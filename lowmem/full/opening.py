@@ -29,7 +29,7 @@ from lowmem.full.tier import MemoryTier, StateTier
 from lowmem.internals.torch import parameter_table
 from lowmem.models.embedding import read_now
 from lowmem.optim.optimizer import give_to_engine
-from offload import BlockSpec, FileReader, StagingBuffer, Trace, lay_out, view_tensor
+from offload import BlockSpec, FileIO, StagingBuffer, Trace, lay_out, view_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class BaseWeights:
     """Reads blocks and single parameters of the checkpoint. Used from several threads."""
 
-    def __init__(self, built: Skeleton, layouts: Sequence[UnitLayout], *, reader: FileReader) -> None:
+    def __init__(self, built: Skeleton, layouts: Sequence[UnitLayout], *, reader: FileIO) -> None:
         """Look parameters up; nothing is read yet.
 
         Args:
@@ -219,7 +219,7 @@ def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dt
 
 
 def open_full(
-    model: PreTrainedModel, opened: Opened, masters: Masters, *, plan: Plan, reader: FileReader, trace: Trace
+    model: PreTrainedModel, opened: Opened, masters: Masters, *, plan: Plan, reader: FileIO, trace: Trace
 ) -> FullTuning:
     """Fill the master weights and make every parameter trainable.
 

@@ -18,7 +18,7 @@ from lowmem.full.chunks import Chunk, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace
 from lowmem.optim.rule import State
-from offload import ObjectLayout, StagingBuffer, Transfer, place
+from offload import ObjectLayout, StagingBuffer, Transfer, lay_out_object
 
 
 class RuleStates(Protocol):
@@ -163,7 +163,7 @@ class DiskStates:
         if self._write is not None:
             self._write.wait()
         self._begin()
-        layout = place({name: (value.dtype, tuple(value.shape)) for name, value in state.items()})
+        layout = lay_out_object({name: (value.dtype, tuple(value.shape)) for name, value in state.items()})
         # Rules change tensors in place; whatever they have put in their stead is copied.
         buffer = loaded.buffer if loaded is not None and loaded.layout == layout else StagingBuffer(layout.nbytes)
         for name, view in layout.views(buffer.tensor).items():

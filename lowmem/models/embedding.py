@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem import host_memory
 from lowmem.internals.torch import parameter_table
 from lowmem.models.absent import AbsentParameter
-from offload import BlockSpec, FileReader, StagingBuffer, TensorSpec, lay_out, view_tensor
+from offload import BlockSpec, FileIO, StagingBuffer, TensorSpec, lay_out, view_tensor
 
 ROWS_PER_READ = 1024
 """Rows in the staging buffer at a time: at most two pages more than their bytes each."""
@@ -25,7 +25,7 @@ class GatheredEmbedding:
     """
 
     def __init__(
-        self, module: torch.nn.Module, *, spec: TensorSpec, reader: FileReader, dtype: torch.dtype, device: torch.device
+        self, module: torch.nn.Module, *, spec: TensorSpec, reader: FileIO, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Take over a module's forward; reads nothing yet.
 
@@ -102,7 +102,7 @@ class GatheredEmbedding:
                 into[index].copy_(view_tensor(staging.tensor, layout.tensor_offsets[spec.name], spec=spec))
 
 
-def read_now(block: BlockSpec, *, reader: FileReader, device: torch.device) -> dict[str, Tensor]:
+def read_now(block: BlockSpec, *, reader: FileIO, device: torch.device) -> dict[str, Tensor]:
     """Read stored tensors at once, into memory of their own on the compute device.
 
     Args:

@@ -12,7 +12,7 @@ from lowmem.planning.read_model import corrected, read_shapes
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, assumed_rates, measure_rates
-from offload import Budget, measured
+from offload import Budget
 
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Opened
@@ -93,7 +93,7 @@ def plan_for(
     bare = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2])
     if opened.num_labels is not None:
         bare = bare.with_score_head()
-    filled = measured(budget or Budget(), opened.device)
+    filled = (budget or Budget()).measured(opened.device)
     trained = (bare.with_every_weight(),) if tuning == "full" else (bare.with_lora(ASSUMED_RANK), bare)
     for shapes, seq_len in product(trained, _unplanned_seq_lens(opened)):
         job = Job(

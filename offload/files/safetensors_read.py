@@ -1,39 +1,25 @@
-"""The header of a safetensors file, read and checked before anything in it is believed.
-
-Checkpoints as people have them: safetensors files, read in place.
-"""
+"""Checkpoints as people have them: safetensors files, read in place, their headers checked before they are believed."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import stat
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import NoReturn, Self, TypeGuard
+from typing import NoReturn, Self
 
 import torch
 
 from offload.blocks import TensorSpec
 from offload.errors import Closed, SourceError
-from offload.files.file import FileStamp, check_stamp, stamp_of
+from offload.files.file import File, FileStamp, open_regular
+from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, parse_json_object, short
 
-_MAX_JSON_BYTES = 100_000_000
-
-
-_MAX_DIMS = 64
-
-
-_LENGTH_BYTES = 8
-
-
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -51,9 +37,19 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+"""Types that are stored, by the names that safetensors gives them."""
 
+INDEX_NAME = "model.safetensors.index.json"
+"""File that says which shard holds which tensor."""
 
-_AGAIN = "download or write the file again"
+SINGLE_NAME = "model.safetensors"
+"""File of a checkpoint that has only one."""
+
+_MAX_DIMS = 64
+_LENGTH_BYTES = 8
+_SUFFIX = ".safetensors"
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_AGAIN = "download or write the checkpoint again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,181 +62,82 @@ class SafetensorsHeader:
     """SHA-256 of the header's bytes."""
 
 
-def read_header(file: Path, *, fd: int, size_bytes: int) -> SafetensorsHeader:
+def read_header(file: File) -> SafetensorsHeader:
     """Read and check a safetensors header.
-
-    Args:
-        file: Path of the file, for the specs and for errors.
-        fd: The file, open for reading.
-        size_bytes: Length of the file.
 
     Raises:
         SourceError: The header is cut short, absurdly long, not JSON, or describes tensors that cannot be in the file.
+        ReadError: It cannot be read.
     """
+    path, size_bytes = file.path, file.size_bytes
     if size_bytes < _LENGTH_BYTES:
-        raise SourceError(
-            file,
-            field="header length",
-            problem=f"expected at least {_LENGTH_BYTES} bytes, the file has {size_bytes}: it is truncated",
-            remedy=_AGAIN,
-        )
-    length = int.from_bytes(_pread_all(file, fd=fd, offset_bytes=0, nbytes=_LENGTH_BYTES), "little")
+        _refuse_length(path, f"expected at least {_LENGTH_BYTES} bytes, the file has {size_bytes}: it is truncated")
+    length = int.from_bytes(_read_bytes(file, 0, nbytes=_LENGTH_BYTES), "little")
     data_start = _LENGTH_BYTES + length
-    if length > _MAX_JSON_BYTES:
-        raise SourceError(
-            file,
-            field="header length",
-            problem=f"expected at most {_MAX_JSON_BYTES} bytes, got {length}",
-            remedy=f"this is not a safetensors file, or it is damaged: {_AGAIN}",
-        )
+    if length > MAX_JSON_BYTES:
+        why = "this is not a safetensors file, or it is damaged: "
+        _refuse_length(path, f"expected at most {MAX_JSON_BYTES} bytes, got {length}", why)
     if data_start > size_bytes:
-        raise SourceError(
-            file,
-            field="header length",
-            problem=f"expected {data_start} bytes with the header, the file has {size_bytes}: it is truncated",
-            remedy=_AGAIN,
-        )
-    raw = _pread_all(file, fd=fd, offset_bytes=_LENGTH_BYTES, nbytes=length)
-    entries = parse_json_object(file, raw, field="header")
-    _check_metadata(file, entries.pop("__metadata__", {}))
-    tensors = [_spec_from(file, name, entry=entry, data_start=data_start) for name, entry in entries.items()]
+        _refuse_length(path, f"expected {data_start} bytes with the header, the file has {size_bytes}: it is truncated")
+    raw = _read_bytes(file, _LENGTH_BYTES, nbytes=length)
+    header = parse_json_object(path, raw, field="header", remedy=_AGAIN)
+    metadata = header.members.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        header.refuse("__metadata__", "expected an object whose values are text")
+    tensors = [_spec_from(header, name, data_start=data_start) for name in header if name != "__metadata__"]
     tensors.sort(key=lambda spec: (spec.offset_bytes, spec.nbytes))
-    _check_positions(file, tensors, data_start=data_start, size_bytes=size_bytes)
+    _check_positions(header, tensors, data_start=data_start, size_bytes=size_bytes)
     return SafetensorsHeader(tensors=tuple(tensors), digest=sha256(raw).hexdigest())
 
 
-def parse_json_object(file: Path, raw: bytes, *, field: str) -> dict[str, object]:
-    """Parse bytes as one JSON object, refusing keys that occur twice.
-
-    Raises:
-        SourceError: Not UTF-8, not JSON, not an object, or an object in it has the same key twice.
-    """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise SourceError(file, field=field, problem=f"key {_short(twice)} occurs twice", remedy=_AGAIN)
-        return entries
-
-    if len(raw) > _MAX_JSON_BYTES:
-        problem = f"expected at most {_MAX_JSON_BYTES} bytes of JSON, got {len(raw)}"
-        raise SourceError(file, field=field, problem=problem, remedy=_AGAIN)
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        raise SourceError(file, field=field, problem=f"not UTF-8 ({error})", remedy=_AGAIN) from error
-    except SourceError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise SourceError(file, field=field, problem=f"not valid JSON ({error})", remedy=_AGAIN) from error
-    if not isinstance(value, dict):
-        problem = f"expected a JSON object, got {type(value).__name__}"
-        raise SourceError(file, field=field, problem=problem, remedy=_AGAIN)
-    return value
+def _read_bytes(file: File, offset_bytes: int, *, nbytes: int) -> bytes:
+    raw = bytearray(nbytes)
+    file.read(memoryview(raw), offset_bytes=offset_bytes)
+    return bytes(raw)
 
 
-def _pread_all(file: Path, *, fd: int, offset_bytes: int, nbytes: int) -> bytes:
-    parts: list[bytes] = []
-    done = 0
-    while done < nbytes:
-        try:
-            part = os.pread(fd, nbytes - done, offset_bytes + done)
-        except OSError as error:
-            problem = f"reading {nbytes - done} bytes at offset {offset_bytes + done} failed: {error.strerror}"
-            raise SourceError(file, field="header", problem=problem, remedy="check the disk") from error
-        if not part:
-            problem = f"the file ended at byte {offset_bytes + done} while {nbytes - done} more were expected"
-            raise SourceError(file, field="header", problem=problem, remedy=_AGAIN)
-        parts.append(part)
-        done += len(part)
-    return b"".join(parts)
+def _refuse_length(file: Path, problem: str, why: str = "") -> NoReturn:
+    raise SourceError(file, field="header length", problem=problem, remedy=why + _AGAIN)
 
 
-def _check_metadata(file: Path, metadata: object) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        problem = "expected an object whose values are text"
-        raise SourceError(file, field="__metadata__", problem=problem, remedy=_AGAIN)
-
-
-def _spec_from(file: Path, name: str, *, entry: object, data_start: int) -> TensorSpec:
-    if not isinstance(entry, dict):
-        _refuse(file, name, field="entry", problem=f"expected an object, got {type(entry).__name__}")
-    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    dtype = _DTYPES.get(code) if isinstance(code, str) else None
+def _spec_from(header: JsonObject, name: str, *, data_start: int) -> TensorSpec:
+    if not isinstance(header.members[name], dict):
+        header.refuse(f"tensor {short(name)} entry", f"expected an object, got {type(header.members[name]).__name__}")
+    entry = header.inner(name, prefix=f"tensor {short(name)} ")
+    code = entry.members.get("dtype")
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
-        _refuse(file, name, field="dtype", problem=f"expected one of {', '.join(_DTYPES)}, got {_short(code)}")
-    if not _is_naturals(shape) or len(shape) > _MAX_DIMS:
-        _refuse(
-            file,
-            name,
-            field="shape",
-            problem=f"expected at most {_MAX_DIMS} integers of 0 or more, got {_short(shape)}",
-        )
-    if not _is_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse(
-            file,
-            name,
-            field="data_offsets",
-            problem=f"expected [begin, end] with 0 <= begin <= end, got {_short(offsets)}",
-        )
+        entry.refuse("dtype", f"expected one of {', '.join(DTYPES)}, got {short(code)}")
+    shape, offsets = entry.naturals("shape"), entry.naturals("data_offsets")
+    if len(shape) > _MAX_DIMS:
+        entry.refuse("shape", f"expected at most {_MAX_DIMS} dimensions, got {len(shape)}")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        entry.refuse("data_offsets", f"expected [begin, end] with 0 <= begin <= end, got {short(list(offsets))}")
     nbytes = offsets[1] - offsets[0]
     expected_bytes = math.prod(shape) * dtype.itemsize
     if nbytes != expected_bytes:
         problem = f"expected {expected_bytes} bytes for shape {list(shape)} of {code}, got {nbytes}"
-        _refuse(file, name, field="data_offsets", problem=problem)
+        entry.refuse("data_offsets", problem)
     return TensorSpec(
-        name=name, dtype=dtype, shape=tuple(shape), file=file, offset_bytes=data_start + offsets[0], nbytes=nbytes
+        name=name, dtype=dtype, shape=shape, file=header.file, offset_bytes=data_start + offsets[0], nbytes=nbytes
     )
 
 
-def _check_positions(file: Path, tensors: Sequence[TensorSpec], *, data_start: int, size_bytes: int) -> None:
+def _check_positions(header: JsonObject, tensors: Sequence[TensorSpec], *, data_start: int, size_bytes: int) -> None:
     """Check that tensors, sorted by position, fill the file from `data_start` to its end, once."""
     end = data_start
-    previous: TensorSpec | None = None
+    before = "the header"
     for spec in tensors:
+        field = f"tensor {short(spec.name)} data_offsets"
         if spec.offset_bytes != end:
             verb = "overlaps" if spec.offset_bytes < end else "leaves a hole after"
-            before = "the header" if previous is None else _short(previous.name)
-            problem = f"it {verb} {before}: expected byte {end} of the file, got {spec.offset_bytes}"
-            _refuse(file, spec.name, field="data_offsets", problem=problem)
+            header.refuse(field, f"it {verb} {before}: expected byte {end} of the file, got {spec.offset_bytes}")
         end += spec.nbytes
-        previous = spec
+        before = short(spec.name)
         if end > size_bytes:
-            problem = f"it ends at byte {end}, the file has {size_bytes} bytes: it is truncated"
-            _refuse(file, spec.name, field="data_offsets", problem=problem)
+            header.refuse(field, f"it ends at byte {end}, the file has {size_bytes} bytes: it is truncated")
     if end != size_bytes:
-        problem = f"the last tensor ends at byte {end}, the file has {size_bytes} bytes"
-        raise SourceError(file, field="data_offsets", problem=problem, remedy=_AGAIN)
-
-
-def _is_naturals(value: object) -> TypeGuard[list[int]]:
-    # JSON's true is an int to Python, and torch counts in 64 bits.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _refuse(file: Path, name: str, *, field: str, problem: str) -> NoReturn:
-    raise SourceError(file, field=f"tensor {_short(name)} {field}", problem=problem, remedy=_AGAIN)
-
-
-_INDEX_NAME = "model.safetensors.index.json"
-
-
-_SINGLE_NAME = "model.safetensors"
-
-
-_SUFFIX = ".safetensors"
-
-
-_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-
-_AGAIN = "download or write the checkpoint again"
+        header.refuse("data_offsets", f"the last tensor ends at byte {end}, the file has {size_bytes} bytes")
 
 
 class SafetensorsSource:
@@ -266,16 +163,16 @@ class SafetensorsSource:
             files, index = tuple(dict.fromkeys(Path(file).absolute() for file in location)), {}
             if not files:
                 raise ValueError("location: expected at least one safetensors file, got an empty list")
-        self._fds: dict[Path, int] = {}
-        self._finalizer = weakref.finalize(self, _close_all, self._fds)
+        self._opened: dict[Path, File] = {}
+        self._finalizer = weakref.finalize(self, _close_all, self._opened)
         try:
             stamps: dict[Path, FileStamp] = {}
             headers: dict[Path, SafetensorsHeader] = {}
-            for file in files:
-                fd = _open_regular(file)
-                self._fds[file] = fd
-                stamps[file] = stamp_of(fd)
-                headers[file] = read_header(file, fd=fd, size_bytes=stamps[file].size_bytes)
+            for path in files:
+                fd = _open_shard(path)
+                stamps[path] = FileStamp.of(os.fstat(fd))
+                self._opened[path] = File(fd, path, stamp=stamps[path], direct=False)
+                headers[path] = read_header(self._opened[path])
             tensors = _merge(headers, index)
         except BaseException:
             self.close()
@@ -292,7 +189,7 @@ class SafetensorsSource:
 
     @property
     def stamps(self) -> Mapping[Path, FileStamp]:
-        """Each file as it was when its header was checked; give them to `FileReader`."""
+        """Each file as it was when its header was checked; give them to `FileIO`."""
         return self._stamps
 
     @property
@@ -318,7 +215,7 @@ class SafetensorsSource:
         """
         if not self._finalizer.alive:
             raise Closed(f"{file}: the source was closed; open it again")
-        check_stamp(file, fd=self._fds[file], stamp=self._stamps[file])
+        self._opened[file].check_unchanged()
 
     def close(self) -> None:
         """Close its descriptors. What was read from it stays valid. May be called twice."""
@@ -333,25 +230,19 @@ class SafetensorsSource:
         self.close()
 
 
-def _close_all(fds: dict[Path, int]) -> None:
-    while fds:
-        os.close(fds.popitem()[1])
+def _close_all(opened: dict[Path, File]) -> None:
+    while opened:
+        opened.popitem()[1].close()
 
 
-def _open_regular(file: Path) -> int:
+def _open_shard(file: Path) -> int:
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer for ever.
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_regular(file)
     except FileNotFoundError as error:
         raise SourceError(file, field="file", problem="it does not exist", remedy=_AGAIN) from error
     except (OSError, ValueError) as error:
-        raise SourceError(
-            file, field="file", problem=f"it cannot be opened ({error})", remedy="check its permissions"
-        ) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise SourceError(file, field="file", problem="expected a regular file, got another kind", remedy=_AGAIN)
-    return fd
+        problem = f"it cannot be opened ({error})"
+        raise SourceError(file, field="file", problem=problem, remedy="check its permissions") from error
 
 
 def _files_at(location: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
@@ -362,14 +253,14 @@ def _files_at(location: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     if not location.is_dir():
         _refuse_pickled(location, [location])
         return (location,), {}
-    index_file, single = location / _INDEX_NAME, location / _SINGLE_NAME
+    index_file, single = location / INDEX_NAME, location / SINGLE_NAME
     if index_file.exists():
         index = _read_index(index_file)
         if single.exists() and single not in index.values():
             raise SourceError(
                 index_file,
                 field="weight_map",
-                problem=f"the folder also holds a {_SINGLE_NAME} that the index does not name: two checkpoints",
+                problem=f"the folder also holds a {SINGLE_NAME} that the index does not name: two checkpoints",
                 remedy="move one of the two to another folder",
             )
         return tuple(sorted(set(index.values()))), index
@@ -405,10 +296,11 @@ def _read_index(index_file: Path) -> dict[str, Path]:
         raise SourceError(
             index_file, field="file", problem=f"it cannot be read ({error.strerror})", remedy="check its permissions"
         ) from error
-    weight_map = parse_json_object(index_file, raw, field="index").get("weight_map")
+    members = parse_json_object(index_file, raw, field="index", remedy=_AGAIN)
+    weight_map = members.members.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        problem = f"expected a non-empty object of tensor name to file name, got {type(weight_map).__name__}"
-        raise SourceError(index_file, field="weight_map", problem=problem, remedy=_AGAIN)
+        kind = type(weight_map).__name__
+        members.refuse("weight_map", f"expected a non-empty object of tensor name to file name, got {kind}")
     paths: dict[object, Path] = {}
     index: dict[str, Path] = {}
     for tensor, name in weight_map.items():

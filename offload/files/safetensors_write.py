@@ -13,27 +13,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lowmem.errors import UnsupportedError
-from offload import ReadError, SourceChanged, TensorSpec
+from offload.blocks import TensorSpec
+from offload.files.file import File, open_regular, open_source
+from offload.files.safetensors_read import DTYPES, INDEX_NAME, SINGLE_NAME
+from offload.transfer import bytes_of
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-_INDEX_NAME = "model.safetensors.index.json"
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +39,10 @@ class OutputTensor:
 
 
 class TensorReader:
-    """Reads whole rows of stored tensors into one buffer that is used again for each read; owns its descriptors."""
+    """Reads whole rows of stored tensors into one buffer that is used again for each read; keeps the files open."""
 
     def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
+        self._files: dict[Path, File] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def read(self, spec: TensorSpec, start_bytes: int, *, nbytes: int) -> Tensor:
@@ -78,29 +63,16 @@ class TensorReader:
         if self._buffer.numel() < nbytes:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8)
         part = self._buffer[:nbytes]
-        view = part.numpy().data
-        fd = self._fds.get(spec.file)
-        if fd is None:
-            fd = self._fds[spec.file] = os.open(spec.file, os.O_RDONLY | os.O_CLOEXEC)
-        done_bytes = 0
-        while done_bytes < nbytes:
-            offset_bytes = spec.offset_bytes + start_bytes + done_bytes
-            try:
-                num_read = os.preadv(fd, [view[done_bytes:]], offset_bytes)
-            except OSError as error:
-                raise ReadError(
-                    spec.file, offset_bytes=offset_bytes, nbytes=nbytes - done_bytes, reason=str(error)
-                ) from error
-            if num_read == 0:
-                raise SourceChanged(spec.file, problem=f"it ends at byte {offset_bytes}, inside {spec.name}")
-            done_bytes += num_read
-        _drop_from_page_cache(fd)
+        file = self._files.get(spec.file)
+        if file is None:
+            file = self._files[spec.file] = open_source(spec.file, direct=False)
+        file.read(bytes_of(part, name=spec.name), offset_bytes=spec.offset_bytes + start_bytes)
         return part.view(spec.dtype)
 
     def close(self) -> None:
-        """Close its descriptors and release the buffer."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        """Close the files and release the buffer."""
+        while self._files:
+            self._files.popitem()[1].close()
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
 
@@ -110,25 +82,31 @@ class ShardFile:
     Args:
         path: File to create; must not exist.
         tensors: What it will hold, in the order of `write`.
+
+    Raises:
+        ValueError: A tensor is of a type that safetensors does not have.
     """
 
     def __init__(self, path: Path, tensors: Sequence[OutputTensor]) -> None:
         header = _header(tensors)
-        self._left_bytes = sum(tensor.nbytes for tensor in tensors)
-        self._path = path
-        self._file = path.open("xb", buffering=0)
-        self._write(len(header).to_bytes(8, "little") + header)
+        start_bytes = len(header) + 8
+        self._end_bytes = start_bytes + sum(tensor.nbytes for tensor in tensors)
+        self._file = File(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), path, direct=False)
+        self._done_bytes = 0
+        self._append(memoryview(len(header).to_bytes(8, "little") + header))
 
     def write(self, values: Tensor) -> None:
-        """Append values: the next part of the next tensor, contiguous, in its stored dtype, on the CPU."""
-        data = values.reshape(-1).view(torch.uint8).numpy().data
-        self._left_bytes -= len(data)
-        self._write(data)
+        """Append values: the next part of the next tensor, contiguous, in its stored dtype, on the CPU.
 
-    def _write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while len(view):
-            view = view[self._file.write(view) :]
+        Raises:
+            TierFull: The disk has no room for them.
+            WriteError: The disk failed.
+        """
+        self._append(bytes_of(values.reshape(-1).view(torch.uint8), name=str(self._file.path)))
+
+    def _append(self, data: memoryview) -> None:
+        self._file.write(data, offset_bytes=self._done_bytes)
+        self._done_bytes += len(data)
 
     def __enter__(self) -> Self:
         return self
@@ -138,9 +116,10 @@ class ShardFile:
     ) -> None:
         try:
             if error is None:
-                assert self._left_bytes == 0, f"{self._path}: {self._left_bytes} bytes were not written"
-                os.fsync(self._file.fileno())
-                _drop_from_page_cache(self._file.fileno())
+                left_bytes = self._end_bytes - self._done_bytes
+                assert left_bytes == 0, f"{self._file.path}: {left_bytes} bytes were not written"
+                self._file.sync()
+                self._file.drop_cached(0, nbytes=self._end_bytes)
         finally:
             self._file.close()
 
@@ -149,15 +128,11 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end_bytes = 0
     for tensor in tensors:
-        name = _DTYPE_NAMES.get(tensor.dtype)
-        if name is None:
-            raise UnsupportedError(
-                f"{tensor.name} stored as {tensor.dtype}",
-                reason="merging into quantised weights would round them again",
-                instead="the bf16, fp16 or fp32 checkpoint of the same model",
-            )
+        code = _CODES.get(tensor.dtype)
+        if code is None:
+            raise ValueError(f"{tensor.name}: safetensors has no type for {tensor.dtype}")
         start_bytes, end_bytes = end_bytes, end_bytes + tensor.nbytes
-        entries[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start_bytes, end_bytes]}
+        entries[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start_bytes, end_bytes]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     # Padded so that the first tensor is aligned for every element size.
     return header + b" " * (-len(header) % 8)
@@ -179,7 +154,7 @@ def split_into_shards(tensors: Iterable[OutputTensor], *, max_shard_bytes: int) 
         shard_bytes += tensor.nbytes
     ordered = [tuple(sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)) for shard in shards]
     if len(ordered) == 1:
-        return {"model.safetensors": ordered[0]}
+        return {SINGLE_NAME: ordered[0]}
     return {
         f"model-{number:05d}-of-{len(ordered):05d}.safetensors": shard for number, shard in enumerate(ordered, start=1)
     }
@@ -192,13 +167,4 @@ def write_index(folder: Path, shards: Mapping[str, tuple[OutputTensor, ...]]) ->
     weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
     total_bytes = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _drop_from_page_cache(fd: int) -> None:
-    # A merge touches every byte once: what it leaves in the page cache only pushes out what others use.
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-__all__ = ["OutputTensor", "ShardFile", "TensorReader", "split_into_shards", "write_index"]
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

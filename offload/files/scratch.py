@@ -1,7 +1,4 @@
-"""Room in a file: page-aligned stretches that are taken and given back. Pure arithmetic.
-
-Scratch space on disk: data that is read back within a step, in a file that is gone with the process.
-"""
+"""Scratch space on disk: data that is read back within a step, in a file that is gone with the process."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ from torch import Tensor
 
 from offload.blocks import PAGE_BYTES, round_up
 from offload.errors import WriteError
-from offload.files.file import OwnFile, Pread, Pwrite
-from offload.files.file_io import FileWriter
+from offload.files.file import File, Pread, Pwrite
+from offload.files.file_io import FileIO, Part
 from offload.trace import Trace
 from offload.transfer import Transfer
 
@@ -42,22 +39,15 @@ class SlotAllocator:
     def __init__(self) -> None:
         self._free: list[FileSlot] = []
         self._end_bytes = 0
-        self._taken_bytes = 0
 
     @property
     def end_bytes(self) -> int:
         """How long the file has to be; grows to the most that was ever needed at once, and to gaps that did not fit."""
         return self._end_bytes
 
-    @property
-    def taken_bytes(self) -> int:
-        """Bytes in slots that have not been given back."""
-        return self._taken_bytes
-
     def take(self, nbytes: int) -> FileSlot:
         """A slot of at least `nbytes`, the first in the file that is free."""
         nbytes = round_up(max(nbytes, 1), PAGE_BYTES)
-        self._taken_bytes += nbytes
         for index, gap in enumerate(self._free):
             if gap.nbytes >= nbytes:
                 rest = gap.nbytes - nbytes
@@ -72,8 +62,7 @@ class SlotAllocator:
         return FileSlot(offset_bytes=start, nbytes=nbytes)
 
     def give_back(self, slot: FileSlot) -> None:
-        """Have a slot again; each slot once."""
-        self._taken_bytes -= slot.nbytes
+        """Free a slot; each slot once."""
         insort(self._free, slot)
         joined: list[FileSlot] = []
         for gap in self._free:
@@ -133,19 +122,15 @@ class Scratch:
         except OSError as error:
             problem = f"{error.strerror}; give a folder that can be written (Budget.disk)"
             raise WriteError(name, offset_bytes=0, nbytes=0, reason=f"making it: {problem}") from error
-        self._file = OwnFile(fd, name=name, direct=direct, pwrite=pwrite, pread=pread)
+        self._file = File(fd, name, direct=direct, pwrite=pwrite, pread=pread)
         # The last thread closes the file: no request can be under way then, also when nobody closes this object.
-        self._writer = FileWriter(num_threads=num_threads, request_bytes=request_bytes, at_end=self._file.close)
+        self._io = FileIO(num_threads=num_threads, request_bytes=request_bytes)
+        self._io.adopt(self._file)
 
     @property
     def file_bytes(self) -> int:
         """How long the file is at most: what was needed at once so far."""
         return self._slots.end_bytes
-
-    @property
-    def taken_bytes(self) -> int:
-        """Bytes in slots that are in use."""
-        return self._slots.taken_bytes
 
     @property
     def written_bytes(self) -> int:
@@ -184,9 +169,8 @@ class Scratch:
             ValueError: `data` has the wrong type, place or size.
         """
         self._check(slot, data, name=name)
-        return self._writer.write(
-            self._file, data, offset_bytes=slot.offset_bytes, name=name, at_end=partial(self._note_write, name)
-        )
+        ended = partial(self._note, "disk write")
+        return self._io.write(self._file, data, offset_bytes=slot.offset_bytes, name=name, at_end=ended)
 
     def read(self, slot: FileSlot, into: Tensor, *, name: str) -> Transfer:
         """Start reading a slot's first bytes; arguments and result as for `write`.
@@ -194,28 +178,26 @@ class Scratch:
         `wait()` raises `ReadError`, also where those bytes were never written and the file ends before them.
         """
         self._check(slot, into, name=name)
-        return self._writer.read_back(
-            self._file, into, offset_bytes=slot.offset_bytes, name=name, at_end=partial(self._note_read, name)
-        )
+        nbytes = into.numel()
+        part = Part(self._file, offset_bytes=slot.offset_bytes, start=0, nbytes=nbytes, room_bytes=nbytes)
+        return self._io.read_parts([part], into, name=name, at_end=partial(self._note, "disk"))
 
     def close(self) -> None:
         """Fail what has not been begun, wait for requests in flight, give the space back. May be called twice."""
-        self._writer.close()
+        self._io.close()
 
     def _check(self, slot: FileSlot, data: Tensor, *, name: str) -> None:
         if data.numel() > slot.nbytes:
             raise ValueError(f"{name}: expected at most the slot's {slot.nbytes} bytes, got {data.numel()}")
 
-    def _note_write(self, name: str, transfer: Transfer) -> None:
-        if not transfer.failed:
+    def _note(self, lane: str, transfer: Transfer) -> None:
+        if transfer.failed:
+            return
+        if lane == "disk write":
             with self._lock:
                 self._written_bytes += transfer.nbytes
-            if self._trace is not None:
-                self._trace.add("disk write", name, transfer.start_ns, transfer.end_ns, nbytes=transfer.nbytes)
-
-    def _note_read(self, name: str, transfer: Transfer) -> None:
-        if not transfer.failed and self._trace is not None:
-            self._trace.add("disk", name, transfer.start_ns, transfer.end_ns, nbytes=transfer.nbytes)
+        if self._trace is not None:
+            self._trace.add(lane, transfer.name, transfer.start_ns, transfer.end_ns, nbytes=transfer.nbytes)
 
     def __enter__(self) -> Self:
         return self
@@ -245,6 +227,3 @@ def _remove_stale(folder: Path) -> None:
     for left in folder.glob(f"{_PREFIX}*"):
         if left.is_file() and not left.is_symlink():
             left.unlink(missing_ok=True)
-
-
-__all__ = ["FileSlot", "Scratch", "SlotAllocator"]

@@ -1,7 +1,4 @@
-"""A folder of ours belongs to one run at a time.
-
-The manifest of a store: which file holds which version of which object. Replaced in one step, checked when read.
-"""
+"""The manifest of a store, which names the file of each object's version; and the lock of a store's folder."""
 
 from __future__ import annotations
 
@@ -11,20 +8,26 @@ import os
 import re
 import stat
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
-
-import torch
 
 from offload.blocks import PAGE_BYTES, ObjectLayout, PlacedTensor, round_up
 from offload.errors import FolderInUse, SourceError, WriteError
 from offload.files.file import write_failure
+from offload.files.safetensors_read import DTYPES
+from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, parse_json_object, short
 
+MANIFEST = "store.json"
+OBJECTS = "objects"
 _LOCK = "store.lock"
+_UNFINISHED = MANIFEST + ".tmp"
+_FORMAT = "offload-store"
+_VERSION = 1
+_FILE_NAME = re.compile(r"[0-9]{1,18}\.bin", re.ASCII)
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_DAMAGED = "the folder is damaged: restore it from a checkpoint"
 
 
 class FolderLock:
@@ -77,50 +80,6 @@ def _release_in_child(lock: weakref.ref[FolderLock]) -> None:
     held = lock()
     if held is not None:
         held.release()
-
-
-MANIFEST = "store.json"
-
-
-OBJECTS = "objects"
-
-
-_FORMAT = "offload-store"
-
-
-_VERSION = 1
-
-
-_UNFINISHED = MANIFEST + ".tmp"
-
-
-_FILE_NAME = re.compile(r"[0-9]{1,18}\.bin", re.ASCII)
-
-
-_MAX_JSON_BYTES = 100_000_000
-
-
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint64,
-        torch.uint32,
-        torch.uint16,
-        torch.uint8,
-        torch.bool,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.float8_e8m0fnu,
-    )
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,22 +152,6 @@ def put_manifest(folder: Path, manifest: Manifest) -> None:
         raise write_failure(unfinished, error, offset_bytes=0, nbytes=len(raw)) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk: names of new files, and which file a name stands for.
-
-    Raises:
-        WriteError: The disk failed.
-    """
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise WriteError(folder, offset_bytes=0, nbytes=0, reason=f"its entries: {error.strerror}") from error
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read and check a folder's manifest, and that the files that it names are there and as long as they have to be.
 
@@ -216,11 +159,9 @@ def read_manifest(folder: Path) -> Manifest:
         SourceError: There is none, it is damaged, or something that it says cannot be true; names file and field.
     """
     file = folder / MANIFEST
-    reader = _ManifestReader(file)
     try:
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            reader.refuse("file", f"expected at most {_MAX_JSON_BYTES} bytes, got {file.stat().st_size}")
-        raw = file.read_bytes()
+        size_bytes = file.stat().st_size
+        raw = file.read_bytes() if size_bytes <= MAX_JSON_BYTES else b""
     except FileNotFoundError as error:
         raise SourceError(
             file, field="file", problem="it does not exist: nothing was committed here", remedy="give another folder"
@@ -229,21 +170,27 @@ def read_manifest(folder: Path) -> Manifest:
         raise SourceError(
             file, field="file", problem=f"it cannot be read ({error.strerror})", remedy="check permissions and the disk"
         ) from error
-    manifest = reader.manifest(raw)
+    if size_bytes > MAX_JSON_BYTES:
+        problem = f"expected at most {MAX_JSON_BYTES} bytes, got {size_bytes}"
+        raise SourceError(file, field="file", problem=problem, remedy=_DAMAGED)
+    manifest = _manifest_from(parse_json_object(file, raw, field="file", remedy=_DAMAGED))
     for name, stored in manifest.objects.items():
-        _check_file(reader, folder / OBJECTS / stored.file, name=name, nbytes=stored.layout.nbytes)
+        _check_file(file, folder / OBJECTS / stored.file, name=name, nbytes=stored.layout.nbytes)
     return manifest
 
 
-def _check_file(reader: _ManifestReader, file: Path, *, name: str, nbytes: int) -> None:
+def _check_file(manifest: Path, file: Path, *, name: str, nbytes: int) -> None:
     try:
         status = os.lstat(file)
     except OSError as error:
-        reader.refuse(f"objects.{name}.file", f"{file} is not there ({error.strerror})")
-    if not stat.S_ISREG(status.st_mode):
-        reader.refuse(f"objects.{name}.file", f"{file} is not a regular file")
-    if status.st_size != nbytes:
-        reader.refuse(f"objects.{name}.file", f"expected {file} to have {nbytes} bytes, it has {status.st_size}")
+        problem = f"{file} is not there ({error.strerror})"
+    else:
+        if stat.S_ISREG(status.st_mode) and status.st_size == nbytes:
+            return
+        problem = f"{file} is not a regular file"
+        if stat.S_ISREG(status.st_mode):
+            problem = f"expected {file} to have {nbytes} bytes, it has {status.st_size}"
+    raise SourceError(manifest, field=f"objects.{name}.file", problem=problem, remedy=_DAMAGED)
 
 
 def _to_json(manifest: Manifest) -> dict[str, object]:
@@ -272,119 +219,51 @@ def _to_json(manifest: Manifest) -> dict[str, object]:
     }
 
 
-class _ManifestReader:
-    """Believes nothing in a manifest before it has looked at it."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def refuse(self, field: str, problem: str, *, cause: BaseException | None = None) -> NoReturn:
-        raise SourceError(
-            self._file, field=field, problem=problem, remedy="the folder is damaged: restore it from a checkpoint"
-        ) from cause
-
-    def manifest(self, raw: bytes) -> Manifest:
-        entries = self._parse(raw)
-        if entries.get("format") != _FORMAT:
-            self.refuse("format", f'expected "{_FORMAT}", got {_short(entries.get("format"))}')
-        if entries.get("version") != _VERSION:
-            problem = f"expected {_VERSION}, got {_short(entries.get('version'))}: another version of this library"
-            self.refuse("version", problem)
-        fingerprint = entries.get("fingerprint")
-        if not isinstance(fingerprint, str):
-            self.refuse("fingerprint", f"expected text, got {_short(fingerprint)}")
-        objects = {
-            name: self._object(name, entry) for name, entry in self._entries(entries.get("objects"), "objects").items()
-        }
-        shared = self._twice(stored.file for stored in objects.values())
-        if shared is not None:
-            self.refuse("objects", f"{shared} is the file of several objects")
-        return Manifest(
-            fingerprint=fingerprint,
-            step=self._count(entries.get("step"), "step"),
-            extra=self._entries(entries.get("extra"), "extra"),
-            objects=objects,
-        )
-
-    def _object(self, name: str, entry: object) -> StoredObject:
-        field = f"objects.{name}"
-        entries = self._entries(entry, field)
-        file = entries.get("file")
-        if not isinstance(file, str) or not is_object_file(file):
-            self.refuse(f"{field}.file", f"expected a name such as 12.bin, got {_short(file)}")
-        tensors = [
-            self._tensor(f"{field}.tensors.{key}", key, value)
-            for key, value in self._entries(entries.get("tensors"), f"{field}.tensors").items()
-        ]
-        end_bytes = 0
-        for placed in tensors:
-            if placed.offset_bytes < end_bytes:
-                problem = f"expected {end_bytes} or more, got {placed.offset_bytes}: tensors overlap"
-                self.refuse(f"{field}.tensors.{placed.name}.offset_bytes", problem)
-            end_bytes = round_up(placed.offset_bytes + placed.nbytes, PAGE_BYTES)
-        layout = ObjectLayout(tensors=tuple(tensors))
-        nbytes = self._count(entries.get("nbytes"), f"{field}.nbytes")
-        if nbytes != layout.nbytes:
-            self.refuse(f"{field}.nbytes", f"its tensors take {layout.nbytes} bytes, got {nbytes}")
-        return StoredObject(file=file, layout=layout)
-
-    def _tensor(self, field: str, name: str, entry: object) -> PlacedTensor:
-        entries = self._entries(entry, field)
-        dtype, shape = entries.get("dtype"), entries.get("shape")
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            self.refuse(f"{field}.dtype", f"expected the name of a type such as float32, got {_short(dtype)}")
-        if not isinstance(shape, list):
-            self.refuse(f"{field}.shape", f"expected a list of sizes, got {_short(shape)}")
-        offset_bytes = self._count(entries.get("offset_bytes"), f"{field}.offset_bytes")
-        if offset_bytes % PAGE_BYTES:
-            self.refuse(f"{field}.offset_bytes", f"expected a multiple of {PAGE_BYTES}, got {offset_bytes}")
-        sizes = tuple(self._count(size, f"{field}.shape") for size in shape)
-        return PlacedTensor(name=name, dtype=_DTYPES[dtype], shape=sizes, offset_bytes=offset_bytes)
-
-    def _parse(self, raw: bytes) -> dict[str, object]:
-        def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-            twice = self._twice(key for key, _ in pairs)
-            if twice is not None:
-                self.refuse("file", f"key {_short(twice)} occurs twice")
-            return dict(pairs)
-
-        try:
-            return self._entries(json.loads(raw, object_pairs_hook=unique), "file")
-        except SourceError:
-            raise
-        except (ValueError, RecursionError) as error:
-            self.refuse("file", f"not valid JSON ({error})", cause=error)
-
-    def _entries(self, value: object, field: str) -> dict[str, object]:
-        if not isinstance(value, dict):
-            self.refuse(field, f"expected an object, got {_short(value)}")
-        return value
-
-    def _count(self, value: object, field: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-            self.refuse(field, f"expected a whole number, 0 or more, got {_short(value)}")
-        return value
-
-    def _twice(self, keys: Iterable[str]) -> str | None:
-        counts = Counter(keys).most_common(1)
-        return counts[0][0] if counts and counts[0][1] > 1 else None
+def _manifest_from(root: JsonObject) -> Manifest:
+    if root.members.get("format") != _FORMAT:
+        root.refuse("format", f'expected "{_FORMAT}", got {short(root.members.get("format"))}')
+    if root.members.get("version") != _VERSION:
+        version = short(root.members.get("version"))
+        root.refuse("version", f"expected {_VERSION}, got {version}: another version of this library")
+    entries = root.inner("objects")
+    objects = {name: _object_from(entries.inner(name)) for name in entries}
+    holders: dict[str, str] = {}
+    for name, stored in objects.items():
+        if holders.setdefault(stored.file, name) != name:
+            root.refuse("objects", f"{stored.file} is the file of several objects")
+    return Manifest(
+        fingerprint=root.text("fingerprint"),
+        step=root.natural("step"),
+        extra=root.inner("extra").members,
+        objects=objects,
+    )
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _object_from(entry: JsonObject) -> StoredObject:
+    file = entry.members.get("file")
+    if not isinstance(file, str) or not is_object_file(file):
+        entry.refuse("file", f"expected a name such as 12.bin, got {short(file)}")
+    tensors = entry.inner("tensors")
+    placed: list[PlacedTensor] = []
+    end_bytes = 0
+    for name in tensors:
+        tensor = _tensor_from(tensors.inner(name), name)
+        if tensor.offset_bytes < end_bytes:
+            problem = f"expected {end_bytes} or more, got {tensor.offset_bytes}: tensors overlap"
+            tensors.refuse(f"{name}.offset_bytes", problem)
+        end_bytes = round_up(tensor.offset_bytes + tensor.nbytes, PAGE_BYTES)
+        placed.append(tensor)
+    layout = ObjectLayout(tensors=tuple(placed))
+    if entry.natural("nbytes") != layout.nbytes:
+        entry.refuse("nbytes", f"its tensors take {layout.nbytes} bytes, got {entry.natural('nbytes')}")
+    return StoredObject(file=file, layout=layout)
 
 
-__all__ = [
-    "MANIFEST",
-    "OBJECTS",
-    "FolderLock",
-    "Manifest",
-    "StoredObject",
-    "is_object_file",
-    "next_number",
-    "own_files",
-    "put_manifest",
-    "read_manifest",
-    "sync_folder",
-]
+def _tensor_from(entry: JsonObject, name: str) -> PlacedTensor:
+    dtype = entry.members.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        entry.refuse("dtype", f"expected the name of a type such as float32, got {short(dtype)}")
+    offset_bytes = entry.natural("offset_bytes")
+    if offset_bytes % PAGE_BYTES:
+        entry.refuse("offset_bytes", f"expected a multiple of {PAGE_BYTES}, got {offset_bytes}")
+    return PlacedTensor(name=name, dtype=_DTYPES[dtype], shape=entry.naturals("shape"), offset_bytes=offset_bytes)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import quote
 
 from torch import Tensor
 
-from offload.blocks import BlockLayout, BlockSpec, ObjectLayout, lay_out
-from offload.errors import Closed, OffloadError, SourceError
-from offload.files.file import write_failure
+from offload.blocks import ObjectLayout
+from offload.errors import Closed, OffloadError, SourceError, TierFull, WriteError
+from offload.files.file import sync_folder, write_failure
 from offload.store.manifest import (
     MANIFEST,
     OBJECTS,
@@ -25,9 +23,8 @@ from offload.store.manifest import (
     StoredObject,
     put_manifest,
     read_manifest,
-    sync_folder,
 )
-from offload.store.store_files import ObjectFile, ObjectFiles, ObjectIo, StoreIo, copy_state
+from offload.store.store_files import ObjectFile, ObjectFiles, StoreIo, copy_state
 from offload.transfer import Transfer
 
 
@@ -58,16 +55,13 @@ class Store:
         """Take over a locked folder; `create` and `open` do that."""
         self._folder, self._folder_lock, self._manifest = folder, lock, manifest
         self._lock = threading.RLock()
-        self._files = ObjectFiles(folder, direct=io.direct, pwrite=io.pwrite, pread=io.pread)
+        self._files = ObjectFiles(folder, io)
         self._committed = {
             name: _Version(layout=stored.layout, file=self._files.named(stored.file))
             for name, stored in manifest.objects.items()
         }
-        # What the files in specs stand for.
-        self._specs: dict[Path, tuple[str, ObjectLayout]] = {}
         self._step: dict[str, _Version | None] | None = None
         self._broken: OffloadError | None = None
-        self._io = ObjectIo(self._files, io)
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -75,14 +69,13 @@ class Store:
         return (folder / MANIFEST).is_file()
 
     @staticmethod
-    def specs_in(folder: Path) -> dict[str, BlockSpec]:
-        """Objects of a committed state where they lie, for `FileReader`: of a checkpoint, which nothing changes.
+    def check(folder: Path) -> None:
+        """Check that a folder has a committed state, and that its files are there.
 
         Raises:
             SourceError: There is none, or it is damaged.
         """
-        objects = read_manifest(folder).objects
-        return {name: stored.layout.spec(name, folder / OBJECTS / stored.file) for name, stored in objects.items()}
+        read_manifest(folder)
 
     @staticmethod
     def restore(source: Path, target: Path) -> None:
@@ -179,12 +172,12 @@ class Store:
     @property
     def written_bytes(self) -> int:
         """Bytes written by this object so far."""
-        return self._io.written_bytes
+        return self._files.written_bytes
 
     @property
     def read_bytes(self) -> int:
         """Bytes read by this object so far."""
-        return self._io.read_bytes
+        return self._files.read_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -207,22 +200,6 @@ class Store:
         """
         with self._lock:
             return self._newest(name).layout
-
-    def spec(self, name: str) -> BlockSpec:
-        """An object as a block to be read with this store's `read`, also in part.
-
-        Its `file` stands for the newest version whenever it is read; nothing on the disk has that name. The spec stays
-        good as long as the object is written with the same layout.
-
-        Raises:
-            KeyError: There is no such object.
-        """
-        layout = self.layout(name)
-        digest = sha256(repr(layout.tensors).encode()).hexdigest()[:12]
-        file = self._folder / "newest" / f"{quote(name, safe=' ')} {digest}"
-        with self._lock:
-            self._specs[file] = name, layout
-        return layout.spec(name, file)
 
     def begin_step(self) -> None:
         """Begin a step: only within one is anything written.
@@ -261,18 +238,12 @@ class Store:
         with self._lock:
             step = self._in_step()
             self._retire(step.pop(name, None))
+            file: ObjectFile | None = None
             try:
-                file, opened = self._files.claim(layout.nbytes)
-            except OffloadError as error:
+                file, transfer = self._files.write(name, data)
+            except (TierFull, WriteError) as error:
                 transfer = Transfer(name, nbytes=0, num_pieces=0, memory=data)
                 transfer.finish_piece(error, num_pieces=0)
-                step[name] = _Version(layout=layout, file=None, write=transfer)
-                return transfer
-            try:
-                transfer = self._io.write(name, file, opened, data)
-            except BaseException:
-                self._files.free(file)
-                raise
             step[name] = _Version(layout=layout, file=file, write=transfer)
             return transfer
 
@@ -290,39 +261,38 @@ class Store:
             if name in self._committed:
                 step[name] = None
 
-    def load(self, name: str, into: Tensor) -> Transfer:
-        """Start reading all of an object's newest version, laid out as `layout(name)` says; else as `read`."""
-        return self.read(lay_out(self.spec(name)), into)
-
-    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
-        """Start reading objects into a staging buffer, as `FileReader.read` reads blocks: the newest versions.
+    def load(self, names: str | Sequence[str], into: Tensor) -> Transfer:
+        """Start reading the newest versions of an object, or of several one after another, laid out as `layout` says.
 
         Returns at once, unless one of them is being written: the call waits for that. Leave `into` alone until `wait()`
         returns or raises.
 
         Args:
-            layout: Of one or several specs of this store (`spec`), or of parts of them.
-            into: Contiguous uint8 tensor of shape (n,), n >= `layout.buffer_bytes`, in host memory; page-aligned, else
-                the reads are not direct.
+            names: What to read.
+            into: Contiguous uint8 tensor of shape (n,), n >= the sum of `layout(name).nbytes`, in host memory;
+                page-aligned, else the reads are not direct.
 
         Returns:
             The read; `wait()` raises `ReadError` where the disk fails.
 
         Raises:
-            KeyError: An object was removed.
-            ValueError: `into` is wrong, or an object was written with another layout since.
+            KeyError: There is no such object.
+            ValueError: `into` has the wrong type, place or size.
             OffloadError: A version could not be written.
             Closed: The store was closed.
         """
-        if into.numel() < layout.buffer_bytes:
-            raise ValueError(f"{layout.name}: expected a buffer of {layout.buffer_bytes} bytes, got {into.numel()}")
+        names = (names,) if isinstance(names, str) else names
         while True:
             with self._lock:
-                versions = {extent.file: self._meant_by(extent.file) for extent in layout.extents}
-                writes = [version.write for version in versions.values() if version.write is not None]
-                files = {path: version.file for path, version in versions.items() if version.file is not None}
+                self._check_usable()
+                versions = [self._newest(name) for name in names]
+                nbytes = sum(version.layout.nbytes for version in versions)
+                if into.numel() < nbytes:
+                    raise ValueError(f"{names[0]}: expected a buffer of {nbytes} bytes, got {into.numel()}")
+                writes = [version.write for version in versions if version.write is not None]
+                files = [version.file for version in versions if version.file is not None]
                 if all(write.done() and not write.failed for write in writes):
-                    return self._io.read(layout, into, files)
+                    return self._files.read(names[0], files, into)
             for write in writes:
                 write.wait()
 
@@ -411,7 +381,7 @@ class Store:
 
     def close(self) -> None:
         """Stop the transfers, let other runs have the folder. A step that is under way is lost. Twice is fine."""
-        self._io.close()
+        self._files.close()
         self._folder_lock.release()
 
     def _retire(self, version: _Version | None) -> None:
@@ -422,16 +392,6 @@ class Store:
         version = (self._step or {}).get(name, self._committed.get(name))
         if version is None:
             raise KeyError(f"{self._folder} has no object {name!r}")
-        return version
-
-    def _meant_by(self, file: Path) -> _Version:
-        self._check_usable()
-        if file not in self._specs:
-            raise ValueError(f"{file} is not of this store; use the specs of Store.spec")
-        name, layout = self._specs[file]
-        version = self._newest(name)
-        if version.layout != layout:
-            raise ValueError(f"{name} was written with another layout since its spec was made; ask for the spec again")
         return version
 
     def _in_step(self) -> dict[str, _Version | None]:
@@ -451,6 +411,3 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-__all__ = ["Store"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lowmem
 import lowmem.loading
-from offload import BudgetError, FileReader, ReadError, SourceChanged, SourceError
+from offload import BudgetError, FileIO, ReadError, SourceChanged, SourceError
 from tests.lowmem.tiny_training import streamed, trainer
 from tests.zoo.architectures import build
 
@@ -149,7 +149,7 @@ def test_a_read_error_during_training_names_the_place_and_can_be_retried(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return os.preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(lowmem.loading, "FileReader", partial(FileReader, pread=pread))
+    monkeypatch.setattr(lowmem.loading, "FileIO", partial(FileIO, pread=pread))
     model = streamed(folder, budget=_smallest(folder))
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_a_disk_that_gives_out_stops_the_run_with_its_last_step_intact(
         return real(fd, buffers, offset)  # type: ignore[arg-type]
 
     files = runtime_of(model).full.tier.files._store._files  # type: ignore[union-attr]
-    monkeypatch.setattr(files, "_pwrite", failing)
+    monkeypatch.setattr(files, "_io", replace(files._io, pwrite=failing))
     with pytest.raises(expected):
         _train_and_save(model, optimizer, tmp_path / "saved")
     runtime_of(model).close()

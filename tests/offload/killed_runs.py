@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload.blocks import PAGE_BYTES, ObjectLayout, lay_out, place
+from offload.blocks import ObjectLayout, lay_out_object
 from offload.buffers import StagingBuffer
-from offload.files.file_io import FileReader
 from offload.store.store import Store
 
 NAMES = [f"block {i}/state" for i in range(6)]
@@ -24,7 +23,7 @@ NAMES = [f"block {i}/state" for i in range(6)]
 def layout_of(name: str, version: int) -> ObjectLayout:
     """Sizes differ from object to object, and sometimes from version to version."""
     num = 512 * (1 + 40 * NAMES.index(name)) + 1
-    return place({"master": (torch.float32, (num + version // 7 % 3,)), "step": (torch.int64, (1,))})
+    return lay_out_object({"master": (torch.float32, (num + version // 7 % 3,)), "step": (torch.int64, (1,))})
 
 
 def fill(buffer: Tensor, name: str, version: int) -> None:
@@ -89,13 +88,10 @@ def check(folder: Path, *, reported: int) -> None:
         assert reported == 0
     if Store.exists(checkpoint):
         with Store.open(checkpoint) as store:
-            versions = versions_of(store.extra)
-        with FileReader() as reader:
-            for name, spec in Store.specs_in(checkpoint).items():
-                into = StagingBuffer(layout_of(name, versions[name]).nbytes).tensor
-                layout = lay_out(spec)
-                reader.read(layout, into[: layout.buffer_bytes]).wait()
-                expect(into[: layout.read_bytes // PAGE_BYTES * PAGE_BYTES], name, versions[name])
+            for name, version in versions_of(store.extra).items():
+                into = StagingBuffer(layout_of(name, version).nbytes).tensor
+                store.load(name, into).wait()
+                expect(into, name, version)
 
 
 def expect(got: Tensor, name: str, version: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload.blocks import BlockSpec, TensorSpec, lay_out
 from offload.buffers import StagingBuffer
 from offload.device import Copy, Device
-from offload.files.file_io import FileReader
+from offload.files.file_io import FileIO
 from offload.placement import PlacementPlan, place_blocks
 from offload.scheduler import Scheduler
 from offload.trace import Trace
@@ -89,7 +89,7 @@ class StoredBlocks:
         plan: PlacementPlan,
         device: Device,
         *,
-        reader: FileReader,
+        reader: FileIO,
         trace: Trace | None = None,
         poison: bool = False,
     ) -> Scheduler:

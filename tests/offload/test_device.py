@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from offload.budget import Budget, available_ram_bytes
-from offload.device import CpuDevice, CudaDevice, Device, measured, open_device
-from offload.files.file_io import FileReader
+from offload.device import CpuDevice, CudaDevice, Device, open_device
+from offload.files.file_io import FileIO
 from offload.trace import Trace
 from tests.offload.stored_blocks import SlowReads, StoredBlocks
 
@@ -74,34 +74,34 @@ def test_devices_are_opened_by_torch_device() -> None:
 
 
 def test_what_a_budget_gives_is_not_measured() -> None:
-    assert measured(Budget(device="1GiB", host=5), "cpu") == Budget(device=1 << 30, host=5)
-    assert measured(Budget(device=2, host=5, disk="/x"), "cuda:7") == Budget(device=2, host=5, disk="/x")
+    assert Budget(device="1GiB", host=5).measured("cpu") == Budget(device=1 << 30, host=5)
+    assert Budget(device=2, host=5, disk="/x").measured("cuda:7") == Budget(device=2, host=5, disk="/x")
 
 
 def test_both_sizes_of_a_processor_come_out_of_the_same_ram() -> None:
     available = available_ram_bytes()
-    nothing_given = measured(Budget(), "cpu")
+    nothing_given = Budget().measured("cpu")
     assert nothing_given.host_bytes == 0
     assert nothing_given.device_bytes is not None
     assert 0.5 * available < nothing_given.device_bytes < available
-    host_given = measured(Budget(host=64 * MIB), "cpu")
+    host_given = Budget(host=64 * MIB).measured("cpu")
     assert host_given.host_bytes == 64 * MIB
     assert host_given.device_bytes is not None
     assert 0.5 * available < host_given.device_bytes + 64 * MIB < available
-    device_given = measured(Budget(device=64 * MIB), "cpu")
+    device_given = Budget(device=64 * MIB).measured("cpu")
     assert device_given.host_bytes is not None
     assert 0.5 * available < device_given.host_bytes < available
-    assert measured(Budget(device=1 << 60), "cpu").host_bytes == 0
+    assert Budget(device=1 << 60).measured("cpu").host_bytes == 0
 
 
 def test_a_device_of_another_kind_has_no_measure() -> None:
     with pytest.raises(ValueError, match="device: expected a CPU or a CUDA device, got 'meta'"):
-        measured(Budget(), "meta")
+        Budget().measured("meta")
 
 
 @pytest.mark.gpu
 def test_a_measured_gpu_budget_is_below_what_is_free() -> None:
-    budget = measured(Budget(), "cuda")
+    budget = Budget().measured("cuda")
     assert budget.device_bytes is not None
     assert 0 < budget.device_bytes < torch.cuda.mem_get_info()[1]
     assert budget.host_bytes is not None
@@ -154,7 +154,7 @@ def test_a_gpu_sees_the_stored_bytes_in_every_step(
     plan = stored.plan(ring=ring, resident=resident, cached=cached, is_host=False)
     order = (*range(6), *reversed(range(6)))
     with (
-        FileReader(pread=SlowReads(max_s=0.002)) as reader,
+        FileIO(pread=SlowReads(max_s=0.002)) as reader,
         stored.schedule(plan, CudaDevice(), reader=reader, trace=trace, poison=poison) as scheduler,
     ):
         for _ in range(3):

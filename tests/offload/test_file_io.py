@@ -21,7 +21,7 @@ from torch import Tensor
 from offload.blocks import BlockLayout, BlockSpec, TensorSpec, lay_out
 from offload.buffers import StagingBuffer, view_tensor
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
-from offload.files.file_io import FileReader
+from offload.files.file_io import FileIO
 from offload.files.safetensors_read import SafetensorsSource
 from offload.transfer import Transfer
 from tests.offload.own_threads import own_threads
@@ -101,7 +101,7 @@ def test_bytes_across_page_boundaries_are_equal(file: Path, nbytes: int, offset:
         data = write_bytes(file, offset + nbytes + tail)
         layout = layout_of(file, nbytes, offset=offset)
         buffer = poisoned(layout)
-        with FileReader(num_threads=2, request_bytes=PAGE, direct=direct) as reader:
+        with FileIO(num_threads=2, request_bytes=PAGE, direct=direct) as reader:
             reader.read(layout, buffer).wait()
         assert contents(buffer, layout, nbytes) == data[offset : offset + nbytes]
 
@@ -135,7 +135,7 @@ def test_random_blocks_over_random_shards_are_bitwise_what_safetensors_loads(tmp
     tensors = write_shards(tmp_path, rng)
     with (
         SafetensorsSource(tmp_path) as source,
-        FileReader(
+        FileIO(
             num_threads=rng.randrange(1, 5),
             request_bytes=PAGE * rng.randrange(1, 5),
             direct=rng.random() < 0.7,
@@ -158,7 +158,7 @@ def test_transfer_knows_its_bytes_and_times(file: Path) -> None:
     write_bytes(file, 10_000)
     layout = layout_of(file, 5000, offset=4100, name="layer.7")
     before_ns = time.perf_counter_ns()
-    with FileReader(num_threads=2, request_bytes=PAGE) as reader:
+    with FileIO(num_threads=2, request_bytes=PAGE) as reader:
         transfer = reader.read(layout, poisoned(layout))
         transfer.wait()
     assert transfer.done()
@@ -168,7 +168,7 @@ def test_transfer_knows_its_bytes_and_times(file: Path) -> None:
 
 def test_empty_block_is_read_at_once(file: Path) -> None:
     layout = layout_of(file, 0)
-    with FileReader() as reader:
+    with FileIO() as reader:
         transfer = reader.read(layout, poisoned(layout))
         assert transfer.done()
         assert waited(transfer) is None
@@ -190,7 +190,7 @@ def test_short_reads_are_continued(file: Path, limit: int, direct: bool) -> None
         return len(scratch)
 
     buffered = os.open(file, os.O_RDONLY)
-    with FileReader(num_threads=2, request_bytes=4 * PAGE, direct=direct, pread=short) as reader:
+    with FileIO(num_threads=2, request_bytes=4 * PAGE, direct=direct, pread=short) as reader:
         reader.read(layout, buffer).wait()
     os.close(buffered)
     assert contents(buffer, layout, len(data) - 100) == data[100:]
@@ -210,7 +210,7 @@ def test_read_cut_short_inside_a_page_is_continued_buffered_and_the_next_one_is_
         num_read = os.preadv(fd, buffers, offset)
         return 5000 if offset == 0 else num_read
 
-    with FileReader(num_threads=1, request_bytes=4 * PAGE, pread=pread) as reader:
+    with FileIO(num_threads=1, request_bytes=4 * PAGE, pread=pread) as reader:
         reader.read(layout, buffer).wait()
     assert calls == [(0, True), (5000, False), (4 * PAGE, True)]
     assert contents(buffer, layout, 8 * PAGE) == data
@@ -228,7 +228,7 @@ def test_interrupted_reads_are_repeated(file: Path) -> None:
             raise InterruptedError(errno.EINTR, "Interrupted system call")
         return os.preadv(fd, buffers, offset)
 
-    with FileReader(num_threads=1, request_bytes=PAGE, pread=interrupted) as reader:
+    with FileIO(num_threads=1, request_bytes=PAGE, pread=interrupted) as reader:
         reader.read(layout, buffer).wait()
     assert len(calls) == 2 * 13
     assert contents(buffer, layout, 50_000) == data
@@ -247,7 +247,7 @@ def test_refused_direct_reads_fall_back_to_buffered_ones(direct_file: Path, code
             raise OSError(code, os.strerror(code))
         return os.preadv(fd, buffers, offset)
 
-    with FileReader(num_threads=1, request_bytes=PAGE, pread=refuse_direct) as reader:
+    with FileIO(num_threads=1, request_bytes=PAGE, pread=refuse_direct) as reader:
         for _ in range(2):
             buffer = poisoned(layout)
             reader.read(layout, buffer).wait()
@@ -267,7 +267,7 @@ def test_buffer_that_is_not_page_aligned_is_read_into_without_direct_reads(
         modes.append(is_direct(fd))
         return os.preadv(fd, buffers, offset)
 
-    with FileReader(num_threads=1, pread=watch) as reader:
+    with FileIO(num_threads=1, pread=watch) as reader:
         odd = StagingBuffer(layout.buffer_bytes + 1).tensor[1:]
         reader.read(layout, odd).wait()
         assert contents(odd, layout, 50_000) == data
@@ -282,7 +282,7 @@ def test_files_on_tmpfs_are_read() -> None:
         data = write_bytes(file, 70_001)
         layout = layout_of(file, 70_001)
         buffer = poisoned(layout)
-        with FileReader(request_bytes=PAGE) as reader:
+        with FileIO(request_bytes=PAGE) as reader:
             reader.read(layout, buffer).wait()
         assert contents(buffer, layout, 70_001) == data
     finally:
@@ -298,7 +298,7 @@ def test_buffered_reads_do_not_fill_the_page_cache(file: Path) -> None:
         os.fsync(opened.fileno())
     assert num_cached_pages(file) == 257
     layout = layout_of(file, nbytes)
-    with FileReader(request_bytes=1 << 18, direct=False) as reader:
+    with FileIO(request_bytes=1 << 18, direct=False) as reader:
         reader.read(layout, poisoned(layout)).wait()
     assert num_cached_pages(file) == 0
 
@@ -330,7 +330,7 @@ def test_read_error_names_file_offset_and_bytes_and_spares_other_blocks(file: Pa
     data = write_bytes(file, 100_000)
     bad, good = layout_of(file, 40_000), layout_of(file, 40_000, offset=50_000)
     buffer = poisoned(good)
-    with FileReader(num_threads=2, request_bytes=PAGE, pread=failing_at(2 * PAGE)) as reader:
+    with FileIO(num_threads=2, request_bytes=PAGE, pread=failing_at(2 * PAGE)) as reader:
         failed, fine = reader.read(bad, poisoned(bad)), reader.read(good, buffer)
         match = rf"{file}: reading 4096 bytes at offset 8192 failed: Input/output error \(EIO\); check the disk"
         for _ in range(2):
@@ -350,7 +350,7 @@ def test_error_after_a_short_read_names_where_it_happened(file: Path) -> None:
         return os.preadv(fd, [buffers[0][:PAGE]], offset)
 
     layout = layout_of(file, 3 * PAGE)
-    with FileReader(num_threads=1, pread=pread) as reader, pytest.raises(ReadError, match="8192 bytes at offset 4096"):
+    with FileIO(num_threads=1, pread=pread) as reader, pytest.raises(ReadError, match="8192 bytes at offset 4096"):
         reader.read(layout, poisoned(layout)).wait()
 
 
@@ -358,7 +358,7 @@ def test_end_of_file_where_there_is_none_is_a_read_error(file: Path) -> None:
     write_bytes(file, 100)
     layout = layout_of(file, 100)
     with (
-        FileReader(pread=lambda fd, buffers, offset: 0) as reader,
+        FileIO(pread=lambda fd, buffers, offset: 0) as reader,
         pytest.raises(ReadError, match="reported the end of the file, which has 100 bytes"),
     ):
         reader.read(layout, poisoned(layout)).wait()
@@ -370,7 +370,7 @@ def test_error_of_any_kind_reaches_the_thread_that_waits(file: Path) -> None:
 
     write_bytes(file, 3 * PAGE)
     layout = layout_of(file, 3 * PAGE)
-    with FileReader(request_bytes=PAGE, pread=broken) as reader:
+    with FileIO(request_bytes=PAGE, pread=broken) as reader:
         for _ in range(3):
             with pytest.raises(ZeroDivisionError, match="from a reading thread"):
                 reader.read(layout, poisoned(layout)).wait()
@@ -390,7 +390,7 @@ def test_nothing_writes_into_the_buffer_after_a_failed_wait(file: Path) -> None:
         release.wait(10)
         return os.preadv(fd, buffers, offset)
 
-    with FileReader(num_threads=2, request_bytes=PAGE, pread=pread) as reader:
+    with FileIO(num_threads=2, request_bytes=PAGE, pread=pread) as reader:
         transfer = reader.read(layout, buffer)
         assert begun.wait(10)
         time.sleep(0.05)
@@ -440,7 +440,7 @@ def test_file_that_changes_during_a_read_is_found_out(
             changed.set()
         return os.preadv(fd, buffers, offset)
 
-    with FileReader(num_threads=1, request_bytes=PAGE, direct=direct, pread=pread) as reader:
+    with FileIO(num_threads=1, request_bytes=PAGE, direct=direct, pread=pread) as reader:
         with pytest.raises(SourceChanged, match=match):
             reader.read(layout, poisoned(layout)).wait()
         # And it stays found out.
@@ -454,7 +454,7 @@ def test_file_that_changes_between_check_and_first_read_is_found_out(
 ) -> None:
     save_file({"w": torch.zeros(40_960 - 72, dtype=torch.uint8)}, file)
     assert file.stat().st_size == 40_960
-    with SafetensorsSource([file]) as source, FileReader(stamps=source.stamps) as reader:
+    with SafetensorsSource([file]) as source, FileIO(stamps=source.stamps) as reader:
         layout = lay_out(BlockSpec(name="b", tensors=tuple(source.tensors.values())))
         change(file)
         with pytest.raises(SourceChanged, match=match):
@@ -463,7 +463,7 @@ def test_file_that_changes_between_check_and_first_read_is_found_out(
 
 def test_file_that_cannot_be_opened_fails_the_wait_not_the_call(file: Path) -> None:
     layout = layout_of(file, 10)
-    with FileReader() as reader:
+    with FileIO() as reader:
         transfer = reader.read(layout, poisoned(layout))
         assert transfer.done()
         with pytest.raises(SourceChanged, match="it is no longer there"):
@@ -473,17 +473,17 @@ def test_file_that_cannot_be_opened_fails_the_wait_not_the_call(file: Path) -> N
 def test_wrong_buffers_and_settings_are_refused(file: Path) -> None:
     write_bytes(file, 5000)
     layout = layout_of(file, 5000)
-    with FileReader() as reader:
+    with FileIO() as reader:
         with pytest.raises(ValueError, match="block block: expected a buffer of at least 8192 bytes, got 8191"):
             reader.read(layout, torch.zeros(8191, dtype=torch.uint8))
         for buffer in (torch.zeros(8192), torch.zeros(2, 8192, dtype=torch.uint8), torch.zeros(1 << 15).byte()[::2]):
             with pytest.raises(ValueError, match="expected a contiguous one-dimensional uint8 tensor in host memory"):
                 reader.read(layout, buffer)
     with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
-        FileReader(num_threads=0)
+        FileIO(num_threads=0)
     for request_bytes in (0, 4095, -4096):
         with pytest.raises(ValueError, match=f"request_bytes must be a positive multiple of 4096, got {request_bytes}"):
-            FileReader(request_bytes=request_bytes)
+            FileIO(request_bytes=request_bytes)
 
 
 # ---- order, closing, races
@@ -503,7 +503,7 @@ def test_blocks_are_served_in_the_order_they_were_asked_for(file: Path) -> None:
     for num_threads in (1, 3):
         order.clear()
         gate.clear()
-        with FileReader(num_threads=num_threads, request_bytes=PAGE, pread=pread) as reader:
+        with FileIO(num_threads=num_threads, request_bytes=PAGE, pread=pread) as reader:
             transfers = [reader.read(layout, poisoned(layout)) for layout in layouts]
             gate.set()
             for transfer in transfers:
@@ -515,7 +515,7 @@ def test_blocks_are_served_in_the_order_they_were_asked_for(file: Path) -> None:
 
 
 @pytest.fixture
-def stuck(file: Path) -> Iterator[tuple[FileReader, list[Transfer], threading.Event]]:
+def stuck(file: Path) -> Iterator[tuple[FileIO, list[Transfer], threading.Event]]:
     """A reader of one thread whose first request does not return until the event is set, and four reads."""
     write_bytes(file, 64 * PAGE)
     begun, release = threading.Event(), threading.Event()
@@ -525,7 +525,7 @@ def stuck(file: Path) -> Iterator[tuple[FileReader, list[Transfer], threading.Ev
         release.wait(10)
         return os.preadv(fd, buffers, offset)
 
-    reader = FileReader(num_threads=1, request_bytes=PAGE, pread=pread)
+    reader = FileIO(num_threads=1, request_bytes=PAGE, pread=pread)
     layout = layout_of(file, 2 * PAGE)
     transfers = [reader.read(layout, poisoned(layout)) for _ in range(4)]
     assert begun.wait(10)
@@ -535,7 +535,7 @@ def stuck(file: Path) -> Iterator[tuple[FileReader, list[Transfer], threading.Ev
 
 
 def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(
-    stuck: tuple[FileReader, list[Transfer], threading.Event], file: Path
+    stuck: tuple[FileIO, list[Transfer], threading.Event], file: Path
 ) -> None:
     reader, transfers, release = stuck
     closing = threading.Thread(target=reader.close, daemon=True)
@@ -547,7 +547,7 @@ def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(
     assert not closing.is_alive()
     for transfer in transfers:
         assert isinstance(waited(transfer), Closed)
-    with pytest.raises(Closed, match="block late: the reader was closed"):
+    with pytest.raises(Closed, match="block late: the reader or writer was closed"):
         reader.read(layout := layout_of(file, 1, name="late"), poisoned(layout))
     reader.close()
     assert not any(str(file) in os.readlink(f"/proc/self/fd/{fd}") for fd in open_fds())
@@ -559,10 +559,10 @@ def open_fds() -> list[str]:
 
 def test_reader_that_is_dropped_ends_its_threads(file: Path) -> None:
     write_bytes(file, 10 * PAGE)
-    reader = FileReader(num_threads=3)
+    reader = FileIO(num_threads=3)
     layout = layout_of(file, 10 * PAGE)
     reader.read(layout, poisoned(layout)).wait()
-    threads = own_threads("offload-read-")
+    threads = own_threads("offload-io-")
     assert len(threads) == 3
     dropped = weakref.ref(reader)
     del reader
@@ -574,7 +574,7 @@ def test_reader_that_is_dropped_ends_its_threads(file: Path) -> None:
 def test_buffer_is_let_go_of_when_its_read_is_done(file: Path) -> None:
     write_bytes(file, PAGE)
     layout = layout_of(file, PAGE)
-    with FileReader(num_threads=1) as reader:
+    with FileIO(num_threads=1) as reader:
         buffer = poisoned(layout)
         storage = weakref.ref(buffer)
         transfer = reader.read(layout, buffer)
@@ -589,11 +589,11 @@ def test_process_ends_although_nobody_closed_the_reader(file: Path) -> None:
 from pathlib import Path
 import torch
 from offload.buffers import StagingBuffer
-from offload.files.file_io import FileReader
+from offload.files.file_io import FileIO
 from offload.blocks import BlockLayout, Extent
 extent = Extent(file=Path({str(file)!r}), file_offset_bytes=0, nbytes={100 * PAGE}, buffer_offset_bytes=0)
 layout = BlockLayout(name="b", extents=(extent,), tensor_offsets={{}}, buffer_bytes={100 * PAGE})
-reader = FileReader(request_bytes=4096)
+reader = FileIO(request_bytes=4096)
 buffer = StagingBuffer({100 * PAGE})
 transfers = [reader.read(layout, buffer.tensor) for _ in range(50)]
 print("begun")
@@ -613,7 +613,7 @@ def test_many_slow_reads_from_many_threads_each_get_their_own_bytes(file: Path) 
         # Never more than a few pages, so that reads are continued as well.
         return os.preadv(fd, [buffers[0][: 3 * PAGE]], offset)
 
-    def work(seed: int, reader: FileReader) -> None:
+    def work(seed: int, reader: FileIO) -> None:
         rng = random.Random(seed)
         buffers = [StagingBuffer(200_000 + 2 * PAGE).tensor for _ in range(2)]
         pending: list[tuple[Transfer, Tensor, BlockLayout, int, int]] = []
@@ -633,7 +633,7 @@ def test_many_slow_reads_from_many_threads_each_get_their_own_bytes(file: Path) 
         for transfer, *_ in pending:
             transfer.wait()
 
-    with FileReader(num_threads=4, request_bytes=4 * PAGE, pread=slow) as reader:
+    with FileIO(num_threads=4, request_bytes=4 * PAGE, pread=slow) as reader:
         threads = [threading.Thread(target=work, args=(seed, reader)) for seed in range(4)]
         for thread in threads:
             thread.start()

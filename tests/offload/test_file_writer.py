@@ -17,17 +17,23 @@ from torch import Tensor
 
 from offload.buffers import StagingBuffer
 from offload.errors import Closed, OffloadError, ReadError, TierFull, WriteError
-from offload.files.file import OwnFile, Pwrite
-from offload.files.file_io import FileWriter
+from offload.files.file import File, Pwrite
+from offload.files.file_io import FileIO, Part
+from offload.transfer import Transfer
 from tests.offload.own_threads import own_threads
 from tests.offload.small_disk import fill, small_disk
 
 PAGE = 4096
 
 
-def open_file(path: Path, *, direct: bool = True, pwrite: Pwrite = os.pwritev, pread: Pwrite = os.preadv) -> OwnFile:
+def open_file(path: Path, *, direct: bool = True, pwrite: Pwrite = os.pwritev, pread: Pwrite = os.preadv) -> File:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    return OwnFile(fd, name=path, direct=direct, pwrite=pwrite, pread=pread)
+    return File(fd, path, direct=direct, pwrite=pwrite, pread=pread)
+
+
+def read_back(io: FileIO, file: File, into: Tensor, *, offset_bytes: int) -> Transfer:
+    nbytes = into.numel()
+    return io.read_parts([Part(file, offset_bytes, 0, nbytes, nbytes)], into, name="w")
 
 
 def random_bytes(nbytes: int, *, seed: int = 0) -> Tensor:
@@ -51,10 +57,10 @@ def test_bytes_are_written_where_they_belong_and_read_back(path: Path, nbytes: i
     path.write_bytes(b"\xa5" * 60_000)
     data = random_bytes(nbytes)
     file = open_file(path, direct=direct)
-    with FileWriter(request_bytes=2 * PAGE) as writer:
+    with FileIO(request_bytes=2 * PAGE) as writer:
         writer.write(file, data, offset_bytes=offset, name="w").wait()
         back = StagingBuffer(nbytes).tensor
-        writer.read_back(file, back, offset_bytes=offset, name="w").wait()
+        read_back(writer, file, back, offset_bytes=offset).wait()
     file.close()
     assert torch.equal(back, data)
     expected = bytearray(b"\xa5" * 60_000)
@@ -72,10 +78,10 @@ def test_a_file_without_a_name_is_written_directly_too(tmp_path: Path) -> None:
         modes.append(is_direct(fd))
         return os.pwritev(fd, buffers, offset)
 
-    file = OwnFile(fd, name=path, pwrite=watch)
+    file = File(fd, path, pwrite=watch)
     if not file.direct:
         pytest.skip("the system or its temporary folder has no direct writes")
-    with FileWriter() as writer:
+    with FileIO() as writer:
         writer.write(file, random_bytes(3 * PAGE), offset_bytes=PAGE, name="w").wait()
         writer.write(file, random_bytes(100), offset_bytes=PAGE, name="w").wait()
         writer.write(file, random_bytes(PAGE + 1)[1:], offset_bytes=0, name="w").wait()
@@ -101,10 +107,10 @@ def test_short_writes_and_reads_are_continued(path: Path, limit: int, direct: bo
 
     data = random_bytes(8192 if limit == 1 else 40_960)
     file = open_file(path, direct=direct, pwrite=short_write, pread=short_read)
-    with FileWriter(request_bytes=4 * PAGE) as writer:
+    with FileIO(request_bytes=4 * PAGE) as writer:
         writer.write(file, data, offset_bytes=0, name="w").wait()
         back = StagingBuffer(data.numel()).tensor
-        writer.read_back(file, back, offset_bytes=0, name="w").wait()
+        read_back(writer, file, back, offset_bytes=0).wait()
     os.close(other)
     file.close()
     assert torch.equal(back, data)
@@ -124,7 +130,7 @@ def test_refused_direct_and_interrupted_writes_are_done_the_other_way_or_again(p
     file = open_file(path, pwrite=refuse)
     if not file.direct:
         pytest.skip("the system or its temporary folder has no direct writes")
-    with FileWriter(num_threads=1, request_bytes=PAGE) as writer:
+    with FileIO(num_threads=1, request_bytes=PAGE) as writer:
         for _ in range(2):
             writer.write(file, data, offset_bytes=0, name="w").wait()
     file.close()
@@ -138,7 +144,7 @@ def test_files_on_tmpfs_are_written() -> None:
     try:
         data = random_bytes(5 * PAGE)
         file = open_file(path)
-        with FileWriter() as writer:
+        with FileIO() as writer:
             writer.write(file, data, offset_bytes=0, name="w", sync=True).wait()
         file.close()
         assert path.read_bytes() == data.numpy().tobytes()
@@ -161,7 +167,7 @@ def failing_at(bad_offset: int, code: int) -> Pwrite:
 def test_write_error_names_file_offset_and_bytes_and_spares_other_writes(path: Path) -> None:
     file = open_file(path, pwrite=failing_at(2 * PAGE, errno.EIO))
     match = rf"{path}: writing 4096 bytes at offset 8192 failed: Input/output error \(EIO\); check the disk"
-    with FileWriter(request_bytes=PAGE) as writer:
+    with FileIO(request_bytes=PAGE) as writer:
         bad = writer.write(file, random_bytes(4 * PAGE), offset_bytes=0, name="bad")
         good = writer.write(file, random_bytes(4 * PAGE), offset_bytes=8 * PAGE, name="good")
         for _ in range(2):
@@ -177,7 +183,7 @@ def test_write_error_names_file_offset_and_bytes_and_spares_other_writes(path: P
 def test_no_room_says_where_how_much_and_what_to_do(path: Path, code: int) -> None:
     file = open_file(path, pwrite=failing_at(PAGE, code))
     match = rf"{path}: no room for 4096 bytes at offset 4096: .* free; free space there, or write to another disk"
-    with FileWriter(request_bytes=PAGE) as writer, pytest.raises(TierFull, match=match):
+    with FileIO(request_bytes=PAGE) as writer, pytest.raises(TierFull, match=match):
         writer.write(file, random_bytes(2 * PAGE), offset_bytes=0, name="w").wait()
     file.close()
 
@@ -188,11 +194,11 @@ def test_a_disk_that_is_really_full(tmp_path: Path, kind: str, direct: bool) -> 
     with small_disk(tmp_path / "disk", kind=kind) as folder:
         data = random_bytes(1 << 20)
         file = open_file(folder / "data", direct=direct)
-        with FileWriter() as writer:
+        with FileIO() as writer:
             errors = [writer.write(file, data, offset_bytes=i << 20, name="w", sync=True).outcome() for i in range(10)]
             assert isinstance(errors[-1], TierFull)
             assert "No space left on device" in str(errors[-1])
-            file.resize(0)
+            os.truncate(file.path, 0)
             writer.write(file, data, offset_bytes=0, name="w", sync=True).wait()
         file.close()
         assert (folder / "data").read_bytes() == data.numpy().tobytes()
@@ -202,7 +208,7 @@ def test_a_full_disk_that_is_found_out_in_the_end(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as folder:
         file = open_file(folder / "data")
         filler = fill(folder, leave_bytes=64 * PAGE)
-        with FileWriter() as writer:
+        with FileIO() as writer:
             with pytest.raises(TierFull):
                 writer.write(file, random_bytes(1 << 20), offset_bytes=0, name="w", sync=True).wait()
             filler.unlink()
@@ -216,7 +222,7 @@ def test_an_error_of_the_final_sync_fails_the_write(path: Path, monkeypatch: pyt
 
     file = open_file(path)
     monkeypatch.setattr(os, "fdatasync", no_sync)
-    with FileWriter() as writer:
+    with FileIO() as writer:
         writer.write(file, random_bytes(PAGE), offset_bytes=0, name="w").wait()
         with pytest.raises(WriteError, match="EIO"):
             writer.write(file, random_bytes(PAGE), offset_bytes=0, name="w", sync=True).wait()
@@ -227,42 +233,42 @@ def test_reading_back_what_is_not_there_or_not_readable(path: Path) -> None:
     def no_read(fd: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with FileWriter() as writer:
+    with FileIO() as writer:
         file = open_file(path)
-        with pytest.raises(ReadError, match="the file ends there, it has 0 bytes"):
-            writer.read_back(file, random_bytes(PAGE), offset_bytes=0, name="w").wait()
+        with pytest.raises(ReadError, match="the system reported the end of the file, which has 0 bytes"):
+            read_back(writer, file, random_bytes(PAGE), offset_bytes=0).wait()
         file.close()
         file = open_file(path, pread=no_read)
         with pytest.raises(ReadError, match="reading 4096 bytes at offset 12288 failed: Input/output error"):
-            writer.read_back(file, random_bytes(PAGE), offset_bytes=3 * PAGE, name="w").wait()
+            read_back(writer, file, random_bytes(PAGE), offset_bytes=3 * PAGE).wait()
         file.close()
 
 
 def test_a_write_that_goes_nowhere_is_an_error(path: Path) -> None:
     file = open_file(path, pwrite=lambda fd, buffers, offset: 0)
-    with FileWriter() as writer, pytest.raises(WriteError, match="wrote nothing"):
+    with FileIO() as writer, pytest.raises(WriteError, match="wrote nothing"):
         writer.write(file, random_bytes(PAGE), offset_bytes=0, name="w").wait()
     file.close()
 
 
 def test_wrong_memory_and_settings_are_refused(path: Path) -> None:
     file = open_file(path)
-    with FileWriter() as writer:
+    with FileIO() as writer:
         for data in (torch.zeros(8), torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(64).byte()[::2]):
             with pytest.raises(ValueError, match="w: expected a contiguous one-dimensional uint8 tensor"):
                 writer.write(file, data, offset_bytes=0, name="w")
     file.close()
     with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
-        FileWriter(num_threads=0)
+        FileIO(num_threads=0)
     with pytest.raises(ValueError, match="request_bytes must be a positive multiple of 4096, got 100"):
-        FileWriter(request_bytes=100)
+        FileIO(request_bytes=100)
 
 
 # ---- closing, races
 
 
 @pytest.fixture
-def gated(path: Path) -> Iterator[tuple[OwnFile, threading.Event]]:
+def gated(path: Path) -> Iterator[tuple[File, threading.Event]]:
     release = threading.Event()
 
     def pwrite(fd: int, buffers: list[memoryview], offset: int) -> int:
@@ -275,9 +281,9 @@ def gated(path: Path) -> Iterator[tuple[OwnFile, threading.Event]]:
     file.close()
 
 
-def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(gated: tuple[OwnFile, threading.Event]) -> None:
+def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(gated: tuple[File, threading.Event]) -> None:
     file, release = gated
-    writer = FileWriter(num_threads=1, request_bytes=PAGE)
+    writer = FileIO(num_threads=1, request_bytes=PAGE)
     writes = [writer.write(file, random_bytes(4 * PAGE), offset_bytes=0, name="w") for _ in range(3)]
     closing = threading.Thread(target=writer.close, daemon=True)
     closing.start()
@@ -288,18 +294,18 @@ def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(gated: tupl
     closing.join(10)
     assert not closing.is_alive()
     for write in writes:
-        with pytest.raises(Closed, match="w: the writer was closed"):
+        with pytest.raises(Closed, match="w: the reader or writer was closed before the transfer ended"):
             write.wait()
-    with pytest.raises(Closed, match="late: the writer was closed"):
+    with pytest.raises(Closed, match="late: the reader or writer was closed; open it again"):
         writer.write(file, random_bytes(PAGE), offset_bytes=0, name="late")
     writer.close()
 
 
-def test_memory_is_kept_while_it_is_written_and_let_go_of_then(gated: tuple[OwnFile, threading.Event]) -> None:
+def test_memory_is_kept_while_it_is_written_and_let_go_of_then(gated: tuple[File, threading.Event]) -> None:
     file, release = gated
     data = random_bytes(PAGE)
     expected = data.numpy().tobytes()
-    with FileWriter() as writer:
+    with FileIO() as writer:
         memory = weakref.ref(data)
         write = writer.write(file, data, offset_bytes=0, name="w")
         del data
@@ -307,14 +313,15 @@ def test_memory_is_kept_while_it_is_written_and_let_go_of_then(gated: tuple[OwnF
         release.set()
         write.wait()
         assert memory() is None
-    assert file.name.read_bytes() == expected
+    assert file.path.read_bytes() == expected
 
 
 def test_a_writer_that_is_dropped_ends_its_threads_and_its_files(path: Path) -> None:
     file = open_file(path)
-    writer = FileWriter(num_threads=3, at_end=file.close)
+    writer = FileIO(num_threads=3)
+    writer.adopt(file)
     writer.write(file, random_bytes(10 * PAGE), offset_bytes=0, name="w").wait()
-    threads = own_threads("offload-write-")
+    threads = own_threads("offload-io-")
     assert len(threads) == 3
     del writer
     gc.collect()
@@ -334,7 +341,7 @@ def test_many_slow_writes_and_reads_each_move_their_own_bytes(path: Path) -> Non
     file = open_file(path, pwrite=slow(os.pwritev), pread=slow(os.preadv))
     failures: list[str] = []
 
-    def work(seed: int, writer: FileWriter) -> None:
+    def work(seed: int, writer: FileIO) -> None:
         rng = random.Random(seed)
         for i in range(12):
             data = random_bytes(PAGE * rng.randrange(1, 12), seed=100 * seed + i)
@@ -342,13 +349,13 @@ def test_many_slow_writes_and_reads_each_move_their_own_bytes(path: Path) -> Non
             offset = 20 * seed * PAGE
             try:
                 writer.write(file, data, offset_bytes=offset, name="w").wait()
-                writer.read_back(file, back, offset_bytes=offset, name="w").wait()
+                read_back(writer, file, back, offset_bytes=offset).wait()
             except OffloadError as error:
                 failures.append(str(error))
             if not torch.equal(data, back):
                 failures.append(f"thread {seed}, write {i}")
 
-    with FileWriter(num_threads=4, request_bytes=4 * PAGE) as writer:
+    with FileIO(num_threads=4, request_bytes=4 * PAGE) as writer:
         threads = [threading.Thread(target=work, args=(seed, writer)) for seed in range(4)]
         for thread in threads:
             thread.start()

@@ -17,7 +17,7 @@ import torch
 from offload.buffers import StagingBuffer
 from offload.device import CpuDevice, Device
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
-from offload.files.file_io import FileReader
+from offload.files.file_io import FileIO
 from offload.placement import Placement, PlacementPlan
 from offload.scheduler import Scheduler
 from offload.trace import Trace
@@ -46,13 +46,13 @@ def reads() -> SlowReads:
 
 
 @pytest.fixture
-def reader(reads: SlowReads) -> Iterator[FileReader]:
-    with FileReader(pread=reads, request_bytes=8192) as reader:
+def reader(reads: SlowReads) -> Iterator[FileIO]:
+    with FileIO(pread=reads, request_bytes=8192) as reader:
         yield reader
 
 
 @pytest.fixture
-def scheduler(stored: StoredBlocks, reader: FileReader) -> Iterator[Scheduler]:
+def scheduler(stored: StoredBlocks, reader: FileIO) -> Iterator[Scheduler]:
     """Three slots for six blocks, on the processor."""
     with stored.schedule(stored.plan(ring=3), CpuDevice(), reader=reader) as scheduler:
         yield scheduler
@@ -93,7 +93,7 @@ def run_step(scheduler: Scheduler, stored: StoredBlocks) -> None:
     ("ring", "resident", "cached"), [(2, 0, 0), (3, 0, 0), (2, 2, 0), (2, 1, 2), (3, 0, 6), (2, 4, 0)]
 )
 def test_steps_see_the_stored_bytes_and_read_what_was_planned(
-    stored: StoredBlocks, reader: FileReader, kind: str, ring: int, resident: int, cached: int
+    stored: StoredBlocks, reader: FileIO, kind: str, ring: int, resident: int, cached: int
 ) -> None:
     device = DEVICES[kind]()
     plan = stored.plan(ring=ring, resident=resident, cached=cached, is_host=device.is_host)
@@ -152,7 +152,7 @@ def test_any_order_of_visits_sees_the_stored_bytes(stored: StoredBlocks, kind: s
         device = DEVICES[kind]()
         plan = stored.plan(ring=ring, resident=resident, cached=cached, is_host=device.is_host)
         with (
-            FileReader(pread=SlowReads(max_s=0.002), request_bytes=8192) as reader,
+            FileIO(pread=SlowReads(max_s=0.002), request_bytes=8192) as reader,
             stored.schedule(plan, device, reader=reader, poison=poison) as scheduler,
         ):
             for _ in range(4):
@@ -170,7 +170,7 @@ def test_any_order_of_visits_sees_the_stored_bytes(stored: StoredBlocks, kind: s
                             stored.check(visited, tensors)
 
 
-def test_a_released_slot_is_poisoned(stored: StoredBlocks, reader: FileReader) -> None:
+def test_a_released_slot_is_poisoned(stored: StoredBlocks, reader: FileIO) -> None:
     with stored.schedule(stored.plan(ring=2), CpuDevice(), reader=reader, poison=True) as scheduler:
         with scheduler.resident(0) as tensors:
             kept = tensors["0.1"]
@@ -183,7 +183,7 @@ def test_a_released_slot_is_poisoned(stored: StoredBlocks, reader: FileReader) -
         assert scheduler.counters.num_reads[0] == 2
 
 
-def test_a_staging_buffer_is_poisoned_once_it_has_been_copied(stored: StoredBlocks, reader: FileReader) -> None:
+def test_a_staging_buffer_is_poisoned_once_it_has_been_copied(stored: StoredBlocks, reader: FileIO) -> None:
     device = RememberingDevice(separate_slots=True)
     plan = stored.plan(ring=2, is_host=False)
     with stored.schedule(plan, device, reader=reader, poison=True) as scheduler, scheduler.resident(0) as tensors:
@@ -191,7 +191,7 @@ def test_a_staging_buffer_is_poisoned_once_it_has_been_copied(stored: StoredBloc
         stored.check(0, tensors)
 
 
-def test_on_the_processor_a_visit_sees_the_buffer_itself(stored: StoredBlocks, reader: FileReader) -> None:
+def test_on_the_processor_a_visit_sees_the_buffer_itself(stored: StoredBlocks, reader: FileIO) -> None:
     with stored.schedule(stored.plan(ring=2), CpuDevice(), reader=reader) as scheduler:
         with scheduler.resident(0) as tensors:
             first = tensors["0.1"]
@@ -202,7 +202,7 @@ def test_on_the_processor_a_visit_sees_the_buffer_itself(stored: StoredBlocks, r
         assert first.numpy().tobytes() != stored.truth["0.1"]
 
 
-def test_memory_is_what_was_planned_however_many_blocks_pass(stored: StoredBlocks, reader: FileReader) -> None:
+def test_memory_is_what_was_planned_however_many_blocks_pass(stored: StoredBlocks, reader: FileIO) -> None:
     plan = stored.plan(ring=2, resident=1, cached=1)
     with stored.schedule(plan, CpuDevice(), reader=reader) as scheduler:
         assert scheduler.memory()["ring_bytes"] == 2 * plan.slot_bytes
@@ -216,7 +216,7 @@ def test_memory_is_what_was_planned_however_many_blocks_pass(stored: StoredBlock
             }
 
 
-def test_memory_beside_a_device_is_what_was_planned(stored: StoredBlocks, reader: FileReader) -> None:
+def test_memory_beside_a_device_is_what_was_planned(stored: StoredBlocks, reader: FileIO) -> None:
     plan = stored.plan(ring=2, resident=1, cached=1, is_host=False)
     with stored.schedule(plan, CpuDevice(separate_slots=True), reader=reader) as scheduler:
         run_step(scheduler, stored)
@@ -229,7 +229,7 @@ def test_memory_beside_a_device_is_what_was_planned(stored: StoredBlocks, reader
         assert sum(scheduler.memory().values()) == plan.device_bytes + plan.host_bytes + plan.staging_bytes
 
 
-def test_transfers_and_waits_are_traced(stored: StoredBlocks, reads: SlowReads, reader: FileReader) -> None:
+def test_transfers_and_waits_are_traced(stored: StoredBlocks, reads: SlowReads, reader: FileIO) -> None:
     trace = Trace()
     device = DelayedDevice(delay_s=0.002)
     reads.gate.clear()
@@ -261,9 +261,7 @@ def test_visits_nest(scheduler: Scheduler, stored: StoredBlocks) -> None:
         stored.check(2, tensors)
 
 
-def test_a_visit_inside_one_to_the_same_block_is_not_one_of_the_expected(
-    stored: StoredBlocks, reader: FileReader
-) -> None:
+def test_a_visit_inside_one_to_the_same_block_is_not_one_of_the_expected(stored: StoredBlocks, reader: FileIO) -> None:
     with stored.schedule(stored.plan(ring=2), CpuDevice(), reader=reader) as scheduler:
         scheduler.expect((0, 0, 1, 2))
         with scheduler.resident(0), scheduler.resident(0):
@@ -290,7 +288,7 @@ def test_nested_visits_that_leave_no_slot_are_refused(scheduler: Scheduler, stor
 
 @pytest.mark.parametrize("kind", DEVICES)
 def test_a_read_error_comes_out_of_the_visit_and_the_next_try_works(
-    stored: StoredBlocks, reads: SlowReads, reader: FileReader, kind: str
+    stored: StoredBlocks, reads: SlowReads, reader: FileIO, kind: str
 ) -> None:
     device = DEVICES[kind]()
     plan = stored.plan(ring=2, resident=1, cached=1, is_host=device.is_host)
@@ -326,7 +324,7 @@ def test_an_error_on_the_way_is_kept_for_the_visit_that_needs_the_block(
         stored.check(3, tensors)
 
 
-def test_a_new_order_tries_again_what_had_failed(stored: StoredBlocks, reads: SlowReads, reader: FileReader) -> None:
+def test_a_new_order_tries_again_what_had_failed(stored: StoredBlocks, reads: SlowReads, reader: FileIO) -> None:
     trace = Trace()
     with stored.schedule(stored.plan(ring=3), CpuDevice(), reader=reader, trace=trace) as scheduler:
         reads.num_failures = 1
@@ -351,7 +349,7 @@ def test_a_read_that_was_under_way_at_a_new_order_may_fail(
     assert reads.num_failures == 0
 
 
-def test_buffers_of_failed_reads_are_given_back(stored: StoredBlocks, reads: SlowReads, reader: FileReader) -> None:
+def test_buffers_of_failed_reads_are_given_back(stored: StoredBlocks, reads: SlowReads, reader: FileIO) -> None:
     device = RememberingDevice()
     with stored.schedule(stored.plan(ring=2, resident=4), device, reader=reader) as scheduler:
         for _ in range(3):
@@ -372,13 +370,13 @@ def test_a_file_that_changes_is_an_error_of_the_visit(scheduler: Scheduler, stor
         raise AssertionError("its bytes are gone")
 
 
-def test_a_closed_reader_is_an_error_of_the_visit(scheduler: Scheduler, reader: FileReader) -> None:
+def test_a_closed_reader_is_an_error_of_the_visit(scheduler: Scheduler, reader: FileIO) -> None:
     reader.close()
-    with pytest.raises(Closed, match="block 1: the reader was closed"), scheduler.resident(1):
+    with pytest.raises(Closed, match="block 1: the reader or writer was closed"), scheduler.resident(1):
         raise AssertionError("nobody read it")
 
 
-def test_a_device_that_fails_is_an_error_of_the_visit(stored: StoredBlocks, reader: FileReader) -> None:
+def test_a_device_that_fails_is_an_error_of_the_visit(stored: StoredBlocks, reader: FileIO) -> None:
     def out_of_memory() -> None:
         raise torch.OutOfMemoryError("no memory for the copy")
 
@@ -394,7 +392,7 @@ def test_a_device_that_fails_is_an_error_of_the_visit(stored: StoredBlocks, read
                 stored.check(block, tensors)
 
 
-def test_a_fetcher_that_dies_is_an_error_and_not_a_hang(stored: StoredBlocks, reader: FileReader) -> None:
+def test_a_fetcher_that_dies_is_an_error_and_not_a_hang(stored: StoredBlocks, reader: FileIO) -> None:
     trace = Trace()
 
     def refuse(span: object) -> None:
@@ -460,7 +458,7 @@ def test_an_interrupt_while_waiting_leaves_a_working_scheduler(
 
 
 def test_close_waits_for_reads_and_a_waiting_visit_gets_an_error(
-    stored: StoredBlocks, reads: SlowReads, reader: FileReader
+    stored: StoredBlocks, reads: SlowReads, reader: FileIO
 ) -> None:
     scheduler = stored.schedule(stored.plan(ring=3), CpuDevice(), reader=reader)
     reads.gate.clear()
@@ -490,7 +488,7 @@ def test_close_waits_for_reads_and_a_waiting_visit_gets_an_error(
     scheduler.close()
 
 
-def test_tensors_of_a_visit_outlive_a_close(stored: StoredBlocks, reader: FileReader) -> None:
+def test_tensors_of_a_visit_outlive_a_close(stored: StoredBlocks, reader: FileIO) -> None:
     scheduler = stored.schedule(stored.plan(ring=3), CpuDevice(), reader=reader)
     with scheduler.resident(0) as tensors:
         scheduler.close()
@@ -508,7 +506,7 @@ def test_a_closed_scheduler_refuses(scheduler: Scheduler) -> None:
         raise AssertionError("it is closed")
 
 
-def test_a_scheduler_that_is_dropped_takes_its_thread_along(stored: StoredBlocks, reader: FileReader) -> None:
+def test_a_scheduler_that_is_dropped_takes_its_thread_along(stored: StoredBlocks, reader: FileIO) -> None:
     scheduler = stored.schedule(stored.plan(ring=3), CpuDevice(), reader=reader)
     scheduler.expect(FORWARD)
     with scheduler.resident(0):
@@ -524,10 +522,10 @@ def run_program(program: str, folder: Path) -> "subprocess.CompletedProcess[str]
 import os, sys, warnings
 from pathlib import Path
 from offload.device import CpuDevice
-from offload.files.file_io import FileReader
+from offload.files.file_io import FileIO
 from tests.offload.stored_blocks import StoredBlocks
 stored = StoredBlocks(Path({str(folder)!r}), 6)
-reader = FileReader()
+reader = FileIO()
 scheduler = stored.schedule(stored.plan(ring=2), CpuDevice(), reader=reader)
 scheduler.expect(range(6))
 with scheduler.resident(0) as tensors:
@@ -570,7 +568,7 @@ def test_numbers_that_are_no_blocks_are_refused(scheduler: Scheduler) -> None:
         scheduler.expect((0, 6))
 
 
-def test_a_plan_for_something_else_is_refused(stored: StoredBlocks, reader: FileReader) -> None:
+def test_a_plan_for_something_else_is_refused(stored: StoredBlocks, reader: FileIO) -> None:
     def refused(plan: PlacementPlan, message: str, *, device: Device | None = None) -> None:
         with pytest.raises(ValueError, match=message):
             stored.schedule(plan, device or CpuDevice(), reader=reader)

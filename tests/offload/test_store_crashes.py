@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.blocks import place
+from offload.blocks import lay_out_object
 from offload.errors import Closed, OffloadError, ReadError, TierFull, WriteError
 from offload.store import manifest as manifest_module
 from offload.store.store import Store
@@ -20,7 +20,7 @@ from tests.offload.small_disk import fill, small_disk
 from tests.offload.test_store import LAYOUT, commit, contents, loaded
 
 ROOT = Path(__file__).resolve().parents[2]
-BIG = place({"state": (torch.uint8, (1 << 20,))})
+BIG = lay_out_object({"state": (torch.uint8, (1 << 20,))})
 
 
 def survive(folder: Path, *, num_kills: int, seed: int) -> None:
