@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test fuzz check bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -30,6 +30,14 @@ demo: $(STAMP)
 # ARGS=--slow adds the slow ones; ARGS='-k pattern' and the like go to pytest.
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Damage and kills with fixed seeds. N: cases of each fuzzer (10000 take hours), SEED: of the first one, FUZZERS: some of
+# checkpoints, adapters, stores, trainer-checkpoints, kills, soak; ARGS='--minutes 10' and the like as well.
+N ?= 1000
+SEED ?= 0
+FUZZERS ?= checkpoints adapters stores trainer-checkpoints kills
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz $(FUZZERS) --num $(N) --seed $(SEED) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

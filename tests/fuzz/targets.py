@@ -1,0 +1,29 @@
+"""The fuzzers by name: whole ones, and with how many cases a few seconds of each."""
+
+from tests.fuzz.adapters import Adapters
+from tests.fuzz.checkpoints import Checkpoints
+from tests.fuzz.kills import Kills
+from tests.fuzz.soak import Soak
+from tests.fuzz.stores import Stores
+from tests.fuzz.trainer_checkpoints import TrainerCheckpoints
+from tests.fuzz.workers import Target
+
+TARGETS: dict[str, Target] = {
+    "checkpoints": Checkpoints(),
+    "adapters": Adapters(),
+    "stores": Stores(),
+    "trainer-checkpoints": TrainerCheckpoints(),
+    "kills": Kills(),
+    "soak": Soak(),
+}
+# Most of the time of the last two would go into the undisturbed runs of every kind.
+QUICK: dict[str, tuple[Target, int]] = {
+    "checkpoints": (Checkpoints(), 60),
+    "adapters": (Adapters(), 40),
+    "stores": (Stores(), 100),
+    "trainer-checkpoints": (TrainerCheckpoints(("sft", "full disk")), 10),
+    "kills": (Kills(("sft", "full disk", "save full disk", "merge")), 4),
+    "soak": (Soak(num_steps=300), 1),
+}
+
+__all__ = ["QUICK", "TARGETS"]
