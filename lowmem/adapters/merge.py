@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
+import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lowmem.adapters.merge_plan import MergedTensor, MergePlan, num_rows, plan_merge
 from lowmem.adapters.updates import Update, apply_all
+from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import resolve
 from offload import (
     NO_ROOM,
@@ -33,7 +42,22 @@ from offload import (
 _TILE_BYTES = 8 << 20
 
 
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+_QUIET_S = 5.0
+"""Seconds after which a merge shows how far it is."""
+
+
+_TOLD_LOSS = 0.01
+"""Part of the adapter's change that may be lost to rounding without a word."""
+
+
+_COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+# What names code of the repository in the configurations of models, tokenizers and pipelines.
+_CODE_FIELDS = ("auto_map", "custom_pipelines")
 
 
 _TOKENIZER_FILES = (
@@ -63,7 +87,8 @@ def merge(
     What the adapter leaves alone is copied bit by bit. What it changes is computed in fp32 (fp64 for fp64 weights) and
     rounded once to the stored dtype, which is what PEFT's `merge_and_unload` gives for fp32 adapters on a resident
     model. Holds the adapter and one tile of one tensor in memory, whatever the size of the model. The output appears
-    complete or not at all; model and adapter are only read.
+    complete or not at all; model and adapter are only read. Says in a warning if rounding to the stored dtype loses
+    more than a hundredth of what the adapter changes.
 
     Args:
         model: Local folder or hub id of the safetensors checkpoint that the adapter was trained on.
@@ -73,7 +98,7 @@ def merge(
         dtype: Type to store all floating-point weights in; each keeps its own where None.
         max_shard_bytes: Largest shard, as a number or "5GB".
         revision: Branch, tag or commit of the model's hub repository.
-        trust_remote_code: Run model code that comes with the checkpoint.
+        trust_remote_code: Run model code that comes with the checkpoint, and copy it to the output.
 
     Returns:
         The output folder.
@@ -85,30 +110,30 @@ def merge(
         offload.TierFull: The disk has no room for the output.
         offload.SourceError: The checkpoint is damaged.
     """
-    base, adapter_folder, target = resolve(model, revision=revision), Path(adapter), Path(output).absolute()
+    base, adapter_folder = resolve(model, revision=revision), Path(adapter).expanduser()
+    target = Path(output).expanduser().absolute()
     stored, shard_bytes = _stored_dtype(dtype), parse_bytes(max_shard_bytes, field="max_shard_bytes")
-    if not (adapter_folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{adapter_folder}: no adapter_config.json; give the folder of a saved PEFT adapter")
     _check_output(target, base)
+    copies = _copies(base, adapter_folder, trust_remote_code=trust_remote_code)
+    rounding = _Rounding()
     with SafetensorsSource(base) as source:
         plan = plan_merge(base, adapter_folder, source=source, dtype=stored, trust_remote_code=trust_remote_code)
         shards = split_into_shards([tensor.output for tensor in plan.tensors], max_shard_bytes=max(1, shard_bytes))
         _check_room(target, sum(tensor.output.nbytes for tensor in plan.tensors))
-        unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-        unfinished.mkdir(parents=True)
         try:
-            _write_shards(unfinished, plan, shards)
-            for file in source.files:
-                source.check_unchanged(file)
-            _copy_files(base, adapter_folder, unfinished, changes=plan.config_changes)
-            _sync_folder(unfinished)
-            unfinished.replace(target)
-        except BaseException as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, TierFull) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+            with _taking_the_place_of(target) as folder:
+                _write_shards(folder, plan, shards, rounding)
+                for file in source.files:
+                    source.check_unchanged(file)
+                for name, file in copies.items():
+                    _copy(file, folder / name, has_code=trust_remote_code)
+                _change_config(folder / "config.json", plan.config_changes)
+        except (OSError, TierFull) as error:
+            if isinstance(error, TierFull) or error.errno in NO_ROOM:
                 raise TierFull(f"disk: writing {target} failed ({error}); nothing of it was left there") from error
             raise
-    _sync_folder(target.parent)
+    if rounding.lost > _TOLD_LOSS:
+        warnings.warn(rounding.told(), UserWarning, stacklevel=2)
     return target
 
 
@@ -120,10 +145,59 @@ def _stored_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _check_output(target: Path, base: Path) -> None:
+    if target.is_symlink() or target.is_mount():
+        what = "a link" if target.is_symlink() else "where a file system is mounted"
+        raise FileExistsError(f"output: {target} is {what}, whose place no folder can take; give another one")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"output: {target} exists and is not an empty folder; give another one, or remove it")
-    if target.is_relative_to(base.absolute()):
+    if target.resolve().is_relative_to(base.resolve()):
         raise ValueError(f"output: {target} is inside the model's folder {base}; give a folder outside of it")
+
+
+@contextmanager
+def _taking_the_place_of(target: Path) -> Iterator[Path]:
+    """A new folder, which has the target's name once the `with` is left without an error; else nothing is left.
+
+    It lies in a private folder with a name that cannot be guessed, next to the target. A merge that was killed leaves
+    that; the next one with the same target removes it. Who holds its lock is at work in it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.unfinished-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_if_left(left)
+    private = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    lock = os.open(private, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = private / "merged"
+        folder.mkdir()
+        yield folder
+        _sync_folder(folder)
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise FileExistsError(f"output: {target} was made by somebody else meanwhile") from error
+            raise
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_if_left(folder: Path) -> None:
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_uid == os.geteuid():
+            shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
 
 
 def _check_room(target: Path, needed_bytes: int) -> None:
@@ -136,33 +210,79 @@ def _check_room(target: Path, needed_bytes: int) -> None:
         )
 
 
-def _write_shards(folder: Path, plan: MergePlan, shards: Mapping[str, tuple[OutputTensor, ...]]) -> None:
+def _write_shards(
+    folder: Path, plan: MergePlan, shards: Mapping[str, tuple[OutputTensor, ...]], rounding: _Rounding
+) -> None:
     by_name = {tensor.output.name: tensor for tensor in plan.tensors}
-    writer = _TensorWriter(plan.sources)
+    writer = _TensorWriter(plan.sources, rounding)
+    num_bytes = sum(tensor.output.nbytes for tensor in plan.tensors)
     try:
-        for file, outputs in shards.items():
-            with ShardFile(folder / file, outputs) as shard:
-                for output in outputs:
-                    for values in writer.values(by_name[output.name]):
-                        shard.write(values)
+        with tqdm(total=num_bytes, desc="merging", unit="B", unit_scale=True, leave=False, delay=_QUIET_S) as bar:
+            for file, outputs in shards.items():
+                with ShardFile(folder / file, outputs) as shard:
+                    for output in outputs:
+                        for values in writer.values(by_name[output.name]):
+                            shard.write(values)
+                            bar.update(values.nbytes)
     finally:
         writer.close()
     write_index(folder, shards)
 
 
+@dataclass(kw_only=True)
+class _Rounding:
+    """How much of the changes is lost because the weights are stored in fewer bits than they are computed in."""
+
+    wanted: float = 0.0
+    """Sum of squares of the changes."""
+    kept: float = 0.0
+    """Scalar product of the changes and what is stored of them."""
+    num_changed: int = 0
+    """Values that change."""
+    num_unmoved: int = 0
+    """Those of them that are stored as before."""
+    dtype: torch.dtype | None = None
+    """What was rounded to."""
+
+    def add(self, old: Tensor, new: Tensor, stored: Tensor) -> None:
+        """Count values: before, after, and after as they are stored."""
+        change = (new - old).flatten()
+        moved = (stored.to(new.dtype) - old.to(stored.dtype).to(new.dtype)).flatten()
+        self.wanted += float(change @ change)
+        self.kept += float(change @ moved)
+        self.num_changed += int(change.count_nonzero())
+        self.num_unmoved += int(((change != 0) & (moved == 0)).sum())
+        self.dtype = stored.dtype
+
+    @property
+    def lost(self) -> float:
+        """Part of the change that is lost, from 0 to 1."""
+        return min(1.0, max(0.0, 1 - self.kept / self.wanted)) if self.wanted else 0.0
+
+    def told(self) -> str:
+        """The loss in a sentence."""
+        unmoved = self.num_unmoved / max(1, self.num_changed)
+        return (
+            f"rounding to {str(self.dtype).removeprefix('torch.')} lost {self.lost:.0%} of what the adapter changes "
+            f"({unmoved:.0%} of the changed values are stored as before); "
+            'dtype="float32" (--dtype float32) keeps all of it'
+        )
+
+
 class _TensorWriter:
     """Makes the values of the output's tensors, a tile at a time."""
 
-    def __init__(self, sources: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, sources: Mapping[str, TensorSpec], rounding: _Rounding) -> None:
         self._reader = TensorReader()
-        self._sources = sources
+        self._sources, self._rounding = sources, rounding
 
     def values(self, tensor: MergedTensor) -> Iterator[Tensor]:
         """The tensor's values in its stored dtype, part by part; each is valid until the next."""
         spec, dtype = tensor.source, tensor.output.dtype
         if tensor.whole_layer is not None:
             layer, attribute = tensor.whole_layer
-            yield layer.merged(attribute, self._whole).to(dtype)
+            merged = layer.merged(attribute, self._whole)
+            yield self._rounded(merged, dtype, old=self._whole(f"{layer.prefix}.{attribute}"))
         elif not tensor.segments:
             step = _TILE_BYTES - _TILE_BYTES % spec.dtype.itemsize
             for start in range(0, spec.nbytes, step):
@@ -171,63 +291,124 @@ class _TensorWriter:
             for segment in tensor.segments:
                 shift = segment.target_start - segment.start
                 stop = segment.start + segment.num_rows
-                if any(update.sees_all_rows for update in segment.updates):
-                    self._measure(spec, segment.updates)
-                for start, tile in self._tiles(spec, segment.start, stop):
-                    yield apply_all(segment.updates, tile, start + shift).to(dtype)
+                for number, update in enumerate(segment.updates):
+                    if update.sees_all_rows:
+                        update.measure(self._updated(tensor, segment.updates[:number]))
+                for start, tile in self._tiles(tensor, segment.start, stop):
+                    old = tile.clone() if segment.updates and dtype.itemsize < tile.dtype.itemsize else None
+                    yield self._rounded(apply_all(segment.updates, tile, start + shift), dtype, old=old)
 
-    def _measure(self, spec: TensorSpec, updates: tuple[Update, ...]) -> None:
-        for number, update in enumerate(updates):
-            if update.sees_all_rows:
-                update.measure(self._updated(spec, updates[:number]))
+    def _rounded(self, new: Tensor, dtype: torch.dtype, *, old: Tensor | None) -> Tensor:
+        stored = new.to(dtype)
+        if old is not None and dtype.itemsize < new.dtype.itemsize:
+            self._rounding.add(old, new, stored)
+        return stored
 
-    def _updated(self, spec: TensorSpec, updates: Iterable[Update]) -> Iterator[tuple[int, Tensor]]:
-        for start, tile in self._tiles(spec, 0, num_rows(spec.shape)):
+    def _updated(self, tensor: MergedTensor, updates: Iterable[Update]) -> Iterator[tuple[int, Tensor]]:
+        for start, tile in self._tiles(tensor, 0, num_rows(tensor.output.shape)):
             yield start, apply_all(updates, tile, start)
 
-    def _tiles(self, spec: TensorSpec, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Rows of a stored tensor, in the dtype to compute in, in new memory."""
-        row_bytes = spec.nbytes // max(1, num_rows(spec.shape))
-        compute = torch.float64 if spec.dtype == torch.float64 else torch.float32
-        row_compute_bytes = row_bytes // spec.dtype.itemsize * compute.itemsize
-        step = max(1, _TILE_BYTES // max(1, row_compute_bytes))
+    def _tiles(self, tensor: MergedTensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows of a tensor before the merge, in the dtype to compute in, in new memory; zeros for one of a new size."""
+        spec, shape = tensor.source, tensor.output.shape
+        width = torch.Size(shape).numel() // max(1, num_rows(shape))
+        compute = _compute_dtype(spec.dtype)
+        step = max(1, _TILE_BYTES // max(1, width * compute.itemsize))
+        row_bytes = width * spec.dtype.itemsize
         for first in range(start, stop, step):
             count = min(step, stop - first)
+            if shape != spec.shape:
+                yield first, torch.zeros(count, width, dtype=compute)
+                continue
             tile = self._reader.read(spec, first * row_bytes, nbytes=count * row_bytes)
             yield first, tile.to(compute, copy=True).view(count, -1)
 
     def _whole(self, name: str) -> Tensor:
         spec = self._sources[name]
-        compute = torch.float64 if spec.dtype == torch.float64 else torch.float32
-        return self._reader.read(spec, 0, nbytes=spec.nbytes).to(compute, copy=True).view(spec.shape)
+        values = self._reader.read(spec, 0, nbytes=spec.nbytes)
+        return values.to(_compute_dtype(spec.dtype), copy=True).view(spec.shape)
 
     def close(self) -> None:
         self._reader.close()
 
 
-def _copy_files(base: Path, adapter: Path, folder: Path, *, changes: Mapping[str, object]) -> None:
-    """Configuration, tokenizer, licence and model code of the base, then the tokenizer that was trained with."""
-    for file in sorted(base.iterdir()):
-        wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "NOTICE"))
-        if file.is_file() and wanted and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
+def _compute_dtype(stored: torch.dtype) -> torch.dtype:
+    return torch.float64 if stored == torch.float64 else torch.float32
+
+
+def _copies(base: Path, adapter: Path, *, trust_remote_code: bool) -> dict[str, Path]:
+    """Files to copy, by their name in the output.
+
+    Configuration, tokenizer and licence of the base, its code where that is trusted, the tokenizer of the adapter.
+
+    Raises:
+        UnsupportedError: One is a link to a file elsewhere, which nobody meant to give away with the model.
+    """
+    suffixes = _COPIED_SUFFIXES if trust_remote_code else _COPIED_SUFFIXES - {".py"}
+    found = {
+        file.name: _inside(file, base)
+        for file in sorted(base.iterdir())
+        if (file.suffix in suffixes or file.name.upper().startswith(("LICENSE", "NOTICE")))
+        and file.is_file()
+        and not file.name.endswith(".index.json")
+        and file.name != _ADAPTER_CONFIG
+    }
     if (adapter / "tokenizer_config.json").is_file():
-        for name in _TOKENIZER_FILES:
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, folder / name)
-    if changes:
-        config = json.loads((folder / "config.json").read_text())
-        if "torch_dtype" in config and "dtype" in changes:
-            config.pop("torch_dtype")
-        config.update(changes)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        found |= {name: _inside(adapter / name, adapter) for name in _TOKENIZER_FILES if (adapter / name).is_file()}
+    return found
+
+
+def _inside(file: Path, folder: Path) -> Path:
+    real, home = file.resolve(), folder.resolve()
+    # In the hub's cache a snapshot's files are links into the repository's blobs.
+    is_cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if not (real.is_relative_to(home) or is_cached):
+        raise UnsupportedError(
+            f"{file} -> {real}",
+            reason="the link leads out of its folder, and the output would have a copy of what it leads to",
+            instead="a copy of that file in the folder if it belongs to the model, or no link",
+        )
+    return real
+
+
+def _copy(file: Path, copy: Path, *, has_code: bool) -> None:
+    content = _without_code(file) if file.suffix == ".json" or copy.suffix == ".json" else None
+    if has_code or content is None:
+        shutil.copyfile(file, copy)
+    else:
+        copy.write_text(content)
+
+
+def _without_code(file: Path) -> str | None:
+    """A configuration without its references to code that is not copied; None if it has none."""
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not any(name in values for name in _CODE_FIELDS):
+        return None
+    return json.dumps({name: value for name, value in values.items() if name not in _CODE_FIELDS}, indent=2) + "\n"
+
+
+def _change_config(file: Path, changes: Mapping[str, object]) -> None:
+    if not changes:
+        return
+    config = json.loads(file.read_text())
+    if "dtype" in changes:
+        config.pop("torch_dtype", None)
+    for name, value in changes.items():
+        holders = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and name in part]
+        for holder in holders or [config]:
+            holder[name] = value
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _sync_folder(folder: Path) -> None:
     """Put a folder's small files and its entries onto the disk, so that a rename cannot come before them."""
-    for file in folder.glob("*.json"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
     sync_folder(folder)
 
 

@@ -19,7 +19,7 @@ from offload import OutputTensor, SafetensorsSource, TensorSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowmem.adapters.saved_adapter import SavedAdapter, WholeLayer
+    from lowmem.adapters.saved_adapter import AdapterFiles, SavedAdapter, WholeLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class MergedTensor:
     output: OutputTensor
     """As it will be stored."""
     source: TensorSpec
-    """The stored tensor that it is made of."""
+    """The stored tensor that it is made of; of another shape where the adapter replaces it by a resized one."""
     segments: tuple[Segment, ...] = ()
     """All its rows, where some of them change; empty where it is copied."""
     whole_layer: tuple[WholeLayer, str] | None = None
@@ -86,25 +86,27 @@ def plan_merge(
     """
     from transformers import AutoConfig
 
-    from lowmem.adapters.saved_adapter import read_adapter
+    from lowmem.adapters.saved_adapter import read_adapter, read_files
 
+    files = read_files(adapter)
     refuse_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
     model = _on_meta(folder, {}, trust_remote_code=trust_remote_code)
     mapping = map_checkpoint(model, source.tensors)
+    changes: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    changes |= _resize(model, files)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     ties, aliases = _ties(model), _aliases(model)
-    saved = _also_for(aliases, read_adapter(model, adapter))
+    saved = _also_for(aliases, read_adapter(model, files))
     unknown = sorted((set(saved.updates) | set(saved.whole_layers)) - set(shapes))
     if unknown:
         raise ValueError(f"{adapter}: the adapter changes {unknown[0]}, which the model does not have")
-    changes: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     extras = _untie(ties, saved, mapping)
     if extras is not None:
         changes["tie_word_embeddings"] = False
         _check_unties(folder, changes, ties=ties, trust_remote_code=trust_remote_code)
     tensors = [tensor for recipe in _distinct(mapping) for tensor in _made_of(recipe, saved, shapes, dtype=dtype)]
     tensors += [_merged_tensor(source.tensors[name], dtype=dtype) for name in sorted(mapping.unexpected)]
-    tensors += [_changed(spec, name, saved, name=name, dtype=dtype) for name, spec in (extras or {}).items()]
+    tensors += [_changed(spec, name, saved, shapes, name=name, dtype=dtype) for name, spec in (extras or {}).items()]
     for tensor in tensors:
         if tensor.output.dtype.is_floating_point and tensor.output.dtype.itemsize == 1:
             raise UnsupportedError(
@@ -118,12 +120,33 @@ def plan_merge(
     return MergePlan(tensors=tuple(tensors), sources=plain, config_changes=changes)
 
 
+# Where PEFT's layers leave an embedding's own weight.
+_EMBEDDING_NAMES = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
+
+
+def _resize(model: PreTrainedModel, files: AdapterFiles) -> dict[str, object]:
+    """Give the model the vocabulary that the adapter was trained with: tokens may have been added for it.
+
+    Returns:
+        What the configuration must say.
+    """
+    config = model.config.get_text_config(decoder=True)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name in _EMBEDDING_NAMES if layer is not None else ():
+            stored = files.tensors.get(f"base_model.model.{paths[id(layer)]}.{name}")
+            if stored is not None and stored.ndim == 2 and stored.shape[0] != layer.weight.shape[0]:
+                model.resize_token_embeddings(stored.shape[0], mean_resizing=False)
+                return {"vocab_size": config.vocab_size}
+    return {}
+
+
 def _on_meta(folder: Path, changes: Mapping[str, object], *, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     for name, value in changes.items():
-        setattr(config, name, value)
+        setattr(config.get_text_config(decoder=True) if name == "vocab_size" else config, name, value)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -214,9 +237,16 @@ def _made_of(
     """The stored tensors of a recipe after the merge."""
     changed = [name for name in recipe.targets if name in saved.updates or name in saved.whole_layers]
     if not changed:
+        if recipe.convert is None and shapes[recipe.targets[0]] != recipe.sources[0].shape:
+            raise UnsupportedError(
+                f"merging an adapter whose vocabulary was resized without {recipe.targets[0]}",
+                reason="the rows of the added tokens are in neither file",
+                instead="the adapter saved with them: save_pretrained(..., save_embedding_layers=True)",
+            )
         return [_merged_tensor(spec, dtype=dtype) for spec in recipe.sources]
     if recipe.convert is None:
-        return [_changed(recipe.sources[0], recipe.targets[0], saved, name=recipe.sources[0].name, dtype=dtype)]
+        spec = recipe.sources[0]
+        return [_changed(spec, recipe.targets[0], saved, shapes, name=spec.name, dtype=dtype)]
     runs = None if any(name in saved.whole_layers for name in changed) else _trace_rows(recipe, shapes)
     needs_all = any(update.sees_all_rows for name in changed for update in saved.updates.get(name, ()))
     if runs is None or needs_all:
@@ -239,15 +269,21 @@ def _made_of(
 
 
 def _changed(
-    spec: TensorSpec, target: str, saved: SavedAdapter, *, name: str, dtype: torch.dtype | None
+    spec: TensorSpec,
+    target: str,
+    saved: SavedAdapter,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    name: str,
+    dtype: torch.dtype | None,
 ) -> MergedTensor:
     """A tensor that is stored as the parameter is, and that an adapter may change."""
+    made = _merged_tensor(spec, dtype=dtype, shape=shapes[target], name=name)
     if target in saved.whole_layers:
-        whole = (saved.whole_layers[target], target.rpartition(".")[2])
-        return _merged_tensor(spec, name=name, dtype=dtype, whole_layer=whole)
+        return replace(made, whole_layer=(saved.whole_layers[target], target.rpartition(".")[2]))
     updates = saved.updates.get(target, ())
-    segments = (Segment(start=0, num_rows=num_rows(spec.shape), target_start=0, updates=updates),) if updates else ()
-    return _merged_tensor(spec, name=name, dtype=dtype, segments=segments)
+    segments = (Segment(start=0, num_rows=num_rows(shapes[target]), target_start=0, updates=updates),)
+    return replace(made, segments=segments if updates else ())
 
 
 def _merged_tensor(
@@ -255,12 +291,12 @@ def _merged_tensor(
     *,
     dtype: torch.dtype | None,
     name: str | None = None,
+    shape: tuple[int, ...] | None = None,
     segments: tuple[Segment, ...] = (),
-    whole_layer: tuple[WholeLayer, str] | None = None,
 ) -> MergedTensor:
     stored = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
-    output = OutputTensor(name=name or spec.name, dtype=stored, shape=spec.shape)
-    return MergedTensor(output=output, source=spec, segments=segments, whole_layer=whole_layer)
+    output = OutputTensor(name=name or spec.name, dtype=stored, shape=shape or spec.shape)
+    return MergedTensor(output=output, source=spec, segments=segments)
 
 
 def num_rows(shape: tuple[int, ...]) -> int:

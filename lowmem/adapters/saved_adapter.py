@@ -1,40 +1,45 @@
 """A saved PEFT adapter, read by PEFT itself into a model without weights, as updates of the model's parameters.
 
 PEFT decides what the file's keys mean (its conversions between versions, patterns of ranks, tied adapters); here its
-layers are asked for their factors. Imports PEFT: import this module where it is used.
+files are checked first, and then its layers are asked for their factors. Imports PEFT: import this module where it is
+used.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import stat
+import types
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant, MiCAEmbeddingVariant, MiCALinearVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from lowmem.adapters.support import CHANGED_BASE_INITS, words
 from lowmem.adapters.updates import LowRank, Replacement, RowReplacement, Update
 from lowmem.errors import UnsupportedError
-from lowmem.internals.torch import parameter_table
 from lowmem.models.absent import AbsentParameter
+from offload import SafetensorsSource, TensorReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 _ADAPTER = "default"
@@ -44,13 +49,177 @@ _TILED_TYPES = frozenset({"LORA", "LN_TUNING", "TRAINABLE_TOKENS"})
 
 
 # PEFT's own merge of one whole layer is used for these. Each is compared with merge_and_unload in the tests.
-_WHOLE_LAYER_TYPES = _words(
+_WHOLE_LAYER_TYPES = words(
     """ADALORA BOFT C3A DEFT DELORA FOURIERFT GLORA GRALORA HIRA HRA IA3 LOHA LOKR MISS OFT PEANUT PVERA RANDLORA ROAD
     SHIRA SUPERTUNING UNILORA VBLORA VERA WAVEFT"""
 )
 
 
-_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_RESIDENT = "PEFT's merge_and_unload on a model that is in memory"
+
+
+_CONFIG_NAME, _WEIGHTS_NAME, _PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+_MAX_CONFIG_BYTES = 16 << 20
+
+
+_SAVE_AGAIN = "save the adapter again, or download it again"
+
+
+# What PEFT raises for values of a configuration that it did not expect, and for tensors that do not fit.
+_RAW_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    re.error,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFiles:
+    """An adapter's configuration and tensors, checked, before any model is there."""
+
+    folder: Path
+    """Where they lie."""
+    config: PeftConfig
+    """What PEFT makes of adapter_config.json."""
+    tensors: Mapping[str, Tensor]
+    """By stored name."""
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name of the type."""
+        return _kind(self.config)
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def read_files(folder: Path) -> AdapterFiles:
+    """Read and check the files of an adapter.
+
+    Args:
+        folder: As PEFT's `save_pretrained` and the Trainer write it.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        UnsupportedError: The adapter cannot be merged, or its weights are pickled.
+        ValueError: A file is damaged; names file and field.
+        SourceError: The safetensors file is damaged.
+    """
+    config = _read_config(folder / _CONFIG_NAME)
+    _refuse(config)
+    if not _is_regular(folder / _WEIGHTS_NAME):
+        if _is_regular(folder / _PICKLE_NAME):
+            raise UnsupportedError(
+                f"{folder / _PICKLE_NAME}",
+                reason="a pickle runs code when it is read",
+                instead="adapter_model.safetensors, which PEFT's save_pretrained writes",
+            )
+        raise FileNotFoundError(f"{folder}: no {_WEIGHTS_NAME}; give the folder of a saved PEFT adapter")
+    tensors = _read_tensors(folder / _WEIGHTS_NAME)
+    _check_ranks(folder / _CONFIG_NAME, config, tensors)
+    return AdapterFiles(folder=folder, config=config, tensors=tensors)
+
+
+def _is_regular(file: Path) -> bool:
+    """Whether a file can be read: one that is none, a pipe or a device, would be waited on for ever."""
+    if not file.exists():
+        return False
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file}: not a regular file; {_SAVE_AGAIN}")
+    return True
+
+
+def _read_config(file: Path) -> PeftConfig:
+    if not _is_regular(file):
+        raise FileNotFoundError(f"{file.parent}: no {_CONFIG_NAME}; give the folder of a saved PEFT adapter")
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, which no configuration has; {_SAVE_AGAIN}")
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({_first_line(error)}); {_SAVE_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected an object, got {_short(values)}; {_SAVE_AGAIN}")
+    kind = values.get("peft_type")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
+    if made is None:
+        raise ValueError(f"{file}: peft_type: {_short(kind)} is no adapter type that this PEFT knows; {_SAVE_AGAIN}")
+    for name, hint in typing.get_type_hints(made).items():
+        # PEFT annotates numbers as int that are None by default.
+        if name in values and values[name] != getattr(made, name, ...) and not _fits(values[name], hint):
+            raise ValueError(f"{file}: {name}: {_short(values[name])} is no value that {made.__name__} takes")
+    try:
+        return PeftConfig.from_pretrained(str(file.parent))
+    except _RAW_ERRORS as error:
+        raise ValueError(f"{file}: {made.__name__} cannot be made of it: {_first_line(error)}") from error
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value of a JSON file is of an annotated type, as loosely as PEFT takes it."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        # Not the values: PEFT's own lists of them have patterns ("pissa_niter_[number of iters]").
+        return any(_fits(value, type(arg)) for arg in args)
+    if origin in (list, set, tuple) or hint in (list, set, tuple):
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value if args)
+    if origin is dict or hint is dict or is_dataclass(hint):
+        return isinstance(value, dict) and all(_fits(item, args[1]) for item in value.values() if args)
+    if hint in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return math.isfinite(value) and abs(value) < 2**63
+    if hint in (str, bool, types.NoneType):
+        return isinstance(value, hint)
+    return True
+
+
+def _check_ranks(file: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """A rank is a side of some tensor; a larger one would only take memory."""
+    largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
+    ranks = {"r": getattr(config, "r", 0)} | (getattr(config, "rank_pattern", None) or {})
+    for name, rank in ranks.items():
+        if isinstance(rank, (int, float)) and not 0 <= rank <= largest:
+            raise ValueError(f"{file}: {name}: rank {rank}, and no tensor of {_WEIGHTS_NAME} has a side of that size")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    reader = TensorReader()
+    try:
+        with SafetensorsSource([file]) as source:
+            tensors = {
+                name: reader.read(spec, 0, nbytes=spec.nbytes).reshape(spec.shape).clone()
+                for name, spec in source.tensors.items()
+            }
+    finally:
+        reader.close()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"{file}: {name}: some of its values are not finite; {_SAVE_AGAIN}")
+    return tensors
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch's list of problems has a title.
+    line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else (lines or [""])[0]
+    return f"{type(error).__name__}: {line[:300].rstrip('.')}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +239,18 @@ class WholeLayer:
             read: Reads a whole parameter by its name in the model, in the dtype to compute in.
         """
         base = self.layer.get_base_layer()
-        absent = {name: param for name, param in parameter_table(base).items() if param is not None}
+        absent = dict(base.named_parameters(recurse=False))
         try:
             for name in absent:
-                parameter_table(base)[name] = nn.Parameter(read(f"{self.prefix}.{name}"), requires_grad=False)
+                setattr(base, name, nn.Parameter(read(f"{self.prefix}.{name}"), requires_grad=False))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"peft(\.|$)")
                 self.layer.merge(adapter_names=[_ADAPTER])
-            merged: Tensor = parameter_table(base)[attribute].detach()
+            merged: Tensor = getattr(base, attribute).detach()
             return merged
         finally:
-            parameter_table(base).update(absent)
+            for name, param in absent.items():
+                setattr(base, name, param)
             self.layer.merged_adapters.clear()
 
 
@@ -94,54 +264,59 @@ class SavedAdapter:
     """By the parameter's name in the model: those that PEFT merges."""
 
 
-def read_adapter(model: PreTrainedModel, folder: Path) -> SavedAdapter:
-    """Read an adapter.
+def read_adapter(model: PreTrainedModel, files: AdapterFiles) -> SavedAdapter:
+    """Find out what an adapter does to a model.
 
     Args:
         model: The model on the meta device; its parameters become placeholders and PEFT's layers are put into it.
-        folder: The adapter's folder.
+        files: The adapter.
 
     Raises:
         UnsupportedError: An adapter that cannot be merged into an ordinary checkpoint.
         ValueError: The adapter does not fit the model, or is incomplete.
     """
-    config = PeftConfig.from_pretrained(str(folder))
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    _refuse(config, kind)
     _place(model)
     with warnings.catch_warnings():
         # Of tied embeddings, missing biases, unusual layers: what matters of it for a merge is checked here.
         warnings.filterwarnings("ignore", module=r"peft(\.|$)")
-        config.inference_mode = True
-        wrapped = PeftModel(
-            model,
-            config,
-            adapter_name=_ADAPTER,
-            autocast_adapter_dtype=False,
-            # Other types make projections from a seed, which are not in the file and must have values.
-            low_cpu_mem_usage=kind in _TILED_TYPES,
-        )
-        _load(wrapped, folder)
+        files.config.inference_mode = True
+        try:
+            wrapped = PeftModel(
+                model,
+                files.config,
+                adapter_name=_ADAPTER,
+                autocast_adapter_dtype=False,
+                # Other types make projections from a seed, which are not in the file and must have values.
+                low_cpu_mem_usage=files.kind in _TILED_TYPES,
+            )
+        except UnsupportedError:
+            raise
+        except _RAW_ERRORS as error:
+            raise ValueError(
+                f"{files.folder / _CONFIG_NAME}: PEFT cannot put this adapter into the model ({_first_line(error)}); "
+                "give the model it was trained on"
+            ) from error
+        _load(wrapped, files)
     collected = _Collected()
     for name, module in _outermost(model):
         collected.take(name, module)
-    collected.check_complete(wrapped, folder)
+    collected.check_complete(wrapped, files.folder)
     return SavedAdapter(
         updates={name: tuple(updates) for name, updates in collected.updates.items()},
         whole_layers=collected.whole_layers,
     )
 
 
-def _refuse(config: PeftConfig, kind: str) -> None:
-    resident = "PEFT's merge_and_unload on a model that is in memory"
+def _refuse(config: PeftConfig) -> None:
+    kind = _kind(config)
     if kind not in _TILED_TYPES | _WHOLE_LAYER_TYPES:
         raise UnsupportedError(
             f"merging {type(config).__name__} ({kind})",
             reason="it has no merged form, or none that has been compared with PEFT's",
-            instead=f"LoRA, or {resident}",
+            instead=f"LoRA, or {_RESIDENT}",
         )
     init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and init.startswith(_RESIDUAL_INITS):
+    if isinstance(init, str) and init.startswith(CHANGED_BASE_INITS):
         raise UnsupportedError(
             f"merging an adapter with init_lora_weights={init!r}",
             reason="it belongs to base weights from which its initial value was taken away",
@@ -150,7 +325,7 @@ def _refuse(config: PeftConfig, kind: str) -> None:
     for option in ("alora_invocation_tokens", "arrow_config", "layer_replication", "kasa_config"):
         if getattr(config, option, None):
             raise UnsupportedError(
-                f"merging an adapter with {option}", reason="it has no form as changed weights", instead=resident
+                f"merging an adapter with {option}", reason="it has no form as changed weights", instead=_RESIDENT
             )
 
 
@@ -159,9 +334,8 @@ def _place(model: PreTrainedModel) -> None:
 
     Each reads as NaN: values that PEFT computes from one and that the adapter's file does not replace are seen then.
     """
-    params = list(model.named_parameters(remove_duplicate=False))
     placed: dict[int, AbsentParameter] = {}
-    for name, param in params:
+    for name, param in list(model.named_parameters(remove_duplicate=False)):
         path, _, attribute = name.rpartition(".")
         if id(param) not in placed:
             placed[id(param)] = AbsentParameter.of(
@@ -171,30 +345,36 @@ def _place(model: PreTrainedModel) -> None:
                 key=name,
                 load=partial(torch.full((), torch.nan).expand, param.shape),
             )
-        parameter_table(model.get_submodule(path))[attribute] = placed[id(param)]
+        setattr(model.get_submodule(path), attribute, placed[id(param)])
 
 
-def _load(wrapped: PeftModel, folder: Path) -> None:
-    weights = load_peft_weights(str(folder), device="cpu")
+def _load(wrapped: PeftModel, files: AdapterFiles) -> None:
     try:
-        result = set_peft_model_state_dict(wrapped, weights, _ADAPTER, low_cpu_mem_usage=True)
-    except (RuntimeError, KeyError) as error:
+        result = set_peft_model_state_dict(wrapped, dict(files.tensors), _ADAPTER, low_cpu_mem_usage=True)
+    except _RAW_ERRORS as error:
         raise ValueError(
-            f"{folder}: the adapter does not fit the model: {error}; give the model it was trained on (if the "
-            "vocabulary was resized, a checkpoint of the resized model)"
+            f"{files.folder}: the adapter does not fit the model ({_first_line(error)}); "
+            "give the model it was trained on"
         ) from error
-    if result.unexpected_keys:
+    unknown = [name for name in result.unexpected_keys if not _is_saved_twice(name, files.tensors)]
+    if unknown:
         raise ValueError(
-            f"{folder}: the model has no place for the adapter's {_shown(result.unexpected_keys)}; "
+            f"{files.folder}: the model has no place for the adapter's {_shown(unknown)}; "
             "give the model it was trained on"
         )
+
+
+def _is_saved_twice(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT saved a module of `modules_to_save` under two names, as it does once the vocabulary was resized."""
+    other = name.replace(f".modules_to_save.{_ADAPTER}.", ".").replace(".modules_to_save.", ".")
+    return other != name and other in tensors and name in tensors and torch.equal(tensors[name], tensors[other])
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules by their name without PEFT's layers; does not descend into what an auxiliary wrapper holds."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if path.startswith(inside) if inside else False:
+        if path.startswith(inside):
             continue
         if isinstance(module, (AuxiliaryTrainingWrapper, TrainableTokensLayer, LNTuningLayer)):
             inside = (*inside, f"{path}.")
@@ -211,6 +391,7 @@ class _Collected:
     def take(self, name: str, module: nn.Module) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             self._copy(name, module.modules_to_save[_ADAPTER])
+            self._consume(module)
         elif isinstance(module, TrainableTokensWrapper):
             self._tokens(name, module.token_adapter)
         elif isinstance(module, TrainableTokensLayer):
@@ -222,11 +403,14 @@ class _Collected:
         elif isinstance(module, BaseTunerLayer):
             self._whole(name, module)
         else:
-            # Base weights that the adapter brought with it: resized embeddings, biases.
-            for attribute, param in module.named_parameters(recurse=False):
-                if not isinstance(param, AbsentParameter) and id(param) not in self.known:
-                    self._add(f"{name}.{attribute}", Replacement(_real(param, f"{name}.{attribute}")))
-                    self.known.add(id(param))
+            self._take_base(name, module)
+
+    def _take_base(self, name: str, module: nn.Module) -> None:
+        """Base weights that the adapter brought with it: resized embeddings, biases."""
+        for attribute, param in module.named_parameters(recurse=False):
+            if not isinstance(param, AbsentParameter) and id(param) not in self.known:
+                self._add(f"{name}.{attribute}", Replacement(_real(param, f"{name}.{attribute}")))
+                self.known.add(id(param))
 
     def _add(self, name: str, update: Update) -> None:
         # A replaced base weight comes first: an adapter on top of it adds to the new value.
@@ -238,7 +422,7 @@ class _Collected:
             raise UnsupportedError(
                 f"merging modules_to_save with {name}",
                 reason="it holds layers that are adapted as well",
-                instead="PEFT's merge_and_unload on a model that is in memory",
+                instead=_RESIDENT,
             )
         for attribute, value in module.state_dict(keep_vars=True).items():
             self._add(f"{name}.{attribute}", Replacement(_real(value, f"{name}.{attribute}")))
@@ -246,6 +430,7 @@ class _Collected:
 
     def _tokens(self, name: str, layer: TrainableTokensLayer) -> None:
         values = _real(layer.trainable_tokens_delta[_ADAPTER], f"{name}.trainable_tokens_delta")
+        self._take_base(name, layer.get_base_layer())
         rows = torch.tensor(layer.token_indices[_ADAPTER], dtype=torch.long)
         self._add(f"{name}.weight", RowReplacement(rows, values))
         self._consume(layer, *(() if layer.tied_adapter is None else (layer.tied_adapter,)))
@@ -256,6 +441,7 @@ class _Collected:
         if variant is not None and not dora and not isinstance(variant, (MiCALinearVariant, MiCAEmbeddingVariant)):
             self._whole(name, layer)
             return
+        self._take_base(name, layer.get_base_layer())
         self._consume(layer)
         if _ADAPTER not in layer.scaling:
             return
@@ -278,14 +464,15 @@ class _Collected:
 
     def _whole(self, name: str, layer: BaseTunerLayer) -> None:
         self._consume(layer)
+        base_params = dict(layer.get_base_layer().named_parameters(recurse=False))
+        reason = ""
         if any(bool(value.isnan().any()) for value in (*_adapter_params(layer), *layer.buffers())):
-            raise UnsupportedError(
-                f"merging the adapter of {name}",
-                reason="its file lacks values that were computed from the base weights",
-                instead="PEFT's merge_and_unload on a model that is in memory",
-            )
-        base = layer.get_base_layer()
-        for attribute, _ in base.named_parameters(recurse=False):
+            reason = "its file lacks values that were computed from the base weights"
+        elif not all(isinstance(param, AbsentParameter) for param in base_params.values()):
+            reason = "its file holds base weights, of resized embeddings"
+        if reason:
+            raise UnsupportedError(f"merging the adapter of {name}", reason=reason, instead=_RESIDENT)
+        for attribute in base_params:
             self.whole_layers[f"{name}.{attribute}"] = WholeLayer(layer=layer, prefix=name)
 
     def _consume(self, *modules: nn.Module) -> None:
@@ -302,7 +489,7 @@ class _Collected:
             raise UnsupportedError(
                 f"merging an adapter with {_shown(left)}",
                 reason="there is no rule for it",
-                instead="PEFT's merge_and_unload on a model that is in memory",
+                instead=_RESIDENT,
             )
 
 
@@ -356,4 +543,4 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-__all__ = ["SavedAdapter", "WholeLayer", "read_adapter"]
+__all__ = ["AdapterFiles", "SavedAdapter", "WholeLayer", "read_adapter", "read_files"]

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text: a list of names that reads as one."""
     return frozenset(text.split())
 
 
 # Types whose adapters act on single layers (or on the input embeddings) and never write to them. Each is compared with
 # a resident model in the tests.
-_EXACT_TYPES = _words(
+_EXACT_TYPES = words(
     """LORA ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOHA LOKR MISS OFT
     P_TUNING PEANUT PROMPT_TUNING PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA
     VERA WAVEFT"""
@@ -63,7 +64,7 @@ _REFUSED_TYPES: Mapping[str, _Refusal] = {
 
 
 # Every value of these is exact.
-_FREE_LORA_FIELDS = _words(
+_FREE_LORA_FIELDS = words(
     """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
     exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora modules_to_save layers_to_transform layers_pattern
     rank_pattern alpha_pattern megatron_core trainable_token_indices eva_config corda_config lora_ga_config loftq_config
@@ -97,6 +98,10 @@ _REFUSED_LORA_FIELDS: Mapping[str, _Refusal] = {
     "kasa_config": _Refusal(reason=_CHANGES_BASE, instead="plain LoRA, or use_dora=True"),
     "megatron_config": _Refusal(reason="it is for Megatron's parallel layers", instead="leave it out"),
 }
+
+
+# Initialisations that take the adapter's first value away from the base weights.
+CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 _EXACT_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -183,7 +188,7 @@ def _default(field: Field[object]) -> object:
 
 
 def _init_reason(init: str) -> str:
-    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if init.startswith(CHANGED_BASE_INITS):
         return _CHANGES_BASE
     return "this version of lowmem does not know the initialisation"
 
@@ -224,4 +229,4 @@ def _check_base_weights(name: str, base_layer: nn.Module) -> None:
             )
 
 
-__all__ = ["check_peft_config", "check_peft_model"]
+__all__ = ["CHANGED_BASE_INITS", "check_peft_config", "check_peft_model", "words"]

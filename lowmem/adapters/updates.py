@@ -36,9 +36,15 @@ class Update(ABC):
         """Whether `measure` must be called first."""
         return False
 
-    @abstractmethod
     def same_as(self, other: Update) -> bool:
-        """Whether the other update makes the same values out of the same parameter."""
+        """Whether the other update makes the same values out of the same parameter: it is of the same numbers."""
+        return type(self) is type(other) and all(_equal(one, vars(other)[name]) for name, one in vars(self).items())
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 @final
@@ -50,11 +56,8 @@ class Replacement(Update):
 
     def apply(self, tile: Tensor, start: int) -> Tensor:
         """Change some rows, see `Update.apply`."""
-        return self._values[start : start + tile.shape[0]].to(tile.dtype)
-
-    def same_as(self, other: Update) -> bool:
-        """Whether the other update has the same values."""
-        return isinstance(other, Replacement) and torch.equal(self._values, other._values)
+        # Into the tile's memory: what comes next may work in place.
+        return tile.copy_(self._values[start : start + tile.shape[0]])
 
 
 @final
@@ -73,14 +76,6 @@ class RowReplacement(Update):
         """Change some rows, see `Update.apply`."""
         inside = (self._rows >= start) & (self._rows < start + tile.shape[0])
         return tile.index_copy(0, self._rows[inside] - start, self._values[inside].to(tile.dtype))
-
-    def same_as(self, other: Update) -> bool:
-        """Whether the other update has the same values."""
-        return (
-            isinstance(other, RowReplacement)
-            and torch.equal(self._rows, other._rows)
-            and torch.equal(self._values, other._values)
-        )
 
 
 @final
@@ -147,21 +142,6 @@ class LowRank(Update):
             count = min(height - first, num_rows - done)
             yield matrix, slice(first, first + count), slice(done, done + count)
             done += count
-
-    def same_as(self, other: Update) -> bool:
-        """Whether the other update has the same values."""
-        return (
-            isinstance(other, LowRank)
-            and self._scaling == other._scaling
-            and torch.equal(self._left, other._left)
-            and torch.equal(self._right, other._right)
-            and _both(self._row_magnitude, other._row_magnitude)
-            and _both(self._column_magnitude, other._column_magnitude)
-        )
-
-
-def _both(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is None and other is None if one is None or other is None else torch.equal(one, other)
 
 
 def as_matrix(values: Tensor) -> Tensor:

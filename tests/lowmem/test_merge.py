@@ -16,7 +16,7 @@ from typing import cast
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors import safe_open
@@ -327,6 +327,74 @@ def test_dtype_is_stored_and_declared(bases: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.02])
+@pytest.mark.parametrize("kind", ["lora", "whole layer"])
+def test_what_rounding_loses_of_an_adapter_is_said(kind: str, scale: float, bases: Path, tmp_path: Path) -> None:
+    base = base_of(bases, "llama", torch.bfloat16)
+    config = LoraConfig(r=4, target_modules=TARGETS) if kind == "lora" else LoHaConfig(r=4, target_modules=TARGETS)
+    adapter = save_adapter(base, config, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    small = {name: tensor * scale if "lora_B" in name or "w2_b" in name else tensor for name, tensor in tensors.items()}
+    save_file(small, adapter / "adapter_model.safetensors")
+    before, exact = stored(base), stored(merge(base, adapter=adapter, output=tmp_path / "exact", dtype="float32"))
+    with pytest.warns(UserWarning, match=r"rounding to bfloat16 lost .*--dtype float32") as warned:
+        out = merge(base, adapter=adapter, output=tmp_path / "out")
+    wanted, kept, num_changed, num_unmoved = 0.0, 0.0, 0, 0
+    for name, tensor in stored(out).items():
+        change, moved = exact[name].double() - before[name].double(), tensor.double() - before[name].double()
+        wanted, kept = wanted + float((change * change).sum()), kept + float((change * moved).sum())
+        num_changed += int((change != 0).sum())
+        num_unmoved += int(((change != 0) & (moved == 0)).sum())
+    (said,) = [str(warning.message) for warning in warned if warning.category is UserWarning]
+    assert f"lost {1 - kept / wanted:.0%} of" in said
+    assert f"({num_unmoved / num_changed:.0%} of" in said
+
+
+ADDED = {
+    "saved whole": ("llama", LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["embed_tokens", "lm_head"])),
+    "saved by themselves": ("llama", LoraConfig(r=4, target_modules=TARGETS)),
+    "tied": ("llama tied", LoraConfig(r=4, target_modules=TARGETS)),
+    "tied, saved": (
+        "llama tied",
+        LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True),
+    ),
+    "adapted": ("llama", LoraConfig(r=4, target_modules=[*TARGETS, "embed_tokens", "lm_head"])),
+    "trained tokens": ("llama", LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=[1, 128, 129])),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_tokens_that_were_added_for_the_adapter_are_in_the_output(case: str, bases: Path, tmp_path: Path) -> None:
+    name, config = ADDED[case]
+    base = base_of(bases, *name.split(" ")[:1], changes=TIED if "tied" in name else None)
+    torch.manual_seed(3)
+    model = resident(base)
+    num_tokens = model.config.vocab_size + 2
+    model.resize_token_embeddings(num_tokens)
+    with quiet_peft():
+        trained = adapt(model, config)
+        trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    out = merge(base, adapter=tmp_path / "adapter", output=tmp_path / "out")
+    with quiet_peft():
+        merged = trained.merge_and_unload()
+    ours = load(out)
+    assert ours.config.vocab_size == ours.get_input_embeddings().weight.shape[0] == num_tokens
+    assert ours.state_dict().keys() == merged.state_dict().keys()
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits(ours), logits(merged.eval()), rtol=1e-5, atol=1e-5)
+
+
+def test_added_tokens_that_are_in_no_file_are_named(bases: Path, tmp_path: Path) -> None:
+    base, model = base_of(bases, "llama"), resident(base_of(bases, "llama"))
+    model.resize_token_embeddings(model.config.vocab_size + 2)
+    config = LoraConfig(r=4, target_modules=TARGETS, modules_to_save=["embed_tokens"])
+    with quiet_peft():
+        adapt(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(UnsupportedError, match=r"without lm_head.weight .*save_embedding_layers=True"):
+        merge(base, adapter=tmp_path / "adapter", output=tmp_path / "out")
+
+
 def test_files_beside_the_weights_come_along_and_the_adapters_tokenizer_wins(tmp_path: Path) -> None:
     base = build("llama", tmp_path / "base")
     adapter = save_adapter(base, LoraConfig(r=4, target_modules=TARGETS), tmp_path / "adapter")
@@ -341,7 +409,7 @@ def test_files_beside_the_weights_come_along_and_the_adapters_tokenizer_wins(tmp
     assert (out / "LICENSE").read_text() == "ours"
     assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
     expected = {"config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "LICENSE"}
-    expected |= {"code.py", "chat_template.jinja", "model.safetensors"}
+    expected |= {"chat_template.jinja", "model.safetensors"}
     assert {file.name for file in out.iterdir()} == expected
     assert (out.stat().st_mode & 0o777) == ((tmp_path / "adapter").stat().st_mode & 0o777)
 
