@@ -136,12 +136,14 @@ class AdaLomoRule(Rule):
         weight_of_new = float(state["step"]) ** self.decay_rate
         squares = gradient.square().add_(self.eps[0])
         if "exp_avg_sq" in state:
-            second = state["exp_avg_sq"].lerp_(squares, weight_of_new)
+            towards = gradient / state["exp_avg_sq"].lerp_(squares, weight_of_new).sqrt()
         else:
             rows = state["exp_avg_sq_row"].lerp_(squares.mean(dim=-1, keepdim=True), weight_of_new)
             columns = state["exp_avg_sq_col"].lerp_(squares.mean(dim=-2, keepdim=True), weight_of_new)
-            second = rows * columns / rows.mean(dim=-2, keepdim=True)
-        towards = limit_update_rms(gradient / second.sqrt(), self.clip_threshold)
+            # One factor after the other: the product of a row and a column that are both zero but for eps underflows.
+            towards = gradient * rows.rsqrt()
+            towards.mul_(columns.rsqrt() * rows.mean(dim=-2, keepdim=True).sqrt_())
+        limit_update_rms(towards, self.clip_threshold)
         exact = read_weight(weight, state)
         num_values = weight.shape[-2:].numel()
         size = (norm_of_matrices(exact) / num_values**0.5).clamp_min_(self.eps[1])

@@ -94,7 +94,8 @@ def _factored(low: Tensor, state: State, beta2: float) -> Tensor:
     squares = low.square().add_(_SQUARE_FLOOR)
     rows = state["exp_avg_sq_row"].lerp_(squares.mean(dim=-1, keepdim=True), 1 - beta2)
     columns = state["exp_avg_sq_col"].lerp_(squares.mean(dim=-2, keepdim=True), 1 - beta2)
-    return rows * columns / rows.mean(dim=-2, keepdim=True)
+    # In this order: the product of a row and a column that are both nearly zero underflows.
+    return rows / rows.mean(dim=-2, keepdim=True) * columns
 
 
 def norm_of_matrices(values: Tensor) -> Tensor:

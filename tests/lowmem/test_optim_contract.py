@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -157,6 +158,64 @@ def test_state_takes_the_bytes_that_were_promised(name: str, dtype: torch.dtype)
                 assert sum(value.nbytes for value in promised.values()) == real
                 assert all(value.untyped_storage().nbytes() == value.nbytes for value in state.values())
     assert num_with_state > 0
+
+
+def _nothing(gradient: Tensor) -> None:
+    gradient.zero_()
+
+
+def _no_row_and_no_column(gradient: Tensor) -> None:
+    gradient[..., 0] = 0
+    gradient[..., 0, :] = 0
+
+
+def _an_idle_expert(gradient: Tensor) -> None:
+    gradient[0] = 0
+
+
+def _tiny(gradient: Tensor) -> None:
+    gradient.mul_(1e-25)
+
+
+@pytest.mark.parametrize("spoil", [_nothing, _no_row_and_no_column, _an_idle_expert, _tiny])
+@DTYPES
+@EVERY
+def test_gradients_that_are_zero_in_part_leave_numbers(
+    name: str, dtype: torch.dtype, spoil: Callable[[Tensor], None]
+) -> None:
+    """LoRA's A has none in the first step, an expert that no token chose has none in any."""
+    model = tiny_model(dtype)
+    optimizer = METHODS[name](model, lr=1e-2)
+    for step in range(3):
+        backward(model, step)
+        for param in model.parameters():
+            if param.grad is not None and param.ndim >= 2:
+                spoil(param.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, weight in model.named_parameters():
+        assert weight.isfinite().all(), key
+
+
+def test_adalomo_is_exact_where_rows_and_columns_are_zero() -> None:
+    """Against the paper's equation in fp64, in which nothing underflows."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 5))
+    exact = weight.detach().double()
+    optimizer = optim.AdaLomo([weight], lr=1e-2)
+    rows, columns = torch.zeros(6, 1, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64)
+    for step in range(1, 6):
+        weight.grad = torch.randn(6, 5)
+        if step < 4:
+            _no_row_and_no_column(weight.grad)
+        squares = weight.grad.double().square() + 1e-30
+        rows = rows.lerp(squares.mean(1, keepdim=True), step**-0.8)
+        columns = columns.lerp(squares.mean(0, keepdim=True), step**-0.8)
+        towards = weight.grad.double() / (rows * columns / rows.mean()).sqrt()
+        towards /= max(1.0, float(towards.square().mean().sqrt()))
+        exact = exact - 1e-2 * exact.square().mean().sqrt().clamp_min(1e-3) * towards
+        optimizer.step()
+    torch.testing.assert_close(weight.detach().double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @EVERY
