@@ -6,7 +6,7 @@ from lowmem.errors import UnsupportedError
 from offload import Budget
 
 if TYPE_CHECKING:
-    from lowmem import optim
+    from lowmem import full, optim
     from lowmem.adapters.merge import merge
     from lowmem.api import from_pretrained, plan
     from lowmem.essa.trainer import ESSAConfig, ESSATrainer
@@ -32,8 +32,8 @@ _LAZY = {
 def __getattr__(name: str) -> object:
     from importlib import import_module
 
-    if name == "optim":
-        return import_module("lowmem.optim")
+    if name in ("full", "optim"):
+        return import_module(f"lowmem.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'lowmem' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)
@@ -52,6 +52,7 @@ __all__ = [
     "TokenBar",
     "UnsupportedError",
     "from_pretrained",
+    "full",
     "merge",
     "optim",
     "plan",

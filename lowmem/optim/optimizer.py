@@ -181,7 +181,7 @@ class RuleOptimizer(Optimizer):
         super().__init__(groups, {**defaults, "clock": 0, "method": self.method_name})
         for param in self._params():
             self.rule_of(param).init(_meta(param))
-        self._mark_active()
+        mark_active(self)
         for engine in self._engines():
             engine.adopt(self)
 
@@ -231,7 +231,7 @@ class RuleOptimizer(Optimizer):
             engine.step(self)
         for group in self.param_groups:
             group["clock"] += 1
-        self._mark_active()
+        mark_active(self)
         return loss
 
     def _update(self, param: Tensor, hyper: Hyper) -> None:
@@ -291,7 +291,7 @@ class RuleOptimizer(Optimizer):
             saved_state = state_dict["state"].get(saved_id)
             if saved_state and engine_of(param) is None:
                 self.state[param] = self._restored(param, saved_state)
-        self._mark_active()
+        mark_active(self)
         for engine in self._engines():
             engine.load(state_dict)
 
@@ -311,16 +311,6 @@ class RuleOptimizer(Optimizer):
             name: value.detach().to("cpu" if expected[name].device.type == "cpu" else param.device, copy=True)
             for name, value in saved.items()
         }
-
-    def _mark_active(self) -> None:
-        """Let autograd skip the parameters that the next step leaves alone: no gradients, no memory for them."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                rule = self.rule_of(param)
-                if type(rule).is_active is not Rule.is_active and engine_of(param) is None:
-                    param.requires_grad_(rule.is_active(group["clock"]))
-                    if not param.requires_grad:
-                        param.grad = None
 
     def _follow_groups(self) -> None:
         """Build the rules anew if a field that decides them has changed."""
@@ -360,6 +350,17 @@ class RuleOptimizer(Optimizer):
         """The engines of this optimizer's parameters, each once, in order of appearance."""
         engines = {id(engine): engine for engine in map(engine_of, self._params()) if engine is not None}
         return list(engines.values())
+
+
+def mark_active(optimizer: RuleOptimizer) -> None:
+    """Let autograd skip the parameters that the next step leaves alone: no gradients, no memory for them."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            rule = optimizer.rule_of(param)
+            if type(rule).is_active is not Rule.is_active:
+                param.requires_grad_(rule.is_active(group["clock"]))
+                if not param.requires_grad:
+                    param.grad = None
 
 
 # Fields that change from step to step or hold tensors; everything else decides the rules.

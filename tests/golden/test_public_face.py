@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lowmem
+import lowmem.full
 import lowmem.optim
 import offload
 
@@ -43,7 +44,8 @@ def test_public_face_is_as_recorded() -> None:
     errors = [
         name for name in offload.__all__ if name.endswith("Error") or name in ("Closed", "SourceChanged", "TierFull")
     ]
-    names = [(lowmem, name) for name in lowmem.__all__] + [(lowmem.optim, name) for name in lowmem.optim.__all__]
+    faces = (lowmem, lowmem.optim, lowmem.full)
+    names = [(package, name) for package in faces for name in package.__all__]
     found = {
         f"{package.__name__}.{name}": described(getattr(package, name))
         for package, name in [*names, *((offload, name) for name in errors)]
