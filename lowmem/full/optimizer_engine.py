@@ -23,7 +23,7 @@ from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saving import load_moments, save_moments
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
 from lowmem.host_memory import give_back_freed
-from lowmem.optim.optimizer import RuleOptimizer, engine_of
+from lowmem.optim.optimizer import RuleOptimizer, engine_of, mark_active
 from lowmem.optim.plain import AdamWRule
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ class OptimizerEngine:
         self._steps = cast("dict[str, int]", record["steps"])
         self._num_steps = cast(int, record["num_steps"])
         self._optimizer = weakref.ref(optimizer)
+        mark_active(optimizer)
         return self._num_steps
 
     def state_on_disk(self, optimizer: RuleOptimizer) -> None:

@@ -177,8 +177,7 @@ class MemoryTier:
     def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
         """See `StateTier.accumulating`."""
         del adds, stays
-        flat = self._flat(index, _GRADIENT)
-        yield lambda one: one.add_to(_view(flat, one.place))
+        yield lambda one: one.add_to(_view(self._flat(index, _GRADIENT), one.place))
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         """See `StateTier.read_gradient`."""
