@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowmem.full.opening import AdapterRefusal, Masters, MasterWeights, open_full
+from lowmem.full.opening import AdapterRefusal, Masters, open_full
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.internals.trl import hash_by_fingerprint
 from lowmem.models.build import Skeleton, StreamedBlock, fill
@@ -137,7 +137,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         weights = (
             _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
             if masters is None
-            else MasterWeights(open_full(model, opened, masters, plan=plan, reader=reader, trace=trace))
+            else open_full(model, opened, masters, plan=plan, reader=reader, trace=trace)
         )
         stack.callback(weights.scheduler.close)
         chunks = can_chunk(model) is None
@@ -156,7 +156,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         # From here on they live as long as the runtime, and must not keep it alive. Closed in reverse: the scheduler
         # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
-    runtime.full = None if masters is None else masters.full
+    runtime.full = weights.full
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     attach(model, runtime)
     if masters is not None:
@@ -170,6 +170,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
 
 class _FrozenWeights:
     """Weights that stay in the checkpoint and never change."""
+
+    full = None
 
     def __init__(self, built: Skeleton, *, plan: Plan, reader: FileIO, device: torch.device, trace: Trace) -> None:
         self.scheduler = Scheduler(

@@ -29,7 +29,7 @@ from lowmem.full.tier import MemoryTier, StateTier
 from lowmem.internals.torch import parameter_table
 from lowmem.models.embedding import read_now
 from lowmem.optim.optimizer import give_to_engine
-from offload import BlockSpec, FileIO, StagingBuffer, Trace, lay_out, view_tensor
+from offload import BlockSpec, Closed, FileIO, StagingBuffer, Trace, lay_out, view_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,21 +43,21 @@ class BaseWeights:
     """Reads blocks and single parameters of the checkpoint. Used from several threads."""
 
     def __init__(self, built: Skeleton, layouts: Sequence[UnitLayout], *, reader: FileIO) -> None:
-        """Look parameters up; nothing is read yet.
+        """Look parameters up; nothing is read yet. Keeps nothing of the model: a thread that updates it has this.
 
         Args:
             built: Has the recipes; each makes one parameter of one stored tensor.
             layouts: The blocks.
             reader: Reads stored tensors.
         """
-        self._blocks, self._layouts, self._reader = built.blocks, layouts, reader
+        self._specs, self._layouts, self._reader = [block.spec for block in built.blocks], layouts, reader
         self._recipes = built.mapping.recipes
         self._lock = threading.Lock()
         self._buffer: StagingBuffer | None = None
 
     def load(self, index: int, into: Tensor) -> None:
         """Fill a flat fp32 buffer with a block's weights."""
-        read = lay_out(self._blocks[index].spec)
+        read = lay_out(self._specs[index])
         with self._lock:
             if self._buffer is None or self._buffer.nbytes < read.buffer_bytes:
                 self._buffer = StagingBuffer(read.buffer_bytes)
@@ -91,32 +91,42 @@ class MasterWeights:
     workspace_bytes = 0
     """Nothing is unpacked: masters are in the compute dtype."""
 
-    def __init__(self, full: FullTuning) -> None:
+    def __init__(self, full: FullTuning, engine: OptimizerEngine) -> None:
         """Visit through an engine.
 
         Args:
             full: Owns the weights; closed with this.
+            engine: Serves its optimizers; kept, because parameters refer to it weakly.
         """
-        self._full = full
-        self.scheduler = self.unpacker = self
+        self.full, self._engine = full, engine
+
+    @property
+    def scheduler(self) -> MasterWeights:
+        """This."""
+        return self
+
+    @property
+    def unpacker(self) -> MasterWeights:
+        """This, too."""
+        return self
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks."""
-        return self._full.num_blocks
+        return self.full.num_blocks
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory taken, by role."""
-        return self._full.tier.memory()
+        return self.full.tier.memory()
 
     def expect(self, order: Iterable[int]) -> None:
         """Have blocks ready for visits in this order."""
-        self._full.tier.expect(tuple(order))
+        self.full.tier.expect(tuple(order))
 
     @contextmanager
     def resident(self, block: int) -> Iterator[Mapping[str, Tensor]]:
         """A block's parameters by model name for the time of a visit."""
-        with self._full.lend(block) as values:
+        with self.full.lend(block) as values:
             yield values
 
     def unpack(self, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,11 +138,11 @@ class MasterWeights:
 
     def reset(self) -> None:
         """End all visits."""
-        self._full.tier.reset()
+        self.full.tier.reset()
 
     def close(self) -> None:
         """Complete the updates under way and give all memory back. May be called twice."""
-        self._full.tier.close()
+        self.full.tier.close()
 
 
 STATE_FOLDER = "weights-and-state"
@@ -143,18 +153,34 @@ class Masters:
     """Reads and writes single weights of a model whose engine is made after its parameters are."""
 
     def __init__(self) -> None:
-        self.full: FullTuning | None = None
-        """The engine, once there is one."""
+        self._full: weakref.ref[FullTuning] | None = None
+
+    def serve(self, full: FullTuning) -> None:
+        """Have an engine, which owns the parameters that refer to this: a reference back would keep both alive."""
+        self._full = weakref.ref(full)
 
     def load(self, key: str) -> Tensor:
-        """A copy of a weight."""
-        assert self.full is not None, f"{key} was read before the masters were filled"
-        return self.full.read(key)
+        """A copy of a weight.
+
+        Raises:
+            Closed: The model is gone.
+        """
+        return self._engine(key).read(key)
 
     def store(self, key: str, value: Tensor) -> None:
-        """Set a weight."""
-        assert self.full is not None, f"{key} was written before the masters were filled"
-        self.full.write(key, value)
+        """Set a weight.
+
+        Raises:
+            Closed: The model is gone.
+        """
+        self._engine(key).write(key, value)
+
+    def _engine(self, key: str) -> FullTuning:
+        assert self._full is not None, f"{key} was used before the masters were filled"
+        full = self._full()
+        if full is None:
+            raise Closed(f"{key}: the model that it is a parameter of is gone; open it again")
+        return full
 
 
 class AdapterRefusal:
@@ -220,7 +246,7 @@ def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dt
 
 def open_full(
     model: PreTrainedModel, opened: Opened, masters: Masters, *, plan: Plan, reader: FileIO, trace: Trace
-) -> FullTuning:
+) -> MasterWeights:
     """Fill the master weights and make every parameter trainable.
 
     Args:
@@ -252,13 +278,13 @@ def open_full(
             base.load(index, tier.weight(index))
         base.release()
     full = FullTuning(blocks, outer, tier=tier)
-    masters.full = full
+    masters.serve(full)
     model.requires_grad_(True)
     engine = OptimizerEngine(full)
     for entry in full.params.values():
         give_to_engine(entry.param, engine)
     install_saving(model, full, StoredNames(by_key=_stored_names(full, built)))
-    return full
+    return MasterWeights(full, engine)
 
 
 def _disk_tier(

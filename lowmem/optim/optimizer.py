@@ -8,6 +8,7 @@ A torch optimizer that runs a rule per parameter, and leaves offloaded parameter
 from __future__ import annotations
 
 import re
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -139,14 +140,25 @@ class ParameterEngine(Protocol):
 
 
 def engine_of(param: Tensor) -> ParameterEngine | None:
-    """The engine that holds a parameter, None for an ordinary one."""
-    engine: ParameterEngine | None = getattr(param, _ATTRIBUTE, None)
+    """The engine that holds a parameter, None for an ordinary one.
+
+    Raises:
+        RuntimeError: There was one, and the model that it belonged to is gone.
+    """
+    reference: weakref.ref[ParameterEngine] | None = getattr(param, _ATTRIBUTE, None)
+    if reference is None:
+        return None
+    engine = reference()
+    if engine is None:
+        raise RuntimeError(
+            "an optimizer of a model that is gone: open the model again, and make a new optimizer for it"
+        )
     return engine
 
 
 def give_to_engine(param: Tensor, engine: ParameterEngine) -> None:
-    """Mark a parameter as held by an engine."""
-    setattr(param, _ATTRIBUTE, engine)
+    """Mark a parameter as held by an engine. Weakly: an engine refers to its parameters."""
+    setattr(param, _ATTRIBUTE, weakref.ref(engine))
 
 
 # What torch, its schedulers and accelerate put into a group beside the optimizer's own fields.

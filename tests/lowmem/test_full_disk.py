@@ -1,9 +1,12 @@
 """State on disk survives kills, full disks and failing ones; one run at a time has a folder."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +17,8 @@ from transformers import PreTrainedModel
 import lowmem
 from lowmem.full import resume_last_step
 from lowmem.streaming.runtime import runtime_of
-from offload import OffloadError, SourceError, TierFull, WriteError
-from offload.errors import FolderInUse
-from tests.lowmem.full_training import backward, batches, full, weights
+from offload import Closed, FolderInUse, OffloadError, SourceError, TierFull, WriteError
+from tests.lowmem.full_training import backward, batches, full, plain_trainer, weights
 from tests.offload.small_disk import fill, small_disk
 from tests.zoo.architectures import build
 
@@ -54,6 +56,46 @@ def test_the_second_run_on_a_folder_is_refused(folder: Path, tmp_path: Path) -> 
         full(folder, "disk", tmp_path)
     runtime_of(model).close()
     runtime_of(full(folder, "disk", tmp_path)).close()
+
+
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_a_deleted_model_takes_its_threads_along_and_leaves_its_folder_to_the_next(
+    folder: Path, tmp_path: Path, tier: str
+) -> None:
+    before = {thread.name for thread in threading.enumerate()}
+    for number in range(3):
+        model = full(folder, tier, tmp_path).train()
+        optimizer = lowmem.optim.AdamW(model, lr=1e-2)
+        if number and tier == "disk":
+            assert resume_last_step(optimizer) == number
+        _train(model, optimizer, range(number, number + 1))
+        trained = weights(model)
+        tuning = weakref.ref(runtime_of(model).full)
+        param = model.model.layers[0].mlp.up_proj.weight
+        del model
+        gc.collect()
+        assert tuning() is None
+        assert not {thread.name for thread in threading.enumerate()} - before
+        # What outlives the model says that it is gone.
+        with pytest.raises(RuntimeError, match="an optimizer of a model that is gone"):
+            optimizer.step()
+        with pytest.raises(Closed, match=r"up_proj.weight: the model that it is a parameter of is gone"):
+            param + 0
+        del optimizer, param
+    whole = full(folder, "device", tmp_path).train()
+    _train(whole, lowmem.optim.AdamW(whole, lr=1e-2), range(3))
+    for name, weight in weights(whole).items() if tier == "disk" else ():
+        assert torch.equal(trained[name], weight), name
+
+
+def test_a_trained_model_is_released_with_its_trainer(folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        model = full(folder, "disk", tmp_path / "state")
+        trainer = plain_trainer(model, tmp_path / "out", optimizer=lowmem.optim.AdamW(model), max_steps=1)
+        trainer.train()
+        del model, trainer
+        gc.collect()
+    full(folder, "disk", tmp_path / "state")
 
 
 def test_a_closed_run_goes_on_from_its_last_step_and_a_new_one_starts_afresh(folder: Path, tmp_path: Path) -> None:
