@@ -27,7 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    no_gpu = pytest.mark.skip(reason="needs a CUDA device, torch.cuda.is_available() is False")
+    reason = os.environ.get("LOWMEM_NO_GPU", "needs a CUDA device; runs on a simulated one with -p tests.fakecuda.plugin")
+    no_gpu = pytest.mark.skip(reason=reason)
     no_slow = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
