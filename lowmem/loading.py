@@ -99,6 +99,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     Raises:
         OffloadError: A file cannot be read, or memory cannot be had.
     """
+    from lowmem.adapters.support import refuse_before_changes
     from lowmem.generation.cache import KvRoom
     from lowmem.generation.hooks import GenerationHooks
 
@@ -163,6 +164,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         runtime.before_first_block(AdapterRefusal(model))
     runtime.before_first_block(Preparation(model))
     if masters is None:
+        refuse_before_changes()
         hash_by_fingerprint(model, opened.source.fingerprint())
     _give_generation_config(model, opened.folder)
     return model

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowmem.adapters.updates import Update
 from lowmem.errors import UnsupportedError
 from lowmem.models.blocks import refuse_config
+from lowmem.models.checkpoint import read_config
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from offload import OutputTensor, SafetensorsSource, TensorSpec
 
@@ -84,12 +85,11 @@ def plan_merge(
         ValueError: The adapter does not fit the model.
         SourceError: The checkpoint does not fit its configuration.
     """
-    from transformers import AutoConfig
-
     from lowmem.adapters.saved_adapter import read_adapter, read_files
 
     files = read_files(adapter)
-    refuse_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    own_adapter = adapter.resolve() == folder.resolve()
+    refuse_config(read_config(folder, trust_remote_code=trust_remote_code, allows_adapter=own_adapter))
     model = _on_meta(folder, {}, trust_remote_code=trust_remote_code)
     mapping = map_checkpoint(model, source.tensors)
     changes: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lowmem.errors import UnsupportedError
+from lowmem.internals.peft import ask_first
 from lowmem.models.absent import AbsentParameter
 
 if TYPE_CHECKING:
@@ -137,6 +138,26 @@ def check_peft_config(config: PeftConfig) -> None:
         _refuse("bias", config.bias, _REFUSED_LORA_FIELDS["bias"])
 
 
+def refuse_before_changes() -> None:
+    """Have PEFT refuse what cannot be done to a streamed model before it changes anything of it."""
+    ask_first(adding=_check_added, merging=_refuse_merging)
+
+
+def _check_added(model: nn.Module, config: PeftConfig) -> None:
+    if _has_absent_weights(model):
+        check_peft_config(config)
+
+
+def _refuse_merging(model: nn.Module) -> None:
+    if _has_absent_weights(model):
+        raise UnsupportedError(
+            "merging an adapter into a streamed model (merge_and_unload, merge_adapter)",
+            reason="its base weights are read from the checkpoint at each visit and never written",
+            instead="save_pretrained(folder) or trainer.save_model(folder), then lowmem.merge(model, adapter=folder, "
+            "output=...)",
+        )
+
+
 def check_peft_model(model: nn.Module) -> None:
     """Refuse what was done to a streamed model with PEFT that cannot be trained exactly.
 
@@ -209,14 +230,14 @@ def _check_modules(model: nn.Module) -> None:
                 reason = f"{name} is a whole decoder block ({type(inside).__name__}), whose copy would not be streamed"
                 instead = "name modules inside the blocks (for example 'mlp'), or train with tuning='full'"
                 raise UnsupportedError("modules_to_save", reason=reason, instead=instead)
-        elif isinstance(module, GradientCheckpointingLayer) and _is_streamed(module):
+        elif isinstance(module, GradientCheckpointingLayer) and _has_absent_weights(module):
             for path, layer in module.named_modules():
                 if isinstance(layer, BaseTunerLayer):
                     _check_base_weights(f"{name}.{path}", layer.get_base_layer())
 
 
-def _is_streamed(block: nn.Module) -> bool:
-    return any(isinstance(param, AbsentParameter) for param in block.parameters())
+def _has_absent_weights(module: nn.Module) -> bool:
+    return any(isinstance(param, AbsentParameter) for param in module.parameters())
 
 
 def _check_base_weights(name: str, base_layer: nn.Module) -> None:
@@ -229,4 +250,4 @@ def _check_base_weights(name: str, base_layer: nn.Module) -> None:
             )
 
 
-__all__ = ["CHANGED_BASE_INITS", "check_peft_config", "check_peft_model", "words"]
+__all__ = ["CHANGED_BASE_INITS", "check_peft_config", "check_peft_model", "refuse_before_changes", "words"]

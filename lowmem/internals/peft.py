@@ -1,4 +1,4 @@
-"""PEFT's private names: which adapters a module applies, how an embedding looks rows up.
+"""PEFT's private names and hooks: which adapters a module applies, embeddings, what is asked before a model changes.
 
 The flags are read through PEFT's public properties. Setting them for the time of one run has no public way that leaves
 gradients alone, so it is done through the private attributes, and the public properties must then show what was set:
@@ -7,9 +7,11 @@ with a PEFT that keeps its flags elsewhere, the policy would pass for its own re
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from lowmem.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from peft.tuners.lora.layer import Embedding
 
 Flags = tuple[bool, str | tuple[str, ...]]
@@ -30,6 +33,9 @@ BlockFlags = tuple[Flags, ...]
 
 
 _DISABLED, _ACTIVE = "_disable_adapters", "_active_adapter"
+
+
+_ASKS = "lowmem_asks_first"
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,6 +118,57 @@ def embed_scale(layer: Embedding) -> Tensor | None:
     return scale
 
 
+def ask_first(*, adding: Callable[[nn.Module, PeftConfig], None], merging: Callable[[nn.Module], None]) -> None:
+    """Have PEFT ask before it puts layers into any model and before it merges them into the weights.
+
+    PEFT changes a model layer by layer: what is refused at the first layer whose weights are absent leaves the others
+    changed. Its tuners have no hook for that, so three public methods of their base class ask first, in the whole
+    process; they do the same as before for models that the callbacks let pass. Asking for it again replaces nothing.
+
+    Args:
+        adding: Called with the model and the adapter's configuration; raises to refuse.
+        merging: Called with the model; raises to refuse.
+
+    Raises:
+        UnsupportedError: This PEFT has no such methods.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    def before_adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> None:
+        adding(model, tuner.peft_config[adapter_name])
+
+    def before_merging(tuner: BaseTuner) -> None:
+        merging(tuner.model)
+
+    for name, ask in (
+        ("inject_adapter", before_adding),
+        ("merge_adapter", before_merging),
+        ("merge_and_unload", before_merging),
+    ):
+        shipped = getattr(BaseTuner, name, None)
+        if shipped is None:
+            raise UnsupportedError(
+                f"peft {version('peft')}",
+                reason=f"its tuners have no {name}, so that a streamed model would be half changed when it is refused",
+                instead="a version of PEFT that README names as tested",
+            )
+        if not hasattr(shipped, _ASKS):
+            setattr(BaseTuner, name, _asking(shipped, ask))
+
+
+def _asking(shipped: Callable[..., object], ask: Callable[..., None]) -> Callable[..., object]:
+    num_asked = len(inspect.signature(ask).parameters)
+
+    @wraps(shipped)
+    def method(*args: object, **kwargs: object) -> object:
+        bound = inspect.signature(shipped).bind(*args, **kwargs)
+        ask(*list(bound.arguments.values())[:num_asked])
+        return shipped(*args, **kwargs)
+
+    setattr(method, _ASKS, True)
+    return method
+
+
 def weight_marks(blocks: Sequence[nn.Module], *, skip: type[Tensor]) -> tuple[object, ...]:
     """What changes when any weight of the blocks does: identities, versions, and sums over their bits.
 
@@ -133,4 +190,4 @@ def _bit_sum(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(_BITS[param.element_size()]).sum(dtype=torch.int64)
 
 
-__all__ = ["BlockFlags", "Flags", "embed", "embed_scale", "flags_set", "read_flags", "weight_marks"]
+__all__ = ["BlockFlags", "Flags", "ask_first", "embed", "embed_scale", "flags_set", "read_flags", "weight_marks"]

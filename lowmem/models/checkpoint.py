@@ -123,15 +123,33 @@ def open_checkpoint(
     return Opened(source=source, built=built, device=device, dtype=dtype, folder=folder, num_labels=num_labels)
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(folder: Path, *, trust_remote_code: bool = False, allows_adapter: bool = False) -> PretrainedConfig:
     """A folder's model configuration.
 
+    Args:
+        folder: The model's folder.
+        trust_remote_code: As in transformers.
+        allows_adapter: Read it although an adapter lies there too.
+
     Raises:
+        UnsupportedError: It is an adapter's folder, or there is an adapter beside the weights.
         FileNotFoundError: The folder has no config.json.
     """
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
+    has_config = (folder / "config.json").is_file()
+    if (folder / "adapter_config.json").exists() and not (has_config and allows_adapter):
+        raise UnsupportedError(
+            f"model={str(folder)!r}",
+            reason="an adapter lies beside its weights, which transformers would apply too"
+            if has_config
+            else "it is the folder of an adapter, not of a model",
+            instead="the adapter in a folder of its own and PeftModel.from_pretrained(model, folder)"
+            if has_config
+            else "the model that the adapter was trained on, and PeftModel.from_pretrained(model, folder); "
+            "lowmem.merge makes one model of both",
+        )
+    if not has_config:
         raise FileNotFoundError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 

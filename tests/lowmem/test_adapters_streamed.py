@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import BdLoraConfig, EvaConfig, VeloraConfig
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+import lowmem
 from lowmem.adapters.dora import FactoredDoraLinear
 from lowmem.adapters.support import _EXACT_TYPES
 from lowmem.errors import UnsupportedError
@@ -106,12 +109,6 @@ def test_eva_reads_the_layers_inputs_through_the_stream(checkpoint: Callable[[st
     equal_values(*models)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
-def test_initialisation_that_writes_base_weights_is_refused(init: str, checkpoint: Callable[[str], Path]) -> None:
-    with pytest.raises(UnsupportedError, match=r"layers\.0\..*q_proj\.weight.*frozen"):
-        get_peft_model(streamed(checkpoint("llama")), LoraConfig(target_modules=TARGETS, init_lora_weights=init))
-
-
 OPTIONS = {
     "lora": ("llama", {"target_modules": "all-linear"}),
     "dropout": ("llama", {"target_modules": TARGETS, "lora_dropout": 0.3}),
@@ -202,13 +199,15 @@ def test_every_allowed_type_equals_the_resident_model(peft_type: str, checkpoint
     assert_same(outcomes[1], outcomes[0], tolerance=1e-5 if peft_type in {"UNILORA", "VBLORA"} else 0.0)
 
 
-def test_refusal_comes_with_the_first_forward(checkpoint: Callable[[str], Path]) -> None:
-    model = get_peft_model(
-        streamed(checkpoint("llama")),
-        LoraConfig(r=4, target_modules=TARGETS, velora_config=VeloraConfig(num_groups=4)),
-    )
+def test_refusal_comes_as_the_adapter_does_and_with_a_forward(checkpoint: Callable[[str], Path]) -> None:
+    model = streamed(checkpoint("llama"))
+    config = LoraConfig(r=4, target_modules=TARGETS, velora_config=VeloraConfig(num_groups=4))
     with pytest.raises(UnsupportedError, match="velora_config"):
-        model(**batch_of())
+        get_peft_model(model, config)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS))
+    adapted.peft_config["default"] = config
+    with pytest.raises(UnsupportedError, match="velora_config"):
+        adapted(**batch_of())
 
 
 def test_adapters_are_added_switched_combined_and_deleted_as_on_the_resident_model(
@@ -320,3 +319,65 @@ def test_merging_into_absent_weights_is_refused(checkpoint: Callable[[str], Path
     model = adapt(streamed(checkpoint("llama")), LoraConfig(r=4, target_modules=TARGETS))
     with pytest.raises(UnsupportedError, match=r"lowmem\.merge|frozen"):
         model.merge_and_unload()
+
+
+def test_merging_is_refused_before_any_of_the_adapter_is_gone(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = checkpoint("llama")
+    # The table and the head are in memory, and PEFT would merge and unload the first before it met an absent weight.
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(streamed(folder), config)
+    before = {name: param.detach().clone() for name, param in trainable(model).items()}
+    head = model.get_base_model().lm_head.get_base_layer().weight.detach().clone()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(UnsupportedError, match=r"never written. Instead: .*lowmem.merge\("):
+            merge()
+    after = trainable(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(model.get_base_model().lm_head.get_base_layer().weight, head)
+    model.save_pretrained(tmp_path / "adapter")
+    lowmem.merge(folder, adapter=tmp_path / "adapter", output=tmp_path / "merged")
+    plain = PeftModel.from_pretrained(resident(folder), tmp_path / "adapter")
+    merged = plain.merge_and_unload().state_dict()
+    for name, value in resident(tmp_path / "merged").state_dict().items():
+        assert torch.equal(value, merged[name]), name
+    assert any("lora" in name for name, _ in model.unload().named_parameters()) is False
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"]])
+def test_initialisation_that_changes_the_base_is_refused_before_it_does(
+    init: str, targets: list[str], checkpoint: Callable[[str], Path]
+) -> None:
+    model = streamed(checkpoint("llama"))
+    head = model.lm_head.weight.detach().clone()
+    with pytest.raises(UnsupportedError, match=rf"init_lora_weights='{init}' is not supported: .*Instead: .*'eva'"):
+        get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=init))
+    assert torch.equal(model.lm_head.weight, head)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_an_adapter_in_the_models_folder_is_refused_or_merged(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    model = get_peft_model(resident(base), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / name, base / name)
+    for folder, match in ((base, "an adapter lies beside its weights"), (tmp_path / "adapter", "folder of an adapter")):
+        with pytest.raises(UnsupportedError, match=rf"{match}.*PeftModel.from_pretrained"):
+            lowmem.from_pretrained(folder, device="cpu")
+        with pytest.raises(UnsupportedError, match=match):
+            lowmem.plan(folder, seq_len=8, device="cpu")
+    with pytest.raises(UnsupportedError, match="beside its weights"):
+        lowmem.merge(base, adapter=tmp_path / "adapter", output=tmp_path / "out")
+    # transformers applies it, so a merge of the folder with itself must be the model that transformers makes of it.
+    merged = resident(lowmem.merge(base, adapter=base, output=tmp_path / "out"))
+    expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokens = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        assert_near(merged(tokens).logits, expected(tokens).logits, 1e-5)
+        assert (expected(tokens).logits - model.get_base_model()(tokens).logits).abs().max() < 1e-5

@@ -12,13 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Embedding
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.peft import embed, embed_scale, flags_set, read_flags
+from lowmem.internals.peft import ask_first, embed, embed_scale, flags_set, read_flags
 
 ROWS = torch.arange(6)
 
@@ -127,3 +127,53 @@ def test_embedding_is_looked_up_and_scaled_as_peft_does(scale: float | None) -> 
     torch.testing.assert_close(layer(ROWS), base(ROWS) + update)
     (grad,) = torch.autograd.grad(embed(layer, ROWS, lora_A.T).sum(), lora_A)
     assert not grad[:, 2].any(), "padding has no gradient"
+
+
+METHODS = ("inject_adapter", "merge_adapter", "merge_and_unload")
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT as it came, whatever a test before has put there, and as it was afterwards."""
+    for name in METHODS:
+        method = getattr(BaseTuner, name)
+        monkeypatch.setattr(BaseTuner, name, getattr(method, "__wrapped__", method))
+
+
+@pytest.mark.usefixtures("shipped")
+def test_peft_asks_before_it_changes_anything() -> None:
+    asked: list[object] = []
+
+    def adding(model: nn.Module, config: peft.PeftConfig) -> None:
+        asked.append(config.peft_type)
+        assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        if config.peft_type == "LOHA":
+            raise UnsupportedError("LoHa", reason="of the test", instead="LoRA")
+
+    def merging(model: nn.Module) -> None:
+        raise UnsupportedError("merging", reason="of the test", instead="nothing")
+
+    ask_first(adding=adding, merging=merging)
+    ask_first(adding=adding, merging=merging)
+    plain = Block()
+    names = [name for name, _ in plain.named_modules()]
+    with pytest.raises(UnsupportedError, match="LoHa"):
+        get_peft_model(plain, peft.LoHaConfig(target_modules=["linear"]))
+    assert [name for name, _ in plain.named_modules()] == names
+    model: Any = get_peft_model(plain, LoraConfig(target_modules=["linear"]))
+    assert asked == ["LOHA", "LORA"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(UnsupportedError, match="merging"):
+            merge()
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_peft_that_cannot_be_asked_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BaseTuner, name)
+    with pytest.raises(UnsupportedError, match=rf"peft {version('peft')} .*no {name}"):
+        ask_first(adding=lambda *_: None, merging=lambda _: None)
