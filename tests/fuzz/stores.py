@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from offload import ObjectLayout, StagingBuffer, Store, place
+from offload import ObjectLayout, StagingBuffer, Store, lay_out_object
 from tests.fuzz.damage import copy_folder, damage_bytes, damage_entry, damage_json
 from tests.fuzz.outcomes import check_refusal
 from tests.fuzz.workers import Ending, Fault, note
@@ -18,10 +18,10 @@ _FINGERPRINT = "fuzzed"
 _EXTRA = {"steps": {"a": 3}, "note": "whatever a run remembers"}
 _OUTSIDE = b"somebody else's"
 _LAYOUTS: dict[str, ObjectLayout] = {
-    "block 0": place({"master": (torch.float32, (40, 3)), "exp_avg": (torch.float32, (40, 3))}),
-    "block 1": place({"master": (torch.float32, (40, 3)), "exp_avg": (torch.float32, (40, 3))}),
-    "rest/a": place({"values": (torch.bfloat16, (7,)), "step": (torch.int64, (1,))}),
-    "empty": place({}),
+    "block 0": lay_out_object({"master": (torch.float32, (40, 3)), "exp_avg": (torch.float32, (40, 3))}),
+    "block 1": lay_out_object({"master": (torch.float32, (40, 3)), "exp_avg": (torch.float32, (40, 3))}),
+    "rest/a": lay_out_object({"values": (torch.bfloat16, (7,)), "step": (torch.int64, (1,))}),
+    "empty": lay_out_object({}),
 }
 _LINKED = ("store.lock", "store.json", "store.json.tmp", "objects", "objects/9.bin", ".store.json.tmp", "objects/0.bin")
 
