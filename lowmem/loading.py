@@ -205,10 +205,22 @@ class _Weights:
 
 
 def _give_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    from transformers import GenerationConfig
-
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    """Read what `from_pretrained` reads: generation_config.json, else what older checkpoints have in config.json."""
+    if model.can_generate():
+        model.adjust_generation_fn(
+            generation_config=None,
+            from_auto_class=False,
+            from_pipeline=None,
+            pretrained_model_name_or_path=folder,
+            cache_dir=None,
+            force_download=False,
+            proxies=None,
+            local_files_only=True,
+            token=None,
+            revision=None,
+            subfolder="",
+            trust_remote_code=False,
+        )
 
 
 __all__ = ["Preparation", "load"]
