@@ -59,12 +59,8 @@ DEBTS = {
     "test_imports_only_go_down[offload/files/safetensors_write.py]",
     "test_no_modules_import_each_other_in_a_circle",
     f"{PRIVATE}[lowmem/full/flat.py]",
-    f"{PRIVATE}[lowmem/full/gradient.py]",
     f"{PRIVATE}[lowmem/full/saving.py]",
     f"{PRIVATE}[lowmem/loading.py]",
-    f"{PRIVATE}[lowmem/models/absent.py]",
-    f"{PRIVATE}[lowmem/models/build.py]",
-    f"{PRIVATE}[lowmem/models/mapping.py]",
     f"{PRIVATE}[lowmem/models/norms.py]",
     f"{PRIVATE}[lowmem/planning/dry_run.py]",
     f"{PRIVATE}[lowmem/streaming/block.py]",
@@ -73,7 +69,6 @@ DEBTS = {
     f"{PRIVATE}[lowmem/streaming/chunking/parts.py]",
     f"{PRIVATE}[lowmem/streaming/reference.py]",
     "test_one_public_class_name_means_one_thing",
-    "test_files_hold_one_mechanism_and_are_named_for_it[lowmem/internals/torch.py]",
     "test_files_hold_one_mechanism_and_are_named_for_it[lowmem/planning/limits.py]",
 }
 

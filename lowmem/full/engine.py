@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from lowmem.full.disk_tier import DiskTier
 from lowmem.full.flat import ParamPlace, ParamUpdate, segments_of
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.tier import WEIGHT, Contribution, StateTier
+from lowmem.models.absent import AbsentParameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,45 @@ class FullTuning:
             for key, param in params.items()
         }
         self._keys = {id(entry.param): key for key, entry in self._params.items()}
+        for params in blocks:
+            for key, param in params.items():
+                self._take_gradients_of(key, param)
         self.version = 0
         """Counts changes of weights and moments."""
         self.updates_now: Callable[[Sequence[str]], Mapping[str, ParamUpdate]] | None = None
         """Settings by name for updates within the backward; None where they wait for `step`."""
         self.saved: Saved | None = None
         """What `save_pretrained` wrote last."""
+
+    def _take_gradients_of(self, key: str, param: torch.nn.Parameter) -> None:
+        """Have a gradient that somebody sets, or that the loss has of a weight itself, come to its tier."""
+        assert isinstance(param, AbsentParameter)
+        # Weakly: the model holds the parameter, and this holds the model's parameters.
+        full = weakref.ref(self)
+
+        def take(value: Tensor) -> None:
+            owner = full()
+            assert owner is not None, "the model holds this"
+            owner._replace_gradient(key, value)
+
+        def after(param: Tensor) -> None:
+            if param.grad is not None and not isinstance(param.grad, OffloadedGradient):
+                take(param.grad)
+
+        param.take_gradient = take
+        param.after_accumulating(after)
+
+    def _replace_gradient(self, key: str, value: Tensor) -> None:
+        if self.updates_now is not None:
+            raise UnsupportedError(
+                f"a gradient of {key} from outside its block with updates in the backward",
+                reason="its block is updated before the whole gradient is known",
+                instead="no update_in_backward",
+            )
+        entry = self._params[key]
+        with self.tier.accumulating(entry.unit, adds=False, stays=False) as keep:
+            keep(Contribution(place=entry.place, value=value.view(entry.place.shape), earlier_scales=None))
+        self._mark_taken(entry.unit, entry.place)
 
     @property
     def params(self) -> Mapping[str, TunedParam]:
@@ -152,7 +187,7 @@ class FullTuning:
         if isinstance(param.grad, OffloadedGradient):
             param.grad.scales.clear()
             return
-        param.grad = OffloadedGradient.of(param, _Place(self.tier, index, place))
+        param.grad = OffloadedGradient.of(param, self.tier, index, place)
         param.grad.is_used_up = self.updates_now is not None
 
     def step(self, updates: Mapping[str, ParamUpdate], *, number: int, record: dict[str, object]) -> None:
@@ -272,23 +307,6 @@ class FullTuning:
         grad = self._params[place.key].param.grad
         assert grad is not None, "only parameters with gradients are updated"
         return grad.reshape(-1)
-
-
-class _Place:
-    """Where one block parameter's gradient is accumulated."""
-
-    def __init__(self, tier: StateTier, index: int, place: ParamPlace) -> None:
-        self._tier, self._index, self._place = tier, index, place
-        self.key = place.key
-
-    def read(self) -> Tensor:
-        return self._tier.read_gradient(self._index, self._place)
-
-    def norm(self) -> Tensor | None:
-        return self._tier.gradient_norm(self._index, self._place)
-
-    def clear(self) -> None:
-        self._tier.clear_gradient(self._index, self._place)
 
 
 def _used_up(key: str) -> UnsupportedError:

@@ -277,9 +277,9 @@ def open_full(
         for index in range(len(blocks)):
             base.load(index, tier.weight(index))
         base.release()
+    model.requires_grad_(True)
     full = FullTuning(blocks, outer, tier=tier)
     masters.serve(full)
-    model.requires_grad_(True)
     engine = OptimizerEngine(full)
     for entry in full.params.values():
         give_to_engine(entry.param, engine)

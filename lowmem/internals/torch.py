@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from copy import deepcopy
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils._pytree import (
     register_pytree_node,
     tree_flatten,
     tree_leaves,
+    tree_map,
     tree_map_only,
     tree_unflatten,
 )
@@ -38,6 +40,61 @@ def parameter_table(module: nn.Module) -> dict[str, Any]:
 def buffer_table(module: nn.Module) -> dict[str, Any]:
     """A module's own buffers by attribute, to be written."""
     return module._buffers
+
+
+class _HeldParameters(dict[str, nn.Parameter | None]):
+    """A module's own dictionary of parameters; those that are held stay what they are, as long as they are here."""
+
+    def __init__(self, params: dict[str, nn.Parameter | None]) -> None:
+        super().__init__(params)
+        self.held: dict[str, tuple[nn.Parameter, Callable[[], NoReturn]]] = {}
+
+    def _check(self, name: str, value: object) -> None:
+        for held, (param, refuse) in self.held.items():
+            # Nor does it get a second name: pruning renames it before it puts something else in its place.
+            if self.get(held) is param and (name == held) != (value is param):
+                refuse()
+
+    def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
+        self._check(name, value)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._check(name, None)
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: object) -> nn.Parameter | None:
+        self._check(name, None)
+        return super().pop(name, *default)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> dict[str, nn.Parameter | None]:
+        # A copied module's parameters are its own.
+        return {name: deepcopy(param, memo) for name, param in self.items()}
+
+
+def put_parameter(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Set a parameter of the module itself, held or not; neither hooks nor `__setattr__` are called."""
+    params: dict[str, Any] = module._parameters
+    dict.__setitem__(params, name, value)
+
+
+def hold_parameter(module: nn.Module, name: str, refuse: Callable[[], NoReturn]) -> None:
+    """Keep a parameter from being replaced or removed, whoever tries; `put_parameter` still can.
+
+    `module.weight = ...`, `load_state_dict(assign=True)`, pruning and parametrizations all come to this dictionary.
+
+    Args:
+        module: Has it.
+        name: Its name in the module.
+        refuse: Called instead.
+    """
+    table = module._parameters
+    if not isinstance(table, _HeldParameters):
+        table = _HeldParameters(table)
+        module.__dict__["_parameters"] = table
+    param = table[name]
+    assert param is not None, name
+    table.held[name] = param, refuse
 
 
 def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
@@ -91,14 +148,17 @@ __all__ = [
     "TreeSpec",
     "buffer_table",
     "has_fast_bf16",
+    "hold_parameter",
     "is_grouped_product",
     "is_sole_owner",
     "parameter_table",
+    "put_parameter",
     "quiet_fake_tensors",
     "register_pytree_node",
     "storage_key",
     "tree_flatten",
     "tree_leaves",
+    "tree_map",
     "tree_map_only",
     "tree_unflatten",
 ]

@@ -8,22 +8,28 @@ the block's output, and puts the first ones into the list when autograd knows th
 The list of callbacks that every Trainer starts with: `lowmem.from_pretrained` returns a model, not a trainer, and a
 Trainer asks its model nothing before the first forward. What has to be said before that, or in front of the reporters,
 is said by a callback that no script has to pass.
+
+How a model is filled from a checkpoint: renamings, conversions, dtypes, and the steps after the weights.
+`PreTrainedModel.from_pretrained` does all of it in one go, on whole models in memory; a streamed model needs the parts.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
+    from transformers.core_model_loading import WeightConverter
 
 
 _KEY = "router_logits"
@@ -127,12 +133,147 @@ def add_default_callback(callback: type[TrainerCallback]) -> None:
     if not isinstance(callbacks, list) or _CALLBACKS not in trainer.Trainer.__init__.__code__.co_names:
         raise UnsupportedError(
             f"transformers {version('transformers')}",
-            reason=f"its Trainer does not begin with transformers.trainer.{_CALLBACKS}, so options that a streamed model "
-            "cannot honour would pass",
+            reason=f"its Trainer does not begin with transformers.trainer.{_CALLBACKS}, so options that a streamed "
+            "model cannot honour would pass",
             instead="a version of transformers that this one of lowmem names in its metadata",
         )
     if callback not in callbacks:
         callbacks.append(callback)
 
 
-__all__ = ["RouterLogits", "add_default_callback", "collected_keys", "collecting"]
+class Conversions:
+    """A model class's renamings and conversions of stored tensors."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Collect them."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self._model = model
+        self._all = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in self._all if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self._all if isinstance(entry, WeightConverter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+
+    def in_order(self, keys: Iterable[str]) -> list[str]:
+        """Stored names in the order in which transformers loads them."""
+        from transformers.core_model_loading import dot_natural_key
+
+        return sorted(keys, key=dot_natural_key)
+
+    def target_of(self, key: str, state: Mapping[str, Tensor]) -> tuple[str, str | None]:
+        """The parameter that a stored tensor makes (the first of several), and the converter's pattern it matched.
+
+        Args:
+            key: Stored name.
+            state: The model's parameters and buffers by name.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self._model.base_model_prefix
+        target, pattern = rename_source_key(key, self._renamings, self._converters, prefix, state)
+        if target not in state and key in state:
+            target, pattern = rename_source_key(key, [], [], prefix, state)
+        return target, pattern
+
+    def converter(self, pattern: str) -> WeightConverter:
+        """The converter of a pattern."""
+        return self._by_pattern[pattern]
+
+    def remember(self) -> None:
+        """Leave with the model what `save_pretrained` of a merged or fully trained model reverses."""
+        self._model._weight_conversions = [conversion for conversion in self._all if conversion.was_used()]
+
+
+def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the class keeps in fp32 that dtype, as transformers does while loading."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern, by_group, _ = build_glob_alternation(list(plan))
+    for name, param in model.named_parameters():
+        match = pattern.search(name)
+        if match is not None and match.lastgroup is not None:
+            param.data = param.data.to(plan[by_group[match.lastgroup]])
+
+
+def may_be_missing(model: PreTrainedModel, name: str) -> bool:
+    """Whether the class says that its checkpoints need not hold this parameter."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+
+
+def mark_initialised(tensor: Tensor) -> None:
+    """Have transformers leave a parameter or buffer as it is: it draws every one anew that has no such mark."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def finish_loading(model: PreTrainedModel, *, missing: Collection[str], device: torch.device) -> None:
+    """Give values to what no checkpoint holds: buffers computed by the class, new heads, tied weights.
+
+    Args:
+        model: Filled; what `mark_initialised` was called for stays.
+        missing: Names without a value yet.
+        device: Where they are to be.
+
+    Raises:
+        UnsupportedError: This version of transformers draws weights anew that were marked.
+    """
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    info = LoadStateDictInfo(
+        missing_keys=set(missing),
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model.mark_tied_weights_as_initialized(info)
+    model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": device}, None, None)
+    with _left_alone(model):
+        model._initialize_missing_keys(False)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+
+
+@contextmanager
+def _left_alone(model: PreTrainedModel) -> Iterator[None]:
+    """See to it that marked tensors are not written to: a mark of another name would be ignored without a word."""
+    marked = {
+        name: (tensor, tensor._version)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not tensor.is_meta and getattr(tensor, "_is_hf_initialized", False)
+    }
+    yield
+    now = model.state_dict(keep_vars=True)
+    for name, (tensor, num_changes) in marked.items():
+        if now.get(name) is not tensor or tensor._version != num_changes:
+            raise UnsupportedError(
+                f"transformers {version('transformers')}",
+                reason=f"it initialises {name} anew, which was read from the checkpoint",
+                instead="a version of transformers that README names as tested",
+            )
+
+
+def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
+    """Have Trainer and accelerate leave the model where it is: to them it is spread over two devices.
+
+    Both are the compute device.
+    """
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
+    model.hf_device_map = {model.base_model_prefix: device, head or "lm_head": device}
+
+
+__all__ = [
+    "Conversions",
+    "RouterLogits",
+    "add_default_callback",
+    "collected_keys",
+    "collecting",
+    "finish_loading",
+    "keep_in_fp32",
+    "leave_placement_alone",
+    "mark_initialised",
+    "may_be_missing",
+]

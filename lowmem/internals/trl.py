@@ -24,7 +24,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lowmem.models.absent import AbsentParameter
+from lowmem.internals.stand_in import StandIn
 from lowmem.planning.limits import HeadTiles
 from lowmem.streaming.head import TiledLogProbFunction
 
@@ -153,7 +153,7 @@ def hash_by_fingerprint(model: PreTrainedModel, fingerprint: str) -> None:
         if not _is_for_hashing():
             return
         for key, value in state.items():
-            if key.startswith(prefix) and isinstance(value, AbsentParameter):
+            if key.startswith(prefix) and isinstance(value, StandIn):
                 state[key] = _digest(f"{key.removeprefix(prefix)} {value.dtype} {fingerprint}")
 
     model.register_state_dict_post_hook(replace)

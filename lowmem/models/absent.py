@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.torch import tree_map_only
-
-# Facts of a tensor that need no values. Everything that is not listed here reads the weight.
-_FREE_PROPERTIES = frozenset(
-    """
-    shape dtype device layout ndim requires_grad grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse
-    is_quantized is_mkldnn is_nested is_xpu is_mps names output_nr retains_grad _version itemsize nbytes
-    is_sparse_csr _backward_hooks _post_accumulate_grad_hooks _grad _base is_vulkan is_ipu is_xla is_hpu is_maia
-    is_mtia grad_dtype _cdata
-    """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
-)
-
-
-_FREE_FUNCTIONS = frozenset(
-    """
-    size dim numel nelement stride element_size is_floating_point is_complex is_contiguous is_inference
-    is_signed storage_offset untyped_storage data_ptr get_device __len__ __hash__ is_pinned is_same_size
-    _is_view _has_compatible_shallow_copy_type is_tensor __format__ ndimension is_conj is_neg has_names
-    is_distributed register_hook register_post_accumulate_grad_hook _is_zerotensor type empty_like zeros_like
-    ones_like rand_like randn_like full_like new_empty new_zeros new_ones new_full new_tensor
-    """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
-)
-
-
-_SAME_VALUES = frozenset(
-    """
-    detach to float half bfloat16 double cpu cuda contiguous requires_grad_ pin_memory
-    """.split()  # noqa: SIM905 - a table is easier to read than 40 quoted lines
-)
-
-
-_HOOKS = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
-
+from lowmem.internals.stand_in import StandIn
 
 _REFUSED_INSTEAD = "train adapters (peft_config), or give tuning='full' where every weight is to change"
 
 
-class AbsentParameter(torch.nn.Parameter):
+class AbsentParameter(StandIn, torch.nn.Parameter):
     """A weight that lies elsewhere and is read when its values are needed: in the checkpoint where it is frozen.
 
-    Shape, dtype, device and `numel()` are those of the weight in the compute dtype; the storage is one element.
-    An operation that needs the values reads them, one tensor at a time, so that code which looks at a base weight
-    (an adapter's initialisation, a copy for `modules_to_save`) sees the true weight and never a placeholder's zeros.
-    Writing is refused where frozen: those bytes are never written back. A weight that is trained can be written to.
+    Code that looks at a base weight (an adapter's initialisation, a copy for `modules_to_save`) sees the true weight
+    and never a placeholder's zeros. Writing is refused where frozen: those bytes are never written back. A weight that
+    is trained can be written to.
     """
 
     _load: Callable[[], Tensor]
-    _key: str
     _store: Callable[[Tensor], None] | None
+    key: str
+    """Fully qualified name in the model."""
+    take_gradient: Callable[[Tensor], None] | None
+    """Takes a gradient that somebody sets or that autograd accumulates; None for torch's own `.grad`."""
 
     @staticmethod
     def of(
@@ -73,53 +43,83 @@ class AbsentParameter(torch.nn.Parameter):
 
         Args:
             shape: Shape of the weight as the model has it.
-            dtype: Compute dtype, the one `load` answers in.
+            dtype: Compute dtype, the one that `load` returns.
             device: Compute device.
             key: Fully qualified name in the model.
             load: Reads the true values; called each time they are needed.
             store: Takes new values; None for a frozen weight.
         """
-        placeholder = torch.zeros((), dtype=dtype, device=device).expand(tuple(shape))
-        param = torch.Tensor._make_subclass(AbsentParameter, placeholder, store is not None)
-        param._load, param._key, param._store = load, key, store
-        # transformers initialises every parameter that does not carry this mark.
-        param._is_hf_initialized = True  # type: ignore[attr-defined]
+        param = AbsentParameter.make(shape, dtype=dtype, device=device, requires_grad=store is not None)
+        assert isinstance(param, AbsentParameter)
+        param._load, param.key, param._store, param.take_gradient = load, key, store, None
         return param
 
-    def materialise(self) -> Tensor:
-        """Read the true values: a new tensor of the parameter's shape, dtype and device."""
+    def read(self) -> Tensor:
+        """The true values: a new tensor."""
         return self._load()
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., object],
-        types: Iterable[type],
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = dict(kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
-            name, accessor = _name_of(func)
-            if accessor == "get" and name in _FREE_PROPERTIES:
-                return func(*args, **kwargs)
-            if accessor == "get" and name == "data":
-                return args[0]
-            if accessor == "set":
-                _set_property(name, args, func)
-                return None
-            if name in _HOOKS and isinstance(args[0], AbsentParameter) and args[0]._store is not None:
-                _refuse_hook(args[0], name)
-            if accessor == "" and name in _FREE_FUNCTIONS:
-                return func(*args, **kwargs)
-            if accessor == "" and name in _SAME_VALUES and isinstance(args[0], AbsentParameter):
-                return _same_values(args[0], name, func, args, kwargs)
-            if _writes(name, args, kwargs):
-                if isinstance(args[0], AbsentParameter) and args[0]._store is not None and kwargs.get("out") is None:
-                    return _write(args[0], name, func, args[1:], kwargs)
-                _refuse_write((*args, kwargs.get("out")), f"torch's {name}")
-            args, kwargs = tree_map_only(AbsentParameter, lambda param: param.materialise(), (args, kwargs))
-            return func(*args, **kwargs)
+    def check_write(self, by: str) -> None:
+        """Refuse all writes to a frozen weight but copies, which may bring what it holds already."""
+        if self._store is None and by != "torch's copy_":
+            self._refuse(by)
+
+    def write(self, value: Tensor, by: str) -> None:
+        """Take new values; a frozen weight takes those it has (a checkpoint that is loaded again)."""
+        if self._store is not None:
+            self._store(value)
+        elif not torch.equal(value, self._load()):
+            self._refuse(by)
+
+    def set_property(self, name: str, value: object) -> bool:
+        """Write through `.data`, keep a frozen weight frozen, hand on a gradient."""
+        if name == "data":
+            is_itself = isinstance(value, StandIn) and value.root is self and not value.steps
+            if not is_itself:
+                self.check_write("setting .data")
+                assert isinstance(value, Tensor)
+                self.write(value, "setting .data")
+            return True
+        if name == "requires_grad" and self._store is None:
+            if value:
+                self._refuse("setting requires_grad")
+            return True
+        if name == "grad" and isinstance(value, Tensor) and not isinstance(value, StandIn):
+            if self.take_gradient is None:
+                return False
+            self.take_gradient(value)
+            return True
+        return False
+
+    def check_hook(self, name: str) -> None:
+        """Refuse hooks on the gradient of a trained weight."""
+        if self._store is not None:
+            raise UnsupportedError(
+                f"{name} on {self.key}",
+                reason="its gradient goes to its tier past autograd's accumulation, so the hook would never be called",
+                instead="a Trainer callback, or param.grad after the backward",
+            )
+
+    def refuse_replacing(self) -> NoReturn:
+        """Refuse to put another parameter in this one's place.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        if self._store is None:
+            self._refuse("replacing or removing the parameter")
+        raise UnsupportedError(
+            f"replacing or removing the parameter {self.key}",
+            reason="its master weight lies in its tier, and a visit reads it from there",
+            instead="param.copy_(value) under torch.no_grad(), or load_state_dict without assign",
+        )
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UnsupportedError(
+            f"{what} on {self.key}",
+            reason="the base weights of a streamed model are frozen and are read "
+            "from the checkpoint at each visit, so the change would be lost",
+            instead=_REFUSED_INSTEAD,
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> torch.nn.Parameter:
         """A copy is a real parameter with the true values: it is what a copied module trains."""
@@ -130,102 +130,16 @@ class AbsentParameter(torch.nn.Parameter):
     def __copy__(self) -> AbsentParameter:
         return self
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
+    def check_pickling(self) -> None:
+        """Refuse to be pickled."""
         raise UnsupportedError(
-            f"pickling {self._key}",
+            f"pickling {self.key}",
             reason="its values stay in the checkpoint",
-            instead="save the adapter (trainer.save_model) and merge it with lowmem.merge",
+            instead="save the adapter (trainer.save_model) and merge it with lowmem.merge, or model.save_pretrained",
         )
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        return f"AbsentParameter({self._key}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-
-def _name_of(func: Callable[..., object]) -> tuple[str, str]:
-    """A torch function's name, and "get" or "set" where it is a property's accessor."""
-    name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__", "__delete__"):
-        return getattr(getattr(func, "__self__", None), "__name__", ""), "get" if name == "__get__" else "set"
-    return name, ""
-
-
-def _same_values(
-    param: AbsentParameter, name: str, func: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-) -> object:
-    """`to`, `detach` and their kin: the same absent weight while dtype and device stay as they are."""
-    if name == "requires_grad_":
-        if param._store is not None:
-            return func(*args, **kwargs)
-        if (args[1:] or (kwargs.get("requires_grad", True),))[0]:
-            _refuse_write((param,), "requires_grad_(True)")
-        return param
-    if kwargs.get("copy"):
-        return param.materialise()
-    target = func(torch.empty(0, dtype=param.dtype, device=param.device), *args[1:], **kwargs)
-    assert isinstance(target, Tensor)
-    if target.dtype == param.dtype and target.device == param.device:
-        return param
-    return func(param.materialise(), *args[1:], **kwargs)
-
-
-def _set_property(name: str, args: tuple[object, ...], func: Callable[..., object]) -> None:
-    param, value = args[0], args[1] if len(args) > 1 else None
-    if name == "data" and value is param:
-        return
-    store = param._store if isinstance(param, AbsentParameter) else None
-    if name == "data" and store is not None and isinstance(value, Tensor):
-        store(value)
-        return
-    if name in ("data", "requires_grad") and value is not False and store is None:
-        _refuse_write(args, f"setting .{name}")
-    func(*args)
-
-
-def _write(
-    param: AbsentParameter,
-    name: str,
-    func: Callable[..., object],
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-) -> AbsentParameter:
-    """An operation in place on a trained weight: on a copy, which then becomes the weight."""
-    assert param._store is not None
-    if torch.is_grad_enabled() and param.requires_grad:
-        raise RuntimeError(f"a leaf that requires grad, {param._key}, is changed in place; use torch.no_grad()")
-    args, kwargs = tree_map_only(AbsentParameter, lambda other: other.materialise(), (args, kwargs))
-    value = torch.empty(param.shape, dtype=param.dtype, device=param.device) if name == "copy_" else param.materialise()
-    func(value, *args, **kwargs)
-    param._store(value)
-    return param
-
-
-def _refuse_hook(param: AbsentParameter, name: str) -> NoReturn:
-    raise UnsupportedError(
-        f"{name} on {param._key}",
-        reason="its gradient goes to its tier past autograd's accumulation, so the hook would never be called",
-        instead="a Trainer callback, or param.grad after the backward",
-    )
-
-
-def _writes(name: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in (
-        "__setitem__",
-        "__iadd__",
-        "__imul__",
-        "__isub__",
-        "__itruediv__",
-    )
-    return (in_place and isinstance(args[0], AbsentParameter)) or isinstance(kwargs.get("out"), AbsentParameter)
-
-
-def _refuse_write(args: tuple[object, ...], what: str) -> NoReturn:
-    key = next((arg._key for arg in args if isinstance(arg, AbsentParameter)), "a streamed weight")
-    raise UnsupportedError(
-        f"{what} on {key}",
-        reason="the base weights of a streamed model are frozen and are read "
-        "from the checkpoint at each visit, so the change would be lost",
-        instead=_REFUSED_INSTEAD,
-    )
+        return f"AbsentParameter({self.key}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
 def refuse_copy(module: torch.nn.Module, *, what: str, reason: str, instead: str) -> None:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.torch import buffer_table, parameter_table
+from lowmem.internals.torch import buffer_table, hold_parameter, parameter_table, put_parameter
+from lowmem.internals.transformers import (
+    finish_loading,
+    keep_in_fp32,
+    leave_placement_alone,
+    mark_initialised,
+    may_be_missing,
+)
 from lowmem.models.absent import AbsentParameter, refuse_copy
 from lowmem.models.blocks import DecoderBlock, find_blocks
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
@@ -106,7 +113,7 @@ def skeleton(
     auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    _keep_in_fp32(model, dtype)
+    keep_in_fp32(model, dtype)
     blocks = find_blocks(model)
     mapping = map_checkpoint(model, tensors)
     body = f"{model.base_model_prefix}."
@@ -125,32 +132,15 @@ def skeleton(
     )
 
 
-def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters that the class keeps in fp32 that dtype, as transformers does while loading."""
-    plan = model._get_dtype_plan(dtype)
-    if not plan:
-        return
-    from transformers.core_model_loading import build_glob_alternation
-
-    pattern, by_group, _ = build_glob_alternation(list(plan))
-    for name, param in model.named_parameters():
-        match = pattern.search(name)
-        if match is not None and match.lastgroup is not None:
-            param.data = param.data.to(plan[by_group[match.lastgroup]])
-
-
 def _check_missing(model: PreTrainedModel, without: frozenset[str], mapping: CheckpointMap, folder: Path) -> None:
-    import re
-
     tied = getattr(model, "all_tied_weights_keys", {})
-    ignored = model._keys_to_ignore_on_load_missing or ()
     has = mapping.recipes
     missing = [
         name
         for name in sorted(without)
         if not (name in tied and (tied[name] in has or name in has))
         and not (name in tied.values() and any(has.get(k) for k, v in tied.items() if v == name))
-        and not any(re.search(pattern, name) for pattern in ignored)
+        and not may_be_missing(model, name)
     ]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -232,11 +222,10 @@ def fill(
     for recipe in built.resident:
         if not absent.intersection(recipe.targets):
             _load_now(model, recipe, device=device, read=read, only=None)
-    _finish_as_transformers_does(built, device, in_blocks)
+    finish_loading(model, missing=built.mapping.missing - in_blocks, device=device)
+    _refuse_unfilled(model)
     model.requires_grad_(False)
-    # Two entries, both the compute device: Trainer and accelerate then leave the placement alone.
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
-    model.hf_device_map = {model.base_model_prefix: device, head or "lm_head": device}
+    leave_placement_alone(model, device)
     refuse_copy(
         model,
         what="copy.deepcopy(model)",
@@ -265,7 +254,7 @@ def _place_absent(
     placed: set[str] = set()
 
     def place(module: torch.nn.Module, attribute: str, key: str, shape: torch.Size, dtype: torch.dtype) -> None:
-        parameter_table(module)[attribute] = AbsentParameter.of(
+        param = AbsentParameter.of(
             shape,
             dtype=dtype,
             device=device,
@@ -273,6 +262,9 @@ def _place_absent(
             load=partial(load, key),
             store=None if store is None else partial(store, key),
         )
+        mark_initialised(param)
+        put_parameter(module, attribute, param)
+        hold_parameter(module, attribute, param.refuse_replacing)
         placed.add(key)
 
     for streamed in built.blocks:
@@ -295,35 +287,18 @@ def _load_now(
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         old = parameter_table(module).get(attribute)
-        is_param = old is not None
         dtype = (old if old is not None else buffer_table(module)[attribute]).dtype
         # A view would keep the whole staging memory alive.
         real = value.to(device=device, dtype=dtype, copy=True).contiguous()
-        if is_param:
-            parameter_table(module)[attribute] = torch.nn.Parameter(real, requires_grad=False)
-            parameter_table(module)[attribute]._is_hf_initialized = True
+        if old is not None:
+            real = torch.nn.Parameter(real, requires_grad=False)
+            put_parameter(module, attribute, real)
         else:
-            real._is_hf_initialized = True  # type: ignore[attr-defined]
             buffer_table(module)[attribute] = real
+        mark_initialised(real)
 
 
-def _finish_as_transformers_does(built: Skeleton, device: torch.device, in_blocks: set[str]) -> None:
-    """Non-persistent buffers, rotary tables and tied weights, by transformers' own finishing steps."""
-    from transformers.utils.loading_report import LoadStateDictInfo
-
-    model = built.model
-    info = LoadStateDictInfo(
-        missing_keys=set(built.mapping.missing) - in_blocks,
-        unexpected_keys=set(),
-        mismatched_keys=set(),
-        error_msgs=[],
-        conversion_errors={},
-        skipped_pp_keys=set(),
-    )
-    model.mark_tied_weights_as_initialized(info)
-    model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": device}, None, None)
-    model._initialize_missing_keys(False)
-    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+def _refuse_unfilled(model: PreTrainedModel) -> None:
     left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     left += [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:

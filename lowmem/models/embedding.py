@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem import host_memory
-from lowmem.internals.torch import parameter_table
+from lowmem.internals.torch import parameter_table, put_parameter
 from lowmem.models.absent import AbsentParameter
 from offload import BlockSpec, FileIO, StagingBuffer, TensorSpec, lay_out, view_tensor
 
@@ -48,7 +48,8 @@ class GatheredEmbedding:
             IndexError: An id lies outside the vocabulary.
             OffloadError: The rows cannot be read.
         """
-        if not isinstance(parameter_table(self._module)["weight"], AbsentParameter):
+        weight = parameter_table(self._module)["weight"]
+        if not isinstance(weight, AbsentParameter):
             return self._forward(input)
         ids, local = torch.unique(input, return_inverse=True)
         vocabulary = self._spec.shape[0]
@@ -57,14 +58,14 @@ class GatheredEmbedding:
                 f"{self._spec.name}: token ids {int(ids[0])} to {int(ids[-1])} do not lie within a "
                 f"vocabulary of {vocabulary}; use the tokenizer that belongs to this checkpoint"
             )
-        weight, padding_idx = parameter_table(self._module)["weight"], getattr(self._module, "padding_idx", None)
+        padding_idx = getattr(self._module, "padding_idx", None)
         # The padding index only says which row gets no gradient; a frozen table has no gradients at all.
         self._module.padding_idx = None  # type: ignore[assignment]
-        parameter_table(self._module)["weight"] = torch.nn.Parameter(self._rows(ids.tolist()), requires_grad=False)
+        put_parameter(self._module, "weight", torch.nn.Parameter(self._rows(ids.tolist()), requires_grad=False))
         try:
             return self._forward(local)
         finally:
-            parameter_table(self._module)["weight"] = weight
+            put_parameter(self._module, "weight", weight)
             self._module.padding_idx = padding_idx  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, object]) -> GatheredEmbedding:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowmem.internals.transformers import Conversions
 from offload import SourceError, TensorSpec
 
 if TYPE_CHECKING:
@@ -73,18 +74,15 @@ def map_checkpoint(model: PreTrainedModel, tensors: Mapping[str, TensorSpec]) ->
     Raises:
         SourceError: A stored shape is not what the configuration says, or a conversion cannot be run.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
     state = model.state_dict(keep_vars=True)
-    conversions = get_model_conversion_mapping(model)
-    groups, unexpected = _group(model, state, conversions, tensors)
+    conversions = Conversions(model)
+    groups, unexpected = _group(state, conversions, tensors)
     recipes: dict[str, Recipe] = {}
     for first_target, group in groups.items():
         recipe = _recipe(model, first_target, group, tensors)
         _check_shapes(recipe, state)
         recipes.update((target, recipe) for target in recipe.targets)
-    # What save_pretrained of a merged or fully trained model reverses.
-    model._weight_conversions = [conversion for conversion in conversions if conversion.was_used()]
+    conversions.remember()
     return CheckpointMap(
         recipes=recipes, missing=frozenset(set(state) - set(recipes)), unexpected=frozenset(unexpected)
     )
@@ -98,27 +96,20 @@ class _Group:
 
 
 def _group(
-    model: PreTrainedModel, state: Mapping[str, Tensor], conversions: list[object], tensors: Mapping[str, TensorSpec]
+    state: Mapping[str, Tensor], conversions: Conversions, tensors: Mapping[str, TensorSpec]
 ) -> tuple[dict[str, _Group], set[str]]:
     """Stored keys by the first parameter they make, in the order transformers loads them."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    prefix = model.base_model_prefix
     groups: dict[str, _Group] = {}
     unexpected: set[str] = set()
-    for key in sorted(tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if target not in state and key in state:
-            target, pattern = rename_source_key(key, [], [], prefix, state)
+    for key in conversions.in_order(tensors):
+        target, pattern = conversions.target_of(key, state)
         if target not in state:
             unexpected.add(key)
             continue
-        group = groups.setdefault(target, _Group(converter=by_pattern[pattern] if pattern is not None else None))
+        converter = None if pattern is None else conversions.converter(pattern)
+        group = groups.setdefault(target, _Group(converter=converter))
         group.keys.append(key)
-        group.patterns.append(pattern if pattern is not None else key)
+        group.patterns.append(key if pattern is None else pattern)
     return groups, unexpected
 
 

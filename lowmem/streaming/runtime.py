@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem import host_memory
 from lowmem.errors import UnsupportedError
-from lowmem.internals.torch import parameter_table
+from lowmem.internals.torch import parameter_table, put_parameter
 from lowmem.models.build import StreamedBlock
 from lowmem.planning.step_memory import num_boundary_buffers
 from lowmem.streaming.block import BlockFunction, VisitedCall
@@ -322,11 +322,11 @@ class Runtime:
                 # (torch's parametrizations do `set_`) would then look like a change of all.
                 value = values[slot.key].data
                 trains = param is not None and param.requires_grad
-                parameter_table(slot.module)[slot.attribute] = torch.nn.Parameter(value, requires_grad=trains)
+                put_parameter(slot.module, slot.attribute, torch.nn.Parameter(value, requires_grad=trains))
             yield
         finally:
             for slot, param in zip(slots, absent, strict=True):
-                parameter_table(slot.module)[slot.attribute] = param
+                put_parameter(slot.module, slot.attribute, param)
             self._bound = None
 
     def _tell(self, index: int, phase: Phase, num_tokens: int, *, started: bool) -> None:

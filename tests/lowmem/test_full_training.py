@@ -166,18 +166,32 @@ def test_gradients_read_as_they_are(folder: Path, tmp_path: Path, tier: str) -> 
     assert torch.equal(tuned.get_parameter(name).grad + 0, plain.get_parameter(name).grad)
 
 
-def test_a_gradient_cannot_be_changed_past_the_tier(folder: Path, tmp_path: Path) -> None:
-    tuned = full(folder, "device", tmp_path).train()
-    backward(tuned, batches(1)[0])
+# torch adds to a gradient that has one element of memory as it does to any other, and says that this may be slow.
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_gradients_are_changed_where_they_are(folder: Path, tmp_path: Path, tier: str) -> None:
+    plain, tuned = resident(folder), full(folder, tier, tmp_path).train()
+    for model in (plain, tuned):
+        backward(model, batches(1)[0])
+        changed, halved, replaced, doubled = (
+            model.model.layers[0].get_submodule(path).weight
+            for path in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj")
+        )
+        changed.grad.add_(1.0)
+        halved.grad[3:].div_(2)
+        replaced.grad = torch.ones(replaced.shape)
+        torch._foreach_mul_([doubled.grad, changed.grad], [2.0, 1.0])
+        # A loss that sees a weight itself.
+        ((halved * halved).sum() + (replaced**3).sum()).backward()
+        backward(model, batches(2)[1])
+    for name, expected in plain.named_parameters():
+        where = f"gradient of {name}"
+        torch.testing.assert_close(tuned.get_parameter(name).grad + 0, expected.grad, rtol=1e-5, atol=1e-6, msg=where)
     param = tuned.model.layers[0].mlp.up_proj.weight
     assert isinstance(param.grad, OffloadedGradient)
-    with pytest.raises(lowmem.UnsupportedError, match=r"add_ on the gradient of model\.layers\.0\.mlp"):
-        param.grad.add_(1.0)
+    assert torch.equal((param * param.grad).sum(), (param.detach().clone() * param.grad.clone()).sum())
     with pytest.raises(lowmem.UnsupportedError, match="register_hook"):
         param.register_hook(lambda grad: grad)
-    param.grad = torch.zeros(param.shape)
-    with pytest.raises(lowmem.UnsupportedError, match="setting the gradient"):
-        backward(tuned, batches(1)[0])
 
 
 def test_micro_batches_sum_to_the_gradient_of_the_batch(folder: Path) -> None:
@@ -220,7 +234,7 @@ def test_weights_can_be_written_between_steps(folder: Path, tmp_path: Path, tier
         expected = param * 2
         param.mul_(2)
     assert torch.equal(param + 0, expected)
-    with pytest.raises(RuntimeError, match="no_grad"):
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
         param.mul_(2)
     saved = {name: value + 0 for name, value in tuned.state_dict().items()}
     backward(tuned, batches(1)[0])

@@ -1,4 +1,4 @@
-"""Canaries: what lowmem.internals.transformers takes from transformers is there, and still means what it is used for."""
+"""Canaries: what lowmem.internals.transformers takes from transformers is there, and means what it is used for."""
 
 from collections.abc import Iterator
 from pathlib import Path
