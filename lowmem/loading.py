@@ -18,11 +18,10 @@ from torch import Tensor
 from lowmem.full.opening import AdapterRefusal, Masters, open_full
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.internals.trl import hash_by_fingerprint
-from lowmem.models.build import Skeleton, StreamedBlock, fill
+from lowmem.models.build import Skeleton, StreamedBlock, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding
 from lowmem.models.embedding import GatheredEmbedding, read_now
 from lowmem.models.norms import tile_outer_norms
-from lowmem.models.unpack import Unpacker
 from lowmem.streaming.call import SplitChoice
 from lowmem.streaming.chunking.chunkable import can_chunk, enable_chunks
 from lowmem.streaming.runtime import Runtime, attach

@@ -330,7 +330,7 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
 
 
 def _block_shape(streamed: StreamedBlock, config: PretrainedConfig) -> BlockShape:
-    from lowmem.models.unpack import Unpacker
+    from lowmem.models.build import Unpacker
     from offload import lay_out
 
     return read_block(
