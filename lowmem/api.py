@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Mapping
 from contextlib import closing
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from lowmem.adapters.support import check_peft_config
 from lowmem.errors import UnsupportedError
+from lowmem.full.opening import refuse_unsupported
+from lowmem.loading import load
+from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
+from lowmem.monitoring.training_checks import check_every_trainer
 from lowmem.planning.job import Job, Task, Tuning, kind_of
 from lowmem.planning.plan import Plan
-from lowmem.planning.planner import ASSUMED_RANK, plan_step, rates_for
+from lowmem.planning.planner import ASSUMED_RANK, plan_for, plan_step, rates_for
 from lowmem.planning.read_model import corrected, read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
@@ -36,8 +44,10 @@ def from_pretrained(
     chunk_tokens: int | None = None,
     micro_batch: int | None = None,
     num_labels: int | None = None,
+    attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    **others: object,
 ) -> PreTrainedModel:
     """Open a checkpoint as the real transformers model, with its decoder blocks left on disk until they are visited.
 
@@ -46,59 +56,60 @@ def from_pretrained(
 
     Args:
         model: Local folder, or hub id, of a safetensors checkpoint.
-        plan: What `lowmem.plan` answered for this model; planned for a batch of one sequence if not given.
+        plan: What `lowmem.plan` returned for this model, device and dtype, which need not be given again; planned for a
+            batch of one sequence if not given.
         budget: Bounds for device and host memory, where no plan is given; measured where absent.
         tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained, by
             `lowmem.optim.AdamW`.
         quantization: None: weights move as they are stored.
-        device: Compute device; the GPU if there is one, else the CPU.
-        dtype: Compute dtype; float32 on a CPU, on a GPU bfloat16 where it can.
+        device: Compute device; the plan's, else the GPU if there is one, else the CPU.
+        dtype: Compute dtype; the plan's, else float32 on a CPU, on a GPU bfloat16 where it can.
         chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
-        num_labels: Give the sequence classification model with so many outputs, as
-            `AutoModelForSequenceClassification` would; a head that the checkpoint does not have is drawn at random and
-            trained with `modules_to_save=["score"]`. 1 makes a reward model, and is the default of a plan for "reward".
+        num_labels: Give the sequence classification model with so many outputs, 1 for a reward model; a head that the
+            checkpoint does not have is drawn at random and trained with `modules_to_save=["score"]`.
+        attn_implementation: As in transformers; None for the model's own choice, which is "sdpa" for most.
         revision: Branch, tag or commit of the hub repository.
         trust_remote_code: Run model code that comes with the checkpoint.
+        others: Options of transformers that have no meaning here: refused, naming what to use instead.
 
     Raises:
         UnsupportedError: An option or the architecture cannot be honoured exactly; nothing was loaded.
+        ValueError: The plan is for another model, device or dtype than is asked for.
         FileNotFoundError: There is no such folder or repository.
         offload.SourceError: A file is missing, damaged, or does not fit the configuration.
         offload.BudgetError: The budget is too small; says the smallest that works.
     """
-    from lowmem.full.opening import refuse_unsupported
-    from lowmem.loading import load
-    from lowmem.models.checkpoint import open_checkpoint, pick_device, pick_dtype, read_config, resolve
-    from lowmem.monitoring.training_checks import check_every_trainer
-    from lowmem.planning.planner import plan_for
-
-    refuse_options(tuning=tuning, quantization=quantization)
-    if plan is not None and (budget is not None or micro_batch is not None or chunk_tokens is not None):
-        raise ValueError("give plan, or budget, micro_batch and chunk_tokens, not both: the plan holds them already")
-    folder = resolve(model, revision=revision)
-    chosen = pick_device(device)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    compute = pick_dtype(dtype, device=chosen, stored=config.dtype or torch.float32)
-    if num_labels is None and plan is not None and plan.job.task == "reward":
-        num_labels = 1
+    refuse_options(tuning=tuning, quantization=quantization, budget=budget, others=others)
+    if plan is not None:
+        if (budget, micro_batch, chunk_tokens) != (None, None, None):
+            raise ValueError(
+                "give plan, or budget, micro_batch and chunk_tokens, not both: the plan holds them already"
+            )
+        device, dtype = device or plan.job.device, dtype or plan.compute_dtype
+        num_labels = 1 if num_labels is None and plan.job.task == "reward" else num_labels
     opened = open_checkpoint(
-        folder,
+        resolve(model, revision=revision),
         name=str(model),
-        device=chosen,
-        dtype=compute,
+        device=pick_device(device),
+        dtype=dtype,
         num_labels=num_labels,
+        attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    if tuning == "full":
-        refuse_unsupported(opened.built, device=chosen, dtype=compute)
-    if plan is None:
-        plan = plan_for(opened, budget=budget, micro_batch=micro_batch, chunk_tokens=chunk_tokens, tuning=tuning)
-    if plan.job.tuning != tuning:
-        raise ValueError(f"tuning={tuning!r} with a plan for tuning={plan.job.tuning!r}; plan with the same tuning")
-    plan.require_fit()
-    check_every_trainer()
-    return load(opened, plan=plan)
+    try:
+        if tuning == "full":
+            refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
+        if plan is None:
+            plan = plan_for(opened, budget=budget, micro_batch=micro_batch, chunk_tokens=chunk_tokens, tuning=tuning)
+        else:
+            _refuse_another_plan(plan, opened, tuning=tuning)
+        plan.require_fit()
+        check_every_trainer()
+        return load(opened, plan=plan)
+    except BaseException:
+        opened.source.close()
+        raise
 
 
 def plan(
@@ -117,13 +128,14 @@ def plan(
     micro_batch: int | None = None,
     chunk_tokens: int | None = None,
     revision: str | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     gradient_accumulation_steps: int = 1,
     completion_tokens: int | None = None,
     use_reference: bool | None = None,
     num_steps: int | None = None,
 ) -> Plan:
-    """Find out what a job takes, before anything is loaded. Reads the configuration and the headers of the shards.
+    """Find out what a job takes, whether it fits, and what to change, from the configuration and the shards' headers.
 
     Args:
         model: Local folder, or hub id, of a safetensors checkpoint.
@@ -136,31 +148,24 @@ def plan(
         budget: Bounds for device and host memory; measured where absent.
         device: Compute device; the GPU if there is one, else the CPU.
         dtype: Compute dtype; float32 on a CPU, on a GPU bfloat16 where it can.
-        rates: How fast this machine is: "measure" to find out in about a second, or what an earlier measurement gave.
-            Conservative numbers are assumed, and named as such, if not given.
+        rates: How fast this machine is: "measure" to find out in about a second; assumed, and named so, if not given.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
-        chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice. Models
-            whose blocks cannot be cut so take whole sequences; the plan says why.
+        chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice.
         revision: Branch, tag or commit of the hub repository.
+        attn_implementation: As in transformers; give `from_pretrained` the same.
         trust_remote_code: Run model code that comes with the checkpoint.
         gradient_accumulation_steps: Batches per optimizer step; each passes over all weights anew.
         completion_tokens: Tokens generated for each sequence, where the task generates; 256, or half of `seq_len`.
         use_reference: Whether a step computes reference log-probabilities; as TRL's trainer does by default if None.
         num_steps: Optimizer steps of the whole run, to be told how long it takes.
 
-    Returns:
-        The plan. It may say that the job does not fit (`fits`), and then what to change (`advice`).
-
     Raises:
         UnsupportedError: An option or the architecture cannot be honoured exactly.
-        FileNotFoundError: There is no such folder or repository.
         offload.SourceError: A file is missing, damaged, or does not fit the configuration.
         ValueError: A number is out of range.
     """
-    from lowmem.models.checkpoint import pick_device
-
-    refuse_options(tuning=tuning, quantization=quantization, peft_config=peft_config)
-    chosen = pick_device(device)
+    refuse_options(tuning=tuning, quantization=quantization, budget=budget, peft_config=peft_config)
+    device = pick_device(device)
     job = Job(
         task=task,
         batch_size=batch_size,
@@ -172,40 +177,125 @@ def plan(
         num_steps=num_steps,
         micro_batch=micro_batch,
         chunk_tokens=chunk_tokens,
-        device=kind_of(chosen),
+        device=kind_of(device),
         tuning=tuning,
     )
-    opened = _open(model, device=chosen, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    opened = open_checkpoint(
+        resolve(model, revision=revision),
+        name=str(model),
+        device=device,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
     with closing(opened.source):
         shapes, found = _shapes_for(opened, job, peft_config=peft_config), rates_for(opened, rates)
-    return plan_step(shapes, job, budget=(budget or Budget()).measured(chosen), rates=found)
+    return plan_step(shapes, job, budget=(budget or Budget()).measured(device), rates=found)
 
 
-def _open(
-    model: str | os.PathLike[str],
+_PLACES_ITSELF = "weights are placed block by block, within a budget"
+
+
+_QUANTIZES = "packed weights cannot be streamed yet"
+
+
+_HUB = "files come through huggingface_hub, which reads its settings from the environment"
+
+
+# What scripts pass to transformers, why it has no meaning here, and what to write instead.
+_OTHERS = {
+    "device_map": (_PLACES_ITSELF, 'device="cuda" or "cpu", and budget=lowmem.Budget(device=..., host=...)'),
+    "max_memory": (_PLACES_ITSELF, "budget=lowmem.Budget(device=..., host=...)"),
+    "offload_folder": (_PLACES_ITSELF, "budget=lowmem.Budget(disk=...)"),
+    "offload_state_dict": (_PLACES_ITSELF, "leave it out"),
+    "offload_buffers": (_PLACES_ITSELF, "leave it out"),
+    "low_cpu_mem_usage": (_PLACES_ITSELF, "leave it out: no more than the budget is taken"),
+    "use_safetensors": ("nothing else is read", "leave it out"),
+    "torch_dtype": ("transformers calls it dtype now", "dtype="),
+    "load_in_4bit": (_QUANTIZES, "leave it out: the stored bf16 or fp16 weights are streamed as they are"),
+    "load_in_8bit": (_QUANTIZES, "leave it out: the stored bf16 or fp16 weights are streamed as they are"),
+    "quantization_config": (_QUANTIZES, "leave it out: the stored bf16 or fp16 weights are streamed as they are"),
+    "use_flash_attention_2": ("transformers calls it attn_implementation now", 'attn_implementation="sdpa"'),
+    "use_cache": ("it is a field of the configuration", "model.config.use_cache = ... afterwards"),
+    "config": ("the folder's config.json is what its files are checked against", "edit a copy of the folder"),
+    "adapter_name": ("adapters are PEFT's", "peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)"),
+    "cache_dir": (_HUB, "HF_HOME in the environment"),
+    "local_files_only": (_HUB, "HF_HUB_OFFLINE=1 in the environment"),
+    "token": (_HUB, "hf auth login, or HF_TOKEN in the environment"),
+    "force_download": (_HUB, "hf download --force-download"),
+    "subfolder": ("a checkpoint is one folder", "the path of that folder, of a copy on disk"),
+    "variant": ("a checkpoint is one set of files", "a folder that holds these files under their usual names"),
+    "max_seq_length": ("sequences may have any length", "max_length of the trainer's configuration"),
+    "full_finetuning": ("it is called tuning here", 'tuning="full"'),
+}
+
+
+def _refuse_others(others: Mapping[str, object]) -> None:
+    """Name what to use instead of an option that `from_pretrained` does not have.
+
+    Raises:
+        UnsupportedError: It is known from elsewhere.
+        TypeError: It is not.
+    """
+    for name, value in others.items():
+        if name in _OTHERS:
+            reason, instead = _OTHERS[name]
+            raise UnsupportedError(f"{name}={ascii(value)[:60]}", reason=reason, instead=instead)
+        options = [option for option in inspect.signature(from_pretrained).parameters if option != "others"]
+        near = get_close_matches(name, options, n=1)
+        hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(options[1:])}"
+        raise TypeError(
+            f"lowmem.from_pretrained has no option {name!r}: {hint}; fields of the model's configuration can be set on "
+            "model.config afterwards"
+        )
+
+
+def _refuse_another_plan(plan: Plan, opened: Opened, *, tuning: str) -> None:
+    """Refuse a plan that was made for something else than what is opened.
+
+    Raises:
+        ValueError: Model, device, dtype or tuning differ.
+    """
+    shapes = read_shapes(opened)
+    if plan.job.tuning == "full":
+        shapes = shapes.with_every_weight()
+    if opened.num_labels is not None:
+        shapes = shapes.with_score_head()
+    dtype = str(opened.dtype).removeprefix("torch.")
+    for what, planned, found in (
+        ("tuning", plan.job.tuning, tuning),
+        ("device", plan.job.device, opened.device.type),
+        ("dtype", plan.compute_dtype, dtype),
+        ("blocks", len(plan.placements), len(shapes.blocks)),
+        ("bytes of the blocks", sum(plan.placement.block_bytes), shapes.stored_bytes),
+        ("bytes of the head", plan.bytes_of("head", tier="device"), shapes.head_bytes),
+    ):
+        if planned != found:
+            raise ValueError(
+                f"the plan is for {plan.model} with {what}: {planned}, and {shapes.name} is opened with {found}; plan "
+                "with the same, or leave device and dtype out here: the plan has them"
+            )
+
+
+def refuse_options(
     *,
-    device: torch.device,
-    dtype: torch.dtype | str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> Opened:
-    from lowmem.models.checkpoint import open_checkpoint, pick_dtype, read_config, resolve
-
-    folder = resolve(model, revision=revision)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
-    return open_checkpoint(folder, name=str(model), device=device, dtype=compute, trust_remote_code=trust_remote_code)
-
-
-def refuse_options(*, tuning: str, quantization: str | None, peft_config: PeftConfig | None = None) -> None:
+    tuning: str,
+    quantization: str | None,
+    budget: object = None,
+    peft_config: PeftConfig | None = None,
+    others: Mapping[str, object] | None = None,
+) -> None:
     """Refuse what cannot be planned or loaded yet.
 
     Raises:
         UnsupportedError: Full tuning, a quantisation, or an adapter that cannot be trained exactly.
+        TypeError: A budget that is none, or an option that is not known.
     """
+    if budget is not None and not isinstance(budget, Budget):
+        given = repr(budget) if isinstance(budget, str) else '"6GiB"'
+        raise TypeError(f"budget={budget!r}: expected lowmem.Budget(device={given}, host=...), each of them optional")
+    _refuse_others(others or {})
     if peft_config is not None:
-        from lowmem.adapters.support import check_peft_config
-
         check_peft_config(peft_config)
     if tuning not in get_args(Tuning):
         raise UnsupportedError(
@@ -226,8 +316,6 @@ def refuse_options(*, tuning: str, quantization: str | None, peft_config: PeftCo
 
 
 def _shapes_for(opened: Opened, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
-    from lowmem.full.opening import refuse_unsupported
-
     if job.tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
     shapes = corrected(read_shapes(opened, peft_config=peft_config), opened, seq_len=job.seq_len)

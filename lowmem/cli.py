@@ -150,7 +150,8 @@ def bench(
 ) -> None:
     """Measure disk, copies and computation as training uses them; one JSON line each."""
     from lowmem.doctor import probe_lines
-    from lowmem.models.checkpoint import pick_device, pick_dtype, read_config, resolve
+    from lowmem.models.checkpoint import pick_device, pick_dtype, resolve
+    from lowmem.models.configuration import read_config
     from offload import SafetensorsSource
 
     folder = resolve(model, revision=revision)

@@ -27,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    reason = os.environ.get("LOWMEM_NO_GPU", "needs a CUDA device; runs on a simulated one with -p tests.fakecuda.plugin")
+    reason = os.environ.get(
+        "LOWMEM_NO_GPU", "needs a CUDA device; runs on a simulated one with -p tests.fakecuda.plugin"
+    )
     no_gpu = pytest.mark.skip(reason=reason)
     no_slow = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:

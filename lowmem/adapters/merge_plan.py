@@ -13,7 +13,7 @@ from torch import Tensor
 from lowmem.adapters.updates import Update
 from lowmem.errors import UnsupportedError
 from lowmem.models.blocks import refuse_config
-from lowmem.models.checkpoint import read_config
+from lowmem.models.configuration import read_config
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from offload import OutputTensor, SafetensorsSource, TensorSpec
 

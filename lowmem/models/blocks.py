@@ -152,17 +152,21 @@ def refuse_config(config: PretrainedConfig) -> None:
         )
 
 
+_MOST_LABELS = 1_000_000
+"""transformers makes a name for each."""
+
+
 def refuse_labels(config: PretrainedConfig, num_labels: int) -> None:
     """Refuse a number of labels, or an architecture that has no sequence classification model.
 
     Raises:
-        ValueError: `num_labels` is less than 1.
+        ValueError: `num_labels` is out of range.
         UnsupportedError: transformers has no such class.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-    if num_labels < 1:
-        raise ValueError(f"num_labels={num_labels}: expected at least 1; 1 makes a reward model")
+    if not 1 <= num_labels <= _MOST_LABELS:
+        raise ValueError(f"num_labels={num_labels}: expected 1 to {_MOST_LABELS}; 1 makes a reward model")
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedError(
             f"num_labels={num_labels} with architecture {config.model_type}",

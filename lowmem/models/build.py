@@ -25,6 +25,7 @@ from lowmem.internals.transformers import (
 )
 from lowmem.models.absent import AbsentParameter, refuse_copy
 from lowmem.models.blocks import DecoderBlock, find_blocks
+from lowmem.models.configuration import naming_field
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from offload import BlockSpec, SourceError, StagingBuffer, TensorSpec
 
@@ -114,7 +115,7 @@ def skeleton(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device("meta"), naming_field(folder / "config.json", config.to_dict()):
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     keep_in_fp32(model, dtype)
     blocks = find_blocks(model)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, skeleton
+from lowmem.models.configuration import check_counts, check_generation_config, read_config
 from offload import SafetensorsSource
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 
 # What a streamed model needs of a repository; pickled weights are never fetched.
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
@@ -35,7 +32,7 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
         FileNotFoundError: No such folder, and no such repository can be reached.
         UnsupportedError: The path is a single file.
     """
-    folder = Path(model)
+    folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -44,8 +41,8 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
             reason="it is a file",
             instead="the folder that holds config.json and the .safetensors files",
         )
-    if folder.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1:
-        raise FileNotFoundError(f"{model}: no such folder; give a local folder or a hub id of the form owner/name")
+    if folder.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+        raise FileNotFoundError(f"{folder}: no such folder; give a local folder or a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -80,8 +77,9 @@ def open_checkpoint(
     *,
     name: str,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str | None,
     num_labels: int | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Opened:
     """Check a checkpoint and match it with its model class.
@@ -90,8 +88,9 @@ def open_checkpoint(
         folder: Local folder.
         name: What the user called it; adapters record it as their base model.
         device: Compute device.
-        dtype: Compute dtype.
+        dtype: Compute dtype; None or "auto" for the usual one of the device.
         num_labels: Outputs of a sequence classification model; None for a language model.
+        attn_implementation: As in transformers.
         trust_remote_code: As in transformers.
 
     Raises:
@@ -100,19 +99,22 @@ def open_checkpoint(
     """
     from lowmem.models.blocks import refuse_config, refuse_labels
 
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
     # The text part as well: of some checkpoints only that is built.
     config.name_or_path = config.get_text_config().name_or_path = name
     refuse_config(config)
     if num_labels is not None:
         refuse_labels(config, num_labels)
         config.num_labels = num_labels
+    check_generation_config(folder)
     source = SafetensorsSource(folder)
     try:
+        check_counts(config, source.tensors, file=folder / "config.json")
         built = skeleton(
             config,
             source.tensors,
-            dtype=dtype,
+            dtype=compute,
             folder=folder,
             classifies=num_labels is not None,
             trust_remote_code=trust_remote_code,
@@ -120,38 +122,14 @@ def open_checkpoint(
     except BaseException:
         source.close()
         raise
-    return Opened(source=source, built=built, device=device, dtype=dtype, folder=folder, num_labels=num_labels)
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False, allows_adapter: bool = False) -> PretrainedConfig:
-    """A folder's model configuration.
-
-    Args:
-        folder: The model's folder.
-        trust_remote_code: As in transformers.
-        allows_adapter: Read it although an adapter lies there too.
-
-    Raises:
-        UnsupportedError: It is an adapter's folder, or there is an adapter beside the weights.
-        FileNotFoundError: The folder has no config.json.
-    """
-    from transformers import AutoConfig
-
-    has_config = (folder / "config.json").is_file()
-    if (folder / "adapter_config.json").exists() and not (has_config and allows_adapter):
-        raise UnsupportedError(
-            f"model={str(folder)!r}",
-            reason="an adapter lies beside its weights, which transformers would apply too"
-            if has_config
-            else "it is the folder of an adapter, not of a model",
-            instead="the adapter in a folder of its own and PeftModel.from_pretrained(model, folder)"
-            if has_config
-            else "the model that the adapter was trained on, and PeftModel.from_pretrained(model, folder); "
-            "lowmem.merge makes one model of both",
-        )
-    if not has_config:
-        raise FileNotFoundError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return Opened(
+        source=source,
+        built=built,
+        device=device,
+        dtype=compute,
+        folder=folder,
+        num_labels=num_labels,
+    )
 
 
 def gatherable_embedding(built: Skeleton) -> str | None:
@@ -184,12 +162,27 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"device={str(device)!r}", reason="only CPUs and CUDA are known", instead="cpu or cuda")
-    # Equal only where no card is named.
-    if chosen == torch.device("cuda"):
-        chosen = torch.device("cuda", torch.cuda.current_device())
+    chosen: torch.device | None = None
+    with suppress(RuntimeError):  # "auto", "gpu"
+        chosen = torch.device(device)
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UnsupportedError(
+            f"device={str(device)!r}",
+            reason="a streamed model computes on one CUDA device or on the CPU",
+            instead='"cuda" or "cpu"; without device=, the GPU is taken if there is one',
+        )
+    if chosen.type == "cuda":
+        num_gpus = torch.cuda.device_count()
+        if (chosen.index or 0) >= num_gpus:
+            built = "" if torch.version.cuda else " (this torch was built without CUDA)"
+            raise UnsupportedError(
+                f"device={str(device)!r}",
+                reason=f"torch finds {num_gpus or 'no'} GPU{'s' if num_gpus > 1 else ''} here{built}",
+                instead='device="cpu", or leave it out; lowmem doctor says what this machine has',
+            )
+        # Equal only where no card is named.
+        if chosen == torch.device("cuda"):
+            chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 
@@ -215,4 +208,4 @@ def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored:
     return dtype
 
 
-__all__ = ["Opened", "gatherable_embedding", "open_checkpoint", "pick_device", "pick_dtype", "read_config", "resolve"]
+__all__ = ["Opened", "gatherable_embedding", "open_checkpoint", "pick_device", "pick_dtype", "resolve"]
