@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch

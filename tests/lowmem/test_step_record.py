@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem.monitoring.step_record import RepresentativeStep, StepRecord, log_values
+from lowmem.monitoring.monitor import RepresentativeStep, StepRecord, log_values
 from lowmem.monitoring.timeline import StepTimeline
 
 
