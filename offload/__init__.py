@@ -30,6 +30,7 @@ from offload.files.file_io import FileIO
 from offload.files.safetensors_read import DTYPES, SafetensorsSource
 from offload.files.safetensors_write import OutputTensor, ShardFile, TensorReader, split_into_shards, write_index
 from offload.files.scratch import FileSlot, Scratch
+from offload.files.strict_json import parse_json_object
 from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
@@ -85,6 +86,7 @@ __all__ = [
     "open_device",
     "open_source",
     "parse_bytes",
+    "parse_json_object",
     "place_blocks",
     "probe_compute",
     "probe_disk",

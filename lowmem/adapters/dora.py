@@ -132,16 +132,20 @@ def _frozen_linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     return result
 
 
-class _BaseNorms:
-    """||W||^2 per row of one layer, kept where the base weight cannot change."""
+class _KeepsBaseSquares:
+    """Keeps ||W||^2 per row of one layer.
 
-    def __init__(self, *, keep: bool) -> None:
-        self._keep = keep
+    Args:
+        frozen_base: The base weight never changes while this object lives; nothing is kept where it may.
+    """
+
+    def __init__(self, *, frozen_base: bool = False) -> None:
+        self._frozen_base = frozen_base
         self._kept: Tensor | None = None
 
-    def get(self, weight_OI: Tensor, *adapter: Tensor) -> Tensor | None:
+    def _squares(self, weight_OI: Tensor, *adapter: Tensor) -> Tensor | None:
         """The squares in the dtype that `row_norms` accumulates in for these arguments; None: compute them there."""
-        if not self._keep:
+        if not self._frozen_base:
             return None
         dtype = _accumulation_dtype(weight_OI, *adapter)
         if self._kept is None or self._kept.dtype != dtype or self._kept.device != weight_OI.device:
@@ -149,15 +153,8 @@ class _BaseNorms:
         return self._kept
 
 
-class FactoredDoraLinear(DoraLinearVariant):
-    """PEFT's DoRA for linear layers (and gpt2's Conv1D) with the factored norm.
-
-    Args:
-        frozen_base: The base weight never changes while this object lives, so its row norms may be kept.
-    """
-
-    def __init__(self, *, frozen_base: bool = False) -> None:
-        self._base = _BaseNorms(keep=frozen_base)
+class FactoredDoraLinear(_KeepsBaseSquares, DoraLinearVariant):
+    """PEFT's DoRA for linear layers (and gpt2's Conv1D) with the factored norm."""
 
     def forward(self, module: Linear, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:
         """Add the adapter's part to the base layer's result, as `DoraLinearVariant.forward` does."""
@@ -171,7 +168,7 @@ class FactoredDoraLinear(DoraLinearVariant):
             factors[0],
             lora_B_OR=factors[1],
             scaling=scaling,
-            base_squares_O=self._base.get(weight_OI, *factors),
+            base_squares_O=self._squares(weight_OI, *factors),
         )
         scale_1O = (module.lora_magnitude_vector[active_adapter].weight / norms_O.to(x.dtype)).view(1, -1)
         if module.training and not isinstance(dropout, nn.Identity):
@@ -184,15 +181,8 @@ class FactoredDoraLinear(DoraLinearVariant):
         return scaled if base_layer.bias is None else scaled + (1 - scale_1O) * base_layer.bias
 
 
-class FactoredDoraEmbedding(DoraEmbeddingVariant):
-    """PEFT's DoRA for embeddings with the factored norm: one norm per embedding dimension, over the vocabulary.
-
-    Args:
-        frozen_base: The base weight never changes while this object lives, so its norms may be kept.
-    """
-
-    def __init__(self, *, frozen_base: bool = False) -> None:
-        self._base = _BaseNorms(keep=frozen_base)
+class FactoredDoraEmbedding(_KeepsBaseSquares, DoraEmbeddingVariant):
+    """PEFT's DoRA for embeddings with the factored norm: one norm per embedding dimension, over the vocabulary."""
 
     def forward(self, module: Embedding, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:
         """Scale the base layer's rows and add the adapter's part, as `DoraEmbeddingVariant.forward` does."""
@@ -204,7 +194,7 @@ class FactoredDoraEmbedding(DoraEmbeddingVariant):
             lora_A_RV,
             lora_B_OR=lora_B_DR,
             scaling=scaling,
-            base_squares_O=self._base.get(weight_DV, lora_A_RV, lora_B_DR),
+            base_squares_O=self._squares(weight_DV, lora_A_RV, lora_B_DR),
         )
         norms_D = norms_D.to(torch.promote_types(weight_DV.dtype, lora_A_RV.dtype))
         scale_D = module.lora_magnitude_vector[active_adapter].weight / norms_D

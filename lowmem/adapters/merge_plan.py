@@ -153,29 +153,29 @@ def _on_meta(folder: Path, changes: Mapping[str, object], *, trust_remote_code: 
 
 def _ties(model: PreTrainedModel) -> list[list[str]]:
     """Names of the model's tensors, those that are one tensor together."""
-    groups: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(value), []).append(name)
-    return list(groups.values())
+    return _grouped({name: id(value) for name, value in model.state_dict(keep_vars=True).items()})
 
 
 def _aliases(model: PreTrainedModel) -> list[list[str]]:
     """Names of tensors that several paths lead to because the module itself is shared: an adapter sees one of them."""
-    groups: dict[tuple[int, str], list[str]] = {}
-    for name in model.state_dict():
-        path, _, attribute = name.rpartition(".")
-        groups.setdefault((id(model.get_submodule(path)), attribute), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
+    parts = {name: name.rpartition(".") for name in model.state_dict()}
+    groups = _grouped({name: (id(model.get_submodule(path)), last) for name, (path, _, last) in parts.items()})
+    return [names for names in groups if len(names) > 1]
+
+
+def _grouped(keys: Mapping[str, object]) -> list[list[str]]:
+    """Names, those with the same key together."""
+    groups: dict[object, list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
 def _also_for(aliases: list[list[str]], saved: SavedAdapter) -> SavedAdapter:
-    updates, whole_layers = dict(saved.updates), dict(saved.whole_layers)
-    for names in aliases:
-        for found in [name for name in names if name in saved.updates]:
-            updates.update(dict.fromkeys(names, saved.updates[found]))
-        for found in [name for name in names if name in saved.whole_layers]:
-            whole_layers.update(dict.fromkeys(names, saved.whole_layers[found]))
-    return replace(saved, updates=updates, whole_layers=whole_layers)
+    of = {name: names for names in aliases for name in names}
+    updates = {name: found for other, found in saved.updates.items() for name in of.get(other, (other,))}
+    whole = {name: found for other, found in saved.whole_layers.items() for name in of.get(other, (other,))}
+    return replace(saved, updates=updates, whole_layers=whole)
 
 
 def _untie(ties: list[list[str]], saved: SavedAdapter, mapping: CheckpointMap) -> dict[str, TensorSpec] | None:

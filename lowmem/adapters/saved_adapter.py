@@ -7,7 +7,6 @@ used.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import stat
@@ -36,7 +35,7 @@ from lowmem.adapters.support import CHANGED_BASE_INITS, words
 from lowmem.adapters.updates import LowRank, Replacement, RowReplacement, Update
 from lowmem.errors import UnsupportedError
 from lowmem.models.absent import AbsentParameter
-from offload import SafetensorsSource, TensorReader
+from offload import SafetensorsSource, SourceError, TensorReader, parse_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,8 +111,7 @@ def read_files(folder: Path) -> AdapterFiles:
     Raises:
         FileNotFoundError: A file is missing.
         UnsupportedError: The adapter cannot be merged, or its weights are pickled.
-        ValueError: A file is damaged; names file and field.
-        SourceError: The safetensors file is damaged.
+        SourceError: A file is damaged; names file and field.
     """
     config = _read_config(folder / _CONFIG_NAME)
     _refuse(config)
@@ -135,7 +133,7 @@ def _is_regular(file: Path) -> bool:
     if not file.exists():
         return False
     if not stat.S_ISREG(file.stat().st_mode):
-        raise ValueError(f"{file}: not a regular file; {_SAVE_AGAIN}")
+        raise SourceError(file, field="file", problem="not a regular file", remedy=_SAVE_AGAIN)
     return True
 
 
@@ -143,25 +141,23 @@ def _read_config(file: Path) -> PeftConfig:
     if not _is_regular(file):
         raise FileNotFoundError(f"{file.parent}: no {_CONFIG_NAME}; give the folder of a saved PEFT adapter")
     if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes, which no configuration has; {_SAVE_AGAIN}")
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({_first_line(error)}); {_SAVE_AGAIN}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected an object, got {_short(values)}; {_SAVE_AGAIN}")
-    kind = values.get("peft_type")
-    made = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
+        problem = f"expected at most {_MAX_CONFIG_BYTES} bytes, got {file.stat().st_size}"
+        raise SourceError(file, field="file", problem=problem, remedy=_SAVE_AGAIN)
+    values = parse_json_object(file, file.read_bytes(), field="file", remedy=_SAVE_AGAIN)
+    kind = values.text("peft_type")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if made is None:
-        raise ValueError(f"{file}: peft_type: {_short(kind)} is no adapter type that this PEFT knows; {_SAVE_AGAIN}")
+        values.refuse("peft_type", f"{_short(kind)} is no adapter type that this PEFT knows")
     for name, hint in typing.get_type_hints(made).items():
+        value = values.members.get(name)
         # PEFT annotates numbers as int that are None by default.
-        if name in values and values[name] != getattr(made, name, ...) and not _fits(values[name], hint):
-            raise ValueError(f"{file}: {name}: {_short(values[name])} is no value that {made.__name__} takes")
+        if name in values.members and value != getattr(made, name, ...) and not _fits(value, hint):
+            values.refuse(name, f"{_short(value)} is no value that {made.__name__} takes")
     try:
         return PeftConfig.from_pretrained(str(file.parent))
     except _RAW_ERRORS as error:
-        raise ValueError(f"{file}: {made.__name__} cannot be made of it: {_first_line(error)}") from error
+        problem = f"{made.__name__} cannot be made of it ({_first_line(error)})"
+        raise SourceError(file, field="file", problem=problem, remedy=_SAVE_AGAIN) from error
 
 
 def _fits(value: object, hint: object) -> bool:
@@ -191,7 +187,8 @@ def _check_ranks(file: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) 
     ranks = {"r": getattr(config, "r", 0)} | (getattr(config, "rank_pattern", None) or {})
     for name, rank in ranks.items():
         if isinstance(rank, (int, float)) and not 0 <= rank <= largest:
-            raise ValueError(f"{file}: {name}: rank {rank}, and no tensor of {_WEIGHTS_NAME} has a side of that size")
+            problem = f"rank {rank}, and no tensor of {_WEIGHTS_NAME} has a side of that size"
+            raise SourceError(file, field=name, problem=problem, remedy=_SAVE_AGAIN)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -206,7 +203,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         reader.close()
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise ValueError(f"{file}: {name}: some of its values are not finite; {_SAVE_AGAIN}")
+            raise SourceError(file, field=name, problem="some of its values are not finite", remedy=_SAVE_AGAIN)
     return tensors
 
 
