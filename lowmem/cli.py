@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
@@ -171,12 +172,19 @@ def merge(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write model and adapter as one ordinary checkpoint, a tensor at a time."""
+    """Write model and adapter as one ordinary checkpoint, a tensor at a time.
+
+    Says how much of the adapter's change was lost to rounding, where that is more than 1%.
+    """
     from lowmem.adapters.merge import merge as merge_adapter
 
-    folder = merge_adapter(
-        model, adapter=adapter, output=output, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
+    with warnings.catch_warnings(record=True) as warned:
+        folder = merge_adapter(
+            model, adapter=adapter, output=output, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+    for warning in warned:
+        if warning.category is UserWarning:
+            sys.stderr.write(f"lowmem: {warning.message}\n")
     typer.echo(str(folder))
 
 

@@ -1,16 +1,17 @@
-"""Settings of an ESSA run, named as TRL's configurations name them.
+"""ESSA: reward maximised over the singular values of an adapter, with forward passes only.
 
-Answers of a population to prompts, generated as one batch, and what reward functions make of them.
-
-ESSA: reward maximised over the singular values of an adapter, with forward passes only.
+A population answers prompts as one batch, reward functions score the answers, a strategy moves the mean.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -111,7 +112,7 @@ class Answering:
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
 
     def generate(self, rows: Sequence[Row], *, num_members: int) -> list[list[int]]:
-        """Completions, without padding: those of the first member to all rows, then those of the next.
+        """Return completions, without padding: those of the first member to all rows, then those of the next.
 
         Args:
             rows: Rows of the data set, with a "prompt".
@@ -317,18 +318,25 @@ class ESSATrainer:
             "spectrum": self.spectrum.state_dict(),
             "log_history": self.log_history,
         }
-        # Renamed when complete: a kill leaves no half checkpoint under that name.
-        unfinished = folder / f"{_STATE}.part"
-        torch.save(state, unfinished)
-        unfinished.rename(folder / _STATE)
+        # Renamed when it is on the disk: a kill leaves no half checkpoint under that name, and nobody else can read it.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{_STATE}.", delete=False) as unfinished:
+            torch.save(state, unfinished)
+            unfinished.flush()
+            os.fsync(unfinished.fileno())
+        Path(unfinished.name).rename(folder / _STATE)
 
     def _resume(self, folder: Path) -> None:
         if not (folder / _STATE).is_file():
             raise FileNotFoundError(f"{folder}: no {_STATE}; give a folder that ESSATrainer saved as a checkpoint")
-        state = torch.load(folder / _STATE, weights_only=True)
-        self.spectrum.load_state_dict(state["spectrum"])
-        self.strategy.load_state_dict(state["strategy"])
-        self.log_history = list(state["log_history"])
+        try:
+            state = torch.load(folder / _STATE, weights_only=True)
+            self.spectrum.load_state_dict(state["spectrum"])
+            self.strategy.load_state_dict(state["strategy"])
+            self.log_history = list(state["log_history"])
+        except (EOFError, KeyError, OSError, RuntimeError, TypeError, UnpicklingError) as error:
+            raise ValueError(
+                f"{folder / _STATE}: damaged, or of another adapter ({type(error).__name__}); give another checkpoint"
+            ) from error
 
     def _last(self) -> Path:
         folders = [path.parent for path in Path(self.args.output_dir).glob(f"checkpoint-*/{_STATE}")]

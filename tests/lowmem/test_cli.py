@@ -206,6 +206,22 @@ def test_merge_writes_a_checkpoint(run: Run, llama: Path, tmp_path: Path) -> Non
     assert torch.equal(merged[untouched], stored[untouched].float())
 
 
+@pytest.mark.filterwarnings("default")
+def test_merge_says_what_rounding_loses(run: Run, llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    for name, param in peft_model.named_parameters():
+        param.data.mul_(1e-4 if "lora_B" in name else 1.0)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    merge = ["merge", llama, "--adapter", tmp_path / "adapter", "--dtype"]
+    assert run(*merge, "bfloat16", "--output", tmp_path / "merged") == 0
+    (said,) = [line for line in run.err.splitlines() if line.startswith("lowmem: ")]
+    assert said.startswith("lowmem: rounding to bfloat16 lost ")
+    assert "--dtype float32" in said
+    assert run(*merge, "float32", "--output", tmp_path / "exact") == 0
+    assert "lowmem: " not in run.err
+
+
 def test_merge_into_a_full_folder_is_refused(run: Run, llama: Path) -> None:
     assert run("merge", llama, "--adapter", llama, "--output", llama) == 2
     assert run.err.startswith("lowmem: ")

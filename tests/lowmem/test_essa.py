@@ -125,6 +125,21 @@ def test_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path) -
     assert second.log_history == whole.log_history
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "another file", "a field is missing"])
+def test_a_damaged_checkpoint_is_one_sentence(damage: str, folder: Path, tmp_path: Path) -> None:
+    made = trainer(folder, tmp_path / "out")
+    made._save_checkpoint(tmp_path / "out" / "checkpoint-1")
+    (state,) = (tmp_path / "out" / "checkpoint-1").iterdir()
+    assert state.stat().st_mode & 0o777 == 0o600
+    content = state.read_bytes()
+    if damage == "a field is missing":
+        torch.save({"strategy": made.strategy.state_dict()}, state)
+    else:
+        state.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "another file": b"x" * 1000}[damage])
+    with pytest.raises(ValueError, match=r"essa_state.pt: damaged, or of another adapter"):
+        made.train(resume_from_checkpoint=True)
+
+
 def test_saved_adapter_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
     made = trainer(folder, tmp_path / "out")
     made.train()
