@@ -25,8 +25,9 @@ from offload.errors import (
     TierFull,
     WriteError,
 )
-from offload.files.file import NO_ROOM, open_source, sync_folder
+from offload.files.file import NO_ROOM, open_regular, open_source, read_small_file, sync_folder
 from offload.files.file_io import FileIO
+from offload.files.folder import Folder
 from offload.files.safetensors_read import DTYPES, SafetensorsSource
 from offload.files.safetensors_write import OutputTensor, ShardFile, TensorReader, split_into_shards, write_index
 from offload.files.scratch import FileSlot, Scratch
@@ -35,7 +36,7 @@ from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
 from offload.store.store import Store
-from offload.store.store_files import StoreIo
+from offload.store.store_files import StoreIo, verify_store
 from offload.trace import LANES, Span, Trace
 from offload.transfer import Transfer, WorkerThread
 
@@ -53,6 +54,7 @@ __all__ = [
     "DiskRate",
     "FileIO",
     "FileSlot",
+    "Folder",
     "FolderInUse",
     "ObjectLayout",
     "OffloadError",
@@ -84,15 +86,18 @@ __all__ = [
     "lay_out",
     "lay_out_object",
     "open_device",
+    "open_regular",
     "open_source",
     "parse_bytes",
     "parse_json_object",
     "place_blocks",
     "probe_compute",
     "probe_disk",
+    "read_small_file",
     "round_up",
     "split_into_shards",
     "sync_folder",
+    "verify_store",
     "view_tensor",
     "write_index",
 ]

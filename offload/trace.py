@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from offload.files.folder import Folder
+
 LANES = ("disk", "copy", "compute", "stall")
 """The usual lanes, in the order in which a saved trace shows them; any other name is a lane of its own below these."""
 
@@ -146,12 +148,8 @@ class Trace:
         """
         target = Path(path)
         document = {"traceEvents": _chrome_events(self.spans(since_ns)), "displayTimeUnit": "ms"}
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_text(json.dumps(document))
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with Folder.open(target.parent) as folder:
+            folder.put(target.name, json.dumps(document).encode(), mode=0o666)
 
 
 class _LaneSum:

@@ -158,8 +158,11 @@ class ChunkFiles:
         Raises:
             SourceError: Nothing was committed.
         """
-        Store.check(self._folder)
+        self._store.verify()
         self._store.abort_step()
+        self._go_on()
+
+    def _go_on(self) -> None:
         self._in_step = self._is_fresh = False
         self._have, self._in_buffer = set(self._store.names()), None
 
@@ -175,7 +178,8 @@ class ChunkFiles:
             Store.restore(folder, self._folder)
         finally:
             self._store = self._open()
-        self.adopt()
+        # What `Store.restore` has read just now need not be read again.
+        self._go_on()
 
     def close(self) -> None:
         """Stop transfers and let others have the folder. May be called twice."""
@@ -183,7 +187,8 @@ class ChunkFiles:
 
     def _open(self) -> Store:
         if Store.exists(self._folder):
-            return Store.open(self._folder, fingerprint=self._fingerprint, io=self._io)
+            # `adopt` verifies the state; a run that begins anew replaces it.
+            return Store.open(self._folder, fingerprint=self._fingerprint, io=self._io, verify=False)
         return Store.create(self._folder, fingerprint=self._fingerprint, io=self._io)
 
 

@@ -64,7 +64,7 @@ def save_moments(full: FullTuning) -> str:
         ]
         file = folder / f"{layout.name}.safetensors"
         file.unlink(missing_ok=True)
-        with ShardFile(file, outputs) as shard:
+        with ShardFile(file, outputs, mode=0o600) as shard:
             for place, field in named:
                 shard.write(full.read(place.key, field))
     return str(folder.resolve())

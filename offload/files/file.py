@@ -25,6 +25,14 @@ Pwrite = Callable[[int, list[memoryview], int], int]
 # Linux only: elsewhere, and on file systems that refuse the flag, requests go through the page cache.
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+}
+
 _DIRECT_REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 # The user's quota and the process's file size limit run out like the disk does.
@@ -39,7 +47,11 @@ class FileStamp:
     size_bytes: int
     """Length of the file."""
     mtime_ns: int
-    """Time of the last write to it."""
+    """Time of the last write to it; anybody who may write to it can set it back."""
+    ctime_ns: int
+    """Time of the last write to it or to its metadata; nobody can set it."""
+    metadata: tuple[int, ...]
+    """Its mode, owner, group and number of names."""
     inode: int
     """Number of the file on its device: another one once the path has been replaced."""
     device: int
@@ -48,21 +60,65 @@ class FileStamp:
     @classmethod
     def of(cls, status: os.stat_result) -> FileStamp:
         """Stamp of a file from what the system says about it."""
-        return cls(size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino, device=status.st_dev)
+        return cls(
+            size_bytes=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+            metadata=(status.st_mode, status.st_uid, status.st_gid, status.st_nlink),
+            inode=status.st_ino,
+            device=status.st_dev,
+        )
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY, *, mode: int = 0o666) -> int:
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, mode: int = 0o666, dir_fd: int | None = None) -> int:
     """Open a regular file; anything else (a pipe, a device, a socket, a folder) is refused at once.
+
+    Args:
+        path: The file.
+        flags: As for `os.open`.
+        mode: Who may read and write it, if it is made, less the umask.
+        dir_fd: Folder that `path` is relative to.
 
     Raises:
         OSError: It cannot be opened, or is not a regular file.
     """
-    # Without O_NONBLOCK, opening a named pipe would wait for its other end for ever.
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, mode)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its other end for ever.
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
+            raise OSError(errno.ELOOP, "expected a regular file, got a link", str(path)) from error
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "expected a regular file, got a socket or a pipe", str(path)) from error
+        raise
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind):
         os.close(fd)
-        raise OSError(errno.EINVAL, "expected a regular file, got another kind", str(path))
+        raise OSError(errno.EINVAL, f"expected a regular file, got {_KINDS.get(stat.S_IFMT(kind))}", str(path))
     return fd
+
+
+def read_small_file(path: Path, *, max_bytes: int) -> bytes:
+    """Read a whole file that must be a regular one and not too large, whoever wrote it.
+
+    Raises:
+        OSError: It cannot be read, is not a regular file, or has more than `max_bytes`.
+    """
+    return read_all(open_regular(path), max_bytes)
+
+
+def read_all(fd: int, max_bytes: int) -> bytes:
+    """Read a file from its beginning to its end and close it.
+
+    Raises:
+        OSError: It cannot be read, or has more than `max_bytes`.
+    """
+    with os.fdopen(fd, "rb") as file:
+        size_bytes = os.fstat(fd).st_size
+        raw = file.read(max_bytes + 1) if size_bytes <= max_bytes else b""
+    if size_bytes > max_bytes or len(raw) > max_bytes:
+        raise OSError(errno.EFBIG, f"expected at most {max_bytes} bytes, got {max(size_bytes, len(raw))}")
+    return raw
 
 
 class File:
@@ -280,6 +336,10 @@ def check_stamp(file: Path, *, fd: int, stamp: FileStamp) -> None:
         raise SourceChanged(
             file, problem=f"the path was replaced (expected inode {stamp.inode}, got inode {named.inode})"
         )
+    # A file that got or lost a link or another mode has a new ctime too: there it cannot tell.
+    if opened.ctime_ns != stamp.ctime_ns and opened.metadata == stamp.metadata:
+        problem = "it was written to and its time set back"
+        raise SourceChanged(file, problem=f"{problem} (expected ctime {stamp.ctime_ns} ns, got {opened.ctime_ns} ns)")
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -142,6 +143,7 @@ class FileIO:
         offset_bytes: int,
         name: str,
         sync: bool = False,
+        checksum: Callable[[int], None] | None = None,
         at_end: Callable[[Transfer], None] | None = None,
     ) -> Transfer:
         """Start writing a buffer to a file.
@@ -156,6 +158,7 @@ class FileIO:
             offset_bytes: Where in the file its first byte goes; likewise.
             name: What is written, for errors and traces.
             sync: The transfer ends only when the bytes are on the disk.
+            checksum: Called in a thread with the CRC-32 of `data`, which is computed while it is written.
             at_end: Called in a thread when the transfer has ended, whatever came of it; must not raise.
 
         Returns:
@@ -170,6 +173,8 @@ class FileIO:
             partial(file.write, view[start : start + step], offset_bytes=offset_bytes + start)
             for start in range(0, len(view), step)
         ]
+        if checksum is not None:
+            pieces.insert(0, lambda: checksum(zlib.crc32(view)))
         finish = file.sync if sync else None
         return self._start(
             Transfer(name, nbytes=len(view), num_pieces=len(pieces), memory=data, finish=finish, at_end=at_end), pieces

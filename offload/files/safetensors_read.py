@@ -16,8 +16,8 @@ import torch
 
 from offload.blocks import TensorSpec
 from offload.errors import Closed, SourceError
-from offload.files.file import File, FileStamp, open_regular
-from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, parse_json_object, short
+from offload.files.file import File, FileStamp, open_regular, read_small_file
+from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, is_text, parse_json_object, short
 
 DTYPES = {
     "F64": torch.float64,
@@ -241,8 +241,8 @@ def _open_shard(file: Path) -> int:
     except FileNotFoundError as error:
         raise SourceError(file, field="file", problem="it does not exist", remedy=_AGAIN) from error
     except (OSError, ValueError) as error:
-        problem = f"it cannot be opened ({error})"
-        raise SourceError(file, field="file", problem=problem, remedy="check its permissions") from error
+        problem = f"it cannot be opened ({error.strerror if isinstance(error, OSError) else error})"
+        raise SourceError(file, field="file", problem=problem, remedy="check it and its permissions") from error
 
 
 def _files_at(location: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
@@ -291,11 +291,10 @@ def _refuse_pickled(location: Path, files: Iterable[Path]) -> None:
 
 def _read_index(index_file: Path) -> dict[str, Path]:
     try:
-        raw = index_file.read_bytes()
+        raw = read_small_file(index_file, max_bytes=MAX_JSON_BYTES)
     except OSError as error:
-        raise SourceError(
-            index_file, field="file", problem=f"it cannot be read ({error.strerror})", remedy="check its permissions"
-        ) from error
+        problem = f"it cannot be read ({error.strerror})"
+        raise SourceError(index_file, field="file", problem=problem, remedy="check it and its permissions") from error
     members = parse_json_object(index_file, raw, field="index", remedy=_AGAIN)
     weight_map = members.members.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -315,7 +314,7 @@ def _read_index(index_file: Path) -> dict[str, Path]:
 def _shard_path(index_file: Path, tensor: str, *, name: object) -> Path:
     """Path of a shard that the index names, which must lie in the index's folder."""
     field = f"weight_map[{tensor!a}]"
-    if not isinstance(name, str) or not name.endswith(_SUFFIX) or "\0" in name:
+    if not isinstance(name, str) or not name.endswith(_SUFFIX) or "\0" in name or not is_text(name):
         problem = f"expected the name of a {_SUFFIX} file, got {name!a}"
         raise SourceError(index_file, field=field, problem=problem, remedy=_AGAIN)
     folder = index_file.parent

@@ -82,16 +82,17 @@ class ShardFile:
     Args:
         path: File to create; must not exist.
         tensors: What it will hold, in the order of `write`.
+        mode: Who may read and write it, less the umask.
 
     Raises:
         ValueError: A tensor is of a type that safetensors does not have.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[OutputTensor]) -> None:
+    def __init__(self, path: Path, tensors: Sequence[OutputTensor], *, mode: int = 0o666) -> None:
         header = _header(tensors)
         start_bytes = len(header) + 8
         self._end_bytes = start_bytes + sum(tensor.nbytes for tensor in tensors)
-        self._file = File(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), path, direct=False)
+        self._file = File(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=mode), path, direct=False)
         self._done_bytes = 0
         self._append(memoryview(len(header).to_bytes(8, "little") + header))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import threading
 from bisect import insort
 from dataclasses import dataclass
@@ -225,5 +226,8 @@ def _remove_stale(folder: Path) -> None:
     A name that is in use loses nothing by it: it was to be removed at once.
     """
     for left in folder.glob(f"{_PREFIX}*"):
-        if left.is_file() and not left.is_symlink():
-            left.unlink(missing_ok=True)
+        # Those of another user's runs are not ours to remove.
+        with contextlib.suppress(OSError):
+            status = left.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                left.unlink()

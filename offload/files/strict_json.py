@@ -35,7 +35,7 @@ class JsonObject:
     def text(self, key: str) -> str:
         """A member that is text."""
         value = self.members.get(key)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not is_text(value):
             self.refuse(key, f"expected text, got {short(value)}")
         return value
 
@@ -58,7 +58,8 @@ class JsonObject:
         value = self.members.get(key)
         if not isinstance(value, dict):
             self.refuse(key, f"expected an object, got {short(value)}")
-        prefix = f"{self.prefix}{key}." if prefix is None else prefix
+        shown = key if key.isprintable() and len(key) <= 200 else short(key)
+        prefix = f"{self.prefix}{shown}." if prefix is None else prefix
         return JsonObject(file=self.file, remedy=self.remedy, prefix=prefix, members=value)
 
     def __iter__(self) -> Iterator[str]:
@@ -83,6 +84,9 @@ def parse_json_object(file: Path, raw: bytes, *, field: str, remedy: str) -> Jso
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         members = dict(pairs)
+        for key in members:
+            if not is_text(key):
+                refuse(f"key {short(key)} is no text: it has half of a surrogate pair")
         if len(members) != len(pairs):
             refuse(f"key {short(Counter(key for key, _ in pairs).most_common(1)[0][0])} occurs twice")
         return members
@@ -106,6 +110,15 @@ def is_natural(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number that torch can count to."""
     # JSON's true is an int to Python, and torch counts in 64 bits.
     return type(value) is int and 0 <= value < 2**63
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written down: JSON's escapes can give halves of surrogate pairs, which cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def short(value: object) -> str:

@@ -2,82 +2,136 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import stat
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 from offload.blocks import PAGE_BYTES, ObjectLayout, PlacedTensor, round_up
 from offload.errors import FolderInUse, SourceError, WriteError
-from offload.files.file import write_failure
+from offload.files.file import read_all, reason_of, write_failure
+from offload.files.folder import Folder
 from offload.files.safetensors_read import DTYPES
 from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, parse_json_object, short
 
 MANIFEST = "store.json"
 OBJECTS = "objects"
 _LOCK = "store.lock"
-_UNFINISHED = MANIFEST + ".tmp"
 _FORMAT = "offload-store"
-_VERSION = 1
+_VERSION = 2
 _FILE_NAME = re.compile(r"[0-9]{1,18}\.bin", re.ASCII)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _DAMAGED = "the folder is damaged: restore it from a checkpoint"
 
 
-class FolderLock:
-    """Holds a folder until it is released or the process ends, however it ends.
+class StoreFolder:
+    """A store's folder, held open and held alone until it is released or the process ends, however it ends.
 
     Args:
-        folder: The folder; must exist.
+        path: The folder; made if it is not there.
 
     Raises:
-        SourceError: It never was a store's, and has files that a store would take for its own.
+        SourceError: It is not this user's alone; or it never was a store's, and has files that a store would take for
+            its own.
         FolderInUse: Somebody holds it.
-        WriteError: It cannot be locked.
+        WriteError: It cannot be made, or not be locked.
     """
 
-    def __init__(self, folder: Path) -> None:
-        file = folder / _LOCK
-        if not file.exists() and not (folder / MANIFEST).exists() and (strangers := own_files(folder)):
-            problem = "it is named like a file of a store, and there was no store here"
-            raise SourceError(strangers[0], field="name", problem=problem, remedy="give another folder")
+    def __init__(self, path: Path) -> None:
+        self._lock_fd = -1
+        self._opened: list[Folder] = []
         try:
-            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self.path, self.folder = path, self._keep(Folder.own(path))
+            self.objects = self._keep(self.folder.own_inner(OBJECTS))
         except OSError as error:
-            raise WriteError(file, offset_bytes=0, nbytes=0, reason=f"opening it: {error.strerror}") from error
+            self.release()
+            raise write_failure(path, error) from error
+        except SourceError:
+            self.release()
+            raise
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+            self._refuse_strangers()
+            self._lock(path / _LOCK)
+            self.folder.remove_unfinished(MANIFEST)
         except BlockingIOError as error:
-            holder = os.pread(self._fd, 32, 0).strip()
+            holder = os.pread(self._lock_fd, 32, 0).strip()
             self.release()
-            raise FolderInUse(folder, pid=int(holder) if holder.isdigit() else None) from error
+            raise FolderInUse(path, pid=int(holder) if holder.isdigit() else None) from error
         except OSError as error:
             self.release()
-            raise WriteError(file, offset_bytes=0, nbytes=0, reason=f"locking it: {error.strerror}") from error
+            reason = f"locking it: {reason_of(error)}"
+            raise WriteError(path / _LOCK, offset_bytes=0, nbytes=0, reason=reason) from error
+        except SourceError:
+            self.release()
+            raise
         # A fork shares the lock. The workers of a data loader must not hold it longer than the run itself.
         os.register_at_fork(after_in_child=partial(_release_in_child, weakref.ref(self)))
 
+    def put(self, manifest: Manifest) -> None:
+        """Replace the manifest, so that after a crash or a power failure it is the old one or the new one.
+
+        The files that it names must be on the disk already. It survives a power failure after `sync`.
+
+        Raises:
+            TierFull: The disk is full; the old manifest is in force.
+            WriteError: The disk failed; likewise.
+        """
+        raw = json.dumps(_to_json(manifest), separators=(",", ":")).encode()
+        try:
+            self.folder.put(MANIFEST, raw)
+        except OSError as error:
+            raise write_failure(self.path / MANIFEST, error, nbytes=len(raw)) from error
+
+    def sync(self, folder: Folder) -> None:
+        """Bring the entries of this folder, or of the one with the objects, to the disk.
+
+        Raises:
+            WriteError: The disk failed.
+        """
+        try:
+            folder.sync()
+        except OSError as error:
+            reason = f"its entries: {reason_of(error)}"
+            raise WriteError(folder.path, offset_bytes=0, nbytes=0, reason=reason) from error
+
     def release(self) -> None:
         """Let others have the folder. Twice is fine."""
-        fd, self._fd = self._fd, -1
+        fd, self._lock_fd = self._lock_fd, -1
         if fd >= 0:
             os.close(fd)
+        for folder in self._opened:
+            folder.close()
+
+    def _keep(self, folder: Folder) -> Folder:
+        self._opened.append(folder)
+        return folder
+
+    def _refuse_strangers(self) -> None:
+        if {_LOCK, MANIFEST}.isdisjoint(self.folder.names()) and (strangers := own_files(self.objects)):
+            problem = "it is named like a file of a store, and there was no store here"
+            file = self.objects.path / strangers[0]
+            raise SourceError(file, field="name", problem=problem, remedy="give another folder")
+
+    def _lock(self, file: Path) -> None:
+        self._lock_fd = self.folder.open_file(file.name, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            self.release()
+        self.release()
 
 
-def _release_in_child(lock: weakref.ref[FolderLock]) -> None:
-    held = lock()
+def _release_in_child(folder: weakref.ref[StoreFolder]) -> None:
+    held = folder()
     if held is not None:
         held.release()
 
@@ -90,6 +144,8 @@ class StoredObject:
     """Name of its file in the store's folder of objects."""
     layout: ObjectLayout
     """Its tensors in that file, which is exactly as long as the layout."""
+    crc32: int
+    """Checksum of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,86 +167,56 @@ def is_object_file(name: str) -> bool:
     return _FILE_NAME.fullmatch(name) is not None
 
 
-def own_files(folder: Path) -> list[Path]:
-    """The files of objects in a store's folder, also those that no manifest names, in the order of their numbers."""
-    try:
-        entries = list(os.scandir(folder / OBJECTS))
-    except FileNotFoundError:
-        return []
-    names = [entry.name for entry in entries if is_object_file(entry.name) and entry.is_file(follow_symlinks=False)]
-    return [folder / OBJECTS / name for name in sorted(names, key=lambda name: int(name.removesuffix(".bin")))]
+def own_files(objects: Folder) -> list[str]:
+    """Names of the files of objects, also of those that no manifest names, in the order of their numbers."""
+    return sorted(filter(is_object_file, objects.files()), key=lambda name: int(name.removesuffix(".bin")))
 
 
-def next_number(folder: Path) -> int:
+def next_number(objects: Folder) -> int:
     """A number such that no file of an object has it, or a higher one, whatever else may have such a name."""
-    names = [entry.name for entry in os.scandir(folder / OBJECTS)]
-    return 1 + max((int(name.removesuffix(".bin")) for name in names if is_object_file(name)), default=0)
+    names = filter(is_object_file, objects.names())
+    return 1 + max((int(name.removesuffix(".bin")) for name in names), default=0)
 
 
-def put_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace a folder's manifest, so that after a crash or a power failure it is the old one or the new one.
-
-    The files that it names must be on the disk already. It survives a power failure after `sync_folder(folder)`.
-
-    Raises:
-        TierFull: The disk is full; the old manifest is in force.
-        WriteError: The disk failed; likewise.
-    """
-    raw = json.dumps(_to_json(manifest), separators=(",", ":")).encode()
-    unfinished = folder / _UNFINISHED
-    try:
-        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            done = 0
-            while done < len(raw):
-                done += os.write(fd, raw[done:])
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        unfinished.replace(folder / MANIFEST)
-    except OSError as error:
-        raise write_failure(unfinished, error, offset_bytes=0, nbytes=len(raw)) from error
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check a folder's manifest, and that the files that it names are there and as long as they have to be.
+def read_manifest(folder: Folder) -> Manifest:
+    """Read and check a folder's manifest; that its files are there, `check_file` finds out.
 
     Raises:
         SourceError: There is none, it is damaged, or something that it says cannot be true; names file and field.
     """
-    file = folder / MANIFEST
+    file = folder.path / MANIFEST
     try:
-        size_bytes = file.stat().st_size
-        raw = file.read_bytes() if size_bytes <= MAX_JSON_BYTES else b""
-    except FileNotFoundError as error:
-        raise SourceError(
-            file, field="file", problem="it does not exist: nothing was committed here", remedy="give another folder"
-        ) from error
+        raw = read_all(folder.open_file(MANIFEST), MAX_JSON_BYTES)
     except OSError as error:
-        raise SourceError(
-            file, field="file", problem=f"it cannot be read ({error.strerror})", remedy="check permissions and the disk"
-        ) from error
-    if size_bytes > MAX_JSON_BYTES:
-        problem = f"expected at most {MAX_JSON_BYTES} bytes, got {size_bytes}"
-        raise SourceError(file, field="file", problem=problem, remedy=_DAMAGED)
-    manifest = _manifest_from(parse_json_object(file, raw, field="file", remedy=_DAMAGED))
+        problem, remedy = f"it cannot be read ({reason_of(error)})", "check what it is, permissions and the disk"
+        if error.errno == errno.ENOENT:
+            problem, remedy = "it does not exist: nothing was committed here", "give another folder"
+        raise SourceError(file, field="file", problem=problem, remedy=remedy) from error
+    return _manifest_from(parse_json_object(file, raw, field="file", remedy=_DAMAGED))
+
+
+def missing_files(manifest: Manifest, folder: Folder, objects: Folder) -> Iterator[SourceError]:
+    """What is wrong with the files that a manifest names, as far as it shows without reading them."""
     for name, stored in manifest.objects.items():
-        _check_file(file, folder / OBJECTS / stored.file, name=name, nbytes=stored.layout.nbytes)
-    return manifest
+        file = objects.path / stored.file
+        try:
+            status = objects.status(stored.file)
+        except OSError as error:
+            problem = f"{file} is not there ({error.strerror})"
+        else:
+            if not stat.S_ISREG(status.st_mode):
+                problem = f"{file} is not a regular file"
+            elif status.st_size != stored.layout.nbytes:
+                problem = f"expected {file} to have {stored.layout.nbytes} bytes, it has {status.st_size}"
+            else:
+                continue
+        yield damage(folder, name, problem)
 
 
-def _check_file(manifest: Path, file: Path, *, name: str, nbytes: int) -> None:
-    try:
-        status = os.lstat(file)
-    except OSError as error:
-        problem = f"{file} is not there ({error.strerror})"
-    else:
-        if stat.S_ISREG(status.st_mode) and status.st_size == nbytes:
-            return
-        problem = f"{file} is not a regular file"
-        if stat.S_ISREG(status.st_mode):
-            problem = f"expected {file} to have {nbytes} bytes, it has {status.st_size}"
-    raise SourceError(manifest, field=f"objects.{name}.file", problem=problem, remedy=_DAMAGED)
+def damage(folder: Folder, name: str, problem: str) -> SourceError:
+    """Says that the file of an object is not what the manifest says."""
+    name = name if name.isprintable() else short(name)
+    return SourceError(folder.path / MANIFEST, field=f"objects.{name}.file", problem=problem, remedy=_DAMAGED)
 
 
 def _to_json(manifest: Manifest) -> dict[str, object]:
@@ -198,6 +224,7 @@ def _to_json(manifest: Manifest) -> dict[str, object]:
         name: {
             "file": stored.file,
             "nbytes": stored.layout.nbytes,
+            "crc32": stored.crc32,
             "tensors": {
                 placed.name: {
                     "dtype": str(placed.dtype).removeprefix("torch."),
@@ -209,7 +236,7 @@ def _to_json(manifest: Manifest) -> dict[str, object]:
         }
         for name, stored in manifest.objects.items()
     }
-    return {
+    members: dict[str, object] = {
         "format": _FORMAT,
         "version": _VERSION,
         "fingerprint": manifest.fingerprint,
@@ -217,6 +244,15 @@ def _to_json(manifest: Manifest) -> dict[str, object]:
         "extra": dict(manifest.extra),
         "objects": objects,
     }
+    # What a reader gets, so that both count the same: JSON has no integer keys and no tuples.
+    members = json.loads(json.dumps(members))
+    return members | {"sha256": _digest(members)}
+
+
+def _digest(members: Mapping[str, object]) -> str:
+    """Checksum of everything that a manifest says."""
+    said = {key: value for key, value in members.items() if key != "sha256"}
+    return sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _manifest_from(root: JsonObject) -> Manifest:
@@ -231,12 +267,16 @@ def _manifest_from(root: JsonObject) -> Manifest:
     for name, stored in objects.items():
         if holders.setdefault(stored.file, name) != name:
             root.refuse("objects", f"{stored.file} is the file of several objects")
-    return Manifest(
+    manifest = Manifest(
         fingerprint=root.text("fingerprint"),
         step=root.natural("step"),
         extra=root.inner("extra").members,
         objects=objects,
     )
+    # Last: what cannot be true has been named by then, what could be true and was not written is found out here.
+    if root.text("sha256") != _digest(root.members):
+        root.refuse("sha256", "the manifest is not what was written: its checksum is another one")
+    return manifest
 
 
 def _object_from(entry: JsonObject) -> StoredObject:
@@ -256,7 +296,7 @@ def _object_from(entry: JsonObject) -> StoredObject:
     layout = ObjectLayout(tensors=tuple(placed))
     if entry.natural("nbytes") != layout.nbytes:
         entry.refuse("nbytes", f"its tensors take {layout.nbytes} bytes, got {entry.natural('nbytes')}")
-    return StoredObject(file=file, layout=layout)
+    return StoredObject(file=file, layout=layout, crc32=entry.natural("crc32"))
 
 
 def _tensor_from(entry: JsonObject, name: str) -> PlacedTensor:

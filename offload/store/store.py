@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,10 @@ from torch import Tensor
 
 from offload.blocks import ObjectLayout
 from offload.errors import Closed, OffloadError, SourceError, TierFull, WriteError
-from offload.files.file import sync_folder, write_failure
-from offload.store.manifest import (
-    MANIFEST,
-    OBJECTS,
-    FolderLock,
-    Manifest,
-    StoredObject,
-    put_manifest,
-    read_manifest,
-)
-from offload.store.store_files import ObjectFile, ObjectFiles, StoreIo, copy_state
+from offload.files.file import sync_folder
+from offload.files.strict_json import is_text
+from offload.store.manifest import MANIFEST, Manifest, StoredObject, StoreFolder, missing_files, read_manifest
+from offload.store.store_files import ObjectFile, ObjectFiles, StoreIo, copy_state, damages, open_state
 from offload.transfer import Transfer
 
 
@@ -51,13 +45,14 @@ class Store:
     threads; transfers run in threads of the store's own. Made by `create` and `open`.
     """
 
-    def __init__(self, folder: Path, lock: FolderLock, manifest: Manifest, io: StoreIo) -> None:
+    def __init__(self, folder: StoreFolder, manifest: Manifest, io: StoreIo) -> None:
         """Take over a locked folder; `create` and `open` do that."""
-        self._folder, self._folder_lock, self._manifest = folder, lock, manifest
+        self._folder, self._manifest, self._io = folder, manifest, io
         self._lock = threading.RLock()
+        self._closed = False
         self._files = ObjectFiles(folder, io)
         self._committed = {
-            name: _Version(layout=stored.layout, file=self._files.named(stored.file))
+            name: _Version(layout=stored.layout, file=self._files.of(stored))
             for name, stored in manifest.objects.items()
         }
         self._step: dict[str, _Version | None] | None = None
@@ -66,22 +61,14 @@ class Store:
     @staticmethod
     def exists(folder: Path) -> bool:
         """Whether a folder has a committed state."""
-        return (folder / MANIFEST).is_file()
-
-    @staticmethod
-    def check(folder: Path) -> None:
-        """Check that a folder has a committed state, and that its files are there.
-
-        Raises:
-            SourceError: There is none, or it is damaged.
-        """
-        read_manifest(folder)
+        return os.path.lexists(folder / MANIFEST)
 
     @staticmethod
     def restore(source: Path, target: Path) -> None:
         """Make `target` a store with the state of `source`, by hard links where that is possible; then `open` it.
 
-        `source` keeps its state. Interrupted at any instant, `target` has its old state or the new one.
+        `source` keeps its state; all of it is read first, and has to be what was written. Interrupted at any instant,
+        `target` has its old state or the new one.
 
         Raises:
             SourceError: `source` has no state, or is damaged.
@@ -89,7 +76,9 @@ class Store:
             TierFull: There is no room; `target` is as before.
             WriteError: Something cannot be written; likewise.
         """
-        copy_state(read_manifest(source), source, target)
+        with open_state(source) as (manifest, opened, objects):
+            _raise_first(damages(manifest, opened, objects, io=StoreIo()))
+            copy_state(manifest, objects, target)
 
     @classmethod
     def create(cls, folder: Path, *, fingerprint: str, io: StoreIo | None = None) -> Self:
@@ -105,54 +94,58 @@ class Store:
             SourceError: There is a state already.
             WriteError: The folder cannot be made or written.
         """
-        try:
-            (folder / OBJECTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_failure(folder, error, offset_bytes=0, nbytes=0) from error
-        sync_folder(folder.parent)
         with ExitStack() as undo:
-            lock = FolderLock(folder)
-            undo.callback(lock.release)
+            owned = StoreFolder(folder)
+            undo.callback(owned.release)
+            sync_folder(folder.parent)
             if cls.exists(folder):
                 problem = "there is a committed state already"
                 remedy = "open it to go on with it, or give another folder"
                 raise SourceError(folder / MANIFEST, field="file", problem=problem, remedy=remedy)
             manifest = Manifest(fingerprint=fingerprint, step=0, extra={}, objects={})
-            store = cls(folder, lock, manifest, io or StoreIo())
+            store = cls(owned, manifest, io or StoreIo())
             undo.pop_all()
             return store
 
     @classmethod
-    def open(cls, folder: Path, *, fingerprint: str | None = None, io: StoreIo | None = None) -> Self:
+    def open(
+        cls, folder: Path, *, fingerprint: str | None = None, io: StoreIo | None = None, verify: bool = True
+    ) -> Self:
         """Go on with the state that was committed last.
 
         Args:
             folder: The folder.
             fingerprint: What the state has to belong to; None takes any.
             io: How to read and write.
+            verify: Read all of the state first; without that, call `verify` before anything is believed.
 
         Raises:
             FolderInUse: Another run works there.
             SourceError: There is no state, it belongs to something else, or it is damaged; names file and field.
+            ReadError: The disk failed.
         """
         if not cls.exists(folder):
-            read_manifest(folder)
+            with open_state(folder):
+                pass
         with ExitStack() as undo:
-            lock = FolderLock(folder)
-            undo.callback(lock.release)
-            manifest = read_manifest(folder)
+            owned = StoreFolder(folder)
+            undo.callback(owned.release)
+            manifest = read_manifest(owned.folder)
             if fingerprint not in (None, manifest.fingerprint):
                 problem = f"expected {fingerprint}, got {manifest.fingerprint}: the state of another run"
                 remedy = "give this run another folder, or start it with the options of the other one"
                 raise SourceError(folder / MANIFEST, field="fingerprint", problem=problem, remedy=remedy)
-            store = cls(folder, lock, manifest, io or StoreIo())
+            io = io or StoreIo()
+            check = damages(manifest, owned.folder, owned.objects, io=io) if verify else None
+            _raise_first(check or missing_files(manifest, owned.folder, owned.objects))
+            store = cls(owned, manifest, io)
             undo.pop_all()
             return store
 
     @property
     def folder(self) -> Path:
         """Where it is."""
-        return self._folder
+        return self._folder.path
 
     @property
     def step(self) -> int:
@@ -233,6 +226,8 @@ class Store:
             ValueError: `data` has the wrong type, place or size.
             Closed: The store was closed.
         """
+        if not is_text(name):
+            raise ValueError(f"{name!a}: expected text, got half of a surrogate pair")
         if data.numel() != layout.nbytes:
             raise ValueError(f"{name}: expected {layout.nbytes} bytes, got {data.numel()}")
         with self._lock:
@@ -331,16 +326,16 @@ class Store:
                 if version is not None
             }
             objects = {
-                name: StoredObject(file=version.file.path.name, layout=version.layout)
+                name: StoredObject(file=version.file.name, layout=version.layout, crc32=version.file.crc32)
                 for name, version in versions.items()
                 if version.file is not None
             }
             manifest = Manifest(fingerprint=self.fingerprint, step=step, extra=dict(extra), objects=objects)
             # Data first, then the names of its files, then the manifest that refers to them.
             self._files.sync_names()
-            put_manifest(self._folder, manifest)
+            self._folder.put(manifest)
             try:
-                sync_folder(self._folder)
+                self._folder.sync(self._folder.folder)
             except OffloadError as error:
                 # Which of the two is in force after a power failure, nobody knows: neither may be written over.
                 self._broken = error
@@ -359,6 +354,20 @@ class Store:
                 self._retire(version)
             self._step = None
 
+    def verify(self) -> None:
+        """Read all of the committed state, and compare it with the checksums that were taken as it was written.
+
+        Raises:
+            SourceError: Nothing was committed yet, or something is damaged; names the object and its file.
+            ReadError: The disk failed.
+            Closed: The store was closed.
+        """
+        with self._lock:
+            self._check_usable()
+            if not self.exists(self.folder):
+                read_manifest(self._folder.folder)
+            _raise_first(damages(self._manifest, self._folder.folder, self._folder.objects, io=self._io))
+
     def save_to(self, folder: Path) -> None:
         """Make a folder a store of its own with the last committed state: a checkpoint, for `restore` or `open`.
 
@@ -373,16 +382,17 @@ class Store:
         """
         with self._lock:
             self._check_usable()
-            if folder.resolve() == self._folder.resolve():
+            if folder.resolve() == self.folder.resolve():
                 raise ValueError(f"{folder} is the store itself; give another folder")
-            if not self.exists(self._folder):
-                raise ValueError(f"{self._folder}: nothing was committed yet; commit a step first")
-            copy_state(self._manifest, self._folder, folder)
+            if not self.exists(self.folder):
+                raise ValueError(f"{self.folder}: nothing was committed yet; commit a step first")
+            copy_state(self._manifest, self._folder.objects, folder)
 
     def close(self) -> None:
         """Stop the transfers, let other runs have the folder. A step that is under way is lost. Twice is fine."""
+        self._closed = True
         self._files.close()
-        self._folder_lock.release()
+        self._folder.release()
 
     def _retire(self, version: _Version | None) -> None:
         if version is not None and version.file is not None:
@@ -391,7 +401,7 @@ class Store:
     def _newest(self, name: str) -> _Version:
         version = (self._step or {}).get(name, self._committed.get(name))
         if version is None:
-            raise KeyError(f"{self._folder} has no object {name!r}")
+            raise KeyError(f"{self.folder} has no object {name!r}")
         return version
 
     def _in_step(self) -> dict[str, _Version | None]:
@@ -401,8 +411,10 @@ class Store:
         return self._step
 
     def _check_usable(self) -> None:
+        if self._closed:
+            raise Closed(f"{self.folder}: the store was closed; open it again")
         if self._broken is not None:
-            raise Closed(f"{self._folder}: the last commit may have failed ({self._broken}); open the store again")
+            raise Closed(f"{self.folder}: the last commit may have failed ({self._broken}); open the store again")
 
     def __enter__(self) -> Self:
         return self
@@ -411,3 +423,8 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _raise_first(found: Iterable[OffloadError]) -> None:
+    for error in found:
+        raise error

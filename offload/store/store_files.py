@@ -6,7 +6,9 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +16,21 @@ from pathlib import Path
 from torch import Tensor
 
 from offload.buffers import StagingBuffer
-from offload.errors import ReadError
-from offload.files.file import File, Pread, Pwrite, sync_folder, write_failure
+from offload.errors import OffloadError, ReadError, SourceError
+from offload.files.file import File, Pread, Pwrite, reason_of, sync_folder, write_failure
 from offload.files.file_io import FileIO, Part
+from offload.files.folder import Folder
 from offload.store.manifest import (
+    MANIFEST,
     OBJECTS,
-    FolderLock,
     Manifest,
     StoredObject,
+    StoreFolder,
+    damage,
+    missing_files,
     next_number,
     own_files,
-    put_manifest,
+    read_manifest,
 )
 from offload.trace import Trace
 from offload.transfer import Transfer, bytes_of
@@ -36,10 +42,12 @@ _NO_PREALLOCATION = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, er
 class ObjectFile:
     """One file, and what is being done with it."""
 
-    path: Path
-    """Where it is."""
+    name: str
+    """Its name in the folder of objects."""
     nbytes: int
     """How long it is."""
+    crc32: int = 0
+    """Checksum of what was written to it last, once that has ended."""
     transfers: list[Transfer] = field(default_factory=list)
     """Reads and writes of it; those that have ended may still be listed."""
 
@@ -84,10 +92,12 @@ class ObjectFiles:
         ValueError: A setting is out of range.
     """
 
-    def __init__(self, folder: Path, io: StoreIo) -> None:
-        self._folder, self._io = folder / OBJECTS, io
-        self._free = {path.name: ObjectFile(path=path, nbytes=path.stat().st_size) for path in own_files(folder)}
-        self._next_number = next_number(folder)
+    def __init__(self, folder: StoreFolder, io: StoreIo) -> None:
+        self._folder, self._objects, self._io = folder, folder.objects, io
+        self._free = {
+            name: ObjectFile(name=name, nbytes=self._objects.status(name).st_size) for name in own_files(self._objects)
+        }
+        self._next_number = next_number(self._objects)
         self._has_new_names = True
         # Reads do not wait behind writes.
         self._writer = FileIO(num_threads=io.num_writers, request_bytes=io.request_bytes)
@@ -99,13 +109,15 @@ class ObjectFiles:
         self.read_bytes = 0
         """Bytes read so far."""
 
-    def named(self, name: str) -> ObjectFile:
-        """A file that a manifest names; no longer free then."""
-        return self._free.pop(name)
+    def of(self, stored: StoredObject) -> ObjectFile:
+        """The file of a committed object; no longer free then."""
+        file = self._free.pop(stored.file)
+        file.crc32 = stored.crc32
+        return file
 
     def free(self, file: ObjectFile) -> None:
         """Let another version have a file, as soon as nothing uses it."""
-        self._free[file.path.name] = file
+        self._free[file.name] = file
 
     def write(self, name: str, data: Tensor) -> tuple[ObjectFile, Transfer]:
         """Start writing a new file; it is on the disk when the transfer has ended.
@@ -123,7 +135,9 @@ class ObjectFiles:
         file, opened = self._claim(data.numel())
         ended = partial(self._note, "disk write", (opened,))
         try:
-            transfer = self._writer.write(opened, data, offset_bytes=0, name=name, sync=True, at_end=ended)
+            transfer = self._writer.write(
+                opened, data, offset_bytes=0, name=name, sync=True, checksum=partial(_set_crc32, file), at_end=ended
+            )
         except BaseException:
             opened.close()
             self.free(file)
@@ -148,7 +162,7 @@ class ObjectFiles:
         start = 0
         try:
             for file in files:
-                opened = self._opened(file, _open(file.path, os.O_RDONLY, nbytes=file.nbytes))
+                opened = self._opened(file, _open(self._objects, file.name, os.O_RDONLY, nbytes=file.nbytes))
                 parts.append(Part(opened, offset_bytes=0, start=start, nbytes=file.nbytes, room_bytes=file.nbytes))
                 start += file.nbytes
             ended = partial(self._note, "disk", tuple(part.file for part in parts))
@@ -168,7 +182,7 @@ class ObjectFiles:
             WriteError: The disk failed.
         """
         if self._has_new_names:
-            sync_folder(self._folder)
+            self._folder.sync(self._objects)
             self._has_new_names = False
 
     def disk_bytes(self, kept: list[ObjectFile]) -> int:
@@ -183,23 +197,23 @@ class ObjectFiles:
     def _claim(self, nbytes: int) -> tuple[ObjectFile, File]:
         """A file of exactly `nbytes` for a new version, and the file opened; its contents are anything."""
         while (file := self._reusable(nbytes)) is not None:
-            del self._free[file.path.name]
+            del self._free[file.name]
             try:
-                fd = os.open(file.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                fd = self._objects.open_file(file.name, os.O_RDWR)
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise write_failure(file.path, error, nbytes=nbytes) from error
+                raise write_failure(self._objects.path / file.name, error, nbytes=nbytes) from error
             if os.fstat(fd).st_nlink == 1:
                 return self._sized(file, fd, nbytes)
             os.close(fd)
             # Also a checkpoint's: let it keep what is in there.
-            file.path.unlink(missing_ok=True)
-        path = self._folder / f"{self._next_number}.bin"
+            self._objects.unlink(file.name)
+        name = f"{self._next_number}.bin"
         self._next_number += 1
         self._has_new_names = True
-        fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, nbytes=nbytes)
-        return self._sized(ObjectFile(path=path, nbytes=0), fd, nbytes)
+        fd = _open(self._objects, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, nbytes=nbytes)
+        return self._sized(ObjectFile(name=name, nbytes=0), fd, nbytes)
 
     def _reusable(self, nbytes: int) -> ObjectFile | None:
         idle = [file for file in self._free.values() if not file.in_use]
@@ -213,13 +227,14 @@ class ObjectFiles:
             os.close(fd)
             # What is left of it must not take the room that is missing.
             with contextlib.suppress(OSError):
-                file.path.unlink()
-            raise write_failure(file.path, error, nbytes=nbytes) from error
+                self._objects.unlink(file.name)
+            raise write_failure(self._objects.path / file.name, error, nbytes=nbytes) from error
         file.nbytes = nbytes
         return file, self._opened(file, fd)
 
     def _opened(self, file: ObjectFile, fd: int) -> File:
-        return File(fd, file.path, direct=self._io.direct, pwrite=self._io.pwrite, pread=self._io.pread)
+        path = self._objects.path / file.name
+        return File(fd, path, direct=self._io.direct, pwrite=self._io.pwrite, pread=self._io.pread)
 
     def _note(self, lane: str, opened: tuple[File, ...], transfer: Transfer) -> None:
         for file in opened:
@@ -246,8 +261,11 @@ def _resize(fd: int, nbytes: int) -> None:
                 raise
 
 
-_COPY_BYTES = 4 << 20
+def _set_crc32(file: ObjectFile, crc32: int) -> None:
+    file.crc32 = crc32
 
+
+_COPY_BYTES = 4 << 20
 
 # Other file systems, file systems without links, and files that have as many as they can.
 _NO_LINK = frozenset(
@@ -255,14 +273,14 @@ _NO_LINK = frozenset(
 )
 
 
-def copy_state(manifest: Manifest, source: Path, target: Path) -> None:
+def copy_state(manifest: Manifest, source: Folder, target: Path) -> None:
     """Make `target` a store of its own with the state that `manifest` describes; what was committed there goes.
 
     Interrupted at any instant, `target` has the state that it had before, or the new one.
 
     Args:
         manifest: The state.
-        source: Folder whose files it names; they must stay as they are meanwhile.
+        source: Folder with the files that it names; they must stay as they are meanwhile.
         target: Folder to make or to replace the state of. Files in it that are not a store's are left alone.
 
     Raises:
@@ -270,64 +288,142 @@ def copy_state(manifest: Manifest, source: Path, target: Path) -> None:
         TierFull: `target`'s disk is full; its state is as before.
         WriteError: Something could not be written; likewise.
         ReadError: A file of the state could not be read; likewise.
+        SourceError: `target` is not this user's alone; or a file of the state is damaged; likewise.
     """
+    folder = StoreFolder(target)
+    made: list[str] = []
     try:
-        (target / OBJECTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_failure(target, error) from error
-    lock = FolderLock(target)
-    made: list[Path] = []
-    try:
-        before = own_files(target)
-        number = next_number(target)
+        before = own_files(folder.objects)
+        number = next_number(folder.objects)
         objects: dict[str, StoredObject] = {}
         for name, stored in manifest.objects.items():
-            file = target / OBJECTS / f"{number + len(made)}.bin"
+            file = f"{number + len(made)}.bin"
             made.append(file)
-            _link_or_copy(source / OBJECTS / stored.file, file)
-            objects[name] = replace(stored, file=file.name)
-        sync_folder(target / OBJECTS)
-        put_manifest(target, replace(manifest, objects=objects))
+            _link_or_copy(source, stored, folder.objects, file)
+            objects[name] = replace(stored, file=file)
+        folder.sync(folder.objects)
+        folder.put(replace(manifest, objects=objects))
         # Until its name is on the disk too, a power failure may bring either state back.
         made = []
-        sync_folder(target)
+        folder.sync(folder.folder)
         made = before
         sync_folder(target.parent)
     finally:
         # What did not become the state, or is it no more.
-        for path in made:
+        for file in made:
             with contextlib.suppress(OSError):
-                path.unlink()
-        lock.release()
+                folder.objects.unlink(file)
+        folder.release()
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def _link_or_copy(source: Folder, stored: StoredObject, target: Folder, name: str) -> None:
     try:
-        os.link(source, target, follow_symlinks=False)
+        source.link(stored.file, target, name)
     except OSError as error:
         if error.errno not in _NO_LINK:
-            raise write_failure(target, error) from error
-        _copy(source, target)
+            raise write_failure(target.path / name, error) from error
+        _copy(source, stored, target, name)
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Folder, stored: StoredObject, target: Folder, name: str) -> None:
     with contextlib.ExitStack() as opened:
-        reading = File(_open(source, os.O_RDONLY), source)
-        opened.callback(reading.close)
-        writing = File(_open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL), target)
+        writing = File(_open(target, name, os.O_RDWR | os.O_CREAT | os.O_EXCL), target.path / name)
         opened.callback(writing.close)
-        buffer = opened.enter_context(StagingBuffer(_COPY_BYTES))
-        view = bytes_of(buffer.tensor, name=str(target))
-        size_bytes = reading.size_bytes
-        for start in range(0, size_bytes, _COPY_BYTES):
-            piece = view[: min(_COPY_BYTES, size_bytes - start)]
-            reading.read(piece, offset_bytes=start)
+        crc32 = start = 0
+        for piece in _pieces(source, stored.file, pread=os.preadv):
             writing.write(piece, offset_bytes=start)
+            start += len(piece)
+            crc32 = zlib.crc32(piece, crc32)
         writing.sync()
+        if crc32 != stored.crc32:
+            problem = "its bytes are not those that were written: the checksum is another one"
+            remedy = "the folder is damaged: restore it from a checkpoint"
+            raise SourceError(source.path / stored.file, field="contents", problem=problem, remedy=remedy)
 
 
-def _open(path: Path, flags: int, *, nbytes: int = 0) -> int:
-    """Open a file that is no link.
+def damages(manifest: Manifest, folder: Folder, objects: Folder, *, io: StoreIo) -> Iterator[SourceError | ReadError]:
+    """Read all files of a state and say of each what is wrong with it, if anything is.
+
+    Args:
+        manifest: The state.
+        folder: The store's folder.
+        objects: Its folder of objects.
+        io: How to read; `num_readers` files at a time.
+    """
+    missing = {error.field: error for error in missing_files(manifest, folder, objects)}
+    yield from missing.values()
+
+    def check(name: str) -> SourceError | ReadError | None:
+        stored = manifest.objects[name]
+        changed = damage(folder, name, f"the bytes of {objects.path / stored.file} are not those that were written")
+        if changed.field in missing:
+            return None
+        try:
+            crc32 = 0
+            for piece in _pieces(objects, stored.file, pread=io.pread):
+                crc32 = zlib.crc32(piece, crc32)
+        except ReadError as error:
+            return error
+        return None if crc32 == stored.crc32 else changed
+
+    with ThreadPoolExecutor(io.num_readers, thread_name_prefix="offload-verify") as pool:
+        yield from (found for found in pool.map(check, manifest.objects) if found is not None)
+
+
+def verify_store(folder: Path) -> tuple[OffloadError, ...]:
+    """Read all of a store's committed state, or of a checkpoint of one, and say what is damaged; nothing is changed.
+
+    Args:
+        folder: The store's folder. A run may work in it, and then what that commits meanwhile looks like damage.
+
+    Returns:
+        One error for each thing that is wrong, with file and field; none if all is as it was written.
+    """
+    try:
+        with open_state(folder) as (manifest, opened, objects):
+            return tuple(damages(manifest, opened, objects, io=StoreIo()))
+    except SourceError as error:
+        return (error,)
+
+
+@contextlib.contextmanager
+def open_state(path: Path) -> Iterator[tuple[Manifest, Folder, Folder]]:
+    """The committed state of a folder that is only read: what it says, the folder, and the folder of its objects.
+
+    Raises:
+        SourceError: There is none, or it is damaged.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            folder = opened.enter_context(Folder.open(path))
+            manifest = read_manifest(folder)
+            objects = opened.enter_context(folder.inner(OBJECTS))
+        except OSError as error:
+            problem = f"the store's folder cannot be opened ({reason_of(error)})"
+            if error.errno == errno.ENOENT:
+                problem = "it does not exist: nothing was committed here"
+            remedy = "give another folder"
+            raise SourceError(path / MANIFEST, field="file", problem=problem, remedy=remedy) from error
+        yield manifest, folder, objects
+
+
+def _pieces(folder: Folder, name: str, *, pread: Pread) -> Iterator[memoryview]:
+    """A file's bytes in order, through one buffer that the next piece overwrites."""
+    file = File(_open(folder, name, os.O_RDONLY), folder.path / name, pread=pread)
+    try:
+        with StagingBuffer(_COPY_BYTES) as buffer:
+            view = bytes_of(buffer.tensor, name=name)
+            size_bytes = file.size_bytes
+            for start in range(0, size_bytes, _COPY_BYTES):
+                piece = view[: min(_COPY_BYTES, size_bytes - start)]
+                file.read(piece, offset_bytes=start)
+                yield piece
+    finally:
+        file.close()
+
+
+def _open(folder: Folder, name: str, flags: int, *, nbytes: int = 0) -> int:
+    """Open a file of an object.
 
     Raises:
         ReadError: It cannot be opened for reading.
@@ -335,8 +431,9 @@ def _open(path: Path, flags: int, *, nbytes: int = 0) -> int:
         WriteError: It cannot be made.
     """
     try:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return folder.open_file(name, flags)
     except OSError as error:
         if flags & os.O_CREAT:
-            raise write_failure(path, error, nbytes=nbytes) from error
-        raise ReadError(path, offset_bytes=0, nbytes=nbytes, reason=f"opening it: {error.strerror}") from error
+            raise write_failure(folder.path / name, error, nbytes=nbytes) from error
+        reason = f"opening it: {error.strerror}"
+        raise ReadError(folder.path / name, offset_bytes=0, nbytes=nbytes, reason=reason) from error

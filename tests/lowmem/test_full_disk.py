@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -136,6 +137,23 @@ def test_without_a_committed_step_there_is_nothing_to_go_on_from(folder: Path, t
         resume_last_step(lowmem.optim.GaLore(model, rank=4))
     with pytest.raises(ValueError, match="expected an optimizer of lowmem"):
         resume_last_step(torch.optim.SGD(torch.nn.Linear(2, 2).parameters()))
+
+
+def test_state_whose_bytes_have_changed_is_not_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    model = full(folder, "disk", tmp_path).train()
+    optimizer = lowmem.optim.AdamW(model, lr=1e-2)
+    _train_and_save(model, optimizer, tmp_path / "saved")
+    runtime_of(model).close()
+    state = tmp_path / "weights-and-state"
+    objects = json.loads((state / "store.json").read_text())["objects"].values()
+    file = state / "objects" / max(objects, key=lambda entry: entry["nbytes"])["file"]
+    raw = bytearray(file.read_bytes())
+    raw[4321] ^= 1
+    file.write_bytes(raw)
+    again = full(folder, "disk", tmp_path).train()
+    optimizer = lowmem.optim.AdamW(again, lr=1e-2)
+    with pytest.raises(SourceError, match=r"store\.json: objects\..*\.file: the bytes of .* are not those that"):
+        resume_last_step(optimizer)
 
 
 def test_state_of_another_checkpoint_is_not_taken(folder: Path, tmp_path: Path) -> None:

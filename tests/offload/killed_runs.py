@@ -16,6 +16,7 @@ from torch import Tensor
 from offload.blocks import ObjectLayout, lay_out_object
 from offload.buffers import StagingBuffer
 from offload.store.store import Store
+from offload.store.store_files import verify_store
 
 NAMES = [f"block {i}/state" for i in range(6)]
 
@@ -73,6 +74,9 @@ def work(folder: Path, *, seed: int, report: int) -> None:
 def check(folder: Path, *, reported: int) -> None:
     """What is left must be a whole step: the last one that was reported, or a later one."""
     checkpoint = folder / "checkpoint"
+    for found in (folder, checkpoint):
+        if Store.exists(found):
+            assert verify_store(found) == (), "every byte is what was written"
     if Store.exists(folder):
         with Store.open(folder) as store:
             versions = versions_of(store.extra)

@@ -408,6 +408,13 @@ def rewrite(file: Path) -> None:
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
 
 
+def rewrite_and_set_the_time_back(file: Path) -> None:
+    status = file.stat()
+    time.sleep(0.02)  # a coarse clock
+    rewrite(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def replace(file: Path) -> None:
     status = file.stat()
     new = file.with_name("new")
@@ -420,6 +427,7 @@ CHANGES = [
     (lambda file: os.truncate(file, 3 * PAGE), "data.bin changed while .*: expected .* bytes, got 12288"),
     (lambda file: os.truncate(file, 10**6), "expected 40960 bytes, got 1000000"),
     (rewrite, "it was written to"),
+    (rewrite_and_set_the_time_back, "it was written to and its time set back"),
     (replace, "the path was replaced"),
     (Path.unlink, "it is no longer there"),
 ]
@@ -459,6 +467,18 @@ def test_file_that_changes_between_check_and_first_read_is_found_out(
         change(file)
         with pytest.raises(SourceChanged, match=match):
             reader.read(layout, poisoned(layout)).wait()
+
+
+def test_a_file_of_which_only_names_and_mode_change_stays_the_same(file: Path) -> None:
+    write_bytes(file, 10 * PAGE)
+    layout = layout_of(file, 10 * PAGE)
+    with FileIO() as reader:
+        reader.read(layout, poisoned(layout)).wait()
+        time.sleep(0.02)
+        os.link(file, file.with_name("other"))
+        reader.read(layout, poisoned(layout)).wait()
+        file.chmod(0o600)
+        reader.read(layout, poisoned(layout)).wait()
 
 
 def test_file_that_cannot_be_opened_fails_the_wait_not_the_call(file: Path) -> None:

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from offload.blocks import TensorSpec
-from offload.errors import Closed, SourceChanged, SourceError
+from offload.blocks import BlockSpec, TensorSpec, lay_out
+from offload.errors import Closed, ReadError, SourceChanged, SourceError
+from offload.files.file_io import FileIO
 from offload.files.safetensors_read import SafetensorsSource
+from tests.offload.not_files import NOT_FILES, put_in_place
 
 DTYPES = {
     "F64": torch.float64,
@@ -182,14 +184,42 @@ def test_pickled_checkpoint_is_refused_with_the_conversion_to_do(tmp_path: Path)
             SafetensorsSource(location)
 
 
-def test_pipes_and_folders_in_place_of_a_shard_are_refused_without_waiting(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.safetensors")
-    with pytest.raises(SourceError, match="expected a regular file, got another kind"):
+@pytest.mark.parametrize("kind", NOT_FILES)
+def test_what_is_no_file_in_place_of_a_shard_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
+    found = put_in_place(tmp_path / "a.safetensors", kind)
+    with pytest.raises(SourceError, match=rf"a.safetensors: file: .*expected a regular file, got {found}"):
         SafetensorsSource(tmp_path)
-    (tmp_path / "a.safetensors").unlink()
-    (tmp_path / "a.safetensors").mkdir()
-    with pytest.raises(SourceError, match="expected a regular file, got another kind"):
+    with FileIO() as reader:
+        spec = TensorSpec(
+            name="w", dtype=torch.uint8, shape=(9,), file=tmp_path / "a.safetensors", offset_bytes=0, nbytes=9
+        )
+        layout = lay_out(BlockSpec(name="b", tensors=(spec,)))
+        with pytest.raises(ReadError, match=rf"opening it: expected a regular file, got {found}"):
+            reader.read(layout, torch.zeros(layout.buffer_bytes, dtype=torch.uint8)).wait()
+
+
+@pytest.mark.parametrize("kind", NOT_FILES)
+def test_what_is_no_file_in_place_of_the_index_is_refused_without_waiting(tmp_path: Path, kind: str) -> None:
+    found = put_in_place(tmp_path / "model.safetensors.index.json", kind)
+    with pytest.raises(SourceError, match=rf"index.json: file: .*expected a regular file, got {found}"):
         SafetensorsSource(tmp_path)
+
+
+def test_an_index_of_absurd_size_is_refused_without_reading_it(tmp_path: Path) -> None:
+    with open(tmp_path / "model.safetensors.index.json", "wb") as file:
+        file.truncate(5 << 30)
+    with pytest.raises(SourceError, match=r"index.json: file: .*expected at most 100000000 bytes, got 5368709120"):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"weight_map": {"\\ud800": "a.safetensors"}}', b'{"weight_map": {"w": "\\ud800/a.safetensors"}}']
+)
+def test_names_that_are_no_text_are_refused(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(raw)
+    with pytest.raises(SourceError, match=r"index.json: (index|weight_map\['w'\]): .*ud800") as caught:
+        SafetensorsSource(tmp_path)
+    str(caught.value).encode()
 
 
 def test_two_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:

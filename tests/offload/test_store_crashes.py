@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,12 +14,14 @@ import torch
 
 from offload.blocks import lay_out_object
 from offload.errors import Closed, OffloadError, ReadError, TierFull, WriteError
-from offload.store import manifest as manifest_module
+from offload.files.folder import Folder
+from offload.store.manifest import StoreFolder
 from offload.store.store import Store
 from offload.store.store_files import StoreIo
 from tests.offload.small_disk import fill, small_disk
 from tests.offload.test_store import LAYOUT, commit, contents, loaded
 
+UNFINISHED = re.compile(r"\.store\.json\.[0-9a-f]{32}\.tmp")
 ROOT = Path(__file__).resolve().parents[2]
 BIG = lay_out_object({"state": (torch.uint8, (1 << 20,))})
 
@@ -104,7 +107,7 @@ def test_a_manifest_that_has_no_room_leaves_the_last_step(tmp_path: Path) -> Non
         filler = fill(folder)
         store.begin_step()
         store.write("a", BIG, contents(3, BIG)).wait()
-        with pytest.raises(TierFull, match=r"store\.json\.tmp"):
+        with pytest.raises(TierFull, match=r"store\.json: no room for 100\d\d\d bytes"):
             store.commit(step=3, extra={"text": "x" * 100_000})
         store.close()
         with Store.open(folder / "run") as again:
@@ -197,7 +200,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_last_step(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdatasync" if which == "data" else "fsync", fail)
             if which == "manifest":
-                patch.setattr("offload.store.store_files.sync_folder", lambda folder: None)
+                patch.setattr(StoreFolder, "sync", lambda self, folder: None)
             with pytest.raises(WriteError, match="Input/output error"):
                 commit(store, 2, a=2)
         store.abort_step()
@@ -213,11 +216,15 @@ def test_a_commit_of_which_nobody_knows_whether_it_holds_is_not_built_upon(
     store = Store.create(tmp_path / "run", fingerprint="")
     commit(store, 1, a=1)
 
-    def fail(folder: Path) -> None:
-        raise WriteError(folder, offset_bytes=0, nbytes=0, reason="its entries: Input/output error")
+    sync = StoreFolder.sync
+
+    def fail(self: StoreFolder, folder: Folder) -> None:
+        if folder is not self.folder:
+            return sync(self, folder)
+        raise WriteError(folder.path, offset_bytes=0, nbytes=0, reason="its entries: Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("offload.store.store.sync_folder", fail)
+        patch.setattr(StoreFolder, "sync", fail)
         with pytest.raises(WriteError):
             commit(store, 2, a=2)
     with pytest.raises(Closed, match=r"the last commit may have failed .* open the store again"):
@@ -237,19 +244,22 @@ def test_data_is_on_the_disk_before_the_manifest_that_refers_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    fdatasync, fsync, replace = os.fdatasync, os.fsync, Path.replace
+    fdatasync, fsync, replace = os.fdatasync, os.fsync, os.replace
 
     def named(fd: int) -> str:
-        return Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        return UNFINISHED.sub("unfinished", Path(os.readlink(f"/proc/self/fd/{fd}")).name)
 
     monkeypatch.setattr(os, "fdatasync", lambda fd: (calls.append(f"sync {named(fd)}"), fdatasync(fd)))
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"sync {named(fd)}"), fsync(fd)))
-    monkeypatch.setattr(
-        Path, "replace", lambda self, target: (calls.append(f"{self.name} -> {target.name}"), replace(self, target))
-    )
+
+    def replaced(source: str, target: str, **folders: int) -> None:
+        calls.append(f"{UNFINISHED.sub('unfinished', source)} -> {target}")
+        replace(source, target, **folders)
+
+    monkeypatch.setattr(os, "replace", replaced)
     with Store.create(tmp_path / "run", fingerprint="") as store:
         assert calls.pop() == f"sync {tmp_path.name}"
-        end = ["sync store.json.tmp", "store.json.tmp -> store.json", "sync run"]
+        end = ["sync unfinished", "unfinished -> store.json", "sync run"]
         commit(store, 1, a=1)
         assert calls == ["sync 1.bin", "sync objects", *end]
         calls.clear()
@@ -266,8 +276,10 @@ def test_data_is_on_the_disk_before_the_manifest_that_refers_to_it(
 def test_an_unfinished_manifest_means_nothing(tmp_path: Path) -> None:
     with Store.create(tmp_path / "run", fingerprint="") as store:
         commit(store, 1, a=1)
-    (tmp_path / "run" / f"{manifest_module.MANIFEST}.tmp").write_text('{"format"')
+    left = tmp_path / "run" / f".store.json.{'0f' * 16}.tmp"
+    left.write_text('{"format"')
     with Store.open(tmp_path / "run") as store:
+        assert not left.exists()
         commit(store, 2, a=2)
         assert torch.equal(loaded(store, "a"), contents(2))
     assert LAYOUT.nbytes
