@@ -324,6 +324,3 @@ def _shapes_for(opened: Opened, job: Job, *, peft_config: PeftConfig | None) -> 
     elif peft_config is None and job.trains:
         shapes = shapes.with_lora(ASSUMED_RANK)
     return shapes.with_score_head() if job.task == "reward" else shapes
-
-
-__all__ = ["from_pretrained", "plan", "refuse_options"]

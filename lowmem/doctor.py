@@ -257,6 +257,3 @@ def _direct(file: Path) -> Check:
         finding="work" if works else f"are refused by the file system of {file.parent}",
         remedy="" if works else "reads go through the page cache, which is slower; a local ext4 or xfs disk has them",
     )
-
-
-__all__ = ["Check", "examine"]

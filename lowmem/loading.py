@@ -220,6 +220,3 @@ def _give_generation_config(model: PreTrainedModel, folder: Path) -> None:
             subfolder="",
             trust_remote_code=False,
         )
-
-
-__all__ = ["Preparation", "load"]

@@ -233,6 +233,3 @@ def install(module: nn.Module, *, frozen_base: bool = False) -> int:
                 continue
             num_changed += 1
     return num_changed
-
-
-__all__ = ["FactoredDoraEmbedding", "FactoredDoraLinear", "base_squares", "install", "row_norms"]

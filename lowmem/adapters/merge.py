@@ -410,6 +410,3 @@ def _sync_folder(folder: Path) -> None:
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
     sync_folder(folder)
-
-
-__all__ = ["merge"]

@@ -356,6 +356,3 @@ def _runs(target_of: Tensor, row_of: Tensor, start: int, count: int) -> list[tup
     breaks = ((targets.diff() != 0) | (rows.diff() != 1)).nonzero().squeeze(1) + 1
     firsts = [0, *breaks.tolist()]
     return [(first, last - first) for first, last in zip(firsts, [*firsts[1:], count], strict=True)]
-
-
-__all__ = ["MergePlan", "MergedTensor", "Segment", "num_rows", "plan_merge"]

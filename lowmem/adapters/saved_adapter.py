@@ -538,6 +538,3 @@ def _real(value: Tensor, name: str) -> Tensor:
 
 def _shown(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-__all__ = ["AdapterFiles", "SavedAdapter", "WholeLayer", "read_adapter", "read_files"]

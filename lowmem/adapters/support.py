@@ -248,6 +248,3 @@ def _check_base_weights(name: str, base_layer: nn.Module) -> None:
                 reason=_CHANGES_BASE,
                 instead="an adapter type or initialisation that leaves the base weights alone",
             )
-
-
-__all__ = ["CHANGED_BASE_INITS", "check_peft_config", "check_peft_model", "refuse_before_changes", "words"]

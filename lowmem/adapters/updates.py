@@ -154,6 +154,3 @@ def apply_all(updates: Iterable[Update], tile: Tensor, start: int) -> Tensor:
     for update in updates:
         tile = update.apply(tile, start)
     return tile
-
-
-__all__ = ["LowRank", "Replacement", "RowReplacement", "Update", "apply_all", "as_matrix"]

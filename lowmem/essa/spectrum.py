@@ -190,6 +190,3 @@ def _factor(down: nn.Linear, up: nn.Linear, *, scaling: float, generator: torch.
     down.weight.copy_(v)
     up.weight.copy_(u / abs(scaling))
     return values, unit
-
-
-__all__ = ["Spectrum"]

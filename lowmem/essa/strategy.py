@@ -114,6 +114,3 @@ class SeparableCma:
         self._variance, self._path, self._sigma_path = (
             torch.as_tensor(state[name]) for name in ("variance", "path", "sigma_path")
         )
-
-
-__all__ = ["SeparableCma"]

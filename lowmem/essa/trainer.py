@@ -361,6 +361,3 @@ def _with_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, peft_config)
-
-
-__all__ = ["Answering", "ESSAConfig", "ESSATrainer", "RewardFunction", "Row"]

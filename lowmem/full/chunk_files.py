@@ -195,6 +195,3 @@ class ChunkFiles:
 def _state_name(key: str) -> str:
     """The object that holds the state of a parameter's rule."""
     return key + _STATE
-
-
-__all__ = ["ChunkFiles"]

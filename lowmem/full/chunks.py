@@ -126,6 +126,3 @@ def block_spec(layout: UnitLayout, folder: Path) -> BlockSpec:
         nbytes=layout.numel * ELEMENT_BYTES,
     )
     return BlockSpec(name=layout.name, tensors=(weight,))
-
-
-__all__ = ["Chunk", "NewestBlocks", "block_spec", "chunk_numel", "cut", "parts"]

@@ -230,6 +230,3 @@ class _Filling:
     def norms(self) -> dict[str, Tensor]:
         """2-norms of what has been taken."""
         return {key: torch.linalg.vector_norm(taken) for key, taken in self.taken.items()}
-
-
-__all__ = ["DiskGradients"]

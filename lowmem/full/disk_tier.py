@@ -373,6 +373,3 @@ class DiskTier:
             working = self._working.get(index)
         if working is not None:
             working.wait()
-
-
-__all__ = ["DiskTier"]

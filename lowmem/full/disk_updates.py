@@ -323,6 +323,3 @@ def _compute_on_one_core() -> None:
     restorer = threading.Thread(target=torch.set_num_threads, args=(before,))
     restorer.start()
     restorer.join()
-
-
-__all__ = ["ChunkBuffers", "Job", "UpdateThread", "keep_as_it_is", "put_values", "update_chunk"]

@@ -315,6 +315,3 @@ def _used_up(key: str) -> UnsupportedError:
         reason=f"the gradient of {key} has been used up by the first of them",
         instead="gradient_accumulation_steps=1, or no update_in_backward",
     )
-
-
-__all__ = ["FullTuning", "Saved", "TunedParam"]

@@ -175,17 +175,3 @@ def update_run(
             amsgrad=False,
             maximize=False,
         )
-
-
-__all__ = [
-    "ELEMENT_BYTES",
-    "PAGE_ELEMENTS",
-    "SCALED_ELEMENTS",
-    "ParamPlace",
-    "ParamUpdate",
-    "Segment",
-    "UnitLayout",
-    "lay_out_unit",
-    "segments_of",
-    "update_run",
-]

@@ -98,6 +98,3 @@ def _number(factor: object) -> float | None:
     if isinstance(factor, int | float) or (isinstance(factor, Tensor) and factor.numel() == 1):
         return float(factor)
     return None
-
-
-__all__ = ["OffloadedGradient"]

@@ -323,6 +323,3 @@ def _stored_names(full: FullTuning, built: Skeleton) -> dict[str, str]:
     """Names in the checkpoint; a parameter that it does not hold (a head of its own made later) keeps its own name."""
     recipes = built.mapping.recipes
     return {key: recipes[key].sources[0].name if key in recipes else key for key in full.params}
-
-
-__all__ = ["BaseWeights", "MasterWeights", "Masters", "open_full", "refuse_unsupported"]

@@ -384,6 +384,3 @@ def _engine(optimizer: torch.optim.Optimizer) -> tuple[OptimizerEngine, RuleOpti
     if not isinstance(engine, OptimizerEngine) or not isinstance(optimizer, RuleOptimizer):
         raise ValueError("expected an optimizer of lowmem.optim on a model opened with tuning='full'")
     return engine, optimizer
-
-
-__all__ = ["OptimizerEngine", "resume_last_step", "state_on_disk", "update_in_backward"]

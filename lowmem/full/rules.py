@@ -351,6 +351,3 @@ def _at(buffer: StagingBuffer, chunk: Chunk) -> Tensor:
 
 def _give_back(buffer: StagingBuffer, chunk: Chunk) -> None:
     buffer.give_back(chunk.start * ELEMENT_BYTES, chunk.stop * ELEMENT_BYTES)
-
-
-__all__ = ["DiskStates", "MemoryStates", "RuleStates", "RuleStream", "Upcoming"]

@@ -269,6 +269,3 @@ def _shard_bytes(size: int | str) -> int:
         if text.upper().endswith(suffix) and text[: -len(suffix)].strip().replace(".", "", 1).isdigit():
             return int(float(text[: -len(suffix)]) * factor)
     return parse_bytes(text, field="max_shard_size")
-
-
-__all__ = ["FOLDER", "Saving", "StoredNames", "install_saving", "load_moments", "save_moments"]

@@ -264,6 +264,3 @@ class MemoryTier:
 
 def _view(flat: Tensor, place: ParamPlace) -> Tensor:
     return flat[place.start : place.stop].view(place.shape)
-
-
-__all__ = ["EXP_AVG", "EXP_AVG_SQ", "FIELDS", "WEIGHT", "Contribution", "MemoryTier", "StateTier"]

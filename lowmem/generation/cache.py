@@ -248,6 +248,3 @@ class StreamedCache(DynamicCache):
             elif isinstance(layer, DynamicLayer) and layer.is_initialized:
                 found["device"] += layer.keys.nbytes + layer.values.nbytes
         return found
-
-
-__all__ = ["GrowingLayer", "KvRoom", "StreamedCache"]

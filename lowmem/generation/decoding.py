@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem.generation.cache import GrowingLayer, StreamedCache
-from lowmem.streaming.call import BlockCall, flatten_output, micro_batches, tree_unflatten
+from lowmem.internals.torch import tree_unflatten
+from lowmem.streaming.call import BlockCall, flatten_output, micro_batches
 from lowmem.streaming.chunking.carrier import KVCarrier
 from lowmem.streaming.chunking.chunks import CallArguments, NotChunkable, RunBlock
 from lowmem.streaming.visits import ActiveRows
@@ -162,6 +163,3 @@ def _whole(outputs: Sequence[object], index: Tensor, batch_size: int) -> object:
         whole[index.to(whole.device)] = joined
         leaves.append(whole)
     return tree_unflatten(leaves, spec)
-
-
-__all__ = ["CACHE", "draws_numbers", "run_block"]

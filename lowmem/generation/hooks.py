@@ -185,6 +185,3 @@ def _width_by_config(model: PreTrainedModel) -> int:
     num_heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // num_heads
     return 2 * int(getattr(config, "num_key_value_heads", None) or num_heads) * int(width)
-
-
-__all__ = ["GenerationHooks"]

@@ -97,6 +97,3 @@ class Generation:
             left_s=None if token_s is None else left * token_s,
             tokens_per_s=len(self.unfinished) / rate_s if rate_s > 0 else 0.0,
         )
-
-
-__all__ = ["Generation", "TokenProgress"]

@@ -96,6 +96,3 @@ def _refuse_continuous_batching(*args: object, **kwargs: object) -> NoReturn:
         reason="its engine needs all weights, which are streamed",
         instead="generate with a batch of prompts: finished ones are no longer computed",
     )
-
-
-__all__ = ["extend_generate"]

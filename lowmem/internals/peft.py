@@ -188,6 +188,3 @@ def weight_marks(blocks: Sequence[nn.Module], *, skip: type[Tensor]) -> tuple[ob
 
 def _bit_sum(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(_BITS[param.element_size()]).sum(dtype=torch.int64)
-
-
-__all__ = ["BlockFlags", "Flags", "ask_first", "embed", "embed_scale", "flags_set", "read_flags", "weight_marks"]

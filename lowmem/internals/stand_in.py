@@ -393,6 +393,3 @@ def _joined(func: Operator, results: list[object]) -> object:
 
 def _property_of(func: Callable[..., object]) -> str:
     return getattr(getattr(func, "__self__", None), "__name__", "")
-
-
-__all__ = ["Operator", "StandIn", "View", "keeping_last_read"]

@@ -263,17 +263,3 @@ def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
     """
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     model.hf_device_map = {model.base_model_prefix: device, head or "lm_head": device}
-
-
-__all__ = [
-    "Conversions",
-    "RouterLogits",
-    "add_default_callback",
-    "collected_keys",
-    "collecting",
-    "finish_loading",
-    "keep_in_fp32",
-    "leave_placement_alone",
-    "mark_initialised",
-    "may_be_missing",
-]

@@ -156,6 +156,3 @@ def refuse_copy(module: torch.nn.Module, *, what: str, reason: str, instead: str
         raise UnsupportedError(what, reason=reason, instead=instead)
 
     module.__dict__["__deepcopy__"] = refuse
-
-
-__all__ = ["AbsentParameter", "refuse_copy"]

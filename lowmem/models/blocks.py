@@ -173,6 +173,3 @@ def refuse_labels(config: PretrainedConfig, num_labels: int) -> None:
             reason="transformers has no sequence classification model of it",
             instead="a reward model on another architecture, or DPO, which needs none",
         )
-
-
-__all__ = ["DecoderBlock", "find_blocks", "refuse_config", "refuse_labels", "refuse_router_logits_in_chunks"]

@@ -413,6 +413,3 @@ def _workspace_offsets(block: StreamedBlock) -> tuple[dict[str, int], int]:
             nbytes = slot.shape.numel() * slot.dtype.itemsize
             end += -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
     return offsets, end
-
-
-__all__ = ["ParamSlot", "Skeleton", "StreamedBlock", "Unpacker", "fill", "skeleton"]

@@ -206,6 +206,3 @@ def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored:
         )
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-__all__ = ["Opened", "gatherable_embedding", "open_checkpoint", "pick_device", "pick_dtype", "resolve"]

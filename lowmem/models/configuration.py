@@ -335,6 +335,3 @@ def _refuse_adapter(folder: Path, *, has_model: bool) -> None:
 
 def _refuse(file: Path, field: str, problem: str, remedy: str = _AGAIN) -> NoReturn:
     raise SourceError(file, field=field, problem=problem, remedy=remedy)
-
-
-__all__ = ["check_counts", "check_generation_config", "naming_field", "read_config"]

@@ -121,6 +121,3 @@ def read_now(block: BlockSpec, *, reader: FileIO, device: torch.device) -> dict[
         spec.name: view_tensor(staging.tensor, layout.tensor_offsets[spec.name], spec=spec).to(device)
         for spec in block.tensors
     }
-
-
-__all__ = ["GatheredEmbedding", "read_now"]

@@ -168,6 +168,3 @@ def _check_shapes(recipe: Recipe, state: Mapping[str, Tensor]) -> None:
                 problem=f"stores {name} with shape {list(shape)}, the configuration has {wanted}",
                 remedy="use the config.json that belongs to these weights",
             )
-
-
-__all__ = ["CheckpointMap", "Recipe", "map_checkpoint"]

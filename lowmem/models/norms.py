@@ -43,7 +43,7 @@ class TokenwiseFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _TokenwiseContext, run: RunTokens, tile_tokens: int, hidden: Tensor, *params: Tensor) -> Tensor:
+    def forward(ctx: _TokenwiseContext, run: RunTokens, tile_tokens: int, hidden: Tensor, *params: Tensor) -> Tensor:  # noqa: D102
         ctx.run, ctx.tile_tokens = run, tile_tokens
         ctx.save_for_backward(hidden, *params)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -57,7 +57,7 @@ class TokenwiseFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         hidden, *params = ctx.saved_tensors
         rows, grads = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, grad_out))
         # Not a view is what goes on: the next block writes over it if nothing else sees its memory.
@@ -154,6 +154,3 @@ def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str
 
 def _norms_single_tokens(kind: type[nn.Module]) -> bool:
     return kind.__name__.endswith(("RMSNorm", "LayerNorm"))
-
-
-__all__ = ["TILE_TOKENS", "TiledNorm", "tile_outer_norms"]

@@ -403,6 +403,3 @@ def _output(given: Output, args: TrainingArguments, default_name: str) -> Path |
     if given is False:
         return None
     return Path(args.output_dir) / default_name if given is None else Path(given)
-
-
-__all__ = ["Monitor"]

@@ -260,6 +260,3 @@ class TokenBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-__all__ = ["TokenBar"]

@@ -173,6 +173,3 @@ def check_every_trainer() -> None:
         UnsupportedError: This version of transformers gives no way to.
     """
     add_default_callback(TrainingChecks)
-
-
-__all__ = ["TrainingChecks", "check_every_trainer", "refuse_training_options"]

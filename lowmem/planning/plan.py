@@ -418,6 +418,3 @@ def _strip(plan: Plan) -> list[str]:
     if len(set(plan.placements)) == 1 or len(plan.placements) > _MAX_STRIP:
         return []
     return [f"           {''.join(_MARKS[place] for place in plan.placements)}  (# device, o host, . disk)"]
-
-
-__all__ = ["Plan"]

@@ -318,6 +318,3 @@ def _gather_s(shapes: ModelShapes, job: Job, rates: Rates) -> float:
     rows = job.num_evaluations * min(job.num_tokens, shapes.vocab_size) + job.num_decodes * job.num_generated
     latency_s = _READ_LATENCY_S / rates.disk_num_threads
     return rows * (latency_s + row_bytes / rates.disk_bytes_per_s)
-
-
-__all__ = ["UPDATE_S_PER_PARAM", "StateTraffic", "state_traffic"]

@@ -560,16 +560,3 @@ class VisitedCall:
     def keep_copy(self, value: Tensor) -> Boundary:
         """The same of a tensor whose memory will be written again."""
         return self._tier.keep(value.clone() if isinstance(self._tier, DeviceTier) else value)
-
-
-__all__ = [
-    "BlockEntry",
-    "BlockFunction",
-    "ChunkedRows",
-    "Gradients",
-    "RecordedCall",
-    "RowsRecord",
-    "VisitedBlock",
-    "VisitedCall",
-    "WholeRows",
-]

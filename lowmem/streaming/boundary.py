@@ -227,6 +227,3 @@ def tier_for(
         raise ValueError(f'planned: expected "device", "host" or "disk", got {planned!r}')
     on_host = planned == "host" or device.type == "cpu"
     return HostTier(device) if on_host else DeviceTier()
-
-
-__all__ = ["Boundary", "BoundaryTier", "DeviceTier", "DiskTier", "HostTier", "tier_for"]

@@ -363,6 +363,3 @@ class _OnDisk:
 
     def __del__(self) -> None:
         self._let_go(at_once=False)
-
-
-__all__ = ["TAKEN_TWICE", "DiskTier"]

@@ -126,6 +126,3 @@ def _hand_on(take: TakeGradient, number: int, param: Tensor) -> None:
     grad, param.grad = param.grad, None
     assert grad is not None
     take(number, grad)
-
-
-__all__ = ["RandomState", "RandomTape", "TakeGradient", "capture", "differentiate", "restore", "restored", "same_state"]

@@ -472,6 +472,3 @@ def _is_watched(blocks: Sequence[torch.nn.Module]) -> bool:
     """Whether hooks look at hidden states between the blocks; transformers' own are idle unless they collect."""
     hooks = (hook for block in blocks for hook in (*block._forward_hooks.values(), *block._forward_pre_hooks.values()))
     return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
-
-
-__all__ = ["Answer", "Beside", "Blocks", "CannotFollow", "Entry", "Twins", "Visitor", "single_tensor", "without_hidden"]

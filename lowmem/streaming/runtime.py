@@ -449,6 +449,3 @@ def runtime_of(model: torch.nn.Module) -> Runtime:
 def is_streamed(model: torch.nn.Module) -> bool:
     """Whether a runtime runs this model's blocks."""
     return any(_ATTRIBUTE in module.__dict__ for module in model.modules())
-
-
-__all__ = ["BlockSource", "BlockUnpacker", "Runtime", "attach", "is_streamed", "runtime_of"]

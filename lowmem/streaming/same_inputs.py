@@ -239,6 +239,3 @@ def _row_order(new: Tensor, old: Tensor) -> list[int] | None:
         free.remove(found)
         order.append(found)
     return order
-
-
-__all__ = ["Correspondence", "ForwardState", "Inputs", "Unsuitable", "correspond"]

@@ -126,6 +126,3 @@ class VisitingOrder:
         own = next((recorded for recorded in reversed(waiting) if block in recorded), self._all)
         rest = [index for index in reversed(own) if index <= block]
         return rest + self._all
-
-
-__all__ = ["ActiveRows", "Phase", "TrainingPass", "Visit", "VisitingOrder"]
