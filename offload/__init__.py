@@ -28,8 +28,15 @@ from offload.errors import (
 from offload.files.file import NO_ROOM, open_regular, open_source, read_small_file, sync_folder
 from offload.files.file_io import FileIO
 from offload.files.folder import Folder
-from offload.files.safetensors_read import DTYPES, SafetensorsSource
-from offload.files.safetensors_write import OutputTensor, ShardFile, TensorReader, split_into_shards, write_index
+from offload.files.safetensors import (
+    DTYPES,
+    OutputTensor,
+    SafetensorsSource,
+    ShardFile,
+    TensorReader,
+    split_into_shards,
+    write_index,
+)
 from offload.files.scratch import FileSlot, Scratch
 from offload.files.strict_json import parse_json_object
 from offload.placement import Placement, PlacementPlan, place_blocks

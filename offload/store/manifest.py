@@ -19,7 +19,7 @@ from offload.blocks import PAGE_BYTES, ObjectLayout, PlacedTensor, round_up
 from offload.errors import FolderInUse, SourceError, WriteError
 from offload.files.file import read_all, reason_of, write_failure
 from offload.files.folder import Folder
-from offload.files.safetensors_read import DTYPES
+from offload.files.safetensors import DTYPES
 from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, parse_json_object, short
 
 MANIFEST = "store.json"

@@ -28,7 +28,7 @@ from lowmem.adapters.merge import merge
 from lowmem.adapters.saved_adapter import _WHOLE_LAYER_TYPES
 from lowmem.errors import UnsupportedError
 from offload import SourceError, TierFull
-from offload.files.safetensors_write import OutputTensor, ShardFile
+from offload.files.safetensors import OutputTensor, ShardFile
 from tests.zoo.architectures import build, tiny_config
 from tests.zoo.reference import adapt, resident
 

@@ -22,7 +22,7 @@ from offload.blocks import BlockLayout, BlockSpec, TensorSpec, lay_out
 from offload.buffers import StagingBuffer, view_tensor
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
 from offload.files.file_io import FileIO
-from offload.files.safetensors_read import SafetensorsSource
+from offload.files.safetensors import SafetensorsSource
 from offload.transfer import Transfer
 from tests.offload.own_threads import own_threads
 

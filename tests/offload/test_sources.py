@@ -13,7 +13,7 @@ from torch import Tensor
 from offload.blocks import BlockSpec, TensorSpec, lay_out
 from offload.errors import Closed, ReadError, SourceChanged, SourceError
 from offload.files.file_io import FileIO
-from offload.files.safetensors_read import SafetensorsSource
+from offload.files.safetensors import SafetensorsSource
 from tests.offload.not_files import NOT_FILES, put_in_place
 
 DTYPES = {
