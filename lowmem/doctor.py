@@ -1,13 +1,9 @@
-"""Measurements of this machine as plain records, each with what it was measured on.
-
-Checks of this machine: what is there, what is missing and what to do about it.
-"""
+"""Checks of this machine, of what lies in a folder, and measurements: what is there, what is missing, what to do."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +11,11 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from lowmem.monitoring.memory import cgroup_memory
+from lowmem.internals.torch import has_fast_bf16
+from lowmem.models.checkpoint import open_checkpoint, pick_device, pick_dtype
 from lowmem.planning.step_time import probe_copy
 from offload import (
     PAGE_BYTES,
@@ -24,6 +23,7 @@ from offload import (
     SafetensorsSource,
     StagingBuffer,
     available_ram_bytes,
+    control_groups,
     format_bytes,
     open_source,
     probe_compute,
@@ -108,31 +108,26 @@ def examine(folder: Path | None, *, trust_remote_code: bool = False) -> Iterator
 
 
 def _versions() -> Iterator[Check]:
-    minimums = _minimum_versions()
+    ranges = _supported_versions()
     for name in _NEEDED_TO_TRAIN:
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             yield Check(name=name, finding="not installed", remedy="pip install 'lowmem[train]'", is_broken=True)
             continue
-        needed = minimums.get(name, "")
-        is_old = bool(needed) and _numbers(found) < _numbers(needed)
-        remedy = f"pip install -U '{name}>={needed}'" if is_old else ""
-        yield Check(name=name, finding=found, remedy=remedy, is_broken=is_old)
+        needed = ranges.get(name, SpecifierSet())
+        fits = needed.contains(found, prereleases=True)
+        remedy = "" if fits else f"pip install -U '{name}{needed}'"
+        yield Check(name=name, finding=found, remedy=remedy, is_broken=not fits)
 
 
-def _minimum_versions() -> dict[str, str]:
-    """Smallest versions that this package's own metadata asks for; none where it runs from its source folder."""
+def _supported_versions() -> dict[str, SpecifierSet]:
+    """Versions that this package's own metadata asks for; none where it runs from its source folder."""
     try:
         requirements = metadata.requires("lowmem") or []
     except metadata.PackageNotFoundError:
         return {}
-    found = (re.match(r"([A-Za-z0-9_-]+)\s*>=\s*([0-9.]+)", requirement) for requirement in requirements)
-    return {match[1]: match[2] for match in found if match is not None}
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
+    return {entry.name: entry.specifier for entry in map(Requirement, requirements)}
 
 
 def _memory() -> Iterator[Check]:
@@ -140,14 +135,12 @@ def _memory() -> Iterator[Check]:
     is_small = free_bytes < _SMALL_RAM_BYTES
     remedy = "close other programs or raise the limit: Python and its libraries alone take over half a GiB"
     yield Check(name="RAM", finding=f"{format_bytes(free_bytes)} can be taken", remedy=remedy if is_small else "")
-    group = cgroup_memory()
-    if group is not None and group.limit_bytes is not None:
-        yield Check(
-            name="memory limit",
-            finding=f"{format_bytes(group.limit_bytes)}, {format_bytes(group.usage_bytes)} in use ({group.path})",
-        )
-    else:
-        yield Check(name="memory limit", finding="none set by a control group")
+    limits = [(group.limit_bytes, group) for group in control_groups() if group.limit_bytes is not None]
+    finding = "none set by a control group"
+    if limits:
+        limit_bytes, group = min(limits, key=lambda limit: limit[0])
+        finding = f"{format_bytes(limit_bytes)}, {format_bytes(group.usage_bytes)} in use ({group.path})"
+    yield Check(name="memory limit", finding=finding)
 
 
 def _pinning() -> Check:
@@ -179,22 +172,13 @@ def _gpu() -> Check:
 
 
 def _defaults() -> Check:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "float32" if device == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    words = f"device {device}, dtype {dtype}, {torch.get_num_threads()} threads"
-    if device == "cpu":
-        words += ", bf16 instructions " + (
-            "there" if _cpu_has_bf16() else "not there: bf16 would be up to 100 times slower"
-        )
-    return Check(name="defaults", finding=words)
-
-
-def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+    device = pick_device(None)
+    dtype = str(pick_dtype(None, device=device, stored=torch.bfloat16)).removeprefix("torch.")
+    finding = f"device {device.type}, dtype {dtype}, {torch.get_num_threads()} threads"
+    if device.type == "cpu":
+        bf16 = "there" if has_fast_bf16() else "not there: bf16 would be up to 100 times slower"
+        finding += f", bf16 instructions {bf16}"
+    return Check(name="defaults", finding=finding)
 
 
 def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
@@ -226,8 +210,6 @@ def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
 
 
 def _architecture(folder: Path, *, trust_remote_code: bool) -> Check:
-    from lowmem.models.checkpoint import open_checkpoint
-
     try:
         device = torch.device("cpu")
         opened = open_checkpoint(

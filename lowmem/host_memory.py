@@ -13,9 +13,11 @@ MKL runs x W^T of up to some hundred rows on one core, and W x^T on all of them:
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,6 +50,21 @@ def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> 
 def empty_like(tensor: Tensor) -> Tensor:
     """The same for a tensor of another's shape and type, contiguous whatever that is."""
     return empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def process_peak_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Largest resident memory of this process so far, by the kernel's own high-water mark (`VmHWM`).
+
+    Args:
+        status: What Linux says about the process; elsewhere getrusage knows the peak.
+    """
+    try:
+        lines = status.read_text().splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # The kernel updates the mark lazily, when memory is given back: the current size may already be above it.
+    return max(int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM:", "VmRSS:")))
 
 
 def give_back_freed() -> None:

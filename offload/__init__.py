@@ -11,7 +11,15 @@ from offload.blocks import (
     lay_out_object,
     round_up,
 )
-from offload.budget import Budget, available_ram_bytes, format_bytes, format_seconds, parse_bytes
+from offload.budget import (
+    Budget,
+    ControlGroup,
+    available_ram_bytes,
+    control_groups,
+    format_bytes,
+    format_seconds,
+    parse_bytes,
+)
 from offload.buffers import StagingBuffer, view_tensor
 from offload.device import open_device
 from offload.errors import (
@@ -57,6 +65,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Closed",
+    "ControlGroup",
     "Counters",
     "DiskRate",
     "FileIO",
@@ -88,6 +97,7 @@ __all__ = [
     "WriteError",
     "available_ram_bytes",
     "ceil_div",
+    "control_groups",
     "format_bytes",
     "format_seconds",
     "lay_out",

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 import torch
@@ -71,59 +71,95 @@ def format_bytes(nbytes: int) -> str:
     return f"{size:.2f} TiB"
 
 
-def available_ram_bytes(*, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can be allocated before the kernel starts to swap or to kill, page cache counted as free.
+# The kernel rounds "no limit" of version 1 down to a page multiple of 2^63; no machine has a real limit this large.
+_UNLIMITED_BYTES = 1 << 60
 
-    The smallest of what the machine has available and of what every control group (v1 or v2) around this process leaves
-    below its limit. Where the system says nothing, as on macOS, half of the installed RAM.
+
+@dataclass(frozen=True, kw_only=True)
+class ControlGroup:
+    """A memory control group that this process is in: a limit holds for all groups below it."""
+
+    path: Path
+    """Its folder."""
+    limit_bytes: int | None
+    """Bytes at which the kernel reclaims, then kills; None if it has no limit."""
+    usage_bytes: int
+    """Charged now, page cache included."""
+    reclaimable_bytes: int
+    """The part of it that is given back on demand: inactive page cache."""
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Bytes below its limit; None if it has none."""
+        used = max(0, self.usage_bytes - self.reclaimable_bytes)
+        return None if self.limit_bytes is None else max(0, self.limit_bytes - used)
+
+
+def control_groups(proc: Path = Path("/proc")) -> tuple[ControlGroup, ...]:
+    """The memory control groups of version 1 and 2 around this process, from its own up to the root.
 
     Args:
         proc: Where procfs is mounted.
-        cgroups: Where the control groups are mounted.
+
+    Returns:
+        None of them where there are no control groups, as on macOS.
+    """
+    try:
+        memberships = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
+        mounts = (proc / "self" / "mountinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    names = {1: "", 2: ""}
+    for _, controllers, name in memberships:
+        if not controllers or "memory" in controllers.split(","):
+            names[1 if controllers else 2] = name
+    groups: list[ControlGroup | None] = []
+    for mount in mounts:
+        before, _, after = mount.partition(" - ")
+        root, mount_point = before.split()[3:5]
+        kind, _, options = after.split(" ", 2)
+        version = 2 if kind == "cgroup2" else 1 if kind == "cgroup" and "memory" in options.split(",") else 0
+        if names.get(version):
+            own, top = PurePosixPath(names.pop(version)), Path(mount_point)
+            # In a container the name may be the host's, of which the mount shows only what is below `root`, or nothing.
+            folder = top / (own.relative_to(root) if own.is_relative_to(root) else own.relative_to("/"))
+            folders = [folder, *folder.parents] if folder.is_dir() else [top]
+            groups += [_read_group(path, version=version) for path in folders if path.is_relative_to(top)]
+    return tuple(group for group in groups if group is not None)
+
+
+def _read_group(folder: Path, *, version: int) -> ControlGroup | None:
+    """Read one group's files; None for the root of version 2, which has none."""
+    usage, limit, cache = (
+        ("memory.current", "memory.max", "inactive_file")
+        if version == 2
+        else ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file")
+    )
+    usage_bytes, limit_bytes = _number(folder / usage), _number(folder / limit)
+    if usage_bytes is None:
+        return None
+    return ControlGroup(
+        path=folder,
+        limit_bytes=None if limit_bytes is None or limit_bytes >= _UNLIMITED_BYTES else limit_bytes,
+        usage_bytes=usage_bytes,
+        reclaimable_bytes=_field_bytes(folder / "memory.stat", cache, unit_bytes=1) or 0,
+    )
+
+
+def available_ram_bytes(*, proc: Path = Path("/proc")) -> int:
+    """Bytes that can be allocated before the kernel starts to swap or to kill, page cache counted as free.
+
+    The smallest of what the machine has available and of what every control group around this process leaves below its
+    limit. Where the system says nothing, as on macOS, half of the installed RAM.
+
+    Args:
+        proc: Where procfs is mounted.
     """
     machine_bytes = _field_bytes(proc / "meminfo", "MemAvailable:", unit_bytes=1024)
     if machine_bytes is None:
         machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return min([machine_bytes, *_headrooms(proc / "self" / "cgroup", cgroups)])
-
-
-def _headrooms(membership: Path, cgroups: Path) -> list[int]:
-    """What each control group that holds this process leaves, from its own group up to the root."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    headrooms: list[int] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mounts = [cgroups, cgroups / "unified"]
-        elif "memory" in controllers.split(","):
-            mounts = [cgroups / "memory"]
-        else:
-            continue
-        for mount in mounts:
-            folder = mount / path.lstrip("/")
-            # In a container the path may be the host's, and this group be mounted as the root.
-            for group in (folder, *folder.parents) if folder.is_dir() else (mount,):
-                headrooms.append(_headroom_bytes(group))
-                if group == mount:
-                    break
-    return [headroom for headroom in headrooms if headroom >= 0]
-
-
-def _headroom_bytes(group: Path) -> int:
-    """Bytes below the limit of one group, or -1 if it has none. Inactive page cache is given back on demand."""
-    for limit_name, usage_name, cache_field in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        limit = _number(group / limit_name)
-        usage = _number(group / usage_name)
-        if limit is not None and usage is not None:
-            cache = _field_bytes(group / "memory.stat", cache_field, unit_bytes=1) or 0
-            return max(0, limit - max(0, usage - cache))
-    return -1
+    headrooms = (group.headroom_bytes for group in control_groups(proc))
+    return min([machine_bytes, *(headroom for headroom in headrooms if headroom is not None)])
 
 
 def _number(file: Path) -> int | None:

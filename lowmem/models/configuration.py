@@ -8,7 +8,6 @@ file and field.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 import stat
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from lowmem.errors import UnsupportedError
-from offload import OffloadError, SourceError, TensorSpec
+from offload import OffloadError, SourceError, TensorSpec, parse_json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -212,7 +211,7 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def _read_object(file: Path) -> dict[str, object]:
+def _read_object(file: Path) -> Mapping[str, object]:
     """Read a JSON object from a regular file of a believable size."""
     # Without O_NONBLOCK, opening a named pipe would wait for its other end for ever.
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -223,12 +222,7 @@ def _read_object(file: Path) -> dict[str, object]:
         if status.st_size > _MOST_BYTES:
             _refuse(file, "size", f"expected at most {_MOST_BYTES} bytes, got {status.st_size}")
         raw = opened.read(_MOST_BYTES + 1)
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(file, field="JSON", problem=f"not valid ({error})", remedy=_AGAIN) from error
-    if not isinstance(value, dict):
-        _refuse(file, "JSON", f"expected an object, got {type(value).__name__}")
+    value = parse_json_object(file, raw, field="JSON", remedy=_AGAIN).members
     if _depth(value, _MOST_NESTED) > _MOST_NESTED:
         _refuse(file, "JSON", f"lists and objects are nested more than {_MOST_NESTED} deep")
     return value

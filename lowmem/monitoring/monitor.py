@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lowmem.monitoring.memory import cuda_memory, process_memory
+from lowmem.host_memory import process_peak_bytes
 from lowmem.monitoring.progress import StepEstimate, StepProgress
 from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
 from lowmem.streaming.runtime import Runtime, runtime_of
@@ -133,7 +133,7 @@ class StepRecorder:
         )
         self._step = None
         read_bytes, self._counted_bytes = self.disk_bytes() - self._counted_bytes, self.disk_bytes()
-        host_peak_bytes = process_memory().peak_bytes
+        host_peak_bytes = process_peak_bytes()
         device = self._runtime.device
         record = StepRecord(
             duration_s=timeline.duration_s,
@@ -143,7 +143,7 @@ class StepRecorder:
             disk_busy_bytes=timeline.num_bytes("disk"),
             disk_busy_s=timeline.busy_s("disk"),
             host_peak_bytes=host_peak_bytes,
-            device_peak_bytes=cuda_memory(device).peak_allocated_bytes if device.type == "cuda" else host_peak_bytes,
+            device_peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak_bytes,
         )
         return record, timeline
 

@@ -519,7 +519,7 @@ CHILD = """
     import lowmem.adapters.saved_adapter, transformers
     from transformers import AutoModelForCausalLM
     from lowmem.adapters.merge import merge
-    from lowmem.monitoring.memory import process_memory
+    from lowmem.host_memory import process_peak_bytes
     from offload import TierFull
     torch.set_num_threads(1)
     base, adapter, out = map(Path, sys.argv[1:])
@@ -569,7 +569,7 @@ def test_full_disk_leaves_nothing_and_memory_is_bounded_by_a_tile(tmp_path: Path
     adapter = write_dora_of_embedding(tmp_path / "adapter", vocab_size=vocab_size)
     out = run_child(
         """
-        before = process_memory().peak_bytes
+        before = process_peak_bytes()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
@@ -582,7 +582,7 @@ def test_full_disk_leaves_nothing_and_memory_is_bounded_by_a_tile(tmp_path: Path
         assert {path.name for path in out.parent.iterdir()} == {"adapter", "base"}, list(out.parent.iterdir())
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         merge(base, adapter=adapter, output=out)
-        print(process_memory().peak_bytes - before)
+        print(process_peak_bytes() - before)
         """,
         base,
         adapter,
