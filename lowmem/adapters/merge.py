@@ -245,13 +245,14 @@ class _Rounding:
     """What was rounded to."""
 
     def add(self, old: Tensor, new: Tensor, stored: Tensor) -> None:
-        """Count values: before, after, and after as they are stored."""
-        change = (new - old).flatten()
-        moved = (stored.to(new.dtype) - old.to(stored.dtype).to(new.dtype)).flatten()
+        """Count values: before, after, and after as they are stored. Works in the memory of the first two."""
+        old_stored = old.to(stored.dtype)
+        change = new.sub_(old).reshape(-1)
+        moved = old.copy_(stored).sub_(old_stored).reshape(-1)
         self.wanted += float(change @ change)
         self.kept += float(change @ moved)
         self.num_changed += int(change.count_nonzero())
-        self.num_unmoved += int(((change != 0) & (moved == 0)).sum())
+        self.num_unmoved += int((change != 0).logical_and_(moved == 0).sum())
         self.dtype = stored.dtype
 
     @property

@@ -63,6 +63,9 @@ _CONFIG_NAME, _WEIGHTS_NAME, _PICKLE_NAME = "adapter_config.json", "adapter_mode
 _MAX_CONFIG_BYTES = 16 << 20
 
 
+_PART_ELEMENTS = 1 << 20
+
+
 _SAVE_AGAIN = "save the adapter again, or download it again"
 
 
@@ -192,18 +195,21 @@ def _check_ranks(file: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) 
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    reader = TensorReader()
+    reader, tensors = TensorReader(), {}
     try:
         with SafetensorsSource([file]) as source:
-            tensors = {
-                name: reader.read(spec, 0, nbytes=spec.nbytes).reshape(spec.shape).clone()
-                for name, spec in source.tensors.items()
-            }
+            for name, spec in source.tensors.items():
+                tensors[name] = values = torch.empty(spec.shape, dtype=spec.dtype)
+                start_bytes = 0
+                # In parts: an adapter may hold a whole embedding.
+                for part in torch.split(values.view(-1), _PART_ELEMENTS):
+                    part.copy_(reader.read(spec, start_bytes, nbytes=part.nbytes))
+                    start_bytes += part.nbytes
+                    if part.is_floating_point() and not bool(part.float().isfinite().all()):
+                        problem = "some of its values are not finite"
+                        raise SourceError(file, field=name, problem=problem, remedy=_SAVE_AGAIN)
     finally:
         reader.close()
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise SourceError(file, field=name, problem="some of its values are not finite", remedy=_SAVE_AGAIN)
     return tensors
 
 

@@ -206,7 +206,7 @@ def test_merge_writes_a_checkpoint(run: Run, llama: Path, tmp_path: Path) -> Non
     assert torch.equal(merged[untouched], stored[untouched].float())
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default:rounding to:UserWarning")
 def test_merge_says_what_rounding_loses(run: Run, llama: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))

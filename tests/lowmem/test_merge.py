@@ -276,6 +276,16 @@ def test_tensors_that_no_adapter_touches_are_copied_bit_by_bit(tmp_path: Path) -
         assert torch.equal(value.view(torch.uint8), after[name].view(torch.uint8)) == ("q_proj" not in name)
 
 
+def test_a_long_merge_shows_how_far_it_is(
+    lora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge(lora[0], adapter=lora[1], output=tmp_path / "quick")
+    assert "merging" not in capsys.readouterr().err
+    monkeypatch.setattr("lowmem.adapters.merge._QUIET_S", 0.0)
+    merge(lora[0], adapter=lora[1], output=tmp_path / "out")
+    assert "merging:   0%" in capsys.readouterr().err
+
+
 def test_inputs_are_only_read(lora: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = lora
     before = digests(base) | digests(adapter)
