@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from lowmem.errors import UnsupportedError
-from lowmem.optim.block_rule import BlockRule
 from lowmem.optim.method import BY_DENSITY, AtRefresh, Inner, Method, Projector, Side, Writer
 from lowmem.optim.optimizer import (
     RuleOptimizer,
@@ -29,7 +28,7 @@ from lowmem.optim.optimizer import (
     number_blocks,
 )
 from lowmem.optim.plain import AdamWRule
-from lowmem.optim.projected import ProjectedRule
+from lowmem.optim.projected import BlockRule, ProjectedRule
 from lowmem.optim.rule import Place, Rule
 
 _METHOD_FIELDS = frozenset(field.name for field in dataclass_fields(Method))

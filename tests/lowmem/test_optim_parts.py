@@ -11,9 +11,8 @@ from torch.optim.optimizer import StateDict
 
 from lowmem import optim
 from lowmem.optim.basis import gradient_basis
-from lowmem.optim.block_rule import active_blocks
 from lowmem.optim.optimizer import RuleOptimizer, give_to_engine
-from lowmem.optim.projected import limit_norm_growth, limit_update_rms, norm_ratio
+from lowmem.optim.projected import active_blocks, limit_norm_growth, limit_update_rms, norm_ratio
 from lowmem.optim.rule import Hyper, generator, mix
 from lowmem.optim.state import decode, encode, new_moment, read_moment, round_to_bf16, write_moment
 from tests.lowmem.tiny_optim import backward, tiny_model
