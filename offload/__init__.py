@@ -33,6 +33,7 @@ from offload.errors import (
     TierFull,
     WriteError,
 )
+from offload.files.checkpoint_swap import listed_weights, replacing_checkpoint
 from offload.files.file import NO_ROOM, open_regular, open_source, read_small_file, sync_folder
 from offload.files.file_io import FileIO
 from offload.files.folder import Folder
@@ -46,7 +47,7 @@ from offload.files.safetensors import (
     write_index,
 )
 from offload.files.scratch import FileSlot, Scratch
-from offload.files.strict_json import parse_json_object
+from offload.files.strict_json import JsonObject, parse_json_object
 from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
@@ -72,6 +73,7 @@ __all__ = [
     "FileSlot",
     "Folder",
     "FolderInUse",
+    "JsonObject",
     "ObjectLayout",
     "OffloadError",
     "OutputTensor",
@@ -102,6 +104,7 @@ __all__ = [
     "format_seconds",
     "lay_out",
     "lay_out_object",
+    "listed_weights",
     "open_device",
     "open_regular",
     "open_source",
@@ -111,6 +114,7 @@ __all__ = [
     "probe_compute",
     "probe_disk",
     "read_small_file",
+    "replacing_checkpoint",
     "round_up",
     "split_into_shards",
     "sync_folder",

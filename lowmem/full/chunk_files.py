@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem.full.chunks import Chunk
 from lowmem.full.flat import ELEMENT_BYTES
 from lowmem.full.tier import EXP_AVG, WEIGHT
-from offload import ObjectLayout, StagingBuffer, Store, StoreIo, Trace, Transfer
+from offload import JsonObject, ObjectLayout, StagingBuffer, Store, StoreIo, Trace, Transfer
 
 _STATE = " state"
 
@@ -57,9 +57,14 @@ class ChunkFiles:
         return self._store.step
 
     @property
-    def record(self) -> dict[str, object]:
+    def record(self) -> JsonObject:
         """What belongs to the committed state."""
-        return dict(self._store.extra)
+        return JsonObject(
+            file=self._folder / "store.json",
+            remedy="start again in another folder, or resume from a checkpoint",
+            prefix="extra.",
+            members=dict(self._store.extra),
+        )
 
     def has_weight(self, unit: int) -> bool:
         """Whether a unit's weight was ever written."""

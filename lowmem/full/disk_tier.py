@@ -19,7 +19,7 @@ from lowmem.full.disk_updates import ChunkBuffers, Job, UpdateThread, keep_as_it
 from lowmem.full.flat import ParamPlace, Segment, UnitLayout
 from lowmem.full.rules import RuleStream, Upcoming
 from lowmem.full.tier import WEIGHT, Contribution
-from offload import OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
+from offload import JsonObject, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
 
 
 class DiskTier:
@@ -283,7 +283,7 @@ class DiskTier:
         self.finish()
         self.files.save_to(folder)
 
-    def adopt(self, folder: Path | None = None) -> dict[str, object]:
+    def adopt(self, folder: Path | None = None) -> JsonObject:
         """Go on from the state that was committed last, or from that of a folder.
 
         Args:
@@ -307,14 +307,15 @@ class DiskTier:
             self.files.adopt()
         else:
             self.files.restore(folder)
-        self._last = (self.files.step, self.files.record)
+        record = self.files.record
+        self._last = (self.files.step, dict(record.members))
         self._scheduler.invalidate(range(self._num_blocks))
         for index, live in self._live.items():
             if self.files.has_weight(index):
                 for chunk in self._chunks[index]:
                     part = live[chunk.start : chunk.stop]
                     part.copy_(self.files.read_chunk(chunk, WEIGHT)[: part.numel()])
-        return self.files.record
+        return record
 
     def begin_updates(self) -> None:
         """Begin a step's updates, unless that has been done; what the last step has left to do comes first."""

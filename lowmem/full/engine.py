@@ -17,6 +17,7 @@ from lowmem.full.flat import ParamPlace, ParamUpdate, segments_of
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.tier import WEIGHT, Contribution, StateTier
 from lowmem.models.absent import AbsentParameter
+from offload import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Saved:
     """The folder."""
     version: int
     """Which weights: `FullTuning.version` at the time."""
+    digest: str
+    """Of the weights."""
 
 
 class FullTuning:
@@ -250,7 +253,7 @@ class FullTuning:
         """Complete all updates."""
         self.tier.finish()
 
-    def adopt(self, folder: Path | None = None) -> dict[str, object]:
+    def adopt(self, folder: Path | None = None) -> JsonObject:
         """Go on from a state on disk: from what this or an earlier run committed last, or from a checkpoint's.
 
         Args:

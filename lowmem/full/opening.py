@@ -23,10 +23,11 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning
 from lowmem.full.flat import UnitLayout, lay_out_unit
-from lowmem.full.optimizer_engine import OptimizerEngine
+from lowmem.full.optimizer_engine import OptimizerEngine, tell_engine
 from lowmem.full.saving import StoredNames, install_saving
 from lowmem.full.tier import MemoryTier, StateTier
 from lowmem.internals.torch import parameter_table
+from lowmem.internals.transformers import on_optimizer_resume
 from lowmem.models.embedding import read_now
 from lowmem.optim.optimizer import give_to_engine
 from offload import BlockSpec, Closed, FileIO, StagingBuffer, Trace, lay_out, view_tensor
@@ -280,10 +281,11 @@ def open_full(
     model.requires_grad_(True)
     full = FullTuning(blocks, outer, tier=tier)
     masters.serve(full)
-    engine = OptimizerEngine(full)
+    engine = OptimizerEngine(full, opened_from=opened.folder)
+    on_optimizer_resume(tell_engine)
     for entry in full.params.values():
         give_to_engine(entry.param, engine)
-    install_saving(model, full, StoredNames(by_key=_stored_names(full, built)))
+    install_saving(model, full, StoredNames(by_key=_stored_names(full, built)), source=opened.folder)
     return MasterWeights(full, engine)
 
 

@@ -9,10 +9,10 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
@@ -20,16 +20,25 @@ from lowmem.full.engine import FullTuning, TunedParam
 from lowmem.full.flat import ParamUpdate
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
-from lowmem.full.saving import load_moments, save_moments
+from lowmem.full.saving import (
+    FOLDER,
+    SavedState,
+    current_digest,
+    find_moments,
+    load_moments,
+    save_moments,
+    steps_of,
+)
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
 from lowmem.host_memory import give_back_freed
-from lowmem.optim.optimizer import RuleOptimizer, engine_of, mark_active
+from lowmem.optim.optimizer import RuleOptimizer, check_saved_group, engine_of, mark_active
 from lowmem.optim.plain import AdamWRule
+from offload import Store
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
 
-    from lowmem.optim.rule import Hyper, Rule, State
+    from lowmem.optim.rule import Hyper, Rule
 
 
 _ENTRY = "lowmem_full"
@@ -45,9 +54,15 @@ class OptimizerEngine:
     the Trainer does before it saves the optimizer.
     """
 
-    def __init__(self, full: FullTuning) -> None:
-        """Serve the parameters of one model."""
-        self._full = full
+    def __init__(self, full: FullTuning, *, opened_from: Path) -> None:
+        """Serve the parameters of one model.
+
+        Args:
+            full: Owns them.
+            opened_from: Folder of the checkpoint that the model was opened from.
+        """
+        self._full, self._opened_from = full, opened_from
+        self._resumed: Path | None = None
         self._optimizer: weakref.ref[RuleOptimizer] | None = None
         self._num_steps = 0
         self._steps: dict[str, int] = {}
@@ -110,43 +125,63 @@ class OptimizerEngine:
             "states_on_disk": self._states.go_with_weights,
         }
         if self._steps or self._states.go_with_weights:
-            entry["folder"] = save_moments(self._full)
+            moments = save_moments(self._full)
+            entry["moments"] = {"identifier": moments.identifier, "checksums": dict(moments.checksums)}
+        saved = self._full.saved
+        if saved is not None and saved.version == self._full.version:
+            entry["weights"] = saved.digest
         return {**state_dict, _ENTRY: entry}
 
     def load(self, state_dict: StateDict) -> None:
         """Take back what `save` gave.
 
         Raises:
-            ValueError: It comes from an optimizer of a model that was not opened with ``tuning="full"``.
-            FileNotFoundError: The files beside the saved weights are gone.
+            ValueError: It comes from an optimizer of a model that was not opened with ``tuning="full"``, belongs to
+                other weights than the model has, or is damaged.
+            FileNotFoundError: The moments are not where they can be found.
         """
         if _ENTRY not in state_dict:
             raise ValueError(
                 "optimizer state: expected that of a model opened with tuning='full', got one without "
                 f"{_ENTRY!r}; resume with the optimizer that saved it"
             )
-        entry = cast("dict[str, object]", state_dict[_ENTRY])
-        was_on_disk = bool(entry.get("states_on_disk"))
-        if was_on_disk != self._keeps_states_on_disk and (was_on_disk or entry["states"]):
+        saved = SavedState.read(state_dict[_ENTRY], self._resumed, self._full)
+        if saved.states_on_disk != self._keeps_states_on_disk and (saved.states_on_disk or saved.states):
+            was, now = ("on disk", "in memory") if saved.states_on_disk else ("in memory", "on disk")
             raise UnsupportedError(
-                f"loading optimizer state that was kept {'on disk' if was_on_disk else 'in memory'}",
-                reason=f"this optimizer keeps it {'in memory' if was_on_disk else 'on disk'}",
-                instead=f"{'' if was_on_disk else 'no '}lowmem.full.state_on_disk(optimizer), as when it was saved",
+                f"loading optimizer state that was kept {was}",
+                reason=f"this optimizer keeps it {now}",
+                instead=f"{'' if saved.states_on_disk else 'no '}lowmem.full.state_on_disk(optimizer), as it was then",
             )
-        steps = cast("dict[str, int]", entry["steps"])
-        if unknown := sorted(set(steps) - set(self._full.params)):
-            raise ValueError(f"optimizer state: {unknown[0]} is not a parameter of this model")
-        stale = set(self._steps) - set(steps)
-        if "folder" in entry:
-            load_moments(self._full, Path(str(entry["folder"])), keys=steps, stale=stale)
+        stale = set(self._steps) - set(saved.steps)
+        folder = None if saved.moments is None else find_moments(saved.moments, self._folders(saved))
+        brings_weights = folder is not None and Store.exists(folder)
+        if saved.weights is not None and not brings_weights and saved.weights != current_digest(self._full):
+            raise ValueError(
+                "optimizer state: it belongs to other weights than the model has now; load the weights of the same "
+                "checkpoint first, as the Trainer does"
+            )
+        if saved.moments is not None and folder is not None:
+            load_moments(self._full, folder, saved.moments, keys=saved.steps, stale=stale)
         else:
             self._forget_moments(stale)
             self._states.clear()
-        states = cast("dict[str, State]", entry["states"])
         # Those on disk came with the folder.
         if isinstance(self._states, MemoryStates):
-            self._states.load(states)
-        self._steps, self._num_steps = dict(steps), cast(int, entry["num_steps"])
+            self._states.load(saved.states)
+        self._steps, self._num_steps = dict(saved.steps), saved.num_steps
+        self._resumed = None
+
+    def will_resume_from(self, folder: Path) -> None:
+        """Note the checkpoint whose optimizer state is loaded next."""
+        self._resumed = folder
+
+    def _folders(self, saved: SavedState) -> list[Path]:
+        """Where the moments may be, the likeliest first."""
+        if saved.folder is not None:
+            return [saved.folder]
+        last = None if self._full.saved is None else self._full.saved.folder
+        return [found / FOLDER for found in (self._resumed, last, self._opened_from) if found is not None]
 
     def resume(self, optimizer: RuleOptimizer) -> int:
         """Go on from the last step whose state is on disk: weights, moments, settings of the groups.
@@ -167,13 +202,17 @@ class OptimizerEngine:
                 instead="lowmem.full.state_on_disk(optimizer) in both runs, or a checkpoint of the Trainer",
             )
         record = self._full.adopt()
-        groups = cast("list[dict[str, object]]", record["groups"])
-        if [group["keys"] for group in groups] != [self._group_keys(group) for group in optimizer.param_groups]:
+        steps, num_steps = steps_of(record, self._full)
+        groups = record.members.get("groups")
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            record.refuse("groups", "expected a list of objects")
+        if [group.get("keys") for group in groups] != [self._group_keys(group) for group in optimizer.param_groups]:
             raise ValueError("the state on disk is of an optimizer with other parameter groups; make the same ones")
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
-            group.update({name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name != "keys"})
-        self._steps = cast("dict[str, int]", record["steps"])
-        self._num_steps = cast(int, record["num_steps"])
+            values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name != "keys"}
+            check_saved_group(group, values)
+            group.update(values)
+        self._steps, self._num_steps = steps, num_steps
         self._optimizer = weakref.ref(optimizer)
         mark_active(optimizer)
         return self._num_steps
@@ -296,6 +335,15 @@ class OptimizerEngine:
             zero = torch.zeros(entry.place.shape)
             for field in (EXP_AVG, EXP_AVG_SQ):
                 self._full.write(key, zero, field)
+
+
+def tell_engine(model: nn.Module, folder: str) -> None:
+    """Tell the engine of a model, if it has one, that a Trainer loads the optimizer's state from a checkpoint."""
+    for param in model.parameters():
+        engine = engine_of(param)
+        if isinstance(engine, OptimizerEngine):
+            engine.will_resume_from(Path(folder))
+            return
 
 
 class _RuleCall(NamedTuple):

@@ -1,16 +1,24 @@
-"""The moments in a checkpoint: beside the saved weights, as files of units or as links to the store's own files.
+"""What a fully tuned model writes and reads: weights tensor by tensor, in bounded RAM, and the moments beside them.
 
-`save_pretrained` and `load_state_dict` of a fully tuned model: tensor by tensor, in bounded RAM.
+A checkpoint is found by itself: the optimizer's state names its moments by an identifier, which is their folder's name,
+and the weights that they belong to by a digest.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import tempfile
 import weakref
+import zlib
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from secrets import token_hex
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -18,32 +26,139 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning, Saved
+from lowmem.full.flat import ParamPlace
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
-from offload import OutputTensor, ShardFile, Store, parse_bytes, split_into_shards, write_index
+from lowmem.optim.rule import State
+from offload import (
+    JsonObject,
+    OutputTensor,
+    SafetensorsSource,
+    ShardFile,
+    SourceError,
+    Store,
+    TensorReader,
+    TensorSpec,
+    parse_bytes,
+    replacing_checkpoint,
+    split_into_shards,
+    sync_folder,
+    write_index,
+)
 
 if TYPE_CHECKING:
-    from torch.nn.modules.module import _IncompatibleKeys
     from transformers import PreTrainedModel
 
 
 FOLDER = "optimizer_state"
-"""Name of the folder in a checkpoint."""
+"""Name of the folder in a checkpoint that holds a folder of moments, by its identifier, for each saved state."""
 
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+_IDENTIFIER = re.compile(r"[0-9a-f]{32}")
+_BESIDE = ".saving-"
+_REMEDY = "resume from another checkpoint, or restore this one from a copy"
 
 
-def save_moments(full: FullTuning) -> str:
+@dataclass(frozen=True, kw_only=True)
+class SavedMoments:
+    """Moments in a checkpoint, as the optimizer's state refers to them."""
+
+    identifier: str
+    """Name of their folder."""
+    checksums: Mapping[str, int]
+    """CRC-32 of each file's tensors, one after the other, by the file's name; empty where state is on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What an optimizer's state dict says of the parameters of a fully tuned model."""
+
+    num_steps: int
+    """Steps that had been taken."""
+    steps: Mapping[str, int]
+    """Updates that each parameter's moments have had, by name."""
+    states: Mapping[str, State]
+    """State of rules that was kept in memory, by parameter."""
+    states_on_disk: bool
+    """Whether state of rules lies beside the weights."""
+    moments: SavedMoments | None
+    """What lies beside the weights."""
+    weights: str | None
+    """Digest of the weights."""
+    folder: Path | None
+    """Where the user says that the moments are."""
+
+    @classmethod
+    def read(cls, entry: object, checkpoint: Path | None, full: FullTuning) -> SavedState:
+        """Read it from a state dict's entry, nothing of which is believed.
+
+        Args:
+            entry: The entry.
+            checkpoint: Folder that it comes from, if that is known.
+            full: The engine whose parameters it speaks of.
+
+        Raises:
+            SourceError: It is damaged; names file and field.
+        """
+        file = Path("optimizer.pt") if checkpoint is None else checkpoint / "optimizer.pt"
+        outer = JsonObject(file=file, remedy=_REMEDY, prefix="", members={"lowmem_full": entry})
+        fields = outer.inner("lowmem_full")
+        steps, num_steps = steps_of(fields, full)
+        states: dict[str, State] = {}
+        for key in (found := fields.inner("states")):
+            state = found.members[key]
+            if key not in full.params or not isinstance(state, dict) or not _are_tensors(state.values()):
+                found.refuse(str(key), "expected tensors that belong to a parameter of this model")
+            states[key] = state
+        is_on_disk, folder, moments = fields.members.get("states_on_disk"), fields.members.get("folder"), None
+        if not isinstance(is_on_disk, bool):
+            fields.refuse("states_on_disk", f"expected True or False, got {is_on_disk!r}")
+        if "moments" in fields.members:
+            own = fields.inner("moments")
+            if not _IDENTIFIER.fullmatch(own.text("identifier")):
+                own.refuse("identifier", "expected 32 hexadecimal digits")
+            sums = dict(own.inner("checksums").members)
+            moments = SavedMoments(identifier=own.text("identifier"), checksums=cast("dict[str, int]", sums))
+        elif steps or is_on_disk:
+            fields.refuse("moments", "there is none, although there were moments to save")
+        return cls(
+            num_steps=num_steps,
+            steps=steps,
+            states=states,
+            states_on_disk=is_on_disk,
+            moments=moments,
+            weights=fields.text("weights") if "weights" in fields.members else None,
+            folder=Path(folder) if isinstance(folder, str) else None,
+        )
+
+
+def _are_tensors(values: Iterable[object]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def steps_of(record: JsonObject, full: FullTuning) -> tuple[dict[str, int], int]:
+    """How many updates each parameter has had, by name, and steps that were taken.
+
+    Raises:
+        SourceError: The record is damaged.
+    """
+    found = record.inner("steps")
+    for key in found:
+        if key not in full.params:
+            found.refuse(str(key), "expected a parameter of this model")
+    return {key: found.natural(key) for key in found}, record.natural("num_steps")
+
+
+def save_moments(full: FullTuning) -> SavedMoments:
     """Keep the moments beside the weights that were saved last.
 
-    State on disk is linked where the file system can, else copied; state in memory is written. One parameter at a time
-    is in RAM.
-
-    Returns:
-        The absolute path of their folder.
+    State on disk is linked where the file system can, else copied; state in memory is written, one parameter at a time
+    in RAM. They are there as a whole or not at all. Those of the state before stay, which the optimizer's file refers
+    to until it is written anew; older ones go.
 
     Raises:
         UnsupportedError: The weights were never saved, or have changed since.
+        OffloadError: They cannot be written.
     """
     if full.saved is None or full.saved.version != full.version:
         raise UnsupportedError(
@@ -52,35 +167,78 @@ def save_moments(full: FullTuning) -> str:
             instead="model.save_pretrained(folder) first, as the Trainer does",
         )
     folder = full.saved.folder / FOLDER
-    if isinstance(full.tier, DiskTier):
-        full.tier.save_to(folder)
-        return str(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_BESIDE}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    identifier = token_hex(16)
+    beside = Path(tempfile.mkdtemp(prefix=_BESIDE, dir=folder))
+    try:
+        checksums = {}
+        if isinstance(full.tier, DiskTier):
+            full.tier.save_to(beside)
+        else:
+            checksums = _write_moments(full, beside)
+        sync_folder(beside)
+        beside.rename(folder / identifier)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    earlier = [found for found in folder.iterdir() if _IDENTIFIER.fullmatch(found.name) and found.name != identifier]
+    for old in sorted(earlier, key=lambda found: found.stat().st_mtime_ns)[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+    return SavedMoments(identifier=identifier, checksums=checksums)
+
+
+def _write_moments(full: FullTuning, folder: Path) -> dict[str, int]:
+    checksums = {}
     for layout in full.tier.layouts:
         named = [(place, field) for place in layout.places for field in _MOMENTS]
         outputs = [
             OutputTensor(name=f"{place.key}.{field}", dtype=torch.float32, shape=tuple(place.shape))
             for place, field in named
         ]
-        file = folder / f"{layout.name}.safetensors"
-        file.unlink(missing_ok=True)
+        file, checksum = folder / f"{layout.name}.safetensors", 0
         with ShardFile(file, outputs, mode=0o600) as shard:
             for place, field in named:
-                shard.write(full.read(place.key, field))
-    return str(folder.resolve())
+                value = full.read(place.key, field)
+                checksum = _checksum(value, checksum)
+                shard.write(value)
+        checksums[file.name] = checksum
+    return checksums
 
 
-def load_moments(full: FullTuning, folder: Path, *, keys: Collection[str], stale: Iterable[str]) -> None:
+def find_moments(saved: SavedMoments, folders: Iterable[Path]) -> Path:
+    """The folder of moments in one of these folders.
+
+    Raises:
+        FileNotFoundError: They are in none.
+    """
+    places = list(dict.fromkeys(folders))
+    for place in places:
+        if (place / saved.identifier).is_dir():
+            return place / saved.identifier
+    looked = ", ".join(map(str, places)) or "no folder: none is known"
+    raise FileNotFoundError(
+        f"moments {saved.identifier} of this optimizer state are not there (looked in {looked}); have the Trainer "
+        "resume from the checkpoint that they belong to, or set ['lowmem_full']['folder'] in the optimizer's state to "
+        f"the folder {FOLDER} of that checkpoint"
+    )
+
+
+def load_moments(
+    full: FullTuning, folder: Path, saved: SavedMoments, *, keys: Collection[str], stale: Iterable[str]
+) -> None:
     """Take moments that `save_moments` kept.
 
     Args:
         full: The engine.
-        folder: What `save_moments` answered.
+        folder: What `find_moments` returned.
+        saved: What is known of them.
         keys: Parameters that have moments.
         stale: Parameters that have moments now and have none in the checkpoint.
 
     Raises:
-        FileNotFoundError: They are not there.
+        SourceError: They are damaged; names file and field. State in memory may have been changed in part.
         UnsupportedError: They were saved with state on disk, and this run keeps it in memory.
     """
     if Store.exists(folder):
@@ -92,29 +250,60 @@ def load_moments(full: FullTuning, folder: Path, *, keys: Collection[str], stale
             )
         full.adopt(folder)
         return
-    files: dict[Path, list[str]] = {}
-    for key in keys:
-        name = full.tier.layouts[full.params[key].unit].name
-        files.setdefault(folder / f"{name}.safetensors", []).append(key)
-    if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{missing[0]}: the moments of {files[missing[0]][0]} are not there; if the checkpoint was moved, set "
-            "['lowmem_full']['folder'] in the optimizer's state to where its folder optimizer_state is now"
-        )
-    for key in stale:
-        for field in _MOMENTS:
-            full.write(key, torch.zeros(full.params[key].place.shape), field)
-    for file, inside in files.items():
-        _load_file(full, file, inside)
-
-
-def _load_file(full: FullTuning, file: Path, keys: Iterable[str]) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as stored:
-        for key in keys:
+    with ExitStack() as stack:
+        sources = {}
+        # All of them before anything is changed.
+        for layout in full.tier.layouts:
+            file = folder / f"{layout.name}.safetensors"
+            source = stack.enter_context(closing(SafetensorsSource([file])))
+            sources[file] = [
+                (place.key, field, _moment_in(source, file, place, field))
+                for place in layout.places
+                for field in _MOMENTS
+            ]
+        for key in stale:
             for field in _MOMENTS:
-                full.write(key, stored.get_tensor(f"{key}.{field}"), field)
+                full.write(key, torch.zeros(full.params[key].place.shape), field)
+        reader = stack.enter_context(closing(TensorReader()))
+        for file, tensors in sources.items():
+            checksum = 0
+            for key, field, spec in tensors:
+                value = reader.read(spec, 0, nbytes=spec.nbytes).view(spec.shape)
+                checksum = _checksum(value, checksum)
+                if key in keys:
+                    full.write(key, value, field)
+            if checksum != saved.checksums.get(file.name):
+                raise SourceError(
+                    file,
+                    field="data",
+                    problem="its checksum is not the one that was saved with it: bytes of it have changed",
+                    remedy=_REMEDY,
+                )
+
+
+def _moment_in(source: SafetensorsSource, file: Path, place: ParamPlace, field: str) -> TensorSpec:
+    name = f"{place.key}.{field}"
+    spec = source.tensors.get(name)
+    if spec is None or spec.dtype != torch.float32 or tuple(spec.shape) != tuple(place.shape):
+        found = "nothing" if spec is None else f"{spec.dtype} of shape {list(spec.shape)}"
+        raise SourceError(
+            file, field=name, problem=f"expected fp32 of shape {list(place.shape)}, got {found}", remedy=_REMEDY
+        )
+    return spec
+
+
+def _checksum(value: Tensor, start: int = 0) -> int:
+    return zlib.crc32(value.contiguous().view(-1).view(torch.uint8).numpy().data, start)
+
+
+def weights_digest(checksums: Mapping[str, int]) -> str:
+    """What stands for all weights of a model: a hash of their CRC-32s by parameter name."""
+    return sha256(repr(sorted(checksums.items())).encode()).hexdigest()
+
+
+def current_digest(full: FullTuning) -> str:
+    """`weights_digest` of the weights as they are now; reads all of them."""
+    return weights_digest({key: _checksum(full.read(key)) for key in full.params})
 
 
 _SHARD = "2GB"
@@ -137,16 +326,17 @@ class StoredNames:
 class Saving:
     """Stands in for two methods of a model instance."""
 
-    def __init__(self, model: PreTrainedModel, full: FullTuning, names: StoredNames) -> None:
+    def __init__(self, model: PreTrainedModel, full: FullTuning, names: StoredNames, *, source: Path) -> None:
         """Serve a model, weakly: it holds this.
 
         Args:
             model: The model.
             full: Its engine.
             names: Under which names tensors are written.
+            source: Folder of the checkpoint that it was opened from.
         """
         self._model = weakref.ref(model)
-        self._full, self._names = full, names
+        self._full, self._names, self._source = full, names, source
 
     def save_pretrained(
         self,
@@ -161,7 +351,8 @@ class Saving:
         """Write configuration and master weights as a checkpoint that transformers loads. Completes pending updates.
 
         Args:
-            save_directory: Folder, made if need be; an earlier checkpoint in it is replaced.
+            save_directory: Folder, made if need be, other than the one that the model was opened from. An earlier
+                checkpoint in it is replaced when this one is on the disk; other files stay.
             is_main_process: Nothing is written if not.
             state_dict: Only None: the model's own.
             push_to_hub: Only False.
@@ -170,35 +361,47 @@ class Saving:
             refused: Other options of transformers; refused by name unless they are at their defaults.
 
         Raises:
-            UnsupportedError: An option that is not honoured.
+            UnsupportedError: An option that is not honoured, or the model's own folder.
+            TierFull: The disk has no room; an earlier checkpoint stays.
+            WriteError: The disk failed; likewise.
         """
         _refuse({"state_dict": state_dict, "variant": variant, "push_to_hub": push_to_hub or None}, refused)
         if not is_main_process:
             return
         model = self._model()
         assert model is not None, "the model holds this"
-        self._full.finish()
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
-            old.unlink()
-        shards = split_into_shards(self._outputs(model), max_shard_bytes=_shard_bytes(max_shard_size))
+        if folder.exists() and folder.samefile(self._source):
+            raise UnsupportedError(
+                f"save_pretrained({str(folder)!r})",
+                reason="the model was opened from this folder, and its weights are still read from there",
+                instead="another folder; it may take this one's place once the model is closed",
+            )
+        max_shard_bytes = parse_bytes(max_shard_size, field="max_shard_size")
+        self._full.finish()
+        shards = split_into_shards(self._outputs(model), max_shard_bytes=max_shard_bytes)
         keys = {name: key for key, name in self._names.by_key.items()}
-        for file, tensors in shards.items():
-            with ShardFile(folder / file, tensors) as shard:
-                for tensor in tensors:
-                    shard.write(self._value(model, keys.get(tensor.name, tensor.name)))
-        write_index(folder, shards)
+        checksums: dict[str, int] = {}
         model.config.dtype = torch.float32
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-        self._full.saved = Saved(folder=folder, version=self._full.version)
+        with replacing_checkpoint(folder) as beside:
+            for file, tensors in shards.items():
+                with ShardFile(beside / file, tensors) as shard:
+                    for tensor in tensors:
+                        key = keys.get(tensor.name, tensor.name)
+                        value = self._value(model, key)
+                        if key in self._full.params:
+                            checksums[key] = _checksum(value)
+                        shard.write(value)
+            write_index(beside, shards)
+            model.config.save_pretrained(beside)
+            if model.can_generate():
+                model.generation_config.save_pretrained(beside)
+        self._full.saved = Saved(folder=folder, version=self._full.version, digest=weights_digest(checksums))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
+    ) -> tuple[list[str], list[str]]:
         """As `torch.nn.Module.load_state_dict`; tensors may also have the names that they have in the checkpoint."""
         if assign:
             raise UnsupportedError(
@@ -210,7 +413,7 @@ class Saving:
         assert model is not None, "the model holds this"
         # Between steps nothing may be pending: an update would change what is loaded here.
         self._full.finish()
-        loaded: _IncompatibleKeys = torch.nn.Module.load_state_dict(
+        loaded: tuple[list[str], list[str]] = torch.nn.Module.load_state_dict(
             model, self._names.keys_of(state_dict), strict=strict
         )
         self._full.version += 1
@@ -235,15 +438,16 @@ class Saving:
         return buffer.detach().cpu().contiguous()
 
 
-def install_saving(model: PreTrainedModel, full: FullTuning, names: StoredNames) -> None:
+def install_saving(model: PreTrainedModel, full: FullTuning, names: StoredNames, *, source: Path) -> None:
     """Give a model instance these methods.
 
     Args:
         model: The model.
         full: Its engine.
         names: What its parameters are called in its checkpoint.
+        source: Folder of that checkpoint.
     """
-    saving = Saving(model, full, names)
+    saving = Saving(model, full, names, source=source)
     object.__setattr__(model, "save_pretrained", saving.save_pretrained)
     object.__setattr__(model, "load_state_dict", saving.load_state_dict)
 
@@ -259,13 +463,3 @@ def _refuse(named: Mapping[str, object], others: Mapping[str, object]) -> None:
             reason="the weights of a fully tuned model are written tensor by tensor from their tier",
             instead="save_pretrained(folder, max_shard_size=...), and what you need done with the folder",
         )
-
-
-def _shard_bytes(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    text = size.strip()
-    for suffix, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if text.upper().endswith(suffix) and text[: -len(suffix)].strip().replace(".", "", 1).isdigit():
-            return int(float(text[: -len(suffix)]) * factor)
-    return parse_bytes(text, field="max_shard_size")

@@ -7,7 +7,8 @@ the block's output, and puts the first ones into the list when autograd knows th
 
 The list of callbacks that every Trainer starts with: `lowmem.from_pretrained` returns a model, not a trainer, and a
 Trainer asks its model nothing before the first forward. What has to be said before that, or in front of the reporters,
-is said by a callback that no script has to pass.
+is said by a callback that no script has to pass. Which checkpoint a Trainer resumes from, an optimizer is not told
+either.
 
 How a model is filled from a checkpoint: renamings, conversions, dtypes, and the steps after the weights.
 `PreTrainedModel.from_pretrained` does all of it in one go, on whole models in memory; a streamed model needs the parts.
@@ -15,20 +16,22 @@ How a model is filled from a checkpoint: renamings, conversions, dtypes, and the
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
     from transformers.core_model_loading import WeightConverter
 
 
@@ -263,3 +266,40 @@ def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
     """
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     model.hf_device_map = {model.base_model_prefix: device, head or "lm_head": device}
+
+
+_RESUMES = "_load_optimizer_and_scheduler"
+
+
+def on_optimizer_resume(tell: Callable[[nn.Module, str], None]) -> None:
+    """Have every Trainer say from which folder it resumes, before it loads the optimizer's state from there.
+
+    An optimizer is given the state without the folder that it comes from, to which large parts of it may be relative.
+    May be called again with the same function.
+
+    Args:
+        tell: Called with the Trainer's model and the checkpoint's folder.
+
+    Raises:
+        UnsupportedError: This Trainer loads the optimizer's state in another way.
+    """
+    from transformers import Trainer
+
+    resume = getattr(Trainer, _RESUMES, None)
+    if getattr(resume, "lowmem_tells", None) is tell:
+        return
+    if resume is None or list(inspect.signature(resume).parameters) != ["self", "checkpoint"]:
+        raise UnsupportedError(
+            f"transformers {version('transformers')}",
+            reason=f"its Trainer has no {_RESUMES}(checkpoint), so a moved checkpoint would not be found",
+            instead="a version of transformers that this one of lowmem names in its metadata",
+        )
+
+    @wraps(resume)
+    def telling(self: Trainer, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tell(self.model, checkpoint)
+        resume(self, checkpoint)
+
+    telling.lowmem_tells = tell  # type: ignore[attr-defined]
+    setattr(Trainer, _RESUMES, telling)

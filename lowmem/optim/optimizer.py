@@ -292,16 +292,27 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: The state is of another optimizer, or of parameters of other shapes.
         """
-        for saved in state_dict["param_groups"]:
+        groups, states = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            raise ValueError("optimizer state: param_groups: expected a list of dictionaries; the file is damaged")
+        if not isinstance(states, dict):
+            raise ValueError("optimizer state: state: expected a dictionary; the file is damaged")
+        for saved in groups:
             if saved.get("method") != self.method_name:
                 found = saved.get("method", "another optimizer")
                 raise ValueError(f"the state dict was saved by {found}, this is {self.method_name}")
+            if not isinstance(saved.get("params"), list):
+                raise ValueError("optimizer state: param_groups: field 'params': expected a list; the file is damaged")
+        for group, saved in zip(self.param_groups, groups, strict=False):
+            check_saved_group(group, saved)
         super().load_state_dict({**state_dict, "state": {}})
         self._follow_groups()
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        saved_ids = chain.from_iterable(group["params"] for group in groups)
         for saved_id, param in zip(saved_ids, self._params(), strict=True):
-            saved_state = state_dict["state"].get(saved_id)
+            saved_state = states.get(saved_id)
             if saved_state and engine_of(param) is None:
+                if not isinstance(saved_state, dict) or not all(map(torch.is_tensor, saved_state.values())):
+                    raise ValueError(f"optimizer state: state: {saved_id}: expected tensors; the file is damaged")
                 self.state[param] = self._restored(param, saved_state)
         mark_active(self)
         for engine in self._engines():
@@ -362,6 +373,33 @@ class RuleOptimizer(Optimizer):
         """The engines of this optimizer's parameters, each once, in order of appearance."""
         engines = {id(engine): engine for engine in map(engine_of, self._params()) if engine is not None}
         return list(engines.values())
+
+
+def check_saved_group(group: Mapping[str, Any], saved: Mapping[str, object]) -> None:
+    """Check the fields of a saved group before they are taken over.
+
+    Raises:
+        ValueError: One is missing, or is of another kind than the group's own.
+    """
+    for name, own in group.items():
+        if name in _TORCH_FIELDS:
+            continue
+        if name not in saved:
+            raise ValueError(f"optimizer state: param_groups: field {name!r} is missing; the file is damaged")
+        given = saved[name]
+        if own is not None and given is not None and _kind(given) != _kind(own):
+            raise ValueError(
+                f"optimizer state: param_groups: field {name!r}: expected a value such as {own!r}, got {given!r}; the "
+                "file is damaged"
+            )
+    _check_numbers(saved)
+
+
+def _kind(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return [_kind(item) for item in value]
+    is_number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    return "number" if is_number and not isinstance(value, bool) else type(value)
 
 
 def mark_active(optimizer: RuleOptimizer) -> None:

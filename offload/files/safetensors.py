@@ -44,8 +44,8 @@ DTYPES = {
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 _MAX_DIMS = 64
 _LENGTH_BYTES = 8
 _SUFFIX = ".safetensors"
@@ -254,14 +254,14 @@ def _files_at(location: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     if not location.is_dir():
         _refuse_pickled(location, [location])
         return (location,), {}
-    index_file, single = location / _INDEX_NAME, location / _SINGLE_NAME
+    index_file, single = location / INDEX_NAME, location / SINGLE_NAME
     if index_file.exists():
         index = _read_index(index_file)
         if single.exists() and single not in index.values():
             raise SourceError(
                 index_file,
                 field="weight_map",
-                problem=f"the folder also holds a {_SINGLE_NAME} that the index does not name: two checkpoints",
+                problem=f"the folder also holds a {SINGLE_NAME} that the index does not name: two checkpoints",
                 remedy="move one of the two to another folder",
             )
         return tuple(sorted(set(index.values()))), index
@@ -492,7 +492,7 @@ def split_into_shards(tensors: Iterable[OutputTensor], *, max_shard_bytes: int) 
         shard_bytes += tensor.nbytes
     ordered = [tuple(sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)) for shard in shards]
     if len(ordered) == 1:
-        return {_SINGLE_NAME: ordered[0]}
+        return {SINGLE_NAME: ordered[0]}
     return {
         f"model-{number:05d}-of-{len(ordered):05d}.safetensors": shard for number, shard in enumerate(ordered, start=1)
     }
@@ -505,4 +505,4 @@ def write_index(folder: Path, shards: Mapping[str, tuple[OutputTensor, ...]]) ->
     weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
     total_bytes = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
 import lowmem
-from lowmem.internals.transformers import add_default_callback
+from lowmem.internals.transformers import add_default_callback, on_optimizer_resume
 from tests.lowmem.tiny_training import resident
 from tests.zoo.architectures import build
 
@@ -58,3 +59,45 @@ def test_a_trainer_that_does_not_read_that_list_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(trainer.Trainer, "__init__", lambda self: None)
     with pytest.raises(lowmem.UnsupportedError, match="does not begin with"):
         add_default_callback(Ours)
+
+
+def test_a_trainer_says_from_which_folder_it_resumes_before_the_optimizer_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", Trainer._load_optimizer_and_scheduler)
+    said: list[object] = []
+
+    def tell(model: torch.nn.Module, folder: str) -> None:
+        said.append((model, folder))
+
+    class Noted(torch.optim.SGD):
+        def load_state_dict(self, state_dict: dict[str, object]) -> None:
+            said.append("loads")
+            super().load_state_dict(state_dict)
+
+    on_optimizer_resume(tell)
+    on_optimizer_resume(tell)
+    model = resident(Path(build("llama", tmp_path / "model")))
+    rows = [{"input_ids": torch.arange(4), "labels": torch.arange(4)} for _ in range(4)]
+
+    def made(steps: int) -> Trainer:
+        args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none", max_steps=steps, save_steps=1)
+        return Trainer(model, args, train_dataset=rows, optimizers=(Noted(model.parameters(), lr=0.1), None))
+
+    made(1).train()
+    assert said == []
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    made(2).train(resume_from_checkpoint=checkpoint)
+    assert said == [(model, checkpoint), "loads"]
+
+
+@pytest.mark.parametrize("change", ["gone", "another signature"])
+def test_a_trainer_that_loads_the_optimizer_in_another_way_is_refused(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change == "gone":
+        monkeypatch.delattr(Trainer, "_load_optimizer_and_scheduler")
+    else:
+        monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, folder, name: None)
+    with pytest.raises(lowmem.UnsupportedError, match=r"transformers 5\.\d+.*_load_optimizer_and_scheduler"):
+        on_optimizer_resume(lambda model, folder: None)

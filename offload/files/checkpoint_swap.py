@@ -1,0 +1,139 @@
+"""A checkpoint that is written beside an older one, and takes its place when all of it is on the disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from offload.files.file import sync_folder, write_failure
+from offload.files.safetensors import INDEX_NAME, SINGLE_NAME
+
+_BESIDE = ".saving-"
+
+
+@contextmanager
+def replacing_checkpoint(folder: Path) -> Iterator[Path]:
+    """Write a checkpoint that replaces the one in a folder when the ``with`` ends, and not before.
+
+    Interrupted at any instant, the folder holds the older checkpoint or the new one, whole. What goes are the weights
+    that the older index lists and files of the same name; whatever else is in the folder stays. Shards are named anew
+    where files of their names are there. After an error the folder is as it was.
+
+    Args:
+        folder: The folder, made if need be.
+
+    Yields:
+        An empty folder for the new checkpoint's files: one of weights, or shards and their index, and others.
+
+    Raises:
+        TierFull: The disk has no room.
+        WriteError: The folder cannot be written.
+    """
+    with _reporting(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(folder)
+        beside = Path(tempfile.mkdtemp(prefix=_BESIDE, dir=folder))
+        # Locked as long as this runs: what a killed save has left is nobody's.
+        lock = os.open(beside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield beside
+        with _reporting(folder):
+            _put_in_place(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        os.close(lock)
+
+
+def listed_weights(folder: Path) -> set[str]:
+    """Names of the weight files of the checkpoint in a folder: those that the index lists, and a single file."""
+    names = {SINGLE_NAME} if (folder / SINGLE_NAME).exists() else set()
+    with suppress(OSError, ValueError):
+        index = json.loads((folder / INDEX_NAME).read_bytes())
+        weights = index.get("weight_map") if isinstance(index, dict) else None
+        if isinstance(weights, dict):
+            names.update(name for name in weights.values() if isinstance(name, str) and _is_plain(name))
+    return names
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def _put_in_place(beside: Path, folder: Path) -> None:
+    older = listed_weights(folder)
+    index = beside / INDEX_NAME
+    names = {SINGLE_NAME: SINGLE_NAME}
+    if index.exists():
+        names = _free_names(folder, sorted(listed_weights(beside)))
+        _rename_in_index(index, names)
+    for file in beside.iterdir():
+        _sync_file(file)
+    if index.exists():
+        for name, free in names.items():
+            (beside / name).rename(folder / free)
+        sync_folder(folder)
+        # From here on the index speaks of the new weights, unless a single file comes before it.
+        index.replace(folder / INDEX_NAME)
+        sync_folder(folder)
+        (folder / SINGLE_NAME).unlink(missing_ok=True)
+    else:
+        (beside / SINGLE_NAME).replace(folder / SINGLE_NAME)
+        sync_folder(folder)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+    for file in list(beside.iterdir()):
+        file.replace(folder / file.name)
+    sync_folder(folder)
+    for name in older - set(names.values()):
+        (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def _free_names(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The same names where none of them is taken, else with a number that is free for all of them."""
+    found = {name: name for name in names}
+    number = 1
+    while any(os.path.lexists(folder / name) for name in found.values()):
+        number += 1
+        found = {name: f"{Path(name).stem}-v{number}{Path(name).suffix}" for name in names}
+    return found
+
+
+def _rename_in_index(index: Path, names: Mapping[str, str]) -> None:
+    content = json.loads(index.read_bytes())
+    content["weight_map"] = {tensor: names[file] for tensor, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove what killed saves have left beside."""
+    for left in folder.glob(f"{_BESIDE}*"):
+        with suppress(OSError):
+            fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def _sync_file(file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _reporting(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(Path(error.filename or folder), error) from error
