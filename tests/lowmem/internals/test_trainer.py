@@ -85,10 +85,13 @@ def test_a_trainer_says_from_which_folder_it_resumes_before_the_optimizer_loads(
         return Trainer(model, args, train_dataset=rows, optimizers=(Noted(model.parameters(), lr=0.1), None))
 
     made(1).train()
-    assert said == []
+    # accelerate has an optimizer that it wraps load its own state.
+    assert set(said) <= {"loads"}
+    said.clear()
     checkpoint = str(tmp_path / "out" / "checkpoint-1")
     made(2).train(resume_from_checkpoint=checkpoint)
-    assert said == [(model, checkpoint), "loads"]
+    assert said[-2:] == [(model, checkpoint), "loads"]
+    assert said.count((model, checkpoint)) == 1
 
 
 @pytest.mark.parametrize("change", ["gone", "another signature"])
