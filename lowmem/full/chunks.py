@@ -1,4 +1,4 @@
-"""How a unit's flat buffers are cut for the disk: chunks, each with its objects in the store. Pure arithmetic.
+"""How a unit's flat buffers are cut for the disk: chunks, as objects of a store that belong to steps.
 
 Blocks whose weights change, as the scheduler sees them: sizes, and reads that bring the newest weight.
 """
@@ -15,7 +15,19 @@ from torch import Tensor
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, UnitLayout
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from lowmem.planning.limits import state_chunk_bytes
-from offload import BlockLayout, BlockSpec, ObjectLayout, TensorSpec, Transfer, lay_out_object
+from offload import (
+    BlockLayout,
+    BlockSpec,
+    JsonObject,
+    ObjectLayout,
+    StagingBuffer,
+    Store,
+    StoreIo,
+    TensorSpec,
+    Trace,
+    Transfer,
+    lay_out_object,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +138,192 @@ def block_spec(layout: UnitLayout, folder: Path) -> BlockSpec:
         nbytes=layout.numel * ELEMENT_BYTES,
     )
     return BlockSpec(name=layout.name, tensors=(weight,))
+
+
+_STATE = " state"
+
+
+class ChunkFiles:
+    """The chunks of all units in one folder.
+
+    What an earlier run has committed there is left alone until this run commits its first step, which replaces all of
+    it, unless `adopt` goes on from it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fingerprint: str,
+        chunks: Sequence[tuple[Chunk, ...]],
+        load_base: Callable[[int, Tensor], None],
+        trace: Trace,
+    ) -> None:
+        """Open or make the store.
+
+        Args:
+            folder: The store's folder.
+            fingerprint: What the state belongs to.
+            chunks: Of each unit.
+            load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
+            trace: Where transfers are recorded.
+        """
+        self._chunks = chunks
+        self.load_base = load_base
+        """Fills a flat fp32 buffer with a block's weight as the checkpoint has it, by the block's number."""
+        self._folder, self._fingerprint, self._io = folder, fingerprint, StoreIo(trace=trace)
+        self._store = self._open()
+        self._have: set[str] = set()
+        self._is_fresh, self._in_step = True, False
+        self._buffer: StagingBuffer | None = None
+        self._in_buffer: str | None = None
+
+    @property
+    def step(self) -> int:
+        """Number of the step whose state is committed, of whatever run; 0 before the first."""
+        return self._store.step
+
+    @property
+    def record(self) -> JsonObject:
+        """What belongs to the committed state."""
+        return JsonObject(
+            file=self._folder / "store.json",
+            remedy="start again in another folder, or resume from a checkpoint",
+            prefix="extra.",
+            members=dict(self._store.extra),
+        )
+
+    def has_weight(self, unit: int) -> bool:
+        """Whether a unit's weight was ever written."""
+        return all(chunk.weight_name in self._have for chunk in self._chunks[unit])
+
+    def start_load(self, chunk: Chunk, *, weight: Tensor | None, moments: Tensor | None) -> list[Transfer]:
+        """Start reading a chunk's newest weight and moments, unless None; what there is not yet becomes zero."""
+        found = []
+        for name, into in ((chunk.weight_name, weight), (chunk.moments_name, moments)):
+            if into is None:
+                continue
+            if name in self._have:
+                found.append(self._store.load(name, into))
+            else:
+                into.zero_()
+        return found
+
+    def start_save(self, chunk: Chunk, *, weight: Tensor | None, moments: Tensor | None) -> list[Transfer]:
+        """Start writing a chunk's new weight and moments; either may be None, and then stays."""
+        parts: tuple[tuple[str, ObjectLayout, Tensor | None], ...] = (
+            (chunk.weight_name, chunk.weight_layout, weight),
+            (chunk.moments_name, chunk.moments_layout, moments),
+        )
+        writes = []
+        for name, layout, data in parts:
+            if data is not None:
+                writes.append(self._store.write(name, layout, data))
+                self._have.add(name)
+                self._in_buffer = None
+        return writes
+
+    def has_state(self, key: str) -> bool:
+        """Whether a parameter's rule has state in the store."""
+        return _state_name(key) in self._have
+
+    def state_keys(self) -> list[str]:
+        """Parameters whose rules have state in the store."""
+        return [name.removesuffix(_STATE) for name in self._have if name.endswith(_STATE)]
+
+    def state_layout(self, key: str) -> ObjectLayout:
+        """What a rule's state consists of."""
+        return self._store.layout(_state_name(key))
+
+    def start_load_state(self, key: str, into: Tensor) -> Transfer:
+        """Start reading a rule's state."""
+        return self._store.load(_state_name(key), into)
+
+    def start_save_state(self, key: str, layout: ObjectLayout, data: Tensor) -> Transfer:
+        """Start writing a rule's state."""
+        self._have.add(_state_name(key))
+        return self._store.write(_state_name(key), layout, data)
+
+    def remove_state(self, key: str) -> None:
+        """Forget a rule's state."""
+        self._have.discard(_state_name(key))
+        self._store.remove(_state_name(key))
+
+    def read_weight(self, unit: int, into: Tensor) -> Transfer:
+        """Start reading a unit's newest weight, which must be there, into a uint8 buffer."""
+        return self._store.load([chunk.weight_name for chunk in self._chunks[unit]], into)
+
+    def read_chunk(self, chunk: Chunk, field: str) -> Tensor:
+        """A chunk's weight or moment, flat fp32: zeros where there is none, else a view, valid until the next call."""
+        nbytes = chunk.numel * ELEMENT_BYTES
+        name = chunk.weight_name if field == WEIGHT else chunk.moments_name
+        if self._buffer is None or self._buffer.nbytes < 2 * nbytes:
+            self._buffer, self._in_buffer = StagingBuffer(2 * nbytes), None
+        if name not in self._have:
+            return torch.zeros(chunk.numel)
+        if self._in_buffer != name:
+            self._store.load(name, self._buffer.tensor).wait()
+            self._in_buffer = name
+        flat = self._buffer.tensor.view(torch.float32)
+        return flat[: chunk.numel] if field in (WEIGHT, EXP_AVG) else flat[chunk.numel : 2 * chunk.numel]
+
+    def begin(self) -> None:
+        """Begin a step unless one is under way."""
+        if self._in_step:
+            return
+        self._store.begin_step()
+        self._in_step = True
+        if self._is_fresh:
+            # What this run does not write must not be there once it has committed.
+            for name in self._store.names():
+                self._store.remove(name)
+
+    def commit(self, step: int, record: dict[str, object]) -> None:
+        """Make everything written since `begin` the state; waits for the disk."""
+        if self._in_step:
+            self._store.commit(step=step, extra=record)
+            self._in_step = self._is_fresh = False
+
+    def adopt(self) -> None:
+        """Go on from the committed state; what this run has written since is forgotten.
+
+        Raises:
+            SourceError: Nothing was committed.
+        """
+        self._store.verify()
+        self._store.abort_step()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._in_step = self._is_fresh = False
+        self._have, self._in_buffer = set(self._store.names()), None
+
+    def save_to(self, folder: Path) -> None:
+        """Make a folder a copy of the committed state, by links where possible."""
+        self._store.save_to(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Take over the state of a folder that `save_to` made."""
+        self._store.abort_step()
+        self._store.close()
+        try:
+            Store.restore(folder, self._folder)
+        finally:
+            self._store = self._open()
+        # What `Store.restore` has read just now need not be read again.
+        self._go_on()
+
+    def close(self) -> None:
+        """Stop transfers and let others have the folder. May be called twice."""
+        self._store.close()
+
+    def _open(self) -> Store:
+        if Store.exists(self._folder):
+            # `adopt` verifies the state; a run that begins anew replaces it.
+            return Store.open(self._folder, fingerprint=self._fingerprint, io=self._io, verify=False)
+        return Store.create(self._folder, fingerprint=self._fingerprint, io=self._io)
+
+
+def _state_name(key: str) -> str:
+    """The object that holds the state of a parameter's rule."""
+    return key + _STATE

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.chunk_files import ChunkFiles
-from lowmem.full.chunks import Chunk, NewestBlocks, block_spec, chunk_numel, cut, parts
+from lowmem.full.chunks import Chunk, ChunkFiles, NewestBlocks, block_spec, chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import ChunkBuffers, Job, UpdateThread, keep_as_it_is, put_values, update_chunk
 from lowmem.full.flat import ParamPlace, Segment, UnitLayout

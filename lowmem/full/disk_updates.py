@@ -11,8 +11,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from lowmem.full.chunk_files import ChunkFiles
-from lowmem.full.chunks import Chunk, parts
+from lowmem.full.chunks import Chunk, ChunkFiles, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, update_run
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT

@@ -13,8 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.full.chunk_files import ChunkFiles
-from lowmem.full.chunks import Chunk, parts
+from lowmem.full.chunks import Chunk, ChunkFiles, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace
 from lowmem.optim.rule import State
