@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import lowmem
@@ -43,6 +44,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def last_checkpoint(output: str) -> str | None:
+    return get_last_checkpoint(output) if Path(output).is_dir() else None
+
+
 def load_rows(data: str) -> Dataset:
     if Path(data).is_file():
         return load_dataset("json", data_files=data, split="train")
@@ -51,6 +56,10 @@ def load_rows(data: str) -> Dataset:
 
 def main() -> None:
     options = parse()
+    if options.resume and not last_checkpoint(options.output):
+        sys.exit(
+            f"--resume: no checkpoint in {options.output}; leave it out, or give the --output of the run to go on with"
+        )
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     plan = lowmem.plan(
         options.model,
@@ -89,7 +98,11 @@ def main() -> None:
         peft_config=lora,
         callbacks=[lowmem.Monitor()],
     )
-    trainer.train(resume_from_checkpoint=options.resume)
+    try:
+        trainer.train(resume_from_checkpoint=options.resume)
+    except KeyboardInterrupt:
+        last = last_checkpoint(options.output)
+        sys.exit(f"stopped; {last}: run it again with --resume" if last else "stopped before the first checkpoint")
     trainer.save_model(options.output)
     trainer.save_state()  # the loss curve, in trainer_state.json
     print(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
+from lowmem import __version__
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -27,6 +29,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(is_asked_for: bool) -> None:
+    if is_asked_for:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 Model = Annotated[str, typer.Argument(help="Local folder, or hub id, of a safetensors checkpoint.")]
@@ -64,6 +81,11 @@ def plan(
     host: Annotated[str | None, typer.Option(help="RAM to cache blocks in; measured if absent, 0 for none.")] = None,
     disk: Annotated[Path | None, typer.Option(help="Folder for what must be written.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences that go through a block at a time.")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Tokens of each that go through it at a time.")] = None,
+    tuning: Annotated[str, typer.Option(help="adapter, or full: every weight.")] = "adapter",
+    use_reference: Annotated[
+        bool | None, typer.Option(help="Compute reference log-probabilities; as TRL does if neither is given.")
+    ] = None,
     on: ComputeOn = None,
     dtype: ComputeIn = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure disk and compute first (1 s).")] = False,
@@ -86,7 +108,12 @@ def plan(
         gradient_accumulation_steps=gradient_accumulation_steps,
         completion_tokens=completion_tokens,
         num_steps=num_steps,
-        peft_config=_lora(lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules),
+        peft_config=None
+        if tuning == "full"
+        else _lora(lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules),
+        tuning=tuning,  # type: ignore[arg-type]  # an unknown one is refused by name
+        use_reference=use_reference,
+        chunk_tokens=chunk_tokens,
         budget=Budget(device=device, host=host, disk=disk),
         micro_batch=micro_batch,
         device=on,

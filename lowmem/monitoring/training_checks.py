@@ -9,10 +9,13 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.transformers import add_default_callback
@@ -73,6 +76,24 @@ def refuse_training_options(args: TrainingArguments) -> None:
             )
 
 
+def how_to_go_on(output_dir: str) -> str:
+    """What to do after an interruption, in a sentence: a checkpoint to go on from, or how to have one.
+
+    Args:
+        output_dir: Where the trainer saves.
+    """
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if last is None:
+        return (
+            f"training was interrupted, and there is no checkpoint in {output_dir} yet: start again, with a smaller "
+            "save_steps to lose less"
+        )
+    return (
+        f"training was interrupted; its last checkpoint is {last}: run the script again with "
+        "trainer.train(resume_from_checkpoint=True)"
+    )
+
+
 class TrainingChecks(TrainerCallback):
     """Stands in front of the reporters in every Trainer; does nothing where the model is not streamed."""
 
@@ -108,6 +129,7 @@ class TrainingChecks(TrainerCallback):
         runtime = runtime_of(model)
         self._runtime = weakref.ref(runtime)
         self._stop_listening = runtime.listen(self._visited)
+        runtime.advise_interrupted = partial(how_to_go_on, args.output_dir)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -160,6 +182,9 @@ class TrainingChecks(TrainerCallback):
     ) -> None:
         """Stop listening."""
         self._stop_listening()
+        runtime = None if self._runtime is None else self._runtime()
+        if runtime is not None:
+            runtime.advise_interrupted = None
 
     def _visited(self, visit: Visit) -> None:
         if not visit.started:

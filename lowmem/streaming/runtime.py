@@ -117,6 +117,8 @@ class Runtime:
         self._order = VisitingOrder(len(self._blocks), tell=scheduler.expect)
         self._listeners: list[Callable[[Visit], None]] = []
         self._before_first: list[Callable[[], None]] = []
+        self.advise_interrupted: Callable[[], str] | None = None
+        """Says how to go on after an interruption, while a Trainer trains."""
         self.add_to_log: Callable[[TrainerState, dict[str, float]], None] | None = None
         """Adds what a monitor measured to a log of the Trainer's, while one watches."""
         self._choose_split = choose_split
@@ -292,9 +294,11 @@ class Runtime:
                 with self._binding(index, values):
                     yield
                 self.trace.add("compute", f"{phase} {index}", start_ns, time.perf_counter_ns())
-        except BaseException:
+        except BaseException as error:
             self._order.forget()
             self._unpacker.forget()
+            if self.advise_interrupted is not None and isinstance(error, KeyboardInterrupt):
+                error.add_note(self.advise_interrupted())
             raise
         self._tell(index, phase, num_tokens, started=False)
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import lowmem
 from lowmem import cli, doctor
 from lowmem.planning.step_time import probe_copy
 from offload import Trace
@@ -82,6 +83,25 @@ def test_plan_passes_adapter_options_on(run: Run, llama: Path) -> None:
     assert "DoRA r=4 on q_proj, v_proj, dropout 0.1" in run.out
 
 
+def test_plan_of_full_tuning_in_chunks_needs_no_adapter(run: Run, llama: Path) -> None:
+    given = ("--seq-len", 16, "--device", "4MiB", "--host", "4MiB", "--tuning", "full", "--chunk-tokens", 8, "--json")
+    assert run("plan", llama, *given) == 0
+    (line,) = run.lines()
+    assert (line["job"]["tuning"], line["choice"]["chunk_tokens"]) == ("full", 8)
+
+
+@pytest.mark.parametrize("option", ["--use-reference", "--no-use-reference"])
+def test_plan_counts_the_reference_as_asked(run: Run, llama: Path, option: str) -> None:
+    assert run("plan", llama, *small("--task", "dpo", option, "--json")) == 0
+    (line,) = run.lines()
+    assert line["job"]["uses_reference"] is (option == "--use-reference")
+
+
+def test_the_version_is_printed_by_the_module_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "lowmem", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{lowmem.__version__}\n"
+
+
 def test_plan_measures_when_asked(run: Run, llama: Path) -> None:
     assert run("plan", llama, *small("--measure")) == 0
     assert "measured" in run.out
@@ -93,6 +113,7 @@ def test_plan_measures_when_asked(run: Run, llama: Path) -> None:
     [
         (["--task", "pretrain"], "task='pretrain': expected one of sft"),
         (["--device", "12XB"], "Budget.device: expected bytes"),
+        (["--tuning", "half"], "tuning='half' is not supported"),
         (["--batch-size", "0"], "batch_size=0: expected at least 1"),
         (["--on", "mps"], "device='mps' is not supported"),
         (["--target-modules", "nothing_like_it"], "nothing_like_it"),

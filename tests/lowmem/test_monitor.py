@@ -381,3 +381,29 @@ def test_absent_matplotlib_is_an_error_at_the_start_only_where_a_picture_was_ask
 def test_a_negative_interval_is_refused() -> None:
     with pytest.raises(ValueError, match="every_s: expected seconds >= 0, got -1"):
         Monitor(every_s=-1)
+
+
+def test_an_interruption_says_how_to_go_on(
+    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    trainer = Trainer(model, args, train_dataset=dataset)
+    block, num_calls = layers_of(model)[1], 0
+
+    def interrupt(module: nn.Module, args: object) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls in (1, 6):
+            raise KeyboardInterrupt
+
+    # Inside of a visit, where the signal arrives most of the time.
+    block.mlp.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt) as early:
+        trainer.train()
+    assert f"there is no checkpoint in {tmp_path} yet: start again" in early.value.__notes__[0]
+    with pytest.raises(KeyboardInterrupt) as late:
+        trainer.train()
+    assert str(tmp_path / "checkpoint-2") in late.value.__notes__[0]
+    assert "trainer.train(resume_from_checkpoint=True)" in late.value.__notes__[0]
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
