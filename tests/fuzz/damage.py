@@ -14,6 +14,9 @@ from pathlib import Path
 _DEEP = 40_000
 """Levels of nesting: more than any reader's recursion limit."""
 
+_LARGEST_BYTES = 1 << 24
+"""Of a file that is damaged; one that is larger was made sparse before."""
+
 ODD_VALUES: tuple[object, ...] = (
     None,
     True,
@@ -56,6 +59,8 @@ ODD_VALUES: tuple[object, ...] = (
 
 def damage_bytes(file: Path, rng: random.Random) -> str:
     """Change some bytes of a file, or how many there are."""
+    if file.stat().st_size > _LARGEST_BYTES:
+        return f"{file.name} left as it is"
     data = bytearray(file.read_bytes())
     size = len(data)
     kind = rng.choice(("flip", "flip", "flip many", "overwrite", "zero", "cut", "extend", "insert", "delete", "swap"))
@@ -89,9 +94,8 @@ def damage_bytes(file: Path, rng: random.Random) -> str:
 
 def damage_json(file: Path, rng: random.Random) -> str:
     """Change one node of a JSON file, or its text as a whole."""
-    try:
-        content: object = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+    content = _parsed(file)
+    if content is None:
         return damage_bytes(file, rng)
     if rng.random() < 0.12:
         return _odd_text(file, rng)
@@ -103,6 +107,18 @@ def damage_json(file: Path, rng: random.Random) -> str:
         what += f", and {key} a second time"
     file.write_text(text)
     return f"{what} in {file.name}"
+
+
+def _parsed(file: Path) -> object:
+    """A file's JSON; None if it has none, or is too deep or too large to be written again."""
+    if file.stat().st_size > _LARGEST_BYTES:
+        return None
+    try:
+        content: object = json.loads(file.read_bytes())
+        json.dumps(content)
+    except (ValueError, RecursionError):
+        return None
+    return content
 
 
 def damage_node(content: object, rng: random.Random) -> tuple[object, str]:
@@ -336,7 +352,7 @@ def _bind_socket(file: Path) -> None:
 
 def damage_file(file: Path, rng: random.Random) -> str:
     """Damage a regular file in a way that suits its kind."""
-    if not file.exists() or not stat.S_ISREG(file.lstat().st_mode):
+    if not file.exists() or not stat.S_ISREG(file.lstat().st_mode) or file.stat().st_size > _LARGEST_BYTES:
         return f"{file.name} left as it is"
     if rng.random() < 0.15:
         return damage_entry(file, rng)
@@ -352,10 +368,7 @@ def damage_file(file: Path, rng: random.Random) -> str:
 
 def edit_json(file: Path, fields: dict[str, object]) -> None:
     """Set fields of a JSON file that is an object; any other is left alone."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return
+    content = _parsed(file)
     if isinstance(content, dict):
         file.write_text(json.dumps(content | fields))
 
