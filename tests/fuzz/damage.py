@@ -100,7 +100,10 @@ def damage_json(file: Path, rng: random.Random) -> str:
     if rng.random() < 0.12:
         return _odd_text(file, rng)
     changed, what = damage_node(content, rng)
-    text = json.dumps(changed)
+    try:
+        text = json.dumps(changed)
+    except RecursionError:
+        return _odd_text(file, rng)
     if rng.random() < 0.05 and isinstance(content, dict) and content:
         key = rng.choice(sorted(content))
         text = text[:-1] + f", {json.dumps(key)}: {json.dumps(rng.choice(ODD_VALUES))}" + "}"
