@@ -47,7 +47,7 @@ from offload.files.safetensors import (
     write_index,
 )
 from offload.files.scratch import FileSlot, Scratch
-from offload.files.strict_json import JsonObject, parse_json_object
+from offload.files.strict_json import JsonObject, parse_json_object, read_json_object
 from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
@@ -113,6 +113,7 @@ __all__ = [
     "place_blocks",
     "probe_compute",
     "probe_disk",
+    "read_json_object",
     "read_small_file",
     "replacing_checkpoint",
     "round_up",

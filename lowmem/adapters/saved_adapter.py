@@ -35,7 +35,7 @@ from lowmem.adapters.support import CHANGED_BASE_INITS, words
 from lowmem.adapters.updates import LowRank, Replacement, RowReplacement, Update
 from lowmem.errors import UnsupportedError
 from lowmem.models.absent import AbsentParameter
-from offload import SafetensorsSource, SourceError, TensorReader, parse_json_object
+from offload import SafetensorsSource, SourceError, TensorReader, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,10 +143,7 @@ def _is_regular(file: Path) -> bool:
 def _read_config(file: Path) -> PeftConfig:
     if not _is_regular(file):
         raise FileNotFoundError(f"{file.parent}: no {_CONFIG_NAME}; give the folder of a saved PEFT adapter")
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        problem = f"expected at most {_MAX_CONFIG_BYTES} bytes, got {file.stat().st_size}"
-        raise SourceError(file, field="file", problem=problem, remedy=_SAVE_AGAIN)
-    values = parse_json_object(file, file.read_bytes(), field="file", remedy=_SAVE_AGAIN)
+    values = read_json_object(file, field="file", remedy=_SAVE_AGAIN, max_bytes=_MAX_CONFIG_BYTES)
     kind = values.text("peft_type")
     made = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if made is None:

@@ -8,9 +8,7 @@ file and field.
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from lowmem.errors import UnsupportedError
-from offload import OffloadError, SourceError, TensorSpec, parse_json_object
+from offload import OffloadError, SourceError, TensorSpec, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -213,16 +211,7 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 def _read_object(file: Path) -> Mapping[str, object]:
     """Read a JSON object from a regular file of a believable size."""
-    # Without O_NONBLOCK, opening a named pipe would wait for its other end for ever.
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as opened:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            _refuse(file, "type", "expected a regular file, got another kind")
-        if status.st_size > _MOST_BYTES:
-            _refuse(file, "size", f"expected at most {_MOST_BYTES} bytes, got {status.st_size}")
-        raw = opened.read(_MOST_BYTES + 1)
-    value = parse_json_object(file, raw, field="JSON", remedy=_AGAIN).members
+    value = read_json_object(file, field="JSON", remedy=_AGAIN, max_bytes=_MOST_BYTES).members
     if _depth(value, _MOST_NESTED) > _MOST_NESTED:
         _refuse(file, "JSON", f"lists and objects are nested more than {_MOST_NESTED} deep")
     return value

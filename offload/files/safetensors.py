@@ -18,8 +18,8 @@ from torch import Tensor
 
 from offload.blocks import TensorSpec
 from offload.errors import Closed, SourceError
-from offload.files.file import File, FileStamp, open_regular, open_source, read_small_file
-from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, is_text, parse_json_object, short
+from offload.files.file import File, FileStamp, open_regular, open_source
+from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, is_text, parse_json_object, read_json_object, short
 from offload.transfer import bytes_of
 
 DTYPES = {
@@ -291,12 +291,7 @@ def _refuse_pickled(location: Path, files: Iterable[Path]) -> None:
 
 
 def _read_index(index_file: Path) -> dict[str, Path]:
-    try:
-        raw = read_small_file(index_file, max_bytes=MAX_JSON_BYTES)
-    except OSError as error:
-        problem = f"it cannot be read ({error.strerror})"
-        raise SourceError(index_file, field="file", problem=problem, remedy="check it and its permissions") from error
-    members = parse_json_object(index_file, raw, field="index", remedy=_AGAIN)
+    members = read_json_object(index_file, field="index", remedy=_AGAIN)
     weight_map = members.members.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         kind = type(weight_map).__name__
@@ -314,9 +309,9 @@ def _read_index(index_file: Path) -> dict[str, Path]:
 
 def _shard_path(index_file: Path, tensor: str, *, name: object) -> Path:
     """Path of a shard that the index names, which must lie in the index's folder."""
-    field = f"weight_map[{tensor!a}]"
+    field = f"weight_map[{short(tensor)}]"
     if not isinstance(name, str) or not name.endswith(_SUFFIX) or "\0" in name or not is_text(name):
-        problem = f"expected the name of a {_SUFFIX} file, got {name!a}"
+        problem = f"expected the name of a {_SUFFIX} file, got {short(name)}"
         raise SourceError(index_file, field=field, problem=problem, remedy=_AGAIN)
     folder = index_file.parent
     path = folder / name
@@ -325,7 +320,7 @@ def _shard_path(index_file: Path, tensor: str, *, name: object) -> Path:
         raise SourceError(
             index_file,
             field=field,
-            problem=f"it names a file outside the folder: {name!a}",
+            problem=f"it names a file outside the folder: {short(name)}",
             remedy="do not use a checkpoint from someone who would write this; download it from its publisher",
         )
     return path

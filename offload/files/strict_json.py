@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn, TypeGuard
 
 from offload.errors import SourceError
+from offload.files.file import read_small_file
 
 MAX_JSON_BYTES = 100_000_000
 """Length of the longest JSON that is read."""
@@ -104,6 +105,25 @@ def parse_json_object(file: Path, raw: bytes, *, field: str, remedy: str) -> Jso
     if not isinstance(value, dict):
         refuse(f"expected a JSON object, got {type(value).__name__}")
     return JsonObject(file=file, remedy=remedy, prefix="", members=value)
+
+
+def read_json_object(file: Path, *, field: str, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> JsonObject:
+    """Read a regular file of a believable size as one JSON object.
+
+    Args:
+        file: The file; a link is followed.
+        field: What errors call its content.
+        remedy: What to do about a file that is damaged.
+        max_bytes: Length of the longest file that is read.
+
+    Raises:
+        SourceError: It cannot be read, is no regular file or too long, or as for `parse_json_object`.
+    """
+    try:
+        raw = read_small_file(file, max_bytes=max_bytes)
+    except OSError as error:
+        raise SourceError(file, field="file", problem=f"it cannot be read ({error.strerror})", remedy=remedy) from error
+    return parse_json_object(file, raw, field=field, remedy=remedy)
 
 
 def is_natural(value: object) -> TypeGuard[int]:
