@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora.config import BdLoraConfig, EvaConfig, VeloraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ import lowmem
 from lowmem.adapters.dora import FactoredDoraLinear
 from lowmem.adapters.support import _EXACT_TYPES
 from lowmem.errors import UnsupportedError
+from tests.lowmem.tiny_trainers import make
 from tests.zoo.architectures import build
 from tests.zoo.reference import Outcome, adapt, batch_of, resident, run, trainable
 from tests.zoo.streamed import streamed
@@ -381,3 +383,20 @@ def test_an_adapter_in_the_models_folder_is_refused_or_merged(
     with torch.no_grad():
         assert_near(merged(tokens).logits, expected(tokens).logits, 1e-5)
         assert (expected(tokens).logits - model.get_base_model()(tokens).logits).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_a_reference_is_never_the_policy_where_peft_keeps_its_flags_elsewhere(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enable(layer: BaseTunerLayer, enabled: bool) -> None:
+        layer._off = not enabled
+
+    monkeypatch.setattr(BaseTunerLayer, "_off", False, raising=False)
+    monkeypatch.setattr(BaseTunerLayer, "disable_adapters", property(lambda layer: layer._off))
+    monkeypatch.setattr(BaseTunerLayer, "enable_adapters", enable)
+    # The first step's reference has a pass of its own; the second's would be the policy's hidden states.
+    trainer = make("dpo", streamed(checkpoint("llama")), tmp_path, max_steps=2)
+    with pytest.raises(UnsupportedError, match=r"peft .* keeps which adapters are active elsewhere"):
+        trainer.train()
+    assert trainer.state.global_step == 1
