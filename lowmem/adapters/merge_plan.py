@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,9 +105,11 @@ def plan_merge(
     if extras is not None:
         changes["tie_word_embeddings"] = False
         _check_unties(folder, changes, ties=ties, trust_remote_code=trust_remote_code)
-    tensors = [tensor for recipe in _distinct(mapping) for tensor in _made_of(recipe, saved, shapes, dtype=dtype)]
-    tensors += [_merged_tensor(source.tensors[name], dtype=dtype) for name in sorted(mapping.unexpected)]
-    tensors += [_changed(spec, name, saved, shapes, name=name, dtype=dtype) for name, spec in (extras or {}).items()]
+    outputs = _Outputs(saved=saved, shapes=shapes, dtype=dtype)
+    recipes = {id(recipe): recipe for recipe in mapping.recipes.values()}
+    tensors = [tensor for recipe in recipes.values() for tensor in outputs.made_of(recipe)]
+    tensors += [outputs.copied(source.tensors[name]) for name in sorted(mapping.unexpected)]
+    tensors += [outputs.changed(spec, name, name=name) for name, spec in (extras or {}).items()]
     for tensor in tensors:
         if tensor.output.dtype.is_floating_point and tensor.output.dtype.itemsize == 1:
             raise UnsupportedError(
@@ -227,76 +230,55 @@ def _check_unties(
         )
 
 
-def _distinct(mapping: CheckpointMap) -> list[Recipe]:
-    return list({id(recipe): recipe for recipe in mapping.recipes.values()}.values())
+@dataclass(frozen=True, kw_only=True)
+class _Outputs:
+    """Makes the output's tensors of stored ones."""
 
+    saved: SavedAdapter
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the model's tensors, by name."""
+    dtype: torch.dtype | None
 
-def _made_of(
-    recipe: Recipe, saved: SavedAdapter, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype | None
-) -> list[MergedTensor]:
-    """The stored tensors of a recipe after the merge."""
-    changed = [name for name in recipe.targets if name in saved.updates or name in saved.whole_layers]
-    if not changed:
-        if recipe.convert is None and shapes[recipe.targets[0]] != recipe.sources[0].shape:
+    def made_of(self, recipe: Recipe) -> list[MergedTensor]:
+        """The stored tensors of a recipe after the merge."""
+        changed = [name for name in recipe.targets if name in self.saved.updates or name in self.saved.whole_layers]
+        first = recipe.sources[0]
+        if recipe.convert is None and changed:
+            return [self.changed(first, changed[0], name=first.name)]
+        if recipe.convert is None and self.shapes[recipe.targets[0]] != first.shape:
             raise UnsupportedError(
                 f"merging an adapter whose vocabulary was resized without {recipe.targets[0]}",
                 reason="the rows of the added tokens are in neither file",
                 instead="the adapter saved with them: save_pretrained(..., save_embedding_layers=True)",
             )
-        return [_merged_tensor(spec, dtype=dtype) for spec in recipe.sources]
-    if recipe.convert is None:
-        spec = recipe.sources[0]
-        return [_changed(spec, recipe.targets[0], saved, shapes, name=spec.name, dtype=dtype)]
-    runs = None if any(name in saved.whole_layers for name in changed) else _trace_rows(recipe, shapes)
-    needs_all = any(update.sees_all_rows for name in changed for update in saved.updates.get(name, ()))
-    if runs is None or needs_all:
-        raise UnsupportedError(
-            f"merging an adapter of {changed[0]}",
-            reason=f"it is stored in another form ({recipe.sources[0].name}), whose rows are not its rows",
-            instead="PEFT's merge_and_unload on a model that is in memory",
+        if not changed:
+            return [self.copied(spec) for spec in recipe.sources]
+        whole = any(name in self.saved.whole_layers for name in changed)
+        whole = whole or any(update.sees_all_rows for name in changed for update in self.saved.updates[name])
+        segments = None if whole else _trace_rows(recipe, self.shapes, updates=self.saved.updates)
+        if segments is None:
+            raise UnsupportedError(
+                f"merging an adapter of {changed[0]}",
+                reason=f"it is stored in another form ({first.name}), whose rows are not its rows",
+                instead="PEFT's merge_and_unload on a model that is in memory",
+            )
+        return [replace(self.copied(spec), segments=segments[spec.name]) for spec in recipe.sources]
+
+    def changed(self, spec: TensorSpec, target: str, *, name: str) -> MergedTensor:
+        """A tensor that is stored as the parameter is, and that an adapter may change."""
+        made = self.copied(spec, name=name, shape=self.shapes[target])
+        if target in self.saved.whole_layers:
+            return replace(made, whole_layer=(self.saved.whole_layers[target], target.rpartition(".")[2]))
+        updates = self.saved.updates.get(target, ())
+        whole = Segment(start=0, num_rows=num_rows(self.shapes[target]), target_start=0, updates=updates)
+        return replace(made, segments=(whole,) if updates else ())
+
+    def copied(self, spec: TensorSpec, *, name: str = "", shape: tuple[int, ...] | None = None) -> MergedTensor:
+        """A tensor as it is stored, but for the dtype."""
+        dtype = self.dtype if self.dtype is not None and spec.dtype.is_floating_point else spec.dtype
+        return MergedTensor(
+            output=OutputTensor(name=name or spec.name, dtype=dtype, shape=shape or spec.shape), source=spec
         )
-    return [
-        _merged_tensor(
-            spec,
-            dtype=dtype,
-            segments=tuple(
-                Segment(start=start, num_rows=num, target_start=first, updates=saved.updates.get(target, ()))
-                for start, num, target, first in runs[spec.name]
-            ),
-        )
-        for spec in recipe.sources
-    ]
-
-
-def _changed(
-    spec: TensorSpec,
-    target: str,
-    saved: SavedAdapter,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    name: str,
-    dtype: torch.dtype | None,
-) -> MergedTensor:
-    """A tensor that is stored as the parameter is, and that an adapter may change."""
-    made = _merged_tensor(spec, dtype=dtype, shape=shapes[target], name=name)
-    if target in saved.whole_layers:
-        return replace(made, whole_layer=(saved.whole_layers[target], target.rpartition(".")[2]))
-    updates = saved.updates.get(target, ())
-    segments = (Segment(start=0, num_rows=num_rows(shapes[target]), target_start=0, updates=updates),)
-    return replace(made, segments=segments if updates else ())
-
-
-def _merged_tensor(
-    spec: TensorSpec,
-    *,
-    dtype: torch.dtype | None,
-    name: str | None = None,
-    shape: tuple[int, ...] | None = None,
-    segments: tuple[Segment, ...] = (),
-) -> MergedTensor:
-    stored = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
-    output = OutputTensor(name=name or spec.name, dtype=stored, shape=shape or spec.shape)
-    return MergedTensor(output=output, source=spec, segments=segments)
 
 
 def num_rows(shape: tuple[int, ...]) -> int:
@@ -305,23 +287,18 @@ def num_rows(shape: tuple[int, ...]) -> int:
 
 
 def _trace_rows(
-    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[tuple[int, int, str, int]]] | None:
+    recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], *, updates: Mapping[str, tuple[Update, ...]]
+) -> dict[str, tuple[Segment, ...]] | None:
     """Find where a conversion moves each row of the stored tensors, by sending row numbers through it.
 
     Returns:
-        By stored name, runs of (first row, number of rows, parameter, first row there); None where the conversion does
-        more than move whole rows.
+        By stored name, which of its rows are which rows of which parameter; None where the conversion does more than
+        move whole rows.
     """
     assert recipe.convert is not None
-    starts: list[int] = []
-    markers: list[Tensor] = []
-    total = 0
-    for spec in recipe.sources:
-        count = num_rows(spec.shape)
-        starts.append(total)
-        markers.append(torch.arange(total, total + count).reshape(_narrow(spec.shape)))
-        total += count
+    *starts, total = accumulate((num_rows(spec.shape) for spec in recipe.sources), initial=0)
+    numbers = torch.split(torch.arange(total), [num_rows(spec.shape) for spec in recipe.sources])
+    markers = [part.reshape(_narrow(spec.shape)) for part, spec in zip(numbers, recipe.sources, strict=True)]
     if recipe.cast_first is not None or len({spec.shape[-1] for spec in recipe.sources if len(spec.shape) > 1}) > 1:
         return None
     try:
@@ -338,13 +315,19 @@ def _trace_rows(
     if bool((target_of < 0).any()) or sum(rows.numel() for rows in made.values()) != total:
         return None
     names = list(made)
-    return {
-        spec.name: [
-            (first, count, names[int(target_of[start + first])], int(row_of[start + first]))
-            for first, count in _runs(target_of, row_of, start, num_rows(spec.shape))
-        ]
-        for spec, start in zip(recipe.sources, starts, strict=True)
-    }
+    segments: dict[str, tuple[Segment, ...]] = {}
+    for spec, start in zip(recipe.sources, starts, strict=True):
+        runs = _runs(target_of, row_of, start, num_rows(spec.shape))
+        segments[spec.name] = tuple(
+            Segment(
+                start=first,
+                num_rows=count,
+                target_start=int(row_of[start + first]),
+                updates=updates.get(names[int(target_of[start + first])], ()),
+            )
+            for first, count in runs
+        )
+    return segments
 
 
 def _narrow(shape: tuple[int, ...]) -> tuple[int, ...]:
