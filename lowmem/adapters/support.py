@@ -139,7 +139,7 @@ def check_peft_config(config: PeftConfig) -> None:
 
 
 def refuse_before_changes() -> None:
-    """Have PEFT refuse what cannot be done to a streamed model before it changes anything of it."""
+    """Make PEFT refuse what cannot be done to a streamed model before it changes anything of it."""
     ask_first(adding=_check_added, merging=_refuse_merging)
 
 

@@ -173,7 +173,7 @@ def _lora_of(name: str, module: nn.Module) -> tuple[nn.Linear, nn.Linear, float]
 
 @torch.no_grad()
 def _factor(down: nn.Linear, up: nn.Linear, *, scaling: float, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Replace A and B by V^T and U; answers the singular values, fp64, and the unit of their coordinates."""
+    """Replace A and B by V^T and U; returns the singular values, fp64, and the unit of their coordinates."""
     a, b = down.weight.double(), up.weight.double()
     rank = a.shape[0]
     if not bool(b.any()):

@@ -1,6 +1,6 @@
-"""Whether a model draws random numbers in its forward, as it does where a trainer generates in train mode.
+"""One block of one pass of a generation: unfinished rows only, a long prompt in parts.
 
-One block of one pass of a generation: unfinished rows only, a long prompt in parts.
+And whether a model draws random numbers in its forward, as it does where a trainer generates in train mode.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ InChunks = Callable[[RunBlock, CallArguments], object]
 
 
 class _Storing:
-    """Stands for the cache in the chunks of a prompt: hands keys and values on to it and answers as a carrier does."""
+    """Stands for the cache in the chunks of a prompt: hands keys and values on to it, and is a carrier to attention."""
 
     def __init__(self, carrier: KVCarrier, layer: DynamicLayer) -> None:
         self._carrier, self._layer = carrier, layer
@@ -61,88 +61,84 @@ class _Storing:
         return self._carrier.get_seq_length(layer_idx)
 
 
-def run_block(
-    run: Callable[..., object],
-    cache: StreamedCache,
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    *,
-    layer: int,
-    rows: ActiveRows,
-    max_tokens: int,
-    in_chunks: InChunks | None = None,
-) -> object:
-    """Run a block's forward on the rows that are not finished, a prompt in parts of at most `max_tokens` tokens.
+class CachedBlock:
+    """One block in one pass of a generation: unfinished rows only, a long prompt in parts.
 
     Args:
-        run: The block's raw forward; its weights are there.
-        cache: The generation's cache, which is also among `kwargs`.
-        args: Positional arguments, for the whole batch.
-        kwargs: Keyword arguments, for the whole batch.
+        forward: The block's raw forward; its weights are there.
+        cache: The generation's cache.
         layer: Number of the block.
         rows: Is told which rows are run.
         max_tokens: Tokens that may go through at a time; one row's share of a part at least.
         in_chunks: How to run rows that are too long even one by one; None where they are not.
-
-    Returns:
-        What the block returns for the whole batch; rows that are finished are zeros.
     """
-    call = BlockCall(args, {**kwargs, CACHE: None})
-    held = cache.layers[layer] if layer < len(cache.layers) else None
-    alive = cache.rows
-    is_long = call.num_tokens > max_tokens and isinstance(held, GrowingLayer)
-    if call.can_split:
-        cache.splittable.add(layer)
-    if not call.can_split or (alive is None and not is_long):
-        return _run_part(run, cache, args, kwargs, layer=layer, in_chunks=in_chunks)
-    batch_size, num_tokens = call.batch_size, call.num_tokens // call.batch_size
-    inputs = call.take_inputs()
-    index = torch.arange(batch_size) if alive is None else alive
-    size = max(1, max_tokens // num_tokens) if is_long else None
-    outputs = []
-    for window in micro_batches(len(index), size):
-        chosen = index[window]
-        part_args, part_kwargs = call.arguments(call.cut_inputs(inputs, chosen), chosen)
-        updated: AbstractContextManager[None] = nullcontext()
-        if size is not None and isinstance(held, GrowingLayer):
-            updated = held.rows(window, num_rows=len(index))
-        with rows.set(chosen), updated:
-            outputs.append(_run_part(run, cache, part_args, part_kwargs, layer=layer, in_chunks=in_chunks))
-    if size is not None and isinstance(held, GrowingLayer):
-        held.advance(num_tokens)
-    return _whole(outputs, index, batch_size)
 
+    def __init__(
+        self,
+        forward: Callable[..., object],
+        cache: StreamedCache,
+        *,
+        layer: int,
+        rows: ActiveRows,
+        max_tokens: int,
+        in_chunks: InChunks | None = None,
+    ) -> None:
+        self._forward, self._cache, self._layer = forward, cache, layer
+        self._rows, self._max_tokens, self._in_chunks = rows, max_tokens, in_chunks
+        self._held = cache.layers[layer] if layer < len(cache.layers) else None
 
-def _run_part(
-    run: Callable[..., object],
-    cache: StreamedCache,
-    args: Sequence[object],
-    kwargs: Mapping[str, object],
-    *,
-    layer: int,
-    in_chunks: InChunks | None,
-) -> object:
-    held = cache.layers[layer] if layer < len(cache.layers) else None
-    stores = isinstance(held, GrowingLayer) or type(held) is DynamicSlidingWindowLayer
-    if in_chunks is None or not stores or cache.get_seq_length(layer):
-        return run(*args, **{**kwargs, CACHE: cache})
-    assert isinstance(held, DynamicLayer)
-    has_begun = False
+    def run(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Run the forward with arguments for the whole batch, the cache among `kwargs`.
 
-    def run_chunk(arguments: CallArguments) -> object:
-        nonlocal has_begun
-        has_begun = True
-        chunk_args, chunk_kwargs = arguments
-        carrier = chunk_kwargs[CACHE]
-        assert isinstance(carrier, KVCarrier)
-        return run(*chunk_args, **{**chunk_kwargs, CACHE: _Storing(carrier, held)})
+        Returns:
+            What the block returns for the whole batch; rows that are finished are zeros.
+        """
+        call = BlockCall(args, {**kwargs, CACHE: None})
+        alive, growing = self._cache.rows, self._held if isinstance(self._held, GrowingLayer) else None
+        is_long = growing is not None and call.num_tokens > self._max_tokens
+        if call.can_split:
+            self._cache.splittable.add(self._layer)
+        if not call.can_split or (alive is None and not is_long):
+            return self._run_part(args, kwargs)
+        batch_size, num_tokens = call.batch_size, call.num_tokens // call.batch_size
+        inputs = call.take_inputs()
+        index = torch.arange(batch_size) if alive is None else alive
+        size = max(1, self._max_tokens // num_tokens) if is_long else None
+        outputs = []
+        for window in micro_batches(len(index), size):
+            chosen = index[window]
+            part_args, part_kwargs = call.arguments(call.cut_inputs(inputs, chosen), chosen)
+            updated: AbstractContextManager[None] = nullcontext()
+            if is_long and growing is not None:
+                updated = growing.rows(window, num_rows=len(index))
+            with self._rows.set(chosen), updated:
+                outputs.append(self._run_part(part_args, part_kwargs))
+        if is_long and growing is not None:
+            growing.advance(num_tokens)
+        return _whole(outputs, index, batch_size)
 
-    try:
-        return in_chunks(run_chunk, (tuple(args), dict(kwargs)))
-    except NotChunkable:
-        if has_begun:
-            raise
-        return run(*args, **{**kwargs, CACHE: cache})
+    def _run_part(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        held = self._held
+        stores = isinstance(held, GrowingLayer) or type(held) is DynamicSlidingWindowLayer
+        if self._in_chunks is None or not stores or self._cache.get_seq_length(self._layer):
+            return self._forward(*args, **{**kwargs, CACHE: self._cache})
+        assert isinstance(held, DynamicLayer)
+        has_begun = False
+
+        def run_chunk(arguments: CallArguments) -> object:
+            nonlocal has_begun
+            has_begun = True
+            chunk_args, chunk_kwargs = arguments
+            carrier = chunk_kwargs[CACHE]
+            assert isinstance(carrier, KVCarrier)
+            return self._forward(*chunk_args, **{**chunk_kwargs, CACHE: _Storing(carrier, held)})
+
+        try:
+            return self._in_chunks(run_chunk, (tuple(args), dict(kwargs)))
+        except NotChunkable:
+            if has_begun:
+                raise
+            return self._forward(*args, **{**kwargs, CACHE: self._cache})
 
 
 def _whole(outputs: Sequence[object], index: Tensor, batch_size: int) -> object:

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList
 
 from lowmem.generation.cache import KvRoom, StreamedCache
-from lowmem.generation.decoding import CACHE, InChunks, draws_numbers, run_block
+from lowmem.generation.decoding import CACHE, CachedBlock, InChunks, draws_numbers
 from lowmem.generation.session import Generation, TokenProgress
 from lowmem.host_memory import products_for
 from lowmem.internals.generation import extend_generate
@@ -74,16 +74,10 @@ class GenerationHooks:
             return forward(*args, **kwargs)
         hidden = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
         with products_for(hidden.device, num_tokens=hidden.shape[:2].numel()):
-            return run_block(
-                forward,
-                cache,
-                args,
-                kwargs,
-                layer=block,
-                rows=rows,
-                max_tokens=self._room.prefill_tokens,
-                in_chunks=in_chunks,
+            cached = CachedBlock(
+                forward, cache, layer=block, rows=rows, max_tokens=self._room.prefill_tokens, in_chunks=in_chunks
             )
+            return cached.run(args, kwargs)
 
     def memory(self) -> dict[str, int]:
         """Bytes of keys and values that are allocated now, by tier."""
@@ -135,7 +129,7 @@ class GenerationHooks:
 
 
 class _NotedCriteria(StoppingCriteriaList):
-    """The criteria of one generation, which passes on what they answer and changes none of it."""
+    """The criteria of one generation, which passes on what they return and changes none of it."""
 
     def __init__(
         self,

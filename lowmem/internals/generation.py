@@ -38,7 +38,7 @@ _PARAMETERS = {
 
 
 def extend_generate(model: PreTrainedModel, *, cache_made: CacheHook, criteria_made: CriteriaHook) -> None:
-    """Have `generate` of one model ask us too. The model is held weakly.
+    """Make `generate` of one model call us too. The model is held weakly.
 
     Args:
         model: The model.

@@ -119,7 +119,7 @@ def embed_scale(layer: Embedding) -> Tensor | None:
 
 
 def ask_first(*, adding: Callable[[nn.Module, PeftConfig], None], merging: Callable[[nn.Module], None]) -> None:
-    """Have PEFT ask before it puts layers into any model and before it merges them into the weights.
+    """Make PEFT ask before it puts layers into any model and before it merges them into the weights.
 
     PEFT changes a model layer by layer: what is refused at the first layer whose weights are absent leaves the others
     changed. Its tuners have no hook for that, so three public methods of their base class ask first, in the whole
