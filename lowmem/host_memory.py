@@ -67,6 +67,35 @@ def process_peak_bytes(status: Path = Path("/proc/self/status")) -> int:
     return max(int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM:", "VmRSS:")))
 
 
+_ALIGN_BYTES = 64
+
+
+def off_the_heap(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of one block's parameters in one piece of memory of their own, on a CPU.
+
+    They live until the optimizer step. Small and left on the heap between a block's temporaries, they would keep its
+    pages from being used again, and each further block would cost as much memory as the first.
+    """
+    on_cpu = [grad for grad in grads if grad is not None and grad.device.type == "cpu"]
+    if not on_cpu:
+        return grads
+    memory = StagingBuffer(sum(_aligned(grad) for grad in on_cpu)).tensor
+    moved: list[Tensor | None] = []
+    start = 0
+    for grad in grads:
+        if grad is None:
+            moved.append(None)
+            continue
+        place = memory[start : start + grad.nbytes].view(grad.dtype).view(grad.shape)
+        moved.append(place.copy_(grad))
+        start += _aligned(grad)
+    return moved
+
+
+def _aligned(grad: Tensor) -> int:
+    return -(-grad.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
 def give_back_freed() -> None:
     """Have the C library give freed memory back to the system, where it can; takes some milliseconds."""
     trim = getattr(_LIBC, "malloc_trim", None)
@@ -133,3 +162,15 @@ def products_for(device: torch.device, *, num_tokens: int) -> AbstractContextMan
     if device.type != "cpu" or not _FEWEST_ROWS <= num_tokens <= _MOST_ROWS:
         return nullcontext()
     return SkinnyProducts()
+
+
+__all__ = [
+    "SkinnyProducts",
+    "empty",
+    "empty_like",
+    "give_back_freed",
+    "is_skinny",
+    "off_the_heap",
+    "product_of_few",
+    "products_for",
+]

@@ -5,7 +5,6 @@ Opening a checkpoint as a streamed model: check, plan, build, attach. In that or
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from contextlib import ExitStack
@@ -17,14 +16,20 @@ from torch import Tensor
 
 from lowmem.full.opening import AdapterRefusal, Masters, open_full
 from lowmem.internals.torch import has_fast_bf16
-from lowmem.internals.trl import hash_by_fingerprint
+from lowmem.internals.trl import hash_by_fingerprint, trainers_are_imported
+from lowmem.internals.trl import install as install_head
+from lowmem.models.blocks import can_chunk
 from lowmem.models.build import Skeleton, StreamedBlock, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding
 from lowmem.models.embedding import GatheredEmbedding, read_now
-from lowmem.models.norms import tile_outer_norms
+from lowmem.planning.step_memory import num_boundary_buffers
+from lowmem.streaming.attach import attach
+from lowmem.streaming.boundary import BoundaryTier, tier_for
 from lowmem.streaming.call import SplitChoice
-from lowmem.streaming.chunking.chunkable import can_chunk, enable_chunks
-from lowmem.streaming.runtime import Runtime, attach
+from lowmem.streaming.chunking.attention import enable_chunks
+from lowmem.streaming.head import TiledLogProbFunction
+from lowmem.streaming.norms import tile_outer_norms
+from lowmem.streaming.runtime import Runtime
 from offload import BlockSpec, FileIO, Scheduler, Trace, open_device
 
 if TYPE_CHECKING:
@@ -62,10 +67,8 @@ class Preparation:
             self._prepare_adapters(model)
             self._adapters = adapters
         # TRL looks its head up after the blocks have run, so the first forward is soon enough; without TRL, no import.
-        if not self._has_head and "trl.trainer.utils" in sys.modules:
-            from lowmem.internals.trl import install
-
-            install().register(model)
+        if not self._has_head and trainers_are_imported():
+            install_head(TiledLogProbFunction.apply).register(model)
             self._has_head = True
 
         if not self._warned and torch.is_autocast_enabled("cpu") and model.device.type == "cpu" and not has_fast_bf16():
@@ -144,10 +147,13 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         if chunks:
             enable_chunks(model)
         tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
+        boundaries = _boundaries(plan, device=device, trace=trace)
+        stack.callback(boundaries.close)
         runtime = Runtime(
             built.blocks,
             scheduler=weights.scheduler,
             unpacker=weights.unpacker,
+            boundaries=boundaries,
             plan=plan,
             trace=trace,
             device=device,
@@ -158,15 +164,23 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         weakref.finalize(runtime, stack.pop_all().close)
     runtime.full = weights.full
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
-    attach(model, runtime)
-    if masters is not None:
-        runtime.before_first_block(AdapterRefusal(model))
-    runtime.before_first_block(Preparation(model))
+    checks = (Preparation(model),) if masters is None else (AdapterRefusal(model), Preparation(model))
+    attach(model, runtime, before_first=checks)
     if masters is None:
         refuse_before_changes()
         hash_by_fingerprint(model, opened.source.fingerprint())
     _give_generation_config(model, opened.folder)
     return model
+
+
+def _boundaries(plan: Plan, *, device: torch.device, trace: Trace) -> BoundaryTier:
+    return tier_for(
+        device,
+        planned=plan.boundary_tier,
+        disk=None if plan.disk_folder is None else Path(plan.disk_folder),
+        num_buffers=num_boundary_buffers(device.type),
+        trace=trace,
+    )
 
 
 class _FrozenWeights:

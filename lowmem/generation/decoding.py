@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem.generation.cache import GrowingLayer, StreamedCache
-from lowmem.internals.torch import tree_unflatten
-from lowmem.streaming.call import BlockCall, flatten_output, micro_batches
+from lowmem.internals.torch import tree_flatten, tree_unflatten
+from lowmem.streaming.call import BlockCall, CallArguments, micro_batches
 from lowmem.streaming.chunking.carrier import KVCarrier
-from lowmem.streaming.chunking.chunks import CallArguments, NotChunkable, RunBlock
+from lowmem.streaming.chunking.chunks import InChunks, NotChunkable
 from lowmem.streaming.visits import ActiveRows
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -39,10 +39,6 @@ def _rate(module: nn.Module) -> float:
 
 CACHE = "past_key_values"
 """The keyword under which blocks get the cache."""
-
-
-InChunks = Callable[[RunBlock, CallArguments], object]
-"""Runs a block on whole sequences chunk by chunk, handing it a carrier in the cache's place."""
 
 
 class _Storing:
@@ -143,7 +139,7 @@ class CachedBlock:
 
 def _whole(outputs: Sequence[object], index: Tensor, batch_size: int) -> object:
     """Outputs of some rows, put where they belong in outputs of all rows."""
-    flat = [flatten_output(output) for output in outputs]
+    flat = [tree_flatten(output) for output in outputs]
     spec = flat[0][1]
     leaves = []
     for parts in zip(*(leaves for leaves, _ in flat), strict=True):

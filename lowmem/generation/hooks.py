@@ -15,14 +15,17 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList
 
 from lowmem.generation.cache import KvRoom, StreamedCache
-from lowmem.generation.decoding import CACHE, CachedBlock, InChunks, draws_numbers
+from lowmem.generation.decoding import CACHE, CachedBlock, draws_numbers
 from lowmem.generation.session import Generation, TokenProgress
 from lowmem.host_memory import products_for
 from lowmem.internals.generation import extend_generate
+from lowmem.streaming.chunking.chunks import InChunks
 from lowmem.streaming.visits import ActiveRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lowmem.streaming.runtime import Runtime
 
 
 _ONE_TOKEN_AT_A_TIME = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -179,3 +182,12 @@ def _width_by_config(model: PreTrainedModel) -> int:
     num_heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // num_heads
     return 2 * int(getattr(config, "num_key_value_heads", None) or num_heads) * int(width)
+
+
+def generation_of(runtime: Runtime) -> GenerationHooks | None:
+    """What extends `generate` of a runtime's model; None if nothing does."""
+    hooks = runtime.generation
+    return hooks if isinstance(hooks, GenerationHooks) else None
+
+
+__all__ = ["GenerationHooks", "generation_of"]

@@ -41,17 +41,21 @@ _ASKS = "lowmem_asks_first"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _adapted(block: nn.Module) -> Iterator[nn.Module]:
+def _adapted_kinds() -> tuple[type[nn.Module], ...]:
+    """Classes of the modules that apply adapters; none before PEFT is imported."""
     if "peft" not in sys.modules:
-        return
+        return ()
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
     except ImportError as error:
         raise _unknown("its adapter layers have other names") from error
-    for module in block.modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield module
+    return (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def _adapted(block: nn.Module) -> Iterator[nn.Module]:
+    kinds = _adapted_kinds()
+    return (module for module in block.modules() if isinstance(module, kinds))
 
 
 def _unknown(reason: str) -> UnsupportedError:
@@ -188,3 +192,39 @@ def weight_marks(blocks: Sequence[nn.Module], *, skip: type[Tensor]) -> tuple[ob
 
 def _bit_sum(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(_BITS[param.element_size()]).sum(dtype=torch.int64)
+
+
+def settings_of(module: nn.Module) -> tuple[object, ...]:
+    """What PEFT's switches change on one module (`set_adapter`, `disable_adapter`, `scale_layer`, merging), frozen.
+
+    Empty for a module that is not adapted.
+    """
+    if not isinstance(module, _adapted_kinds()):
+        return ()
+    settings = tuple(
+        (name, _frozen(value))
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, dict, list, tuple)) and not name.startswith("_")
+    )
+    return (_flags_of(module), *settings)
+
+
+def _frozen(value: object) -> object:
+    if isinstance(value, dict):
+        return tuple((str(key), _frozen(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(item) for item in value)
+    return value if isinstance(value, (bool, int, float, str)) else id(value)
+
+
+__all__ = [
+    "BlockFlags",
+    "Flags",
+    "ask_first",
+    "embed",
+    "embed_scale",
+    "flags_set",
+    "read_flags",
+    "settings_of",
+    "weight_marks",
+]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +27,6 @@ from torch.utils._pytree import (
 
 # The tensor itself, and the storage object that asking for the count makes.
 _OWN_REFERENCES = 2
-
 
 # Mappings of our own are whole pages.
 _PAGE_BYTES = 4096
@@ -101,7 +101,8 @@ def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
     """Whether nothing but the caller sees a gradient's memory, and it can hold a tensor like another.
 
     Autograd keeps further references where a gradient also goes elsewhere: to another consumer, or to whom
-    `torch.autograd.grad` captures it for. Then it must stay as it is.
+    `torch.autograd.grad` captures it for. Then it must stay as it is. Where this torch counts in another way than it
+    did when this was written, no gradient counts as owned: memory is lost, and never a value.
 
     Args:
         grad: A gradient that a Function's backward was called with.
@@ -112,8 +113,107 @@ def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
     storage = grad.untyped_storage()
     if storage.nbytes() - grad.nbytes >= _PAGE_BYTES:
         return False
-    num_owners = grad._use_count()  # type: ignore[attr-defined]
-    return bool(num_owners == 1 and torch._C._storage_Use_Count(storage._cdata) == _OWN_REFERENCES)
+    del storage
+    return _counts_as_expected() and _reference_counts(grad) == (1, _OWN_REFERENCES)
+
+
+def _reference_counts(tensor: Tensor) -> tuple[int, int]:
+    """References from C++ to the tensor, and to its storage."""
+    storage = tensor.untyped_storage()
+    num_owners: int = tensor._use_count()  # type: ignore[attr-defined]
+    return num_owners, torch._C._storage_Use_Count(storage._cdata)
+
+
+@cache
+def _counts_as_expected() -> bool:
+    """Whether the counts tell a tensor that is alone from one with a view and one that a graph holds."""
+    try:
+        alone, viewed, held = (torch.zeros(1) for _ in range(3))
+        view = viewed.view(1)
+        graph = held.requires_grad_().expand(1)
+        counts = [_reference_counts(tensor) for tensor in (alone, viewed, held)]
+        del view, graph
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    expected = (1, _OWN_REFERENCES)
+    return counts[0] == expected and counts[1][1] > _OWN_REFERENCES and counts[2][0] > 1
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor's values were written in place, as autograd counts it."""
+    return tensor._version
+
+
+@contextmanager
+def without_gradient_hooks(params: Iterable[Tensor]) -> Iterator[None]:
+    """Keep the hooks of `Tensor.register_hook` from acting on gradients that are parts of a sum.
+
+    A hook acts on the whole gradient, once; `torch.autograd.grad` runs it for each part. The hooks, their order and
+    their handles are as before after the ``with``.
+    """
+    hooked = [(param, param._backward_hooks) for param in params if param._backward_hooks]
+    for param, _ in hooked:
+        param._backward_hooks = None
+    try:
+        yield
+    finally:
+        for param, hooks in hooked:
+            param._backward_hooks = hooks
+
+
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make a module an instance of a subclass of its class; copies of it are of that class too."""
+    module.__class__ = kind
+
+
+def cpu_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Torch's fused attention on a CPU, together with the log-sum-exp of the scores.
+
+    Args:
+        query: (sequences, heads, queries, head).
+        key: (sequences, key heads, keys, head).
+        value: As `key`.
+        causal: Whether each query sees the keys up to its own number only.
+        mask: What is added to the scores, or None.
+        scale: Multiplies the scores.
+
+    Returns:
+        The output, as `query`, and (sequences, heads, queries). A query that sees no key gets 0 in both.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return out, lse
+
+
+def cpu_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; `out` and `lse` may be those of more keys than are given here."""
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse.transpose(1, 2).contiguous().transpose(1, 2),
+        0.0,
+        causal,
+        attn_mask=mask,
+        scale=scale,
+    )
+    return grads
 
 
 def has_fast_bf16() -> bool:
@@ -147,6 +247,9 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "buffer_table",
+    "change_class",
+    "cpu_attention",
+    "cpu_attention_backward",
     "has_fast_bf16",
     "hold_parameter",
     "is_grouped_product",
@@ -161,4 +264,6 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "version_of",
+    "without_gradient_hooks",
 ]

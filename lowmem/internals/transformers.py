@@ -1,9 +1,10 @@
-"""Router logits of mixtures of experts as outputs of their block, so that the auxiliary loss has a gradient.
+"""What a forward of transformers collects from inside its model: attention weights, router logits and the like.
 
-transformers collects them through hooks on the routers, into a list that is there for the time of the model's forward
-(`transformers.utils.output_capturing`). A block that is recomputed would leave logits without a graph there, and
-compute those with one when the list is gone. So a recorded call takes what the hooks collect, both times, as part of
-the block's output, and puts the first ones into the list when autograd knows them.
+transformers collects through hooks on modules, into lists that are there for the time of the model's forward
+(`transformers.utils.output_capturing`). A block that goes in micro-batches would leave one entry for each of them; one
+that is recomputed would leave tensors without a graph, and compute those with one when the lists are gone. So a
+recorded call takes what the hooks collect, each time, as part of the block's output, and puts the whole ones into the
+lists when autograd knows them.
 
 The list of callbacks that every Trainer starts with: `lowmem.from_pretrained` returns a model, not a trainer, and a
 Trainer asks its model nothing before the first forward. What has to be said before that, or in front of the reporters,
@@ -18,12 +19,11 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,85 +35,106 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter
 
 
-_KEY = "router_logits"
-
-
 Collected = dict[str, list[Tensor]]
 
 
+class _Collector(Protocol):
+    def get(self) -> MutableMapping[str, list[Tensor]] | None: ...
+    def set(self, value: Collected | None) -> object: ...
+    def reset(self, token: object) -> None: ...
+
+
+def _collector() -> _Collector:
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError as error:
+        raise UnsupportedError(
+            f"transformers {version('transformers')}",
+            reason="it collects outputs from inside the blocks in another way, and their gradients would be lost",
+            instead="a version of transformers that README names as tested",
+        ) from error
+    collector: _Collector = _active_collector
+    return collector
+
+
 def collected_keys() -> frozenset[str]:
-    """What the forward under way collects from inside the model: "router_logits", "hidden_states" and the like."""
-    module = sys.modules.get("transformers.utils.output_capturing")
-    found = None if module is None else module._active_collector.get()
-    return frozenset(found or ())
+    """What the forward under way collects from inside the model: "router_logits", "hidden_states" and the like.
+
+    Raises:
+        UnsupportedError: This transformers collects in another way.
+    """
+    return frozenset(key for key in _collector().get() or () if not key.startswith("_"))
 
 
 @contextmanager
 def collecting(into: Collected | None) -> Iterator[None]:
-    """Have hooks collect into a list of ours, or nothing at all."""
-    module = sys.modules.get("transformers.utils.output_capturing")
-    if module is None:
-        yield
-        return
-    token = module._active_collector.set(into)
+    """Have hooks collect into lists of ours, or nothing at all."""
+    collector = _collector()
+    token = collector.set(into)
     try:
         yield
     finally:
-        module._active_collector.reset(token)
+        collector.reset(token)
 
 
-class RouterLogits:
-    """Those of one call of one block, if the forward it belongs to collects them."""
+class CollectedOutputs:
+    """What the hooks inside one block collect in one of its calls."""
 
     def __init__(self) -> None:
-        """Note whether they are collected: the recomputation happens when nothing tells any more."""
-        self.wanted = _KEY in collected_keys()
-        self._flat: list[bool] = []
+        """Note what is collected: the recomputation happens when nothing tells any more."""
+        self.keys = sorted(collected_keys())
+        self._flat: dict[str, list[bool]] = {}
 
     def run(self, forward: Callable[[], object], num_sequences: int) -> object:
-        """Run a block; answers its output, together with the logits if they are wanted.
+        """Run a block; returns its output, together with what was collected if anything is.
 
         Args:
             forward: Runs it.
-            num_sequences: Sequences in this run. Logits of tokens in a row become logits by sequence, so that the
-                batch can be cut and joined like every other output.
+            num_sequences: Sequences in this run. Tensors of tokens in a row become tensors by sequence, so that the
+                batch can be cut and joined as with every other output.
 
         Raises:
-            UnsupportedError: The model's routers answer something that has no row for each token.
+            UnsupportedError: A tensor has no row for each token or sequence.
         """
-        if not self.wanted:
+        if not self.keys:
             return forward()
-        found: Collected = {_KEY: []}
+        found: Collected = {key: [] for key in self.keys}
         with collecting(found):
             output = forward()
-        self._flat = [logits.shape[0] != num_sequences or logits.ndim < 3 for logits in found[_KEY]]
-        by_sequence = [
-            _by_sequence(logits, num_sequences) if flat else logits
-            for logits, flat in zip(found[_KEY], self._flat, strict=True)
-        ]
-        return output, by_sequence
+        self._flat = {key: [_is_flat(value, num_sequences) for value in found[key]] for key in self.keys}
+        return output, {key: [_by_sequence(key, value, num_sequences) for value in found[key]] for key in self.keys}
 
     def give(self, output: object) -> object:
-        """Put the logits into the forward's list; answers the block's own output."""
-        if not self.wanted:
+        """Put what was collected into the forward's own lists; returns the block's own output."""
+        if not self.keys:
             return output
         own: object
-        by_sequence: list[Tensor]
+        by_sequence: Collected
         own, by_sequence = output  # type: ignore[misc]
-        collected = sys.modules["transformers.utils.output_capturing"]._active_collector.get()
-        for logits, flat in zip(by_sequence, self._flat, strict=True):
-            collected[_KEY].append(logits.flatten(0, 1) if flat else logits)
+        lists = _collector().get()
+        for key, values in by_sequence.items():
+            if lists is not None and key in lists:
+                pairs = zip(values, self._flat[key], strict=True)
+                lists[key].extend(value.flatten(0, 1) if flat else value for value, flat in pairs)
         return own
 
 
-def _by_sequence(logits: Tensor, num_sequences: int) -> Tensor:
-    if logits.shape[0] % num_sequences:
+def _is_flat(value: Tensor, num_sequences: int) -> bool:
+    return value.shape[0] != num_sequences or value.ndim < 3
+
+
+def _by_sequence(key: str, value: Tensor, num_sequences: int) -> Tensor:
+    if not _is_flat(value, num_sequences):
+        return value
+    if value.shape[0] % num_sequences:
         raise UnsupportedError(
-            "output_router_logits=True",
-            reason=f"this model's router logits have {logits.shape[0]} rows for {num_sequences} sequences",
-            instead="router_aux_loss_coef=0.0 in the trainer's configuration: training without the auxiliary loss",
+            f"output_{key}=True",
+            reason=f"this model's {key} have {value.shape[0]} rows for {num_sequences} sequences",
+            instead="router_aux_loss_coef=0.0 in the trainer's configuration: training without the auxiliary loss"
+            if key == "router_logits"
+            else f"output_{key}=False",
         )
-    return logits.view(num_sequences, -1, *logits.shape[1:])
+    return value.view(num_sequences, -1, *value.shape[1:])
 
 
 _CALLBACKS = "DEFAULT_CALLBACKS"

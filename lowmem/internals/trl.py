@@ -1,11 +1,9 @@
-"""The one hook into TRL: its fused head computes in our tiles for models of ours, and as shipped for all others.
+"""TRL's fused head, computed in our tiles for models of ours and as shipped for all others; and what TRL hashes.
 
 TRL reaches its head through a module attribute, `trl.trainer.utils._ChunkedLogProbFunction.apply(...)`, from a closure
 that `add_fused_lm_head` puts on each model; there is no argument and no registry to choose another. So that attribute
 is replaced, once, by a `HeadDispatch`, which looks at the weight of each call. It asks the registered models for their
 output embeddings at that moment, as TRL does, because PEFT may have replaced them (`modules_to_save`) since.
-
-What TRL hashes to find reference log-probabilities that it computed before: the checkpoint's fingerprint.
 
 `precompute_ref_log_probs` keeps what it computed under a key made by `trl.trainer.utils.hash_module`, which hashes
 every value of `state_dict()`. Absent weights would be read for it, one after the other, and turned into bytes: the
@@ -16,32 +14,33 @@ for each absent weight a digest of its name, its dtype and the fingerprint of th
 from __future__ import annotations
 
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from hashlib import sha256
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from lowmem.errors import UnsupportedError
 from lowmem.internals.stand_in import StandIn
-from lowmem.planning.limits import HeadTiles
-from lowmem.streaming.head import TiledLogProbFunction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 _ATTRIBUTE = "_ChunkedLogProbFunction"
+_HASH = "hash_module"
 
 
 HeadOutputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class _Head(Protocol):
+class Head(Protocol):
     """TRL's Function, as far as it is used."""
 
-    def apply(
+    def apply(  # noqa: D102
         self,
         hidden: Tensor,
         weight: Tensor,
@@ -60,17 +59,16 @@ class HeadDispatch:
 
     Args:
         shipped: TRL's own Function, for every weight that no registered model has.
-        tiles: Tile sizes for the registered ones.
+        head: Takes the arguments of its `apply`, by position, for the registered ones.
     """
 
-    def __init__(self, shipped: _Head, *, tiles: HeadTiles) -> None:
-        self.shipped = shipped
-        self.tiles = tiles
+    def __init__(self, shipped: Head, *, head: Callable[..., HeadOutputs]) -> None:
+        self.shipped, self.head = shipped, head
         # Held weakly: a model that its user drops must not live on here.
         self._models: WeakSet[nn.Module] = WeakSet()
 
     def register(self, model: nn.Module) -> None:
-        """Compute the head of this model in tiles from now on; `model` has `get_output_embeddings()`."""
+        """Compute the head of this model with ours from now on; `model` has `get_output_embeddings()`."""
         self._models.add(model)
 
     def is_registered(self, weight: Tensor) -> bool:
@@ -89,24 +87,10 @@ class HeadDispatch:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> HeadOutputs:
-        """As `TiledLogProbFunction.apply`, which names the arguments."""
-        if not self.is_registered(weight):
-            return self.shipped.apply(
-                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
-            )
-        result: HeadOutputs = TiledLogProbFunction.apply(  # type: ignore[no-untyped-call]
-            hidden,
-            weight,
-            bias,
-            targets,
-            temperature,
-            chunk_size,
-            final_logit_softcapping,
-            logit_scale,
-            outputs,
-            self.tiles,
-        )
-        return result
+        """TRL's `_ChunkedLogProbFunction.apply`: hidden [N, H], weight [V, H], targets [N]; outputs are [N] each."""
+        compute = self.head if self.is_registered(weight) else self.shipped.apply
+        options = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+        return compute(hidden, weight, bias, targets, *options)
 
 
 def _head_weight(model: nn.Module) -> Tensor | None:
@@ -115,32 +99,40 @@ def _head_weight(model: nn.Module) -> Tensor | None:
     return None if head is None else head.weight
 
 
-def install(*, tiles: HeadTiles | None = None) -> HeadDispatch:
+def trainers_are_imported() -> bool:
+    """Whether anybody has imported TRL's trainers: a model that is used without them must not."""
+    return "trl.trainer.utils" in sys.modules
+
+
+def install(head: Callable[..., HeadOutputs]) -> HeadDispatch:
     """Put the dispatch into TRL's module, or find the one that is there. Models are registered with its `register`.
 
     Args:
-        tiles: Tile sizes; those in force stay if not given.
+        head: Computes the head of registered models; the one that is there before stays.
 
     Raises:
-        RuntimeError: This TRL has no such Function, so that its trainers would not reach ours.
+        UnsupportedError: This TRL computes its head otherwise, so that its trainers would not reach ours, or finds
+            cached reference log-probabilities otherwise, so that it would read all weights for a key.
     """
     import trl.trainer.utils as trl_utils
 
-    current = getattr(trl_utils, _ATTRIBUTE, None)
-    if current is None:
-        raise RuntimeError(
-            f"trl.trainer.utils has no {_ATTRIBUTE}: this version of TRL computes its head otherwise; install trl>=1.16"
-        )
-    if not isinstance(current, HeadDispatch):
-        current = HeadDispatch(current, tiles=tiles or HeadTiles())
-        setattr(trl_utils, _ATTRIBUTE, current)
-    elif tiles is not None:
-        current.tiles = tiles
-    return current
+    for name in (_ATTRIBUTE, _HASH):
+        if not hasattr(trl_utils, name):
+            raise UnsupportedError(
+                f"trl {version('trl')}",
+                reason=f"trl.trainer.utils has no {name}",
+                instead="a version of TRL that README names as tested",
+            )
+    current: Head = getattr(trl_utils, _ATTRIBUTE)
+    if isinstance(current, HeadDispatch):
+        return current
+    dispatch = HeadDispatch(current, head=head)
+    setattr(trl_utils, _ATTRIBUTE, dispatch)
+    return dispatch
 
 
 def hash_by_fingerprint(model: PreTrainedModel, fingerprint: str) -> None:
-    """Have TRL hash a model's absent weights by their checkpoint's fingerprint.
+    """Let TRL hash a model's absent weights by their checkpoint's fingerprint.
 
     Args:
         model: A streamed model whose weights never change.
@@ -164,10 +156,17 @@ def _digest(text: str) -> torch.Tensor:
 
 
 def _is_for_hashing() -> bool:
-    """Whether TRL's `hash_module` is what asked for the state dict. It names no other way to tell it what to hash."""
+    """Whether TRL's `hash_module` is what asked for the state dict: a caller that gives no other sign of itself.
+
+    It is imported by name into each trainer's module, maybe before a streamed model is made and maybe after, so there
+    is no one place to put a function of ours.
+    """
     utils = sys.modules.get("trl.trainer.utils")
-    code = getattr(getattr(utils, "hash_module", None), "__code__", None)
+    code = getattr(getattr(utils, _HASH, None), "__code__", None)
     frame = sys._getframe() if code is not None else None
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
+
+
+__all__ = ["Head", "HeadDispatch", "HeadOutputs", "hash_by_fingerprint", "install", "trainers_are_imported"]

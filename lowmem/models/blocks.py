@@ -1,14 +1,15 @@
-"""Finding the decoder blocks of a causal language model, and refusing what cannot be streamed block by block."""
+"""Finding the decoder blocks of a causal language model, and refusing what cannot be streamed or cut in chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowmem.errors import UnsupportedError
+from lowmem.internals.attention import attention_implementation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -110,20 +111,6 @@ def _refuse_shared_state(architecture: str, blocks: tuple[DecoderBlock, ...]) ->
 _NOT_DECODER_BLOCKS = {"rwkv": "its blocks hand a recurrent state to one another that they change in place"}
 
 
-def refuse_router_logits_in_chunks(chunk_tokens: int) -> NoReturn:
-    """Refuse the auxiliary loss of mixtures of experts where sequences are cut.
-
-    Raises:
-        UnsupportedError: Always.
-    """
-    raise UnsupportedError(
-        f"output_router_logits=True with chunks of {chunk_tokens} tokens",
-        reason="router logits are collected inside the blocks for whole sequences",
-        instead="router_aux_loss_coef=0.0 in the trainer's configuration (TRL asks for router logits otherwise) or "
-        "output_router_logits=False in the model's: training without the auxiliary loss; or shorter sequences",
-    )
-
-
 def refuse_config(config: PretrainedConfig) -> None:
     """Refuse what the configuration alone shows to be unsupported, before anything loads.
 
@@ -173,3 +160,57 @@ def refuse_labels(config: PretrainedConfig, num_labels: int) -> None:
             reason="transformers has no sequence classification model of it",
             instead="a reward model on another architecture, or DPO, which needs none",
         )
+
+
+ARCHITECTURES: frozenset[str] = frozenset(
+    # Names in alphabetical order.
+    """
+    afmoe apertus arcee aria_text axk1 bailing_hybrid bamba beam biogpt bitnet cohere cohere2 cohere2_moe
+    cohere_compass_text cwm dbrx deepseek_v2 deepseek_v3 diffllama dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
+    flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite
+    granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hrm_text hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe
+    lfm3 llama llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral
+    mixtral modernbert-decoder moshi nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi
+    phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma
+    seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
+    """.split()  # noqa: SIM905
+)
+"""Values of `model_type` whose blocks the tests found equal in chunks and as they are. Taken by name: code that looks
+alike can mix tokens where a chunk does not see it (a convolution, a shared cache, a mask it changes itself). Where only
+some blocks have attention, only those are chunked."""
+
+IMPLEMENTATIONS = {"sdpa": "lowmem_sdpa", "eager": "lowmem_eager"}
+"""Names of our attention among transformers' implementations, by the one that each stands in for."""
+
+
+def can_chunk(model: torch.nn.Module) -> str | None:
+    """Why a model's blocks cannot be walked along the sequence in chunks; None if they can.
+
+    Reads the configuration only: nothing runs, and no weight is needed.
+
+    Args:
+        model: A transformers model for causal language modelling, without PEFT's wrapper.
+    """
+    implementation = attention_implementation(model)
+    config = getattr(model, "config").get_text_config()  # noqa: B009 - nn.Module does not declare it
+    if config.model_type not in ARCHITECTURES:
+        return f"{config.model_type} is not among the architectures that were found exact in chunks"
+    if not getattr(config, "is_causal", True):
+        return "its attention is bidirectional"
+    if implementation not in (*IMPLEMENTATIONS, *IMPLEMENTATIONS.values()):
+        return f"attn_implementation={implementation!r} has kernels of its own; use 'sdpa' or 'eager'"
+    if getattr(config, "output_router_logits", False):
+        return "output_router_logits=True collects routers' logits inside the blocks"
+    return None
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "IMPLEMENTATIONS",
+    "DecoderBlock",
+    "can_chunk",
+    "find_blocks",
+    "refuse_config",
+    "refuse_labels",
+]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from types import MethodType
 
 import torch
 from torch import Tensor
@@ -36,9 +36,10 @@ class GatheredEmbedding:
             dtype: Compute dtype.
             device: Compute device.
         """
-        self._module, self._spec, self._reader = module, spec, reader
+        # Weakly: the module holds this, and must be freed without a cyclic collection when its model is dropped.
+        self._module = weakref.ref(module)
+        self._spec, self._reader = spec, reader
         self._dtype, self._device = dtype, device
-        self._forward: Callable[[Tensor], Tensor] = module.forward
         module.forward = self.forward
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,9 +49,12 @@ class GatheredEmbedding:
             IndexError: An id lies outside the vocabulary.
             OffloadError: The rows cannot be read.
         """
-        weight = parameter_table(self._module)["weight"]
+        module = self._module()
+        assert module is not None
+        look_up: Callable[[torch.nn.Module, Tensor], Tensor] = type(module).forward
+        weight, padding_idx = parameter_table(module)["weight"], getattr(module, "padding_idx", None)
         if not isinstance(weight, AbsentParameter):
-            return self._forward(input)
+            return look_up(module, input)
         ids, local = torch.unique(input, return_inverse=True)
         vocabulary = self._spec.shape[0]
         if ids.numel() and not (int(ids[0]) >= 0 and int(ids[-1]) < vocabulary):
@@ -58,22 +62,21 @@ class GatheredEmbedding:
                 f"{self._spec.name}: token ids {int(ids[0])} to {int(ids[-1])} do not lie within a "
                 f"vocabulary of {vocabulary}; use the tokenizer that belongs to this checkpoint"
             )
-        padding_idx = getattr(self._module, "padding_idx", None)
         # The padding index only says which row gets no gradient; a frozen table has no gradients at all.
-        self._module.padding_idx = None  # type: ignore[assignment]
-        put_parameter(self._module, "weight", torch.nn.Parameter(self._rows(ids.tolist()), requires_grad=False))
+        module.padding_idx = None  # type: ignore[assignment]
+        put_parameter(module, "weight", torch.nn.Parameter(self._rows(ids.tolist()), requires_grad=False))
         try:
-            return self._forward(local)
+            return look_up(module, local)
         finally:
-            put_parameter(self._module, "weight", weight)
-            self._module.padding_idx = padding_idx  # type: ignore[assignment]
+            put_parameter(module, "weight", weight)
+            module.padding_idx = padding_idx  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, object]) -> GatheredEmbedding:
         """What a copied module (`modules_to_save`) gets: its table is real, so it looks up as its class does."""
         copied = GatheredEmbedding.__new__(GatheredEmbedding)
-        module = memo[id(self._module)]
+        module = memo[id(self._module())]
         assert isinstance(module, torch.nn.Module)
-        copied.__dict__.update(self.__dict__, _module=module, _forward=MethodType(type(module).forward, module))
+        copied.__dict__.update(self.__dict__, _module=weakref.ref(module))
         return copied
 
     def _rows(self, ids: list[int]) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lowmem.generation.hooks import generation_of
 from lowmem.host_memory import process_peak_bytes
 from lowmem.monitoring.progress import StepEstimate, StepProgress
 from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
@@ -336,8 +337,9 @@ class _Run:
             num_blocks=self._runtime.num_blocks, num_forwards=num_forwards, planned_step_s=self._runtime.plan.step_s
         )
         self._progress = StepProgress(estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s)
-        if self._runtime.generation is not None:
-            self._stop_counting = self._runtime.generation.listen(self._progress.token)
+        generation = generation_of(self._runtime)
+        if generation is not None:
+            self._stop_counting = generation.listen(self._progress.token)
 
     def start_step(self, step: int, num_steps: int) -> None:
         if self._progress is not None:

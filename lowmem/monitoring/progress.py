@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import notebook_tqdm, tqdm  # type: ignore[import-untyped]
 from tqdm.std import tqdm as terminal_tqdm  # type: ignore[import-untyped]
 
+from lowmem.generation.hooks import generation_of
 from lowmem.generation.session import TokenProgress
 from lowmem.streaming.runtime import runtime_of
 from offload import format_bytes
@@ -232,7 +233,7 @@ class TokenBar:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._hooks = runtime_of(model).generation
+        self._hooks = generation_of(runtime_of(model))
         self._bar: tqdm | None = None
         self._stop = lambda: None
 

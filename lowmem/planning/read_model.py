@@ -280,8 +280,8 @@ def read_shapes(opened: Opened, *, peft_config: PeftConfig | None = None) -> Mod
 
 def _bare_shapes(opened: Opened) -> ModelShapes:
     """A model without adapters; tied weights count once, as the head."""
+    from lowmem.models.blocks import can_chunk
     from lowmem.models.checkpoint import gatherable_embedding
-    from lowmem.streaming.chunking.chunkable import can_chunk
 
     built, model = opened.built, opened.built.model
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()

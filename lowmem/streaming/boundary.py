@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from lowmem.streaming.boundary_disk import TAKEN_TWICE, DiskTier
-from offload import Scratch, StagingBuffer
+from lowmem.internals.torch import version_of
+from offload import FileSlot, Scratch, StagingBuffer, Transfer
 
 if TYPE_CHECKING:
     from offload import Trace
+
+
+_LARGE_BYTES = 8 << 20
+
+_TAKEN_TWICE = (
+    "backward ran twice through a streamed block; run the forward again (retain_graph is not supported: a block keeps "
+    "nothing for a second backward)"
+)
 
 
 class Boundary(Protocol):
@@ -22,7 +33,7 @@ class Boundary(Protocol):
         """Give it back on the compute device, once."""
 
     def release(self) -> None:
-        """Let go of it: its tier's memory is free afterwards. May be called repeatedly."""
+        """Release it: its tier's memory is free afterwards. May be called repeatedly."""
 
 
 class BoundaryTier(Protocol):
@@ -35,27 +46,11 @@ class BoundaryTier(Protocol):
     def held_bytes(self) -> int:
         """Bytes of memory the tier has taken for kept activations."""
 
-    def rest(self) -> None:
-        """Give back memory that kept activations can do without until they are taken."""
+    def release_idle(self) -> None:
+        """Give memory back that kept activations can do without until they are taken."""
 
     def close(self) -> None:
-        """Let go of everything; nothing can be kept or taken afterwards."""
-
-
-class NoTier:
-    """Keeps nothing: for a forward that no backward follows."""
-
-    held_bytes = 0
-
-    def keep(self, value: Tensor) -> Boundary:
-        """Forget an activation."""
-        return _Forgotten()
-
-    def rest(self) -> None:
-        """Nothing can be given back."""
-
-    def close(self) -> None:
-        """Nothing to release."""
+        """Release everything; nothing can be kept or taken afterwards."""
 
 
 class DeviceTier:
@@ -67,11 +62,11 @@ class DeviceTier:
         """Keep an activation where it is."""
         return _Referenced(value)
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Nothing can be given back."""
 
     def close(self) -> None:
-        """Nothing of its own to let go of."""
+        """Nothing of its own to release."""
 
 
 class HostTier:
@@ -105,14 +100,14 @@ class HostTier:
         return kept.to(self._device)
 
     def give_back(self, buffer: StagingBuffer) -> None:
-        """Have a buffer for the next activation."""
+        """Return a buffer for the next activation."""
         self._free.append(buffer)
 
-    def rest(self) -> None:
+    def release_idle(self) -> None:
         """Nothing can be given back."""
 
     def close(self) -> None:
-        """Let go of the buffers that no activation is in."""
+        """Release the buffers that no activation is in."""
         self.held_bytes -= sum(buffer.nbytes for buffer in self._free)
         self._free.clear()
 
@@ -130,27 +125,12 @@ class HostTier:
         return StagingBuffer(nbytes)
 
 
-class _Forgotten:
-    """An activation that nobody will ask for."""
-
-    def take(self) -> Tensor:
-        """Nothing can be given back.
-
-        Raises:
-            RuntimeError: Always.
-        """
-        raise RuntimeError("a forward without gradients keeps no activations")
-
-    def release(self) -> None:
-        """Nothing is held."""
-
-
 class _Referenced:
     """An activation that stays where it is."""
 
     def __init__(self, value: Tensor) -> None:
         self._value: Tensor | None = value.detach()
-        self._version = value._version
+        self._version = version_of(value)
 
     def take(self) -> Tensor:
         """Give the activation back.
@@ -159,8 +139,8 @@ class _Referenced:
             RuntimeError: It was changed in place since the forward, or was released before.
         """
         if self._value is None:
-            raise RuntimeError(TAKEN_TWICE)
-        if self._value._version != self._version:
+            raise RuntimeError(_TAKEN_TWICE)
+        if version_of(self._value) != self._version:
             raise RuntimeError(
                 "a boundary activation was changed in place after its block's forward; clone it before changing it"
             )
@@ -185,17 +165,362 @@ class _Buffered:
             RuntimeError: It was released before.
         """
         if self._value is None:
-            raise RuntimeError(TAKEN_TWICE)
+            raise RuntimeError(_TAKEN_TWICE)
         return self._tier.on_device(self._value)
 
     def release(self) -> None:
-        """Let the next activation have the buffer."""
+        """Return the buffer to the tier."""
         if self._value is not None:
             self._value = None
             self._tier.give_back(self._buffer)
 
     def __del__(self) -> None:
         self.release()
+
+
+class DiskTier:
+    """Kept in scratch space on disk; a few buffers of host RAM carry everything there and back.
+
+    An activation is copied into a buffer and written from there while the next block computes. Boundaries come back in
+    the reverse order: once one is taken, those kept before it are read ahead into other buffers. The last boundaries of
+    a forward are still in their buffers when the backward starts, and are not read.
+
+    Memory is the buffers, each as large as the largest activation, whatever the number of blocks and of passes that
+    wait for their backward. With one buffer nothing is read ahead. Should a block have more activations than there are
+    buffers, there are more for as long as it holds them.
+    """
+
+    def __init__(self, device: torch.device, scratch: Scratch, *, num_buffers: int = 2) -> None:
+        """Begin with no buffers.
+
+        Args:
+            device: Compute device, where activations come from and go back to.
+            scratch: Where they are written; closed with the tier.
+            num_buffers: Buffers to write behind and to read ahead with.
+
+        Raises:
+            ValueError: `num_buffers` is less than 1.
+        """
+        if num_buffers < 1:
+            raise ValueError(f"num_buffers must be at least 1, got {num_buffers}")
+        self.held_bytes = 0
+        self._device, self._scratch, self._num_buffers = device, scratch, num_buffers
+        self._lock = threading.Lock()
+        self._kept: dict[int, _Stored] = {}
+        self._leaving: list[_Stored] = []
+        self._free: list[StagingBuffer] = []
+        self._num_existing = 0
+        self._num_kept = 0
+        self._largest_bytes = 0
+        # Filled without the lock: a collection may let go of a boundary while this very thread holds it.
+        self._released: deque[_Stored] = deque()
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes written to disk so far."""
+        return self._scratch.written_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Disk space taken: the most that was kept at once so far."""
+        return self._scratch.file_bytes
+
+    def keep(self, value: Tensor) -> _OnDisk:
+        """Copy an activation into a buffer and start writing it; waits only where no buffer is free.
+
+        Raises:
+            TierFull: The disk has no room for an activation that was kept before.
+            WriteError: The disk failed to take one.
+            Closed: The tier was closed.
+        """
+        with self._lock:
+            self._settle()
+            if not self._kept:
+                self._shrink()
+            self._num_kept += 1
+            stored = _Stored(self._num_kept, value, slot=self._scratch.take(value.numel() * value.element_size()))
+            self._largest_bytes = max(self._largest_bytes, stored.slot.nbytes)
+            try:
+                stored.buffer = self._room(stored)
+                stored.view().copy_(value)
+                stored.transfer = self._scratch.write(stored.slot, stored.pages(), name=stored.name)
+            except BaseException:
+                self._clear(stored)
+                raise
+            stored.writing = True
+            self._kept[stored.number] = stored
+        return _OnDisk(stored, self)
+
+    def bring(self, stored: _Stored) -> Tensor:
+        """A kept activation on the compute device; has those kept before it follow.
+
+        Raises:
+            TierFull: The disk had no room for an activation.
+            WriteError: The disk failed to take one.
+            ReadError: The disk failed to give this one back.
+            Closed: The tier was closed.
+        """
+        with self._lock:
+            # Before anything that may raise another boundary's error: as long as it is in a buffer, none can touch it.
+            stored.taken = stored.buffer is not None
+            self._settle()
+            if stored.lost is not None:
+                raise stored.lost
+            if stored.buffer is None:
+                stored.buffer = self._room(stored)
+                self._start_reading(stored)
+            stored.taken = True
+            # A write that is under way reads the buffer as the block does; how it ends does not matter any more.
+            error = None if stored.writing or stored.transfer is None else stored.transfer.outcome()
+            if error is not None:
+                self._take_buffer_from(stored)
+                raise error
+            self._read_ahead(stored.number)
+            value = stored.view()
+            if self._device.type == "cpu":
+                return value
+            value = value.to(self._device)
+            if not stored.writing:
+                self._take_buffer_from(stored)
+            return value
+
+    def release(self, stored: _Stored, *, at_once: bool) -> None:
+        """Use an activation's room for others.
+
+        Args:
+            stored: The activation.
+            at_once: Not only when the next one is kept or taken. Not from a collection.
+        """
+        self._released.append(stored)
+        if at_once:
+            with self._lock:
+                self._settle(report=False)
+
+    def release_idle(self) -> None:
+        """Release large buffers, on a CPU: reading what they hold takes less than a block does.
+
+        Raises:
+            TierFull: The disk has no room for an activation that was kept before.
+            WriteError: The disk failed to take one.
+        """
+        if self._device.type != "cpu" or self.held_bytes < _LARGE_BYTES:
+            return
+        with self._lock:
+            for stored in self._kept.values():
+                if stored.writing and stored.transfer is not None:
+                    stored.transfer.outcome()
+            self._settle()
+            for stored in self._kept.values():
+                if stored.idle:
+                    self._take_buffer_from(stored)
+            while self._free:
+                self._drop(self._free.pop())
+
+    def close(self) -> None:
+        """Stop the transfers; give memory and disk space back. What is still kept is lost. Twice is fine."""
+        self._scratch.close()
+        with self._lock:
+            self._settle(report=False)
+            for stored in self._kept.values():
+                self._take_buffer_from(stored)
+            while self._free:
+                self._drop(self._free.pop())
+
+    def _settle(self, *, report: bool = True) -> None:
+        """Notice what has ended since.
+
+        Raises:
+            TierFull: A write found the disk full, and what it was to write is needed; each raises once here.
+            WriteError: Likewise, it failed.
+        """
+        while self._released:
+            stored = self._released.popleft()
+            self._kept.pop(stored.number, None)
+            stored.taken = False
+            self._leaving.append(stored)
+        # The slot and the buffer of a transfer that is under way belong to it.
+        leaving, self._leaving = self._leaving, []
+        for stored in leaving:
+            if stored.under_way:
+                self._leaving.append(stored)
+            else:
+                self._clear(stored)
+        for stored in self._kept.values():
+            if stored.writing and not stored.under_way:
+                stored.end_of_write()
+                if stored.lost is not None:
+                    self._take_buffer_from(stored)
+        if report:
+            for stored in self._kept.values():
+                if stored.lost is not None and not stored.reported:
+                    stored.reported = True
+                    raise stored.lost
+
+    def _room(self, stored: _Stored) -> StagingBuffer:
+        """A buffer for an activation: a free one, a new one, or one whose contents are on disk. May have to wait.
+
+        Raises:
+            TierFull: As `_settle`.
+            WriteError: As `_settle`.
+        """
+        while True:
+            buffer = self._spare_buffer(stored, others=self._kept.values())
+            if buffer is not None:
+                return buffer
+            under_way = [
+                other for other in (*self._leaving, *self._kept.values()) if other.under_way and not other.taken
+            ]
+            if not under_way:
+                # Blocks hold them all.
+                return self._new_buffer(stored.slot.nbytes)
+            oldest = under_way[0].transfer
+            assert oldest is not None
+            oldest.outcome()
+            self._settle()
+
+    def _spare_buffer(self, stored: _Stored, *, others: Iterable[_Stored]) -> StagingBuffer | None:
+        """A buffer that nothing needs at the moment, if need be from `others` that have it on disk as well."""
+        nbytes = stored.slot.nbytes
+        fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes]
+        if fitting:
+            best = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._free.remove(best)
+            return best
+        if self._num_existing >= self._num_buffers:
+            if not self._free:
+                idle = [other for other in others if other.idle]
+                if not idle:
+                    return None
+                # What was kept later has been passed by; of what is still to come, the earliest comes last.
+                self._take_buffer_from(max(idle, key=lambda other: (other.number > stored.number, -other.number)))
+                return self._spare_buffer(stored, others=others)
+            self._drop(self._free.pop())
+        return self._new_buffer(nbytes)
+
+    def _read_ahead(self, number: int) -> None:
+        earlier = [other for other in reversed(self._kept.values()) if other.number < number and not other.taken]
+        later = [other for other in self._kept.values() if other.number > number]
+        for stored in earlier[: self._num_buffers - 1]:
+            if stored.buffer is None and stored.lost is None:
+                stored.buffer = self._spare_buffer(stored, others=later)
+                if stored.buffer is None:
+                    return
+                self._start_reading(stored)
+
+    def _start_reading(self, stored: _Stored) -> None:
+        try:
+            stored.transfer = self._scratch.read(stored.slot, stored.pages(), name=stored.name)
+        except BaseException:
+            self._take_buffer_from(stored)
+            raise
+
+    def _clear(self, stored: _Stored) -> None:
+        self._take_buffer_from(stored)
+        self._scratch.give_back(stored.slot)
+
+    def _take_buffer_from(self, stored: _Stored) -> None:
+        buffer, stored.buffer, stored.transfer, stored.taken = stored.buffer, None, None, False
+        if buffer is not None:
+            self._free.append(buffer)
+            if self._num_existing > self._num_buffers:
+                self._drop(self._free.pop())
+
+    def _new_buffer(self, nbytes: int) -> StagingBuffer:
+        buffer = StagingBuffer(nbytes, pin=self._device.type == "cuda")
+        self._num_existing += 1
+        self.held_bytes += buffer.nbytes
+        return buffer
+
+    def _drop(self, buffer: StagingBuffer) -> None:
+        self._num_existing -= 1
+        self.held_bytes -= buffer.nbytes
+        buffer.close()
+
+    def _shrink(self) -> None:
+        """Let go of buffers that are far too large for what was kept since the last time that nothing was."""
+        too_large = [buffer for buffer in self._free if buffer.nbytes > 2 * self._largest_bytes]
+        for buffer in too_large:
+            self._free.remove(buffer)
+            self._drop(buffer)
+        self._largest_bytes = 0
+
+
+class _Stored:
+    """An activation in its slot on disk, in a buffer, or on the way between them."""
+
+    def __init__(self, number: int, value: Tensor, *, slot: FileSlot) -> None:
+        self.number, self.slot = number, slot
+        self.name = f"boundary {number}"
+        self._nbytes = value.numel() * value.element_size()
+        self._dtype, self._shape = value.dtype, value.shape
+        self.buffer: StagingBuffer | None = None
+        self.transfer: Transfer | None = None
+        self.writing = False
+        """Whether `transfer` is the write; it may have ended."""
+        self.taken = False
+        """Whether a block uses the buffer."""
+        self.lost: BaseException | None = None
+        """Why it is neither on disk nor in a buffer."""
+        self.reported = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a transfer uses slot and buffer."""
+        return self.transfer is not None and not self.transfer.done()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has a buffer that it does not need now."""
+        return self.buffer is not None and not self.taken and not self.under_way and not self.writing
+
+    def end_of_write(self) -> None:
+        """Take note of how the write ended."""
+        assert self.transfer is not None
+        error = self.transfer.outcome()
+        self.writing, self.transfer = False, None
+        # Where a block has it in hand, nothing is lost.
+        self.lost = None if self.taken else error
+
+    def pages(self) -> Tensor:
+        """The buffer's part that is moved, whole pages."""
+        assert self.buffer is not None
+        return self.buffer.tensor[: self.slot.nbytes]
+
+    def view(self) -> Tensor:
+        """The activation in the buffer."""
+        assert self.buffer is not None
+        return self.buffer.tensor[: self._nbytes].view(self._dtype).view(self._shape)
+
+
+class _OnDisk:
+    """An activation of the disk tier; a graph that is dropped without a backward gives its room back too."""
+
+    def __init__(self, stored: _Stored, tier: DiskTier) -> None:
+        self._stored: _Stored | None = stored
+        self._tier = tier
+
+    def take(self) -> Tensor:
+        """Give the activation back, on a CPU as a view of the tier's buffer; valid until `release`.
+
+        Raises:
+            RuntimeError: It was released before.
+            OffloadError: The disk failed.
+        """
+        if self._stored is None:
+            raise RuntimeError(_TAKEN_TWICE)
+        return self._tier.bring(self._stored)
+
+    def release(self) -> None:
+        """Let other activations have its room."""
+        self._give_back(at_once=True)
+
+    def _give_back(self, *, at_once: bool) -> None:
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            self._tier.release(stored, at_once=at_once)
+
+    def __del__(self) -> None:
+        self._give_back(at_once=False)
 
 
 def tier_for(

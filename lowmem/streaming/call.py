@@ -1,7 +1,4 @@
-"""One call of a decoder block: its arguments, which of them need gradients, and how they split into micro-batches.
-
-How much of a call goes through a block at a time: as asked for, as planned, or as the budget leaves room for.
-"""
+"""One call of a decoder block: its arguments, which of them need gradients, and how much goes through at a time."""
 
 from __future__ import annotations
 
@@ -12,10 +9,45 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.torch import TreeSpec, tree_flatten, tree_unflatten
+from lowmem.internals.torch import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
     from lowmem.planning.plan import Plan
+
+
+CallArguments = tuple[tuple[object, ...], dict[str, object]]
+"""Positional and keyword arguments of a block's forward."""
+
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+"""Names under which transformers' blocks take a K/V cache."""
+
+
+def has_cache(kwargs: Mapping[str, object]) -> bool:
+    """Whether a block is called with a cache, filled or not."""
+    return any(kwargs.get(name) is not None for name in CACHE_NAMES)
+
+
+def without_cache(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """A training forward keeps no K/V cache, as with transformers' own checkpointing.
+
+    Raises:
+        RuntimeError: The cache already holds something that the block would attend to.
+    """
+    cleaned = dict(kwargs)
+    for name in CACHE_NAMES:
+        cache = cleaned.get(name)
+        if cache is None:
+            continue
+        length = getattr(cache, "get_seq_length", lambda: 1)()
+        if length:
+            raise RuntimeError(
+                f"{name} holds {length} tokens in a forward with gradients; streamed blocks train "
+                "without a prefix (prefix tuning is not supported: use LoRA)"
+            )
+        cleaned[name] = None
+    if cleaned.get("use_cache"):
+        cleaned["use_cache"] = False
+    return cleaned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +94,6 @@ class BlockCall:
             if isinstance(leaf, Tensor) and (leaf.requires_grad or index == self._hidden)
         ]
 
-    @property
-    def hidden(self) -> Tensor:
-        """The hidden states, of shape (batch, tokens, hidden)."""
-        hidden = self._leaves[self._hidden]
-        assert isinstance(hidden, Tensor)
-        return hidden
-
     def take_inputs(self) -> list[Tensor]:
         """The tensors that autograd must see, removed from the call so that it does not keep them alive."""
         inputs = [self._leaves[index] for index in self._input_positions]
@@ -83,13 +108,11 @@ class BlockCall:
             return False
         return all(_splits(leaf, self.batch_size) for leaf in self._leaves if leaf is not None)
 
-    def arguments(
-        self, inputs: Sequence[Tensor], rows: slice | Tensor | None
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
+    def arguments(self, inputs: Sequence[Tensor], rows: slice | Tensor | None) -> CallArguments:
         """Positional and keyword arguments for some sequences of the batch.
 
         Args:
-            inputs: What `take_inputs` answered, or leaves that stand for them, already cut to `rows`.
+            inputs: What `take_inputs` returned, or leaves that stand for them, already cut to `rows`.
             rows: Which sequences, as a slice or by their numbers; None for the whole batch.
         """
         leaves = [_cut(leaf, rows, self.batch_size) for leaf in self._leaves]
@@ -100,7 +123,13 @@ class BlockCall:
 
     def cut_inputs(self, inputs: Sequence[Tensor], rows: slice | Tensor | None) -> list[Tensor]:
         """Some sequences of each input; an input that is one for all sequences stays whole."""
-        return [cut for cut in (_cut(value, rows, self.batch_size) for value in inputs) if isinstance(cut, Tensor)]
+        return [self.cut(value, rows) for value in inputs]
+
+    def cut(self, value: Tensor, rows: slice | Tensor | None) -> Tensor:
+        """Some sequences of a tensor; one that is for all sequences stays whole."""
+        cut = _cut(value, rows, self.batch_size)
+        assert isinstance(cut, Tensor)
+        return cut
 
 
 def _splits(leaf: object, batch_size: int) -> bool:
@@ -123,11 +152,6 @@ def micro_batches(batch_size: int, size: int | None) -> Iterator[slice]:
     step = size or batch_size
     for start in range(0, batch_size, step):
         yield slice(start, min(start + step, batch_size))
-
-
-def flatten_output(output: object) -> tuple[list[object], TreeSpec]:
-    """A block's output as leaves: tensors, and what else it returned."""
-    return tree_flatten(output)
 
 
 _FEWEST_TOKENS = 64
@@ -195,3 +219,15 @@ class SplitChoice:
         """Tokens that a block may recompute at a time, the boundaries of `num_tokens` being kept."""
         free_bytes = self._room_bytes - self._boundary_bytes_per_token * num_tokens
         return max(self._num_tokens, int(self._num_tokens * free_bytes / self._recompute_bytes))
+
+
+__all__ = [
+    "CACHE_NAMES",
+    "BlockCall",
+    "CallArguments",
+    "Split",
+    "SplitChoice",
+    "has_cache",
+    "micro_batches",
+    "without_cache",
+]

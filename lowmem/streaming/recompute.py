@@ -1,6 +1,6 @@
-"""The random generators' state, so that a recomputation draws the numbers that the forward drew.
+"""What a recomputation needs: the random numbers of the forward, and sums of the gradients of its parts.
 
-Gradients of a recomputed block: all at once, or each weight's handed on as soon as autograd has it.
+Gradients come all at once, or each weight's is handed on as soon as autograd has it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lowmem.internals.torch import without_gradient_hooks
+
 
 @dataclass(frozen=True, kw_only=True)
 class RandomState:
     """State of the CPU generator and of the compute device's."""
 
     cpu: Tensor
-    """As torch.get_rng_state answers."""
+    """What torch.get_rng_state returns."""
     cuda: Tensor | None
-    """As torch.cuda.get_rng_state answers; None on a CPU."""
+    """What torch.cuda.get_rng_state returns; None on a CPU."""
 
 
 def capture(device: torch.device) -> RandomState:
@@ -93,10 +95,10 @@ def differentiate(
     """Differentiate with respect to leaves; None for one that the outputs do not depend on.
 
     Args:
-        outputs: What was computed.
+        outputs: What was computed, of any shapes.
         grads: Their gradients.
-        inputs: Leaves whose gradients are answered.
-        params: Parameters whose gradients are answered, unless `take` gets them.
+        inputs: Leaves whose gradients are returned.
+        params: Parameters whose gradients are returned, unless `take` gets them.
         take: Gets a parameter's gradient while autograd goes on: only one of a block's weights has a gradient at a
             time. The parameters must be nobody else's, and have no gradients of their own.
 
@@ -104,8 +106,9 @@ def differentiate(
         Gradients of the inputs and of the parameters.
     """
     if take is None:
-        # autograd.grad, not backward: a parameter's hooks must fire once per step, after the sum over all parts.
-        found = torch.autograd.grad(outputs, [*inputs, *params], grads, allow_unused=True)
+        # A parameter's hooks act once, on the sum over all parts, where autograd accumulates it.
+        with without_gradient_hooks(params):
+            found = torch.autograd.grad(outputs, [*inputs, *params], grads, allow_unused=True)
         return list(found[: len(inputs)]), list(found[len(inputs) :])
     hooks = [
         param.register_post_accumulate_grad_hook(partial(_hand_on, take, number))  # type: ignore[no-untyped-call]
@@ -126,3 +129,49 @@ def _hand_on(take: TakeGradient, number: int, param: Tensor) -> None:
     grad, param.grad = param.grad, None
     assert grad is not None
     take(number, grad)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which gradients (and softmax statistics) of a type are summed: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class GradientSums:
+    """Gradients of some tensors, summed over the parts that they come in; None where no part had any.
+
+    Sums are in fp32 (fp64 for fp64). The first part is kept as it is where it has that type already.
+    """
+
+    def __init__(self, num: int) -> None:
+        self.totals: list[Tensor | None] = [None] * num
+
+    def add(self, number: int, grad: Tensor | None) -> None:
+        """Add a part of one gradient, of the tensor's shape; `grad` may be written to afterwards."""
+        if grad is None:
+            return
+        grad, total = grad.to(sum_dtype(grad.dtype)), self.totals[number]
+        self.totals[number] = grad if total is None else total.add_(grad)
+
+    def add_all(self, grads: Sequence[Tensor | None]) -> None:
+        """Add a part of each."""
+        for number, grad in enumerate(grads):
+            self.add(number, grad)
+
+    def like(self, values: Sequence[Tensor]) -> list[Tensor | None]:
+        """The sums in the types of the tensors that they belong to."""
+        pairs = zip(self.totals, values, strict=True)
+        return [None if total is None else total.to(value.dtype) for total, value in pairs]
+
+
+__all__ = [
+    "GradientSums",
+    "RandomState",
+    "RandomTape",
+    "TakeGradient",
+    "capture",
+    "differentiate",
+    "restore",
+    "restored",
+    "same_state",
+    "sum_dtype",
+]

@@ -1,7 +1,4 @@
-"""How a forward runs, its inputs aside: with gradients or not, with which adapters, training or not.
-
-Whether two calls of a block have the same arguments, by value, up to the order of their sequences.
-"""
+"""Whether two forwards are the same: the state they run in, and a block's arguments up to the order of sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lowmem.internals.peft import BlockFlags, read_flags
-from lowmem.internals.torch import tree_flatten, tree_unflatten
+from lowmem.internals.torch import tree_flatten, tree_unflatten, version_of
+from lowmem.streaming.call import CACHE_NAMES, has_cache
 from lowmem.streaming.chunking.mask import CausalMask
 
 
@@ -45,7 +43,7 @@ class ForwardState:
             autocast=(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
         )
 
-    def can_run_beside(self, first: ForwardState) -> bool:
+    def can_follow(self, first: ForwardState) -> bool:
         """Whether a forward in this state can run in the visits of one in the state `first`."""
         return self != first and self.sets_as(first) and not (self.grad and first.grad)
 
@@ -63,10 +61,7 @@ class ForwardState:
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
-
-_WITHOUT_EFFECT = (*_CACHES, "use_cache", "output_router_logits")
+_WITHOUT_EFFECT = (*CACHE_NAMES, "use_cache", "output_router_logits")
 """Arguments that change nothing in what a block without a cache computes."""
 
 
@@ -104,12 +99,12 @@ class Inputs:
             raise Unsuitable
         self.hidden: Tensor = hidden
         self.rest: list[object] = leaves
-        self._version = hidden._version
+        self._version = version_of(hidden)
 
     @property
     def unchanged(self) -> bool:
         """Whether nobody has written to the hidden states since."""
-        return self.hidden._version == self._version
+        return version_of(self.hidden) == self._version
 
     def with_hidden(self, hidden: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
         """The call's arguments with other hidden states."""
@@ -119,7 +114,7 @@ class Inputs:
         return args, kwargs
 
     def drop_hidden(self) -> None:
-        """Let go of the hidden states; the rest stays comparable."""
+        """Release the hidden states; the rest stays comparable."""
         self.hidden = torch.empty(0)
         self._version = 0
 
@@ -130,9 +125,8 @@ class Inputs:
 
 def _cleaned(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Without caches: a training forward keeps none, and a forward without gradients may pass an empty one."""
-    for name in _CACHES:
-        if kwargs.get(name) is not None:
-            raise Unsuitable
+    if has_cache(kwargs):
+        raise Unsuitable
     return {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
 
 

@@ -97,7 +97,7 @@ class VisitingOrder:
         self._phase, self._last = phase, block
 
     def record(self, block: int) -> TrainingPass:
-        """Note that the block being visited recorded a call; the caller keeps the answer as long as its graph."""
+        """Note that the block being visited recorded a call; the caller keeps the pass as long as its graph."""
         if self._current is None:
             self._begin_training_pass()
         assert self._current is not None

@@ -1,5 +1,6 @@
 """One call of one block of a tiny model, as it is and in chunks; for tests only."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lowmem.streaming.call import CallArguments
 from lowmem.streaming.chunking import attention
+from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.chunking.carrier import Workspace
-from lowmem.streaming.chunking.chunkable import enable_chunks
-from lowmem.streaming.chunking.chunks import CallArguments, ChunkedCall, ChunkRecord, backward_chunks, forward_chunks
+from lowmem.streaming.chunking.chunks import ChunkedCall, ChunkRecord, backward_chunks, forward_chunks
 from tests.zoo.architectures import tiny_model
 
 CPU = torch.device("cpu")
@@ -121,6 +123,13 @@ def batch_of(padding: str, *, vocab: int = 100) -> tuple[dict[str, Tensor], Tens
         return {"input_ids": ids}, valid.bool()
     valid[1, slice(0, 5) if padding == "left" else slice(-5, None)] = 0
     return {"input_ids": ids, "attention_mask": valid}, valid.bool()
+
+
+def has_attention(block: nn.Module) -> bool:
+    """Whether a block computes attention that goes through transformers' registry, so that ours can be in its place."""
+    forwards = (inspect.unwrap(type(module).forward) for module in block.modules())
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
 def first_tensor(output: object) -> Tensor:

@@ -229,7 +229,7 @@ def test_no_mask_of_tokens_by_tokens_is_built_for_long_sequences(kind: str) -> N
         mask = causal_mask(kind, tokens=tokens, window=700)
         query, key, value = (tensor.detach().float() for tensor in tensors(tokens=tokens, heads=1, key_heads=1))
         module = torch.nn.Module()
-        attention._sdpa_attention(module, query, key, value, mask, scaling=0.3)
+        attention.attend("sdpa", module, query, key, value, mask, scaling=0.3)
     assert largest.numel < tokens**2
 
 
@@ -242,7 +242,7 @@ def test_short_masks_are_those_of_transformers() -> None:
         want, _ = sdpa_attention_forward(torch.nn.Module(), query, key, value, mask.dense(), scaling=0.3)
         if mask.rule.plain:
             want, _ = sdpa_attention_forward(torch.nn.Module(), query, key, value, None, scaling=0.3)
-        got, _ = attention._sdpa_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+        got, _ = attention.attend("sdpa", torch.nn.Module(), query, key, value, mask, scaling=0.3)
         assert torch.equal(got, want)
 
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.streaming.boundary import Boundary, DeviceTier, tier_for
-from lowmem.streaming.boundary_disk import DiskTier
+from lowmem.streaming.boundary import Boundary, DeviceTier, DiskTier, tier_for
 from offload import Closed, ReadError, Scratch, TierFull, Trace, WriteError
 from tests.offload.small_disk import fill, small_disk
 

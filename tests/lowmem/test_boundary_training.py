@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.streaming.boundary_disk import DiskTier
+from lowmem.streaming.boundary import DiskTier
 from lowmem.streaming.runtime import Runtime, runtime_of
 from offload import ReadError, Scratch, WriteError
 from tests.zoo.architectures import build

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.streaming.chunking.chunkable import ARCHITECTURES, has_attention
+from lowmem.models.blocks import ARCHITECTURES
 from lowmem.streaming.chunking.chunks import NotChunkable
 from tests.lowmem.chunked_blocks import (
     CHUNKS,
@@ -16,6 +16,7 @@ from tests.lowmem.chunked_blocks import (
     batch_of,
     checkpointed,
     chunked,
+    has_attention,
     record_calls,
     tiny,
 )

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.planning.block_memory import MicroBatch, block_recompute_bytes, chunk_bytes
 from lowmem.planning.shapes import BlockShape, LinearShape, Part
-from lowmem.streaming.chunking.chunkable import enable_chunks
+from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.chunking.chunks import ChunkedCall, backward_chunks, forward_chunks
 from tests.lowmem.chunked_blocks import CPU, raw_forward, record_arguments
 

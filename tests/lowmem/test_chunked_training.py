@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowmem.models.blocks import ARCHITECTURES
 from lowmem.streaming.block import ChunkedRows
-from lowmem.streaming.chunking.chunkable import ARCHITECTURES
+from lowmem.streaming.call import CallArguments
+from lowmem.streaming.chunking.chunks import RunBlock
 from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.chunked_blocks import CHUNKS, PADDINGS, batch_of
 from tests.lowmem.test_architectures import EXACT, KINDS, distance
@@ -123,7 +125,7 @@ def test_kept_keys_and_values_equal_those_computed_again(name: str, checkpoint: 
 
     def outcome(*, keeps: bool) -> Outcome:
         model = streamed(checkpoint(name), chunk_tokens=5, dtype=torch.float64)
-        runtime_of(model)._choose_split._keeps_keys_values = keeps
+        runtime_of(model).choose_split._keeps_keys_values = keeps
         return run(in_double(model, name), batch)
 
     kept, again = outcome(keeps=True), outcome(keeps=False)
@@ -138,9 +140,9 @@ def test_forwards_without_gradients_go_in_chunks_too(
     seen: list[ChunkedRows] = []
     forward = ChunkedRows.forward
 
-    def counted(rows: ChunkedRows, arguments: tuple[tuple[object, ...], dict[str, object]]) -> object:
+    def counted(rows: ChunkedRows, run: RunBlock, arguments: CallArguments) -> object:
         seen.append(rows)
-        return forward(rows, arguments)
+        return forward(rows, run, arguments)
 
     monkeypatch.setattr(ChunkedRows, "forward", counted)
     folder = checkpoint("llama")

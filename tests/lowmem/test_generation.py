@@ -175,7 +175,7 @@ def test_long_prompts_pass_in_chunks(name: str, num_rows: int, tmp_path: Path) -
     model = streamed(tmp_path)
     runtime = runtime_of(model)
     with_room(runtime, prefill_tokens=NUM_PROMPT_TOKENS)
-    runtime._choose_split._planned_chunk = 4
+    runtime.choose_split._planned_chunk = 4
     lengths: list[int] = []
     norm = next(module for name, module in model.named_modules() if name.endswith("layers.0.input_layernorm"))
     norm.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))

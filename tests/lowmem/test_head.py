@@ -238,9 +238,13 @@ class Spy:
         return hidden.sum(-1), None, None, None, None
 
 
+def in_small_tiles(*args: object) -> tuple[Tensor, ...]:
+    return TiledLogProbFunction.apply(*args, SMALL)
+
+
 def test_only_heads_of_registered_models_are_computed_in_tiles() -> None:
     shipped = Spy()
-    dispatch = HeadDispatch(shipped, tiles=SMALL)
+    dispatch = HeadDispatch(shipped, head=in_small_tiles)
     ours, other = OwnHead(), OwnHead()
     dispatch.register(ours)
     hidden, targets = torch.randn(3, 5), torch.tensor([0, 1, 2])
@@ -251,7 +255,7 @@ def test_only_heads_of_registered_models_are_computed_in_tiles() -> None:
 
 
 def test_a_head_that_was_replaced_after_registration_is_still_ours() -> None:
-    dispatch = HeadDispatch(Spy(), tiles=SMALL)
+    dispatch = HeadDispatch(Spy(), head=in_small_tiles)
     model = OwnHead()
     dispatch.register(model)
     before = model.head.weight
@@ -261,7 +265,7 @@ def test_a_head_that_was_replaced_after_registration_is_still_ours() -> None:
 
 
 def test_registration_does_not_keep_a_model_alive() -> None:
-    dispatch = HeadDispatch(Spy(), tiles=SMALL)
+    dispatch = HeadDispatch(Spy(), head=in_small_tiles)
     model = OwnHead()
     weight = model.head.weight
     dispatch.register(model)
@@ -270,7 +274,7 @@ def test_registration_does_not_keep_a_model_alive() -> None:
     assert not dispatch.is_registered(weight)
 
 
-def test_fused_head_of_trl_gives_the_same_loss_and_gradients_once_registered() -> None:
+def test_fused_head_of_trl_gives_the_same_loss_and_gradients_once_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     import trl.trainer.utils as trl_utils
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -288,14 +292,13 @@ def test_fused_head_of_trl_gives_the_same_loss_and_gradients_once_registered() -
         grads = torch.autograd.grad(output.loss, [model.lm_head.weight, model.model.layers[0].mlp.up_proj.weight])
         return output.loss, output.entropy, output.mean_logits, *grads
 
-    shipped = trl_utils._ChunkedLogProbFunction
+    found = trl_utils._ChunkedLogProbFunction
+    shipped = found.shipped if isinstance(found, HeadDispatch) else found
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", shipped)
     want = step()
-    try:
-        dispatch = install(tiles=SMALL)
-        assert install() is dispatch
-        assert dispatch.tiles == SMALL
-        dispatch.register(model)
-        for value, expected in zip(step(), want, strict=True):
-            assert relative_error(value, expected) < 1e-6
-    finally:
-        trl_utils._ChunkedLogProbFunction = shipped
+    dispatch = install(in_small_tiles)
+    assert install(TiledLogProbFunction.apply) is dispatch
+    assert dispatch.head is in_small_tiles
+    dispatch.register(model)
+    for value, expected in zip(step(), want, strict=True):
+        assert relative_error(value, expected) < 1e-6

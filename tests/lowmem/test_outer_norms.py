@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.models.norms import TILE_TOKENS, TiledNorm, tile_outer_norms
+from lowmem.streaming.norms import TILE_TOKENS, TiledNorm, tile_outer_norms
 from tests.zoo.architectures import tiny_model
 
 TOKENS = 2 * TILE_TOKENS + 3

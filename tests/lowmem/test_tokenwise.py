@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowmem.internals.torch import is_sole_owner
-from lowmem.models.norms import tokenwise
+from lowmem.streaming.norms import tokenwise
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 import lowmem
+from lowmem.streaming import reference as reference_pass
+from lowmem.streaming.attach import StreamedForward
 from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.tiny_trainers import make
 from tests.lowmem.tiny_training import lora, resident, streamed
@@ -236,15 +238,14 @@ def test_an_answer_is_given_once(pair: Pair) -> None:
     assert [pair.run(reference()) for _ in range(2)] == [0, 1]
 
 
-def test_what_is_not_asked_for_is_not_run_again(pair: Pair) -> None:
+def test_what_is_not_asked_for_is_not_run_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     pair.learn(policy(), reference())
-    run_here = []
-    runtime = runtime_of(pair.streamed)
-    original = runtime.run_here
-    runtime.run_here = lambda *args: (run_here.append(args[0]), original(*args))[1]  # type: ignore[method-assign]
+    followed = []
+    original = reference_pass.run_here
+    monkeypatch.setattr(reference_pass, "run_here", lambda *args: (followed.append(args[1]), original(*args))[1])
     for shift in range(3):
         pair.run(policy(IDS + shift))
-    assert run_here == list(range(NUM_BLOCKS))
+    assert followed == list(range(NUM_BLOCKS))
 
 
 def test_dropout_draws_what_it_draws_in_memory(folder: Path) -> None:
@@ -298,46 +299,46 @@ def test_all_hidden_states_can_be_asked_for(pair: Pair) -> None:
 
 def test_a_failing_block_leaves_nothing_behind(pair: Pair) -> None:
     pair.learn(policy(), reference())
-    runtime = runtime_of(pair.streamed)
-    original = runtime.run_here
+    original = reference_pass.run_here
 
     def failing(*args: object) -> object:
-        if args[0] == 1:
+        if args[1] == 1:
             raise OSError("injected")
         return original(*args)  # type: ignore[arg-type]
 
-    runtime.run_here = failing  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="injected"):
-        policy(IDS + 1)(pair.streamed)
-    runtime.run_here = original  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reference_pass, "run_here", failing)
+        with pytest.raises(OSError, match="injected"):
+            policy(IDS + 1)(pair.streamed)
     pair.passes.take()
     assert pair.run(reference(IDS + 2)) == 1
     assert (pair.run(policy(IDS + 3)), pair.run(reference(IDS + 3))) == (2, 0)
 
 
-def test_blocks_that_were_answered_run_after_all_where_a_later_one_differs(tmp_path: Path) -> None:
+def test_blocks_that_were_replayed_run_after_all_where_a_later_one_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two kinds of masks: sequences whose windows agree and whose full masks do not."""
     folder = build("gemma3_text", tmp_path)
     pair = Pair(folder)
     pair.learn(policy(), reference())
     pair.run(policy())
-    runtime = runtime_of(pair.streamed)
-    original = runtime.call
+    original = StreamedForward.call
 
-    def other_positions(index: int, args: object, kwargs: dict[str, object]) -> object:
+    def other_positions(streamed: StreamedForward, index: int, args: object, kwargs: dict[str, object]) -> object:
         if index == 1:
             cos, sin = kwargs["position_embeddings"]  # type: ignore[misc]
             kwargs = kwargs | {"position_embeddings": (cos.clone(), sin * 1.5)}
-        return original(index, args, kwargs)  # type: ignore[arg-type]
+        return original(streamed, index, args, kwargs)  # type: ignore[arg-type]
 
-    runtime.call = other_positions  # type: ignore[method-assign]
+    monkeypatch.setattr(StreamedForward, "call", other_positions)
     got = reference()(pair.streamed)
-    assert pair.passes.take() == len(runtime.blocks) / NUM_BLOCKS
+    assert pair.passes.take() == runtime_of(pair.streamed).num_blocks / NUM_BLOCKS
     with torch.no_grad():
         assert torch.equal(got, reference()(pair.streamed))
 
 
-def test_blocks_that_are_skipped_at_random_are_never_answered(tmp_path: Path) -> None:
+def test_blocks_that_are_skipped_at_random_are_never_replayed(tmp_path: Path) -> None:
     pair = Pair(build("opt", tmp_path, changes={"layerdrop": 0.4}))
     for shift in range(6):
         for forward in (policy(IDS + shift), reference(IDS + shift)):

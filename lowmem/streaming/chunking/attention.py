@@ -1,19 +1,17 @@
-"""Attention of a chunk to prefix and chunk joined, by torch's own fused kernels: for devices whose kernels take masks.
-
-One copy of the keys and values that the chunk sees is made for the time of the attention. Plain causal masks go to the
-kernels as lower-right aligned causal ones, without a mask tensor.
-
-Our attention among transformers' implementations: masks stay rules, and a chunk sees its prefix through a carrier.
+"""Our attention among transformers' implementations: masks stay rules, and a chunk sees its prefix through a carrier.
 
 transformers looks both its attention and its mask function up by one name in the model's configuration. Two names are
 registered here, one for each implementation that they stand in for: short sequences and everything that is no training
 pass (generation with a cache, dense masks of a user's own) go to that implementation unchanged.
+
+On a CPU a chunk attends part by part (`parts`). On devices whose fused kernels take masks, prefix and chunk are joined:
+one copy of the keys and values that the chunk sees is made for the time of the attention, and plain causal masks go to
+the kernels as lower-right aligned causal ones, without a mask tensor.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,17 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from lowmem.errors import UnsupportedError
+from lowmem.internals.attention import (
+    AttentionFunction,
+    attention_implementation,
+    check_mask_arguments,
+    set_attention_implementation,
+    shipped_attention,
+    shipped_mask,
+)
+from lowmem.internals.transformers import collected_keys
+from lowmem.models.blocks import IMPLEMENTATIONS, can_chunk
 from lowmem.streaming.chunking.carrier import KVCarrier, Prefix
 from lowmem.streaming.chunking.mask import CausalMask, MaskRule, is_causal
 from lowmem.streaming.chunking.parts import AttentionJob, PartwiseAttention
@@ -106,18 +115,11 @@ def joined_attention(query: Tensor, key: Tensor, value: Tensor, job: AttentionJo
     return torch.cat(parts, dim=1)
 
 
-IMPLEMENTATIONS = {"sdpa": "lowmem_sdpa", "eager": "lowmem_eager"}
-"""Our names, by the implementation of transformers that each stands in for."""
-
-
 # Bytes of the largest mask that is built whole, to give the very results of the implementation stood in for.
 _DENSE_BYTES = 4 * 1024**2
 
 
 AttentionOutput = tuple[Tensor, Tensor | None]
-
-
-AttentionFunction = Callable[..., AttentionOutput]
 
 
 class ChunkMask:
@@ -136,34 +138,41 @@ def register() -> None:
     """Make our names known to transformers; doing it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(IMPLEMENTATIONS["sdpa"], _sdpa_attention)
-    AttentionInterface.register(IMPLEMENTATIONS["eager"], _eager_attention)
-    AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], _sdpa_mask)
-    AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], _eager_mask)
+    for implementation, name in IMPLEMENTATIONS.items():
+        AttentionInterface.register(name, partial(attend, implementation))
+        AttentionMaskInterface.register(name, partial(_mask, implementation))
 
 
-def _sdpa_mask(*args: object, **kwargs: object) -> CausalMask | Tensor | None:
-    from transformers.masking_utils import sdpa_mask
+def enable_chunks(model: nn.Module) -> None:
+    """Let a model attend through this module; doing it again changes nothing.
 
-    rule = _causal_rule(kwargs)
-    dense: Tensor | None = sdpa_mask(*args, **kwargs) if rule is None else None
-    return dense if rule is None else rule
+    Raises:
+        ValueError: `can_chunk` says why not.
+    """
+    reason = can_chunk(model)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot be chunked: {reason}")
+    register()
+    implementation = attention_implementation(model)
+    set_attention_implementation(model, IMPLEMENTATIONS.get(implementation, implementation))
 
 
-def _eager_mask(*args: object, **kwargs: object) -> CausalMask | Tensor | None:
-    from transformers.masking_utils import eager_mask
-
-    rule = _causal_rule(kwargs)
-    dense: Tensor | None = eager_mask(*args, **kwargs) if rule is None else None
-    return dense if rule is None else rule
+def _mask(implementation: str, **arguments: object) -> CausalMask | Tensor | None:
+    rule = _causal_rule(arguments)
+    return shipped_mask(implementation, arguments) if rule is None else rule
 
 
 def _causal_rule(kwargs: dict[str, object]) -> CausalMask | None:
-    """The rule of a training pass's causal mask; None for every other mask, which is then built as usual."""
+    """The rule of a training pass's causal mask; None for every other mask, which is then built as usual.
+
+    Raises:
+        UnsupportedError: This transformers describes its masks otherwise.
+    """
+    check_mask_arguments(kwargs)
     tokens, batch = kwargs["q_length"], kwargs["batch_size"]
-    offsets = (kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0))
+    offsets = (kwargs["q_offset"], kwargs["kv_offset"])
     whole = kwargs["kv_length"] == tokens and offsets == (0, 0)
-    if not whole or kwargs.get("use_vmap", False) or not isinstance(tokens, int) or not isinstance(batch, int):
+    if not whole or kwargs["use_vmap"] or not isinstance(tokens, int) or not isinstance(batch, int):
         # use_vmap says that the caller added a mask function of its own.
         return None
     function, padding, window = kwargs["mask_function"], kwargs.get("attention_mask"), kwargs.get("local_size")
@@ -186,7 +195,8 @@ def _causal_rule(kwargs: dict[str, object]) -> CausalMask | None:
     return mask if plain or is_causal(mask) else None
 
 
-def _sdpa_attention(
+def attend(
+    implementation: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -194,52 +204,38 @@ def _sdpa_attention(
     attention_mask: ChunkMask | CausalMask | Tensor | None,
     **kwargs: object,
 ) -> AttentionOutput:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    """Attention as transformers calls it, in the place of one of its implementations.
 
-    return _attend(module, query, key, value, attention_mask, sdpa_attention_forward, kwargs)
+    Args:
+        implementation: The one stood in for, "sdpa" or "eager".
+        module: The attention.
+        query: (sequences, heads, tokens, head).
+        key: (sequences, key heads, tokens, head).
+        value: As `key`.
+        attention_mask: Ours, or whatever the implementation takes.
+        **kwargs: What else the implementation takes.
 
-
-def _eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: ChunkMask | CausalMask | Tensor | None,
-    **kwargs: object,
-) -> AttentionOutput:
-    # Each family has an eager function of its own, beside its attention, and passes it only as a default.
-    eager: AttentionFunction = sys.modules[_attention_class(module).__module__].eager_attention_forward
-    return _attend(module, query, key, value, attention_mask, eager, kwargs)
-
-
-def _attention_class(module: nn.Module) -> type[nn.Module]:
-    for owner in type(module).__mro__:
-        if hasattr(sys.modules[owner.__module__], "eager_attention_forward"):
-            return owner
-    raise ChunkedAttentionError(f"{type(module).__name__} has no eager_attention_forward beside it")
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: ChunkMask | CausalMask | Tensor | None,
-    stands_in_for: AttentionFunction,
-    kwargs: dict[str, object],
-) -> AttentionOutput:
+    Returns:
+        The output, (sequences, tokens, heads, head), and attention weights where the implementation gives them.
+    """
     if isinstance(attention_mask, ChunkMask):
         prefix = attention_mask.carrier.take(key, value)
         return _by_parts(query, key, value, attention_mask.mask, attention_mask.carrier.start, prefix, kwargs), None
+    shipped: AttentionFunction = shipped_attention(implementation, module)
     if not isinstance(attention_mask, CausalMask):
-        return stands_in_for(module, query, key, value, attention_mask, **kwargs)
+        return shipped(module, query, key, value, attention_mask, **kwargs)
     mask = attention_mask
-    sdpa = "sdpa" in stands_in_for.__name__
-    if sdpa and mask.rule.plain:
-        return stands_in_for(module, query, key, value, None, **kwargs)
+    if implementation == "sdpa" and mask.rule.plain:
+        return shipped(module, query, key, value, None, **kwargs)
     if mask.rows.shape[0] * mask.num_tokens**2 <= _DENSE_BYTES:
-        dense = mask.dense() if sdpa else _additive_mask(mask, query.dtype)
-        return stands_in_for(module, query, key, value, dense, **kwargs)
+        dense = mask.dense() if implementation == "sdpa" else _additive_mask(mask, query.dtype)
+        return shipped(module, query, key, value, dense, **kwargs)
+    if implementation == "eager" and "attentions" in collected_keys():
+        raise UnsupportedError(
+            f"output_attentions=True with {mask.num_tokens} tokens",
+            reason="attention of long sequences is computed by parts, which leaves no matrix of weights",
+            instead="shorter sequences or a smaller micro_batch",
+        )
     return _by_parts(query, key, value, mask, 0, None, kwargs), None
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem import host_memory
+from lowmem.streaming.recompute import sum_dtype
 
 
 class KeysTaken(Exception):
@@ -120,7 +121,7 @@ class AttentionMemory:
         return self._workspace.take(f"{name} {self._number}", shape, like=like, dtype=dtype)
 
     def _zeros(self, name: str, like: Tensor) -> Tensor:
-        return self._take(name, like, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32).zero_()
+        return self._take(name, like, dtype=sum_dtype(like.dtype)).zero_()
 
 
 class Prefix:
@@ -172,7 +173,7 @@ class KVCarrier:
         return [memory.kept for memory in self._memories]
 
     def put(self, number: int, key: Tensor, value: Tensor) -> None:
-        """Have an attention's keys and values of all tokens, as `keys_values` answered them; attentions in order."""
+        """Have an attention's keys and values of all tokens, as `keys_values` returned them; attentions in order."""
         memory = AttentionMemory(number, num_tokens=self._num_tokens, workspace=self._workspace)
         memory.keep(0, key, value)
         self._memories.append(memory)
@@ -195,7 +196,7 @@ class KVCarrier:
         return self.start
 
     def take(self, key: Tensor, value: Tensor) -> Prefix | None:
-        """What our attention calls with a chunk's own keys and values; answers those of the tokens before.
+        """What our attention calls with a chunk's own keys and values; returns those of the tokens before.
 
         Raises:
             KeysTaken: The forward is to be left here.

@@ -19,19 +19,17 @@ from torch import Tensor
 
 from lowmem import host_memory
 from lowmem.internals.torch import TreeSpec, tree_flatten, tree_unflatten
+from lowmem.streaming.call import CACHE_NAMES, CallArguments
 from lowmem.streaming.chunking.attention import ChunkMask
 from lowmem.streaming.chunking.carrier import KeysTaken, KVCarrier, Workspace
 from lowmem.streaming.chunking.mask import CausalMask
-from lowmem.streaming.recompute import RandomState, RandomTape, TakeGradient, differentiate, restored
-
-CallArguments = tuple[tuple[object, ...], dict[str, object]]
-
+from lowmem.streaming.recompute import GradientSums, RandomState, RandomTape, TakeGradient, differentiate, restored
 
 RunBlock = Callable[[CallArguments], object]
+"""Runs a block's raw forward; its weights are bound."""
 
-
-CARRIER_NAMES = ("past_key_values", "layer_past")
-"""Names under which transformers' blocks take a cache."""
+InChunks = Callable[[RunBlock, CallArguments], object]
+"""Runs a block on whole sequences chunk by chunk, handing it a carrier in the cache's place."""
 
 
 # Arguments with one entry per token.
@@ -70,7 +68,7 @@ class ChunkedCall:
     def __init__(self, raw_forward: Callable[..., object], args: Sequence[object], kwargs: dict[str, object]) -> None:
         bound = inspect.signature(raw_forward).bind(None, *args, **kwargs)
         names = list(bound.signature.parameters)
-        taken = [name for name in CARRIER_NAMES if name in names]
+        taken = [name for name in CACHE_NAMES if name in names]
         if not taken:
             raise NotChunkable("its forward takes no cache")
         self._carrier_name = taken[0]
@@ -278,12 +276,12 @@ def backward_chunks(
         wanted: For each input, whether its gradient is needed.
         params: Trainable parameters.
         grads: Gradient of each tensor of the output, or None.
-        record: What the forward answered.
+        record: What the forward returned.
         device: Compute device.
         workspace: Where keys, values and their gradients go.
         into: Where the gradient of the first input is written; fresh memory if not given. May be the gradient of the
             output: a chunk's is read before that of its input is written.
-        take: Gets the parameters' gradients chunk by chunk; they are not answered then.
+        take: Gets the parameters' gradients chunk by chunk; they are not returned then.
         give_keys_values: Puts what the forward left as keys and values into the carrier; they are computed again if
             not given.
 
@@ -309,7 +307,7 @@ def backward_chunks(
             output = run(call.arguments(carrier, leaves))
         _differentiate(output, grads, carrier, leaves=leaves, sums=sums, take=take)
         del output, leaves
-    return sums.input_grads(), sums.param_grads
+    return sums.input_grads(), sums.param_grads.totals
 
 
 def _differentiate(
@@ -355,11 +353,12 @@ class _Sums:
         into: Tensor | None,
     ) -> None:
         self.params = params
-        self.param_grads: list[Tensor | None] = [None] * len(params)
+        self.param_grads = GradientSums(len(params))
         self._call = call
         self._indices = [call.index_of(value) for value in inputs]
         self._wanted = wanted
-        self._input_grads: dict[int, Tensor | None] = {}
+        self._shared_grads = GradientSums(len(self._indices))
+        self._input_grads: dict[int, Tensor] = {}
         for index, value, want in zip(self._indices, inputs, wanted, strict=True):
             if want and call.is_per_token(index):
                 given = into if index == self._indices[0] else None
@@ -383,29 +382,19 @@ class _Sums:
     ) -> None:
         """Take what autograd found for the leaves that need gradients, and for the parameters."""
         gradients = iter(found)
-        for index, leaf in leaves.items():
+        for number, (index, leaf) in enumerate(leaves.items()):
             if not leaf.requires_grad:
                 continue
             grad = next(gradients)
-            if not self._call.is_per_token(index):
-                self._input_grads[index] = _sum(self._input_grads.get(index), grad)
-                continue
-            whole = self._input_grads[index]
-            assert whole is not None
-            if grad is None:
-                whole[:, start:end].zero_()
+            if index not in self._input_grads:
+                self._shared_grads.add(number, grad)
+            elif grad is None:
+                self._input_grads[index][:, start:end].zero_()
             else:
-                whole[:, start:end] = grad
-        for number, grad in enumerate(params):
-            self.param_grads[number] = _sum(self.param_grads[number], grad)
+                self._input_grads[index][:, start:end] = grad
+        self.param_grads.add_all(params)
 
     def input_grads(self) -> list[Tensor | None]:
         """One per input, None where not wanted."""
-        return [self._input_grads.get(index) for index in self._indices]
-
-
-def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    if grad is None:
-        return total
-    grad = grad if grad.dtype == torch.float64 else grad.float()
-    return grad if total is None else total.add_(grad)
+        pairs = zip(self._indices, self._shared_grads.totals, strict=True)
+        return [self._input_grads.get(index, shared) for index, shared in pairs]

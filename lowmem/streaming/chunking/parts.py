@@ -10,26 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 
+from lowmem.internals.torch import cpu_attention, cpu_attention_backward
 from lowmem.planning.job import kind_of
 from lowmem.planning.limits import PART_BYTES, PART_KEYS
+from lowmem.streaming.chunking.carrier import Prefix
 from lowmem.streaming.chunking.mask import CausalMask, Part, PartKind, QueryTile, split_part
-
-
-class KeyValuePrefix(Protocol):
-    """Keys and values of the tokens before a chunk, and where their gradients are summed."""
-
-    key: Tensor  # (sequences, key heads, tokens, head)
-    value: Tensor
-
-    def add_gradient(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Add the gradient of the keys and values from token `start` on."""
+from lowmem.streaming.recompute import sum_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +32,7 @@ class AttentionJob:
     start: int
     """Token of the first query, which is also that of the first key among the function's own."""
 
-    prefix: KeyValuePrefix | None
+    prefix: Prefix | None
     scale: float
     softcap: float | None
     dropout: float
@@ -77,7 +69,7 @@ class PartwiseAttention(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, tokens, _ = query.shape
         out_BTHD = query.new_empty(batch, tokens, heads, value.shape[-1])
-        lse = query.new_empty(batch, heads, tokens, dtype=_sum_dtype(query))
+        lse = query.new_empty(batch, heads, tokens, dtype=sum_dtype(query.dtype))
         for tile in job.mask.tiles(job.start, job.start + tokens):
             rows = slice(tile.start - job.start, tile.end - job.start)
             merged = _Merge()
@@ -98,7 +90,7 @@ class PartwiseAttention(torch.autograd.Function):
         query, key, value, sinks, out_BTHD, lse = ctx.saved_tensors
         job = ctx.job
         grad_out, out = grad_BTHD.transpose(1, 2).to(query.dtype), out_BTHD.transpose(1, 2)
-        grad_query = torch.zeros_like(query, dtype=_sum_dtype(query))
+        grad_query = torch.zeros_like(query, dtype=sum_dtype(query.dtype))
         own = _OwnGradients(key, value, start=job.start)
         for tile in job.mask.tiles(job.start, job.start + query.shape[2]):
             rows = slice(tile.start - job.start, tile.end - job.start)
@@ -115,16 +107,12 @@ class PartwiseAttention(torch.autograd.Function):
         return grad_query.to(query.dtype), own.key.to(key.dtype), own.value.to(value.dtype), grad_sinks, None
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 class _OwnGradients:
     """Sums the gradients of a chunk's own keys and values over its tiles."""
 
     def __init__(self, key: Tensor, value: Tensor, *, start: int) -> None:
-        self.key = torch.zeros_like(key, dtype=_sum_dtype(key))
-        self.value = torch.zeros_like(value, dtype=_sum_dtype(value))
+        self.key = torch.zeros_like(key, dtype=sum_dtype(key.dtype))
+        self.value = torch.zeros_like(value, dtype=sum_dtype(value.dtype))
         self._start = start
 
     def add_gradient(self, start: int, key: Tensor, value: Tensor) -> None:
@@ -143,7 +131,7 @@ class _Merge:
     def add(self, out: Tensor, lse: Tensor) -> None:
         """Add a part's output, (sequences, heads, tokens, head), and log-sum-exp, -inf where a query saw nothing."""
         if self._out is None or self._lse is None:
-            self._out, self._lse = out.to(_sum_dtype(out)), lse
+            self._out, self._lse = out.to(sum_dtype(out.dtype)), lse
             return
         total = torch.logaddexp(self._lse, lse)
         # Where neither saw a key both weights are exp(-inf - -inf), that is nan.
@@ -180,7 +168,7 @@ def _pieces(tile: QueryTile, query: Tensor, job: AttentionJob) -> Iterator[Part]
     for part in tile.parts:
         num_keys = PART_KEYS
         if _uses_scores(query, job):
-            num_keys = part_bytes // (query.shape[0] * query.shape[1] * num_queries * _sum_dtype(query).itemsize)
+            num_keys = part_bytes // (query.shape[0] * query.shape[1] * num_queries * sum_dtype(query.dtype).itemsize)
         elif part.kind is PartKind.MASKED:
             num_keys = part_bytes // (query.shape[0] * num_queries * query.dtype.itemsize)
         yield from split_part(part, at=job.start, num_keys=max(16, min(num_keys, PART_KEYS)))
@@ -229,11 +217,9 @@ def _part_forward(
         return grouped.view(*query.shape[:3], -1), lse
     width = value.shape[-1]
     query, key, value = _same_width(query, key, value)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=_additive(mask, query.dtype), scale=job.scale
-    )
+    out, lse = cpu_attention(query, key, value, causal=causal, mask=_additive(mask, query.dtype), scale=job.scale)
     if mask is not None:
-        # The kernel answers 0 for a query that sees none of these keys.
+        # The kernel gives 0 for a query that sees none of these keys.
         lse = lse.masked_fill(~mask.any(-1), -torch.inf)
     return out[..., :width], lse
 
@@ -249,17 +235,9 @@ def _part_backward(
     widths = key.shape[-1], value.shape[-1]
     query, wide_key, wide_value = _same_width(state.query, key, value)
     grad_out, out = (pad(tensor, (0, query.shape[-1] - widths[1])) for tensor in (state.grad_out, state.out))
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out,
-        query,
-        wide_key,
-        wide_value,
-        out,
-        state.lse.transpose(1, 2).contiguous().transpose(1, 2),
-        0.0,
-        causal,
-        attn_mask=_additive(mask, query.dtype),
-        scale=job.scale,
+    additive = _additive(mask, query.dtype)
+    grads = cpu_attention_backward(
+        grad_out, query, wide_key, wide_value, out, state.lse, causal=causal, mask=additive, scale=job.scale
     )
     return grads[0][..., : widths[0]], grads[1][..., : widths[0]], grads[2][..., : widths[1]]
 
@@ -286,7 +264,7 @@ def _scores(
     query: Tensor, key: Tensor, mask: Tensor | None, *, causal: bool, job: AttentionJob
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled, capped and masked scores, (sequences, heads, queries, keys), and the cap's slope where there is a cap."""
-    dtype = _sum_dtype(query)
+    dtype = sum_dtype(query.dtype)
     batch, heads, num_queries, _ = query.shape
     grouped = query.to(dtype).reshape(batch, key.shape[1], -1, query.shape[-1])
     scores = torch.matmul(grouped, key.to(dtype).transpose(-1, -2)).view(batch, heads, num_queries, -1).mul_(job.scale)

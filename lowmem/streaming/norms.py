@@ -1,6 +1,4 @@
-"""A module that treats each token by itself (a final norm), in token tiles and with nothing kept but its input.
-
-Norms outside the blocks, over long sequences: in tiles of tokens, keeping nothing but their input.
+"""Norms outside the blocks, over long sequences: in tiles of tokens, keeping nothing but their input.
 
 Written out in Python, a norm keeps several tensors as large as the hidden states. The last one does so just when the
 head runs, and the gradients of those tensors come on top. Each token is normed by itself, so tiles change nothing.
@@ -9,6 +7,7 @@ head runs, and the gradients of those tensors come on top. Each token is normed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lowmem import host_memory
+from lowmem.internals.torch import change_class
+from lowmem.streaming.recompute import GradientSums, differentiate
 
 RunTokens = Callable[[Tensor], Tensor]
 
@@ -63,23 +64,20 @@ class TokenwiseFunction(torch.autograd.Function):
         # Not a view is what goes on: the next block writes over it if nothing else sees its memory.
         grad_hidden = host_memory.empty_like(hidden) if ctx.needs_input_grad[2] else None
         grad_rows = None if grad_hidden is None else grad_hidden.view(rows.shape)
-        sums: list[Tensor | None] = [None] * len(params)
+        trained = [param for param in params if param.requires_grad]
+        sums = GradientSums(len(trained))
         for start in range(0, rows.shape[0], ctx.tile_tokens):
             tile = slice(start, start + ctx.tile_tokens)
             leaf = rows[tile].detach().requires_grad_(grad_rows is not None)
             with torch.enable_grad():
                 out = ctx.run(leaf)
-            sought = ([leaf] if grad_rows is not None else []) + [param for param in params if param.requires_grad]
-            found = list(torch.autograd.grad(out, sought, grads[tile], allow_unused=True))
+            sought = [leaf] if grad_rows is not None else []
+            found, of_params = differentiate([out], [grads[tile]], inputs=sought, params=trained)
             if grad_rows is not None:
-                _write(grad_rows[tile], found.pop(0))
-            _add_all(sums, params, found)
-        return (
-            None,
-            None,
-            grad_hidden,
-            *(None if total is None else total.to(param.dtype) for total, param in zip(sums, params, strict=True)),
-        )
+                _write(grad_rows[tile], found[0])
+            sums.add_all(of_params)
+        gradients = iter(sums.like(trained))
+        return (None, None, grad_hidden, *(next(gradients) if param.requires_grad else None for param in params))
 
 
 def _write(target: Tensor, grad: Tensor | None) -> None:
@@ -89,18 +87,8 @@ def _write(target: Tensor, grad: Tensor | None) -> None:
         target.copy_(grad)
 
 
-def _add_all(sums: list[Tensor | None], params: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
-    gradients = iter(found)
-    for index, param in enumerate(params):
-        grad = next(gradients) if param.requires_grad else None
-        if grad is not None:
-            grad = grad if grad.dtype == torch.float64 else grad.float()
-            total = sums[index]
-            sums[index] = grad if total is None else total.add_(grad)
-
-
 def tokenwise(run: RunTokens, hidden: Tensor, *, params: Sequence[Tensor] = (), tile_tokens: int = 256) -> Tensor:
-    """As `TokenwiseFunction.apply`; without gradients, just the tiles.
+    """Run a function of single tokens over tiles, keeping nothing but its input for the backward.
 
     Args:
         run: Maps (tokens, hidden) to (tokens, hidden), each token by itself.
@@ -124,7 +112,7 @@ class TiledNorm(nn.Module):
     """Mixed in front of a norm's own class: the same module, walked in tiles where there are many tokens."""
 
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """As the norm's own forward, of one tensor (..., tokens, hidden)."""
+        """The norm's own forward, of one tensor (..., tokens, hidden)."""
         whole: _Norm = super()  # type: ignore[assignment]
         if args or kwargs or not torch.is_grad_enabled() or hidden.shape[:-1].numel() <= TILE_TOKENS:
             return whole.forward(hidden, *args, **kwargs)
@@ -132,7 +120,7 @@ class TiledNorm(nn.Module):
 
 
 def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Have the norms outside the blocks run in tiles; answers their names.
+    """Let the norms outside the blocks run in tiles; returns their names.
 
     The class is changed rather than `forward` on the instance: a copy of the module, as PEFT makes them, must run
     itself and not the original.
@@ -147,9 +135,15 @@ def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str
         kind = type(module)
         if id(module) in inside or not _norms_single_tokens(kind) or issubclass(kind, TiledNorm):
             continue
-        module.__class__ = type(kind.__name__, (TiledNorm, kind), {"__module__": kind.__module__})
+        change_class(module, _tiled(kind))  # type: ignore[arg-type]  # classes are hashable
         names.append(name)
     return tuple(names)
+
+
+@cache
+def _tiled(kind: type[nn.Module]) -> type[nn.Module]:
+    """One class for each kind of norm: a class of each model's own would be garbage that refers to itself."""
+    return type(kind.__name__, (TiledNorm, kind), {"__module__": kind.__module__})
 
 
 def _norms_single_tokens(kind: type[nn.Module]) -> bool:

@@ -1,0 +1,193 @@
+"""A model that is dropped is freed at once; one model serves one thread at a time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+import lowmem
+from tests.lowmem.tiny_training import lora, resident, streamed
+from tests.zoo.architectures import build
+
+IDS = (torch.arange(40).view(4, 10) * 7) % 80
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(build("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def untouched(model: PreTrainedModel) -> object:
+    return model
+
+
+def evaluated(model: PreTrainedModel) -> object:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def generated(model: PreTrainedModel) -> object:
+    return model.generate(IDS, max_new_tokens=3, do_sample=False)
+
+
+def trained(model: PreTrainedModel) -> object:
+    made = get_peft_model(model, lora())
+    made(input_ids=IDS, labels=IDS).loss.backward()
+    return made
+
+
+USES: dict[str, Callable[[PreTrainedModel], object]] = {
+    "untouched": untouched,
+    "evaluated": evaluated,
+    "generated": generated,
+    "trained": trained,
+}
+LOADS: dict[str, dict[str, object]] = {
+    "streamed": {},
+    "chunks": {"chunk_tokens": 4},
+    "micro-batches": {"micro_batch": 1},
+    "full": {"tuning": "full", "budget": lowmem.Budget(device="64MiB", host="64MiB")},
+}
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize(
+    ("options", "use"),
+    [
+        pytest.param(options, use, marks=() if options == "streamed" or use == "generated" else pytest.mark.slow)
+        for options in LOADS
+        for use in USES
+        if (options, use) != ("full", "trained")
+    ],
+)
+def test_a_dropped_model_is_freed_without_a_collection_where_a_plain_one_is(
+    folder: Path, options: str, use: str
+) -> None:
+    def is_freed(model: PreTrainedModel) -> bool:
+        alive = [weakref.ref(model), *(weakref.ref(module) for module in model.modules())]
+        kept = USES[use](model)
+        del model, kept
+        return not any(ref() is not None for ref in alive)
+
+    # Outside of the assertion, which would keep the models in order to show them.
+    plain = is_freed(resident(folder))
+    ours = is_freed(streamed(folder, **LOADS[options]))
+    assert (plain, ours) == (True, True)
+
+
+def held() -> tuple[int, int]:
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("options", LOADS)
+def test_six_loads_leave_the_threads_and_descriptors_of_the_first(folder: Path, options: str) -> None:
+    after = []
+    for _ in range(6):
+        model = streamed(folder, **LOADS[options])
+        evaluated(model)
+        del model
+        after.append(held())
+    assert after[1:] == after[:1] * 5
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_boundaries_on_disk_are_released_too(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "llama", changes={"num_hidden_layers": 5})
+    job = {"seq_len": 4096, "batch_size": 4}
+    smallest = lowmem.plan(folder, **job, budget=lowmem.Budget(device=0, host=0, disk=tmp_path), device="cpu")
+    budget = lowmem.Budget(device=smallest.smallest_device_bytes, host=0, disk=tmp_path)
+    plan = lowmem.plan(folder, **job, budget=budget, device="cpu")
+    assert plan.boundary_tier == "disk"
+    before = held()
+    for _ in range(2):
+        model = lowmem.from_pretrained(folder, plan=plan)
+        trained(model)
+        del model
+    gc.collect()
+    assert held() == before
+
+
+def test_a_block_that_outlives_its_model_says_so(folder: Path) -> None:
+    model = streamed(folder)
+    inner, block = model.model, model.model.layers[0]
+    del model
+    with torch.no_grad():
+        assert inner(IDS, use_cache=False).last_hidden_state.shape == (4, 10, 32)
+    del inner
+    with pytest.raises(RuntimeError, match="block 0 has outlived its streamed model"):
+        block(torch.zeros(1, 2, 32))
+
+
+def test_a_second_thread_in_one_model_is_refused(folder: Path) -> None:
+    model = streamed(folder)
+    turn, errors = threading.Event(), []
+
+    def second() -> None:
+        evaluated(model)
+        turn.set()
+
+    def wait(*args: object) -> None:
+        """Between two blocks of the first thread's forward, the second thread runs its own."""
+        if threading.current_thread() is threading.main_thread():
+            threading.Thread(target=second).start()
+            assert turn.wait(30)
+
+    handle = model.model.layers[1].register_forward_pre_hook(wait)
+    with pytest.raises(lowmem.UnsupportedError, match="in two threads at a time"):
+        evaluated(model)
+    handle.remove()
+    assert torch.equal(evaluated(model), evaluated(streamed(folder)))  # type: ignore[arg-type]
+    assert not errors
+
+
+def test_a_second_thread_inside_a_visit_is_refused(folder: Path) -> None:
+    model = streamed(folder)
+    errors: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            evaluated(model)
+        except lowmem.UnsupportedError as error:
+            errors.append(error)
+
+    def inside(*args: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join(30)
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(inside)
+    with pytest.raises(lowmem.UnsupportedError, match="in two threads at a time"):
+        evaluated(model)
+    handle.remove()
+    assert len(errors) == 1
+    assert torch.equal(evaluated(model), evaluated(streamed(folder)))  # type: ignore[arg-type]
+
+
+def test_threads_may_take_turns(folder: Path) -> None:
+    model = streamed(folder)
+    found = [evaluated(model)]
+    thread = threading.Thread(target=lambda: found.append(evaluated(model)))
+    thread.start()
+    thread.join()
+    assert torch.equal(*found)  # type: ignore[arg-type]
