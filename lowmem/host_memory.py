@@ -162,15 +162,3 @@ def products_for(device: torch.device, *, num_tokens: int) -> AbstractContextMan
     if device.type != "cpu" or not _FEWEST_ROWS <= num_tokens <= _MOST_ROWS:
         return nullcontext()
     return SkinnyProducts()
-
-
-__all__ = [
-    "SkinnyProducts",
-    "empty",
-    "empty_like",
-    "give_back_freed",
-    "is_skinny",
-    "off_the_heap",
-    "product_of_few",
-    "products_for",
-]

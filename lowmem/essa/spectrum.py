@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
-from lowmem.streaming.visits import ActiveRows
+from lowmem.streaming.runtime import ActiveRows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,7 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.essa.spectrum import Spectrum
 from lowmem.essa.strategy import SeparableCma
-from lowmem.streaming.runtime import is_streamed, runtime_of
-from lowmem.streaming.visits import ActiveRows
+from lowmem.streaming.runtime import ActiveRows, is_streamed, runtime_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,7 +17,7 @@ from lowmem.internals.torch import tree_flatten, tree_unflatten
 from lowmem.streaming.call import BlockCall, CallArguments, micro_batches
 from lowmem.streaming.chunking.carrier import KVCarrier
 from lowmem.streaming.chunking.chunks import InChunks, NotChunkable
-from lowmem.streaming.visits import ActiveRows
+from lowmem.streaming.runtime import ActiveRows
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 

@@ -20,7 +20,7 @@ from lowmem.generation.session import Generation, TokenProgress
 from lowmem.host_memory import products_for
 from lowmem.internals.generation import extend_generate
 from lowmem.streaming.chunking.chunks import InChunks
-from lowmem.streaming.visits import ActiveRows
+from lowmem.streaming.runtime import ActiveRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,6 +188,3 @@ def generation_of(runtime: Runtime) -> GenerationHooks | None:
     """What extends `generate` of a runtime's model; None if nothing does."""
     hooks = runtime.generation
     return hooks if isinstance(hooks, GenerationHooks) else None
-
-
-__all__ = ["GenerationHooks", "generation_of"]

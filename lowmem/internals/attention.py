@@ -102,13 +102,3 @@ def shipped_attention(implementation: str, module: nn.Module) -> AttentionFuncti
         reason="its module has no eager_attention_forward",
         instead="attn_implementation='sdpa'",
     )
-
-
-__all__ = [
-    "AttentionFunction",
-    "attention_implementation",
-    "check_mask_arguments",
-    "set_attention_implementation",
-    "shipped_attention",
-    "shipped_mask",
-]

@@ -177,6 +177,3 @@ class _Ungraphed(torch.autograd.Function):
             reason="a streamed block keeps no graph of what happens inside it",
             instead="hidden states between the blocks (output_hidden_states=True, or a hook on the block itself)",
         )
-
-
-__all__ = ["BlockHooks", "has_foreign_hooks", "is_output_capture"]

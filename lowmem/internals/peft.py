@@ -215,16 +215,3 @@ def _frozen(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(item) for item in value)
     return value if isinstance(value, (bool, int, float, str)) else id(value)
-
-
-__all__ = [
-    "BlockFlags",
-    "Flags",
-    "ask_first",
-    "embed",
-    "embed_scale",
-    "flags_set",
-    "read_flags",
-    "settings_of",
-    "weight_marks",
-]

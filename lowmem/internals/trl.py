@@ -167,6 +167,3 @@ def _is_for_hashing() -> bool:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
-
-
-__all__ = ["Head", "HeadDispatch", "HeadOutputs", "hash_by_fingerprint", "install", "trainers_are_imported"]

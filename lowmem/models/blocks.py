@@ -203,14 +203,3 @@ def can_chunk(model: torch.nn.Module) -> str | None:
     if getattr(config, "output_router_logits", False):
         return "output_router_logits=True collects routers' logits inside the blocks"
     return None
-
-
-__all__ = [
-    "ARCHITECTURES",
-    "IMPLEMENTATIONS",
-    "DecoderBlock",
-    "can_chunk",
-    "find_blocks",
-    "refuse_config",
-    "refuse_labels",
-]

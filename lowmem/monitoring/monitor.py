@@ -24,8 +24,7 @@ from lowmem.generation.hooks import generation_of
 from lowmem.host_memory import process_peak_bytes
 from lowmem.monitoring.progress import StepEstimate, StepProgress
 from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
-from lowmem.streaming.runtime import Runtime, runtime_of
-from lowmem.streaming.visits import Visit
+from lowmem.streaming.runtime import Runtime, Visit, runtime_of
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments

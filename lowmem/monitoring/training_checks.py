@@ -24,7 +24,7 @@ from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from lowmem.streaming.visits import Visit
+    from lowmem.streaming.runtime import Visit
 
 
 def refuse_training_options(args: TrainingArguments) -> None:

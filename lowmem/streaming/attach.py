@@ -97,6 +97,3 @@ def _forward_of(streamed: StreamedForward, index: int) -> Callable[..., object]:
         return streamed.call(index, args, kwargs)
 
     return forward
-
-
-__all__ = ["StreamedForward", "attach"]

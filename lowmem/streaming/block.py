@@ -42,8 +42,7 @@ from lowmem.streaming.recompute import (
     restore,
     restored,
 )
-from lowmem.streaming.runtime import Runtime
-from lowmem.streaming.visits import Phase, TrainingPass
+from lowmem.streaming.runtime import Phase, Runtime, TrainingPass
 
 Gradients = tuple[list[Tensor | None], list[Tensor | None]]
 """Of the inputs, and of the parameters."""
@@ -582,6 +581,3 @@ def _in_chunks(
 ) -> object:
     call, workspace = ChunkedCall(raw_forward, *arguments), runtime.chunk_workspace
     return forward_chunks(run, call, chunk_tokens=chunk_tokens, device=runtime.device, workspace=workspace).output
-
-
-__all__ = ["BlockFunction", "ChunkedRows", "RecordedCall", "WholeRows", "run_block", "run_here"]

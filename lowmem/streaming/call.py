@@ -219,15 +219,3 @@ class SplitChoice:
         """Tokens that a block may recompute at a time, the boundaries of `num_tokens` being kept."""
         free_bytes = self._room_bytes - self._boundary_bytes_per_token * num_tokens
         return max(self._num_tokens, int(self._num_tokens * free_bytes / self._recompute_bytes))
-
-
-__all__ = [
-    "CACHE_NAMES",
-    "BlockCall",
-    "CallArguments",
-    "Split",
-    "SplitChoice",
-    "has_cache",
-    "micro_batches",
-    "without_cache",
-]

@@ -161,17 +161,3 @@ class GradientSums:
         """The sums in the types of the tensors that they belong to."""
         pairs = zip(self.totals, values, strict=True)
         return [None if total is None else total.to(value.dtype) for total, value in pairs]
-
-
-__all__ = [
-    "GradientSums",
-    "RandomState",
-    "RandomTape",
-    "TakeGradient",
-    "capture",
-    "differentiate",
-    "restore",
-    "restored",
-    "same_state",
-    "sum_dtype",
-]

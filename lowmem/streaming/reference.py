@@ -392,6 +392,3 @@ class ReferencePass:
 def _is_watched(blocks: Sequence[torch.nn.Module]) -> bool:
     """Whether hooks look at hidden states between the blocks or inside them."""
     return any(has_foreign_hooks(module) for block in blocks for module in block.modules())
-
-
-__all__ = ["ReferencePass"]

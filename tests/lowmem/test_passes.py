@@ -1,6 +1,6 @@
 """The visiting order: what is predicted at the start of each pass."""
 
-from lowmem.streaming.visits import Phase, TrainingPass, VisitingOrder
+from lowmem.streaming.runtime import Phase, TrainingPass, VisitingOrder
 
 
 class _Told:
