@@ -97,7 +97,7 @@ def _aligned(grad: Tensor) -> int:
 
 
 def give_back_freed() -> None:
-    """Have the C library give freed memory back to the system, where it can; takes some milliseconds."""
+    """Let the C library give freed memory back to the system, where it can; takes some milliseconds."""
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -63,7 +63,7 @@ def attention_implementation(model: nn.Module) -> str:
 
 
 def set_attention_implementation(model: nn.Module, name: str) -> None:
-    """Have a model look its attention and its masks up by another name from its next forward on."""
+    """Let a model look its attention and its masks up by another name from its next forward on."""
     config = getattr(model, "config")  # noqa: B009 - nn.Module does not declare it
     config._attn_implementation = name
 

@@ -243,7 +243,7 @@ class RecordedCall:
         self._other_leaves: list[object] = []
 
     def give_outputs(self, outputs: tuple[Tensor, ...]) -> None:
-        """Have `run_forward` return these: the forward lies behind."""
+        """Let `run_forward` return these, of a forward that has run already."""
         self._ready = outputs
 
     def run_forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -212,7 +212,7 @@ class DiskTier:
         self._num_existing = 0
         self._num_kept = 0
         self._largest_bytes = 0
-        # Filled without the lock: a collection may let go of a boundary while this very thread holds it.
+        # Filled without the lock: a collection may release a boundary while this very thread holds it.
         self._released: deque[_Stored] = deque()
 
     @property
@@ -478,7 +478,7 @@ class _Stored:
         assert self.transfer is not None
         error = self.transfer.outcome()
         self.writing, self.transfer = False, None
-        # Where a block has it in hand, nothing is lost.
+        # Where a block has taken it, nothing is lost.
         self.lost = None if self.taken else error
 
     def pages(self) -> Tensor:

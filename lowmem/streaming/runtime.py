@@ -425,7 +425,7 @@ def runtime_of(model: torch.nn.Module) -> Runtime:
 
 
 def give_runtime(module: torch.nn.Module, runtime: Runtime) -> None:
-    """Have a module own a runtime: it lives as long as the module does, and `runtime_of` finds it there."""
+    """Let a module own a runtime: it lives as long as the module does, and `runtime_of` finds it there."""
     object.__setattr__(module, _ATTRIBUTE, runtime)
 
 

@@ -173,7 +173,7 @@ class KVCarrier:
         return [memory.kept for memory in self._memories]
 
     def put(self, number: int, key: Tensor, value: Tensor) -> None:
-        """Have an attention's keys and values of all tokens, as `keys_values` returned them; attentions in order."""
+        """Take an attention's keys and values of all tokens, as `keys_values` returned them; attentions in order."""
         memory = AttentionMemory(number, num_tokens=self._num_tokens, workspace=self._workspace)
         memory.keep(0, key, value)
         self._memories.append(memory)
