@@ -38,7 +38,7 @@ class StreamedForward:
             kwargs: Keyword arguments.
 
         Raises:
-            UnsupportedError: The model is compiled, or another thread has begun a forward since block 0.
+            UnsupportedError: The model is compiled, or another thread has begun a forward since this one did.
             RuntimeError: The model that the block belongs to was freed.
         """
         runtime = self._runtime()
@@ -55,6 +55,8 @@ class StreamedForward:
         if index == 0:
             for callback in self._before_first:
                 callback()
+        # Some models skip blocks at random, block 0 too.
+        if index == 0 or self._thread is None:
             self._thread = threading.get_ident()
         elif self._thread != threading.get_ident():
             refuse_second_thread()
