@@ -140,12 +140,14 @@ def _lora(rank: int, *, dropout: float, dora: bool, target_modules: str) -> Peft
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Argument(help="A checkpoint whose files and disk to check too.")] = None,
+    folder: Annotated[
+        str | None, typer.Argument(help="A model (or its hub id), adapter, Trainer checkpoint or store to check too.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check versions, memory, devices and, with a model, its files and the disk they lie on.
+    """Check versions, memory, devices and, with a folder, whether what lies in it is whole; loads nothing.
 
     Exits with 1 if something has to be done before training can work.
     """
@@ -154,9 +156,9 @@ def doctor(
     from lowmem.doctor import examine
     from lowmem.models.checkpoint import resolve
 
-    folder = None if model is None else resolve(model, revision=revision)
+    place = None if folder is None else resolve(folder, revision=revision)
     num_broken = 0
-    for check in examine(folder, trust_remote_code=trust_remote_code):
+    for check in examine(place, trust_remote_code=trust_remote_code):
         num_broken += check.is_broken
         if as_json:
             typer.echo(json.dumps(asdict(check)))

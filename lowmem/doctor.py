@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import platform
 import resource
+import stat
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,18 +20,23 @@ from packaging.specifiers import SpecifierSet
 
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.models.checkpoint import open_checkpoint, pick_device, pick_dtype
+from lowmem.models.configuration import read_object
 from lowmem.planning.step_time import probe_copy
 from offload import (
     PAGE_BYTES,
     OffloadError,
     SafetensorsSource,
+    SourceError,
     StagingBuffer,
+    Store,
     available_ram_bytes,
     control_groups,
     format_bytes,
+    open_regular,
     open_source,
     probe_compute,
     probe_disk,
+    verify_store,
 )
 
 
@@ -92,10 +101,10 @@ class Check:
 
 
 def examine(folder: Path | None, *, trust_remote_code: bool = False) -> Iterator[Check]:
-    """Look at versions, memory, devices and, with a model, at its files and the disk they lie on.
+    """Look at versions, memory, devices and, with a folder, at what lies in it and the disk it lies on.
 
     Args:
-        folder: A checkpoint's folder; None to leave the checks of files out.
+        folder: A model, an adapter, a Trainer's checkpoint or a store; None to leave the checks of files out.
         trust_remote_code: As in transformers.
     """
     yield from _versions()
@@ -104,7 +113,7 @@ def examine(folder: Path | None, *, trust_remote_code: bool = False) -> Iterator
     yield _gpu()
     yield _defaults()
     if folder is not None:
-        yield from _files(folder, trust_remote_code=trust_remote_code)
+        yield from check_folder(folder, trust_remote_code=trust_remote_code)
 
 
 def _versions() -> Iterator[Check]:
@@ -181,6 +190,177 @@ def _defaults() -> Check:
     return Check(name="defaults", finding=finding)
 
 
+def check_folder(folder: Path, *, trust_remote_code: bool = False) -> Iterator[Check]:
+    """Check a model, an adapter, a Trainer's checkpoint or a store without loading it; nothing is changed.
+
+    Args:
+        folder: Where it lies.
+        trust_remote_code: As in transformers.
+    """
+    yield from _entries(folder)
+    if (folder / "trainer_state.json").exists():
+        yield from _trainer_checkpoint(folder, trust_remote_code=trust_remote_code)
+    elif Store.exists(folder):
+        yield from _store(folder)
+    elif (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        yield from _adapter(folder)
+    else:
+        yield from _files(folder, trust_remote_code=trust_remote_code)
+
+
+_PIECE_BYTES = 1 << 20
+
+
+_NAMED = 3
+"""Files that a sentence lists; it counts the others."""
+
+
+def _entries(folder: Path) -> Iterator[Check]:
+    """What lies in a folder by kind and owner, links not followed."""
+    from lowmem.adapters.merge import stays_inside
+
+    strange, leaving, foreign, writable = [], [], [], []
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in (*folders, *files)):
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                if not stays_inside(path, folder):
+                    leaving.append(f"{path.relative_to(folder)} -> {os.readlink(path)}")
+                continue
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                strange.append(str(path.relative_to(folder)))
+            if status.st_uid not in (os.getuid(), 0):
+                foreign.append(f"{path.relative_to(folder)} (user {status.st_uid})")
+            if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+                writable.append(str(path.relative_to(folder)))
+    found = False
+    for names, what, remedy, is_broken in (
+        (strange, "neither files nor folders", "remove them: reading a pipe would wait for ever", True),
+        (leaving, "links that lead out of the folder", "put copies of the files in their place", False),
+        (foreign, "of another user, who may change it", "copy the folder, so that it is yours", False),
+        (writable, "writable by everybody", f"chmod -R o-w {folder}", False),
+    ):
+        if names:
+            found = True
+            rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            finding = f"{what}: {', '.join(names[:_NAMED])}{rest}"
+            yield Check(name="folder", finding=finding, remedy=remedy, is_broken=is_broken)
+    if not found:
+        yield Check(name="folder", finding="regular files of yours, no links that lead out of it")
+
+
+def _trainer_checkpoint(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
+    """Everything that `train(resume_from_checkpoint=...)` reads; nothing is unpickled but tensors and numbers."""
+    try:
+        state = read_object(folder / "trainer_state.json")
+    except SourceError as error:
+        yield _failed("checkpoint", error)
+    else:
+        yield Check(name="checkpoint", finding=f"step {state.get('global_step')} of {state.get('max_steps')}")
+    for name, what in (("optimizer.pt", "moments"), ("scheduler.pt", "learning rate"), ("rng_state.pth", "dropout")):
+        yield _archive(folder / name, without=what)
+    if (folder / "adapter_config.json").exists():
+        yield from _adapter(folder)
+    else:
+        yield from _files(folder, trust_remote_code=trust_remote_code)
+    yield from _moments(folder)
+
+
+def _archive(file: Path, *, without: str) -> Check:
+    if not file.exists():
+        return Check(
+            name=file.name, finding="missing", remedy=f"resume from another: {without} would start anew", is_broken=True
+        )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:
+        damaged = str(error)
+    if damaged is None:
+        return Check(name=file.name, finding=f"whole, {format_bytes(file.stat().st_size)}")
+    return Check(name=file.name, finding=f"damaged: {damaged}", remedy=_ANOTHER_CHECKPOINT, is_broken=True)
+
+
+_ANOTHER_CHECKPOINT = "resume from another checkpoint, or restore this one from a copy"
+
+
+def _moments(folder: Path) -> Iterator[Check]:
+    """Moments of a fully tuned model, and whether they are those that optimizer.pt refers to."""
+    from lowmem.full.saving import FOLDER
+
+    if not (folder / FOLDER).is_dir():
+        return
+    try:
+        saved = torch.load(folder / "optimizer.pt", map_location="meta", weights_only=True)["lowmem_full"]["moments"]
+        place, checksums = folder / FOLDER / saved["identifier"], dict(saved["checksums"])
+    except (
+        pickle.UnpicklingError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        finding = f"optimizer.pt does not say which are its own ({type(error).__name__})"
+        yield Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
+        return
+    if not place.is_dir():
+        finding = f"{place.name} is missing: this optimizer.pt belongs to another checkpoint"
+        yield Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
+        return
+    if Store.exists(place):
+        yield from _store(place)
+        return
+    damaged = [name for name, checksum in checksums.items() if _data_checksum(place / name) != checksum]
+    if damaged:
+        finding = f"missing or changed since they were saved: {', '.join(sorted(damaged)[:_NAMED])}"
+        yield Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
+    else:
+        yield Check(name="moments", finding=f"whole, {len(checksums)} files")
+
+
+def _data_checksum(file: Path) -> int | None:
+    """CRC-32 of what follows the header of a safetensors file; None where there is no such file."""
+    try:
+        fd = open_regular(file)
+    except OSError:
+        return None
+    with open(fd, "rb") as opened:
+        opened.seek(int.from_bytes(opened.read(8), "little"), os.SEEK_CUR)
+        checksum = 0
+        while piece := opened.read(_PIECE_BYTES):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+def _store(folder: Path) -> Iterator[Check]:
+    damages = verify_store(folder)
+    for damage in damages:
+        yield _failed("store", damage)
+    if not damages:
+        manifest = read_object(folder / "store.json")
+        finding = f"whole, of step {manifest.get('step')}, run {str(manifest.get('fingerprint'))[:12]}"
+        yield Check(name="store", finding=finding)
+
+
+def _adapter(folder: Path) -> Iterator[Check]:
+    from lowmem.adapters.saved_adapter import read_files
+
+    try:
+        files = read_files(folder)
+    except (OffloadError, ValueError, FileNotFoundError) as error:
+        yield _failed("adapter", error)
+        return
+    base = files.config.base_model_name_or_path
+    yield Check(name="adapter", finding=f"{files.kind}, {len(files.tensors)} tensors, of model {base}")
+
+
+def _failed(name: str, error: Exception) -> Check:
+    return Check(name=name, finding=str(error), remedy="do what this message says", is_broken=True)
+
+
 def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
     try:
         with SafetensorsSource(folder) as source:
@@ -190,15 +370,16 @@ def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
                 name="files", finding=f"{len(files)} shards, {len(source.tensors)} tensors, {format_bytes(nbytes)}"
             )
     except OffloadError as error:
-        yield Check(name="files", finding=str(error), remedy="do what this message says", is_broken=True)
+        yield _failed("files", error)
         return
     yield _architecture(folder, trust_remote_code=trust_remote_code)
+    yield _tokenizer(folder)
     largest = max(files, key=lambda file: file.stat().st_size)
     try:
         yield _direct(largest)
         rate = probe_disk(files)
     except OffloadError as error:
-        yield Check(name="disk", finding=str(error), remedy="do what this message says", is_broken=True)
+        yield _failed("disk", error)
         return
     is_slow = rate.read_bytes_per_s < _SLOW_DISK_BYTES_PER_S
     yield Check(
@@ -216,11 +397,25 @@ def _architecture(folder: Path, *, trust_remote_code: bool) -> Check:
             folder, name=folder.name, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     except (OffloadError, ValueError, FileNotFoundError) as error:
-        return Check(name="architecture", finding=str(error), remedy="do what this message says", is_broken=True)
+        return _failed("architecture", error)
     opened.source.close()
     blocks = opened.built.blocks
     return Check(
         name="architecture", finding=f"{type(opened.built.model).__name__}, {len(blocks)} blocks, can be streamed"
+    )
+
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def _tokenizer(folder: Path) -> Check:
+    found = [name for name in _TOKENIZERS if (folder / name).is_file()]
+    if found:
+        return Check(name="tokenizer", finding=found[0])
+    return Check(
+        name="tokenizer",
+        finding=f"none of {', '.join(_TOKENIZERS)}",
+        remedy="download the tokenizer's files too, or give the trainer processing_class=",
     )
 
 

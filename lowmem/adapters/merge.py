@@ -359,11 +359,17 @@ def _copies(base: Path, adapter: Path, *, trust_remote_code: bool) -> dict[str, 
     return found
 
 
-def _inside(file: Path, folder: Path) -> Path:
+def stays_inside(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder lies there, whatever links lead to it."""
     real, home = file.resolve(), folder.resolve()
     # In the hub's cache a snapshot's files are links into the repository's blobs.
     is_cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
-    if not (real.is_relative_to(home) or is_cached):
+    return real.is_relative_to(home) or is_cached
+
+
+def _inside(file: Path, folder: Path) -> Path:
+    real = file.resolve()
+    if not stays_inside(file, folder):
         raise UnsupportedError(
             f"{file} -> {real}",
             reason="the link leads out of its folder, and the output would have a copy of what it leads to",

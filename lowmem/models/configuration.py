@@ -93,7 +93,7 @@ def read_config(
         _refuse_adapter(folder, has_model=file.exists())
     if not file.exists():
         raise FileNotFoundError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
-    values = _read_object(file)
+    values = read_object(file)
     _check_values(file, values)
     _refuse_unknown(values, trust_remote_code=trust_remote_code)
     if attn_implementation is not None:
@@ -117,7 +117,7 @@ def check_generation_config(folder: Path) -> None:
 
     file = folder / _GENERATION
     if file.exists():
-        with naming_field(file, _read_object(file)):
+        with naming_field(file, read_object(file)):
             GenerationConfig.from_pretrained(folder)
 
 
@@ -209,8 +209,12 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-def _read_object(file: Path) -> Mapping[str, object]:
-    """Read a JSON object from a regular file of a believable size."""
+def read_object(file: Path) -> Mapping[str, object]:
+    """Read a JSON object from a regular file of a believable size.
+
+    Raises:
+        SourceError: It is none, or cannot be read.
+    """
     value = read_json_object(file, field="JSON", remedy=_AGAIN, max_bytes=_MOST_BYTES).members
     if _depth(value, _MOST_NESTED) > _MOST_NESTED:
         _refuse(file, "JSON", f"lists and objects are nested more than {_MOST_NESTED} deep")
@@ -307,7 +311,7 @@ def _refuse_adapter(folder: Path, *, has_model: bool) -> None:
             reason="an adapter lies beside its weights, which transformers would apply too",
             instead="the adapter in a folder of its own and PeftModel.from_pretrained(model, folder)",
         )
-    base = _read_object(file).get("base_model_name_or_path")
+    base = read_object(file).get("base_model_name_or_path")
     raise UnsupportedError(
         f"model={str(folder)!r}",
         reason="it is the folder of an adapter, not of a model",
