@@ -109,16 +109,16 @@ def test_a_generation_config_with_an_odd_value_is_named(folder: Path) -> None:
 def test_only_a_regular_file_of_a_believable_size_is_read(name: str, folder: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(SourceError, match=rf"{name}: file: expected a regular file"):
+    with pytest.raises(SourceError, match=rf"{name}: .*regular file"):
         streamed(folder)
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    with pytest.raises(SourceError, match=rf"{name}: file: expected a regular file"):
+    with pytest.raises(SourceError, match=rf"{name}: .*regular file"):
         streamed(folder)
     (folder / name).unlink()
     with (folder / name).open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(SourceError, match=rf"{name}: file: expected at most"):
+    with pytest.raises(SourceError, match=rf"{name}: .*at most"):
         streamed(folder)
 
 
