@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ import lowmem
 from lowmem.adapters.dora import FactoredDoraLinear
 from lowmem.adapters.support import _EXACT_TYPES
 from lowmem.errors import UnsupportedError
+from lowmem.models.absent import AbsentParameter
+from offload import Budget
 from tests.lowmem.tiny_trainers import make
 from tests.zoo.architectures import build
 from tests.zoo.reference import Outcome, adapt, batch_of, resident, run, trainable
@@ -400,3 +403,46 @@ def test_a_reference_is_never_the_policy_where_peft_keeps_its_flags_elsewhere(
     with pytest.raises(UnsupportedError, match=r"peft .* keeps which adapters are active elsewhere"):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    "on_disk",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.xfail(raises=UnsupportedError, strict=False, reason="resizing is refused")
+        ),
+    ],
+)
+@pytest.mark.parametrize("saves", [["embed_tokens", "lm_head"], None])
+def test_tokens_added_for_an_adapter_are_trained_saved_and_merged(
+    saves: list[str] | None, on_disk: bool, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = checkpoint("llama")
+    plan = lowmem.plan(folder, seq_len=8, budget=Budget(device="64MiB", host="64MiB"), device="cpu")
+    plan = dataclasses.replace(plan, choice=dataclasses.replace(plan.choice, embedding_on_disk=on_disk))
+    ours = lowmem.from_pretrained(folder, plan=plan, device="cpu")
+    assert isinstance(ours.get_input_embeddings().weight, AbsentParameter) == on_disk
+    config = LoraConfig(r=4, target_modules=TARGETS, modules_to_save=saves, trainable_token_indices=None)
+    if saves is None:
+        config.trainable_token_indices = [128, 129]
+    models = []
+    for model in (resident(folder), ours):
+        torch.manual_seed(3)
+        model.resize_token_embeddings(130, mean_resizing=False)
+        models.append(get_peft_model(model, config))
+        optimizer = torch.optim.SGD([p for p in models[-1].parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            tokens = torch.tensor([[5, 128, 7, 129, 9, 3]])
+            models[-1](input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    plain, adapted = models
+    for name, param in trainable(plain).items():
+        torch.testing.assert_close(trainable(adapted)[name], param, rtol=1e-5, atol=1e-6)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = resident(lowmem.merge(folder, adapter=tmp_path / "adapter", output=tmp_path / "merged"))
+    assert merged.config.vocab_size == 130
+    with torch.no_grad():
+        expected = plain.merge_and_unload()(tokens).logits
+        torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-5)
