@@ -31,14 +31,14 @@ from lowmem.full.saving import (
 )
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
 from lowmem.host_memory import give_back_freed
-from lowmem.optim.optimizer import RuleOptimizer, check_saved_group, engine_of, mark_active
+from lowmem.optim.optimizer import RuleOptimizer, check_saved_group, engine_of, mark_active, restored_state
 from lowmem.optim.plain import AdamWRule
 from offload import Store
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import StateDict
 
-    from lowmem.optim.rule import Hyper, Rule
+    from lowmem.optim.rule import Hyper, Rule, State
 
 
 _ENTRY = "lowmem_full"
@@ -145,7 +145,8 @@ class OptimizerEngine:
                 "optimizer state: expected that of a model opened with tuning='full', got one without "
                 f"{_ENTRY!r}; resume with the optimizer that saved it"
             )
-        saved = SavedState.read(state_dict[_ENTRY], self._resumed, self._full)
+        saved = SavedState.read(state_dict[_ENTRY], self._resumed, params=self._full.params)
+        states = self._checked_states(saved.states)
         if saved.states_on_disk != self._keeps_states_on_disk and (saved.states_on_disk or saved.states):
             was, now = ("on disk", "in memory") if saved.states_on_disk else ("in memory", "on disk")
             raise UnsupportedError(
@@ -168,9 +169,16 @@ class OptimizerEngine:
             self._states.clear()
         # Those on disk came with the folder.
         if isinstance(self._states, MemoryStates):
-            self._states.load(saved.states)
+            self._states.load(states)
         self._steps, self._num_steps = dict(saved.steps), saved.num_steps
         self._resumed = None
+
+    def _checked_states(self, saved: Mapping[str, State]) -> dict[str, State]:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            raise RuntimeError("a later optimizer has taken over this model's weights; load its state")
+        params = {key: self._full.params[key].param for key in saved}
+        return {key: restored_state(optimizer.rule_of(params[key]), params[key], state) for key, state in saved.items()}
 
     def will_resume_from(self, folder: Path) -> None:
         """Note the checkpoint whose optimizer state is loaded next."""
@@ -202,7 +210,7 @@ class OptimizerEngine:
                 instead="lowmem.full.state_on_disk(optimizer) in both runs, or a checkpoint of the Trainer",
             )
         record = self._full.adopt()
-        steps, num_steps = steps_of(record, self._full)
+        steps, num_steps = steps_of(record, params=self._full.params)
         groups = record.members.get("groups")
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             record.refuse("groups", "expected a list of objects")

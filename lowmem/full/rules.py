@@ -73,8 +73,8 @@ class MemoryStates:
         self._states.clear()
 
     def load(self, states: Mapping[str, State]) -> None:
-        """Have copies of these states instead of all that there were."""
-        self._states = {key: {name: value.clone() for name, value in state.items()} for key, state in states.items()}
+        """Take these states over, instead of all that there were."""
+        self._states = dict(states)
 
     def saved(self) -> dict[str, State]:
         """See `RuleStates.saved`: all of them."""

@@ -17,8 +17,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from pickle import UnpicklingError
 from secrets import token_hex
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ from offload import (
     replacing_checkpoint,
     split_into_shards,
     sync_folder,
+    verify_store,
     write_index,
 )
 
@@ -89,13 +91,13 @@ class SavedState:
     """Where the user says that the moments are."""
 
     @classmethod
-    def read(cls, entry: object, checkpoint: Path | None, full: FullTuning) -> SavedState:
+    def read(cls, entry: object, checkpoint: Path | None, *, params: Collection[str] | None) -> SavedState:
         """Read it from a state dict's entry, nothing of which is believed.
 
         Args:
             entry: The entry.
             checkpoint: Folder that it comes from, if that is known.
-            full: The engine whose parameters it speaks of.
+            params: Names of the model's parameters; None where there is no model to compare it with.
 
         Raises:
             SourceError: It is damaged; names file and field.
@@ -103,11 +105,11 @@ class SavedState:
         file = Path("optimizer.pt") if checkpoint is None else checkpoint / "optimizer.pt"
         outer = JsonObject(file=file, remedy=_REMEDY, prefix="", members={"lowmem_full": entry})
         fields = outer.inner("lowmem_full")
-        steps, num_steps = steps_of(fields, full)
+        steps, num_steps = steps_of(fields, params=params)
         states: dict[str, State] = {}
         for key in (found := fields.inner("states")):
             state = found.members[key]
-            if key not in full.params or not isinstance(state, dict) or not _are_tensors(state.values()):
+            if not _is_param(key, params) or not isinstance(state, dict) or not _are_tensors(state.values()):
                 found.refuse(str(key), "expected tensors that belong to a parameter of this model")
             states[key] = state
         is_on_disk, folder, moments = fields.members.get("states_on_disk"), fields.members.get("folder"), None
@@ -117,8 +119,12 @@ class SavedState:
             own = fields.inner("moments")
             if not _IDENTIFIER.fullmatch(own.text("identifier")):
                 own.refuse("identifier", "expected 32 hexadecimal digits")
-            sums = dict(own.inner("checksums").members)
-            moments = SavedMoments(identifier=own.text("identifier"), checksums=cast("dict[str, int]", sums))
+            sums = own.inner("checksums")
+            for name in sums:
+                if not isinstance(name, str) or "/" in name:
+                    sums.refuse(str(name), "expected the name of a file")
+            checksums = {name: sums.natural(name) for name in sums}
+            moments = SavedMoments(identifier=own.text("identifier"), checksums=checksums)
         elif steps or is_on_disk:
             fields.refuse("moments", "there is none, although there were moments to save")
         return cls(
@@ -136,7 +142,11 @@ def _are_tensors(values: Iterable[object]) -> bool:
     return all(isinstance(value, Tensor) for value in values)
 
 
-def steps_of(record: JsonObject, full: FullTuning) -> tuple[dict[str, int], int]:
+def _is_param(key: object, params: Collection[str] | None) -> bool:
+    return isinstance(key, str) and (params is None or key in params)
+
+
+def steps_of(record: JsonObject, *, params: Collection[str] | None) -> tuple[dict[str, int], int]:
     """How many updates each parameter has had, by name, and steps that were taken.
 
     Raises:
@@ -144,7 +154,7 @@ def steps_of(record: JsonObject, full: FullTuning) -> tuple[dict[str, int], int]
     """
     found = record.inner("steps")
     for key in found:
-        if key not in full.params:
+        if not _is_param(key, params):
             found.refuse(str(key), "expected a parameter of this model")
     return {key: found.natural(key) for key in found}, record.natural("num_steps")
 
@@ -272,13 +282,45 @@ def load_moments(
                 checksum = _checksum(value, checksum)
                 if key in keys:
                     full.write(key, value, field)
-            if checksum != saved.checksums.get(file.name):
-                raise SourceError(
-                    file,
-                    field="data",
-                    problem="its checksum is not the one that was saved with it: bytes of it have changed",
-                    remedy=_REMEDY,
-                )
+            _compare(file, checksum, saved.checksums.get(file.name))
+
+
+def check_checkpoint(checkpoint: Path) -> SavedState | None:
+    """Read all that an optimizer of a fully tuned model has left in a Trainer's checkpoint; no model is opened.
+
+    Returns:
+        What it says, or None where the checkpoint is of another kind.
+
+    Raises:
+        SourceError: Something is damaged; names file and field.
+        FileNotFoundError: The moments are not there.
+    """
+    file = checkpoint / "optimizer.pt"
+    if not file.is_file():
+        return None
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, UnpicklingError) as error:
+        problem = f"torch cannot read it: {str(error).splitlines()[0]}"
+        raise SourceError(file, field="file", problem=problem, remedy=_REMEDY) from error
+    if not isinstance(state, dict) or "lowmem_full" not in state:
+        return None
+    saved = SavedState.read(state["lowmem_full"], checkpoint, params=None)
+    if saved.moments is None:
+        return saved
+    folder = find_moments(saved.moments, [checkpoint / FOLDER])
+    if Store.exists(folder):
+        for damage in verify_store(folder):
+            raise damage
+        return saved
+    with closing(TensorReader()) as reader:
+        for name, expected in saved.moments.checksums.items():
+            with closing(SafetensorsSource([folder / name])) as source:
+                checksum = 0
+                for spec in sorted(source.tensors.values(), key=lambda spec: spec.offset_bytes):
+                    checksum = _checksum(reader.read(spec, 0, nbytes=spec.nbytes), checksum)
+                _compare(folder / name, checksum, expected)
+    return saved
 
 
 def _moment_in(source: SafetensorsSource, file: Path, place: ParamPlace, field: str) -> TensorSpec:
@@ -290,6 +332,12 @@ def _moment_in(source: SafetensorsSource, file: Path, place: ParamPlace, field: 
             file, field=name, problem=f"expected fp32 of shape {list(place.shape)}, got {found}", remedy=_REMEDY
         )
     return spec
+
+
+def _compare(file: Path, checksum: int, expected: int | None) -> None:
+    if checksum != expected:
+        problem = "its checksum is not the one that was saved with it: bytes of it have changed"
+        raise SourceError(file, field="data", problem=problem, remedy=_REMEDY)
 
 
 def _checksum(value: Tensor, start: int = 0) -> int:

@@ -311,29 +311,10 @@ class RuleOptimizer(Optimizer):
         for saved_id, param in zip(saved_ids, self._params(), strict=True):
             saved_state = states.get(saved_id)
             if saved_state and engine_of(param) is None:
-                if not isinstance(saved_state, dict) or not all(map(torch.is_tensor, saved_state.values())):
-                    raise ValueError(f"optimizer state: state: {saved_id}: expected tensors; the file is damaged")
-                self.state[param] = self._restored(param, saved_state)
+                self.state[param] = restored_state(self.rule_of(param), param, saved_state)
         mark_active(self)
         for engine in self._engines():
             engine.load(state_dict)
-
-    def _restored(self, param: Tensor, saved: State) -> State:
-        expected = self.rule_of(param).init(_meta(param))
-        missing = {name for name in expected if name not in saved and not name.startswith("exp_avg")}
-        if unknown := sorted(missing | (set(saved) - set(expected))):
-            raise ValueError(f"state of a parameter of shape {tuple(param.shape)}: {unknown} do not belong together")
-        for name, value in saved.items():
-            if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
-                raise ValueError(
-                    f"state {name!r} of a parameter of shape {tuple(param.shape)}: expected "
-                    f"{tuple(expected[name].shape)} {expected[name].dtype}, got {tuple(value.shape)} {value.dtype}"
-                )
-        # What is made on the CPU whatever the weight's device is a counter, and stays there.
-        return {
-            name: value.detach().to("cpu" if expected[name].device.type == "cpu" else param.device, copy=True)
-            for name, value in saved.items()
-        }
 
     def _follow_groups(self) -> None:
         """Build the rules anew if a field that decides them has changed."""
@@ -373,6 +354,32 @@ class RuleOptimizer(Optimizer):
         """The engines of this optimizer's parameters, each once, in order of appearance."""
         engines = {id(engine): engine for engine in map(engine_of, self._params()) if engine is not None}
         return list(engines.values())
+
+
+def restored_state(rule: Rule, param: Tensor, saved: object) -> State:
+    """A copy of a parameter's saved state, where the rule wants its tensors.
+
+    Raises:
+        ValueError: It is not what the rule makes of such a parameter.
+    """
+    what = f"state of a parameter of shape {tuple(param.shape)}"
+    if not isinstance(saved, dict) or not all(map(torch.is_tensor, saved.values())):
+        raise ValueError(f"{what}: expected tensors by name; the file is damaged")
+    expected = rule.init(_meta(param))
+    missing = {name for name in expected if name not in saved and not name.startswith("exp_avg")}
+    if unknown := sorted(map(str, missing | (set(saved) - set(expected)))):
+        raise ValueError(f"{what}: {unknown} do not belong together")
+    for name, value in saved.items():
+        if (value.shape, value.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(
+                f"state {name!r} of a parameter of shape {tuple(param.shape)}: expected "
+                f"{tuple(expected[name].shape)} {expected[name].dtype}, got {tuple(value.shape)} {value.dtype}"
+            )
+    # What is made on the CPU whatever the weight's device is a counter, and stays there.
+    return {
+        name: value.detach().to("cpu" if expected[name].device.type == "cpu" else param.device, copy=True)
+        for name, value in saved.items()
+    }
 
 
 def check_saved_group(group: Mapping[str, Any], saved: Mapping[str, object]) -> None:

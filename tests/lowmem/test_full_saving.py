@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lowmem
-from lowmem.full.saving import FOLDER
+from lowmem.full.saving import FOLDER, check_checkpoint
 from lowmem.streaming.runtime import runtime_of
 from offload import SourceError, TierFull
 from tests.lowmem.full_training import backward, batches, full, plain_trainer, weights
@@ -312,6 +312,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative steps": (_set("lowmem_full", "num_steps", value=-1), r"optimizer\.pt: lowmem_full\.num_steps"),
     "steps of nothing": (_set("lowmem_full", "steps", value={"x": 1}), r"optimizer\.pt: lowmem_full\.steps\.x"),
     "a key that is no text": (_set("lowmem_full", "steps", value={5: 1}), r"optimizer\.pt: lowmem_full\.steps\.5"),
+    "a file elsewhere": (
+        _set("lowmem_full", "moments", "checksums", value={"../x": 1}),
+        r"optimizer\.pt: lowmem_full\.moments\.checksums\.\.\./x",
+    ),
     "states": (_set("lowmem_full", "states", value={"x": 1}), r"optimizer\.pt: lowmem_full\.states\.x"),
     "moments elsewhere": (
         _set("lowmem_full", "moments", "identifier", value="../x"),
@@ -346,3 +350,23 @@ def test_a_damaged_checkpoint_is_one_sentence_with_file_and_field(
     with pytest.raises((SourceError, ValueError), match=match) as caught:
         trained(folder, tier, tmp_path / "state", tmp_path / "out", resume=checkpoint)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_can_be_checked_without_opening_the_model(
+    tmp_path: Path, run: tuple[str, Path, dict[str, torch.Tensor]]
+) -> None:
+    _, root, _ = run
+    saved = check_checkpoint(root / "out" / "checkpoint-2")
+    assert saved is not None
+    assert saved.num_steps == 2
+    assert check_checkpoint(tmp_path) is None
+    for name in ("steps as text", "moments elsewhere", "a flipped bit", "a short file", "a missing file"):
+        checkpoint = shutil.copytree(root / "out" / "checkpoint-2", tmp_path / name, symlinks=True)
+        spoil, match = {**DAMAGE, **IN_FILES}[name]
+        spoil(checkpoint)
+        with pytest.raises(SourceError, match=match):
+            check_checkpoint(checkpoint)
+    checkpoint = shutil.copytree(root / "out" / "checkpoint-2", tmp_path / "cut", symlinks=True)
+    (checkpoint / "optimizer.pt").write_bytes((checkpoint / "optimizer.pt").read_bytes()[:500])
+    with pytest.raises(SourceError, match=r"optimizer\.pt: file: torch cannot read it"):
+        check_checkpoint(checkpoint)
