@@ -136,7 +136,7 @@ class DiskGradients:
         if index in self._kept and self._kept[index].is_spent:
             raise UnsupportedError(
                 f"keeping the gradient of {place.key} after optimizer.step()",
-                reason="an update of weights on disk uses it up",
+                reason="an update of weights on disk reads it from there, and the next backward writes over it",
                 instead="optimizer.zero_grad() after each step, as the Trainer does, or state in memory (Budget.host)",
             )
 

@@ -355,7 +355,7 @@ class DiskTier:
             return self._thread.submit(job)
 
     def _commit_if_complete(self) -> None:
-        """Have the step committed once nothing of it is pending; the lock is held."""
+        """Queue the commit of the step once nothing of it is pending; the lock is held."""
         if self._has_ended and not self._pending:
             self._has_ended = False
             self._thread.submit(Job(name="state", at_last=partial(self.files.commit, *self._last)))
@@ -365,7 +365,7 @@ class DiskTier:
             self._scheduler.invalidate((index,))
 
     def _carry_out(self, index: int) -> None:
-        """Have a unit's pending update carried out."""
+        """Carry a unit's pending update out, and wait for whatever else is done to it."""
         with self._lock:
             if index in self._pending:
                 self._submit_update(index, self._pending.pop(index))

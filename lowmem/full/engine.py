@@ -47,8 +47,8 @@ class Saved:
 class FullTuning:
     """Everything that changes from step to step in a model whose every weight is trained.
 
-    Blocks have absent parameters. Their gradients do not go through autograd's accumulation: a block's backward hands
-    them on one by one (`taking_gradients`), and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops the
+    Blocks have absent parameters. Their gradients do not go through autograd's accumulation: a block's backward gives
+    them away one by one (`taking_gradients`), and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops the
     stand-in, and with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary gradients;
     their moments are kept in the same tier.
     """
@@ -88,7 +88,7 @@ class FullTuning:
         """What `save_pretrained` wrote last."""
 
     def _take_gradients_of(self, key: str, param: torch.nn.Parameter) -> None:
-        """Have a gradient that somebody sets, or that the loss has of a weight itself, come to its tier."""
+        """Put a gradient that somebody sets, or that the loss has of a weight itself, into its tier."""
         assert isinstance(param, AbsentParameter)
         # Weakly: the model holds the parameter, and this holds the model's parameters.
         full = weakref.ref(self)
@@ -155,7 +155,7 @@ class FullTuning:
         earlier = {key: self._earlier_scales(key) for key in places}
         kept = [key for key, scales in earlier.items() if scales is not None]
         if kept and self.updates_now is not None:
-            raise _used_up(kept[0])
+            raise _already_updated(kept[0])
         taken: set[str] = set()
         with self.tier.accumulating(index, adds=bool(kept), stays=self.updates_now is not None) as keep:
 
@@ -312,9 +312,9 @@ class FullTuning:
         return grad.reshape(-1)
 
 
-def _used_up(key: str) -> UnsupportedError:
+def _already_updated(key: str) -> UnsupportedError:
     return UnsupportedError(
         "several backwards before optimizer.step() (gradient_accumulation_steps) with updates in the backward",
-        reason=f"the gradient of {key} has been used up by the first of them",
+        reason=f"{key} was updated within the first of them",
         instead="gradient_accumulation_steps=1, or no update_in_backward",
     )

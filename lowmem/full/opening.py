@@ -121,7 +121,7 @@ class MasterWeights:
         return self.full.tier.memory()
 
     def expect(self, order: Iterable[int]) -> None:
-        """Have blocks ready for visits in this order."""
+        """Prefetch blocks for visits in this order."""
         self.full.tier.expect(tuple(order))
 
     @contextmanager
@@ -157,7 +157,7 @@ class Masters:
         self._full: weakref.ref[FullTuning] | None = None
 
     def serve(self, full: FullTuning) -> None:
-        """Have an engine, which owns the parameters that refer to this: a reference back would keep both alive."""
+        """Serve an engine, weakly: it owns the parameters that refer to this."""
         self._full = weakref.ref(full)
 
     def load(self, key: str) -> Tensor:

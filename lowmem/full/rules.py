@@ -24,7 +24,7 @@ class RuleStates(Protocol):
     """Keeps each parameter's state from step to step."""
 
     def expect(self, key: str) -> None:
-        """Have a parameter's state ready soon."""
+        """Start reading a parameter's state."""
 
     def lend(self, key: str) -> AbstractContextManager[State]:
         """A parameter's state, empty before its first step, to be changed in the ``with``."""
@@ -217,7 +217,7 @@ class RuleStream:
         scales: Sequence[float],
         upcoming: Upcoming | None,
     ) -> None:
-        """Have a rule change a parameter. After an error nothing is in memory, and what was not written is lost.
+        """Run a rule on a parameter. After an error nothing is in memory, and what was not written is lost.
 
         Args:
             index: The unit.
@@ -262,7 +262,7 @@ class RuleStream:
         return window
 
     def _finish_writes(self) -> None:
-        """Have everything written that is on its way, and let go of units of which nothing is in memory then."""
+        """Wait for all writes, and release units of which nothing is in memory then."""
         for number, window in list(self._windows.items()):
             window.finish_writes()
             if window.is_empty:
@@ -299,7 +299,7 @@ class _Window:
                 self._gradient_reads[chunk] = self._gradients.start_read(chunk, _at(self._gradient, chunk))
 
     def lend(self, place: ParamPlace) -> tuple[Tensor, Tensor]:
-        """Weight and gradient of a parameter whose reads have been started: views of its shape."""
+        """Weight and gradient of a parameter that is being read: views of its shape."""
         for chunk, _, _ in parts(self._chunks, place):
             for read in (*self._weight_reads[chunk], self._gradient_reads[chunk]):
                 read.wait()
@@ -311,7 +311,7 @@ class _Window:
         return weight, gradient
 
     def start_writes(self, *, keep: ParamPlace | None) -> None:
-        """Start writing what has changed, and let go of all gradients, but for the chunks of one parameter."""
+        """Start writing what has changed, and release all gradients, but for the chunks of one parameter."""
         kept = set() if keep is None else {chunk for chunk, _, _ in parts(self._chunks, keep)}
         for chunk in [chunk for chunk in self._weight_reads if chunk not in kept]:
             for read in self._weight_reads.pop(chunk):

@@ -28,7 +28,7 @@ class Contribution:
     """One parameter's gradient of one backward."""
 
     place: ParamPlace
-    """Whose."""
+    """The parameter."""
     value: Tensor
     """The gradient, of the parameter's shape."""
     earlier_scales: tuple[float, ...] | None
@@ -57,7 +57,7 @@ class StateTier(Protocol):
         """A block's flat weight for the time of a visit; nobody writes to it meanwhile."""
 
     def expect(self, order: Sequence[int]) -> None:
-        """Have blocks ready for visits in this order."""
+        """Prefetch blocks for visits in this order."""
 
     def accumulating(
         self, index: int, *, adds: bool, stays: bool
@@ -249,7 +249,7 @@ class MemoryTier:
         return {f"{field}_bytes": nbytes for field, nbytes in by_field.items()}
 
     def close(self) -> None:
-        """Let go of all buffers."""
+        """Release all buffers."""
         self._buffers.clear()
         self._live.clear()
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,6 @@ from torch.optim.optimizer import Optimizer, ParamsT, StateDict
 
 from lowmem.errors import UnsupportedError
 from lowmem.optim.rule import Hyper, Place, Rule, State
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch.optim.optimizer import StateDict
-
 
 # "model.layers.3.": everything up to the first number in a parameter's name.
 _BLOCK = re.compile(r"^(?:[^.]+\.)*?\d+\.")
