@@ -48,8 +48,8 @@ class FullTuning:
     """Everything that changes from step to step in a model whose every weight is trained.
 
     Blocks have absent parameters. Their gradients do not go through autograd's accumulation: a block's backward gives
-    them away one by one (`taking_gradients`), and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops the
-    stand-in, and with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary gradients;
+    them away one by one (`taking_gradients`), and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops
+    the stand-in, and with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary gradients;
     their moments are kept in the same tier.
     """
 
