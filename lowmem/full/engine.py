@@ -49,8 +49,8 @@ class FullTuning:
 
     Blocks have absent parameters. Their gradients do not go through autograd's accumulation: a block's backward gives
     them away one by one (`taking_gradients`), and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops
-    the stand-in, and with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary gradients;
-    their moments are kept in the same tier.
+    the stand-in, and with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary
+    gradients; their moments are kept in the same tier.
     """
 
     def __init__(
