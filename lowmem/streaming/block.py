@@ -22,7 +22,7 @@ from lowmem.internals.hooks import BlockHooks
 from lowmem.internals.peft import settings_of
 from lowmem.internals.torch import TreeSpec, is_sole_owner, tree_flatten, tree_leaves, tree_unflatten
 from lowmem.internals.transformers import CollectedOutputs
-from lowmem.streaming.boundary import Boundary, DeviceTier
+from lowmem.streaming.boundary import Boundary, DeviceBoundaries
 from lowmem.streaming.call import BlockCall, CallArguments, Split, has_cache, micro_batches, without_cache
 from lowmem.streaming.chunking.carrier import KVCarrier, Workspace
 from lowmem.streaming.chunking.chunks import (
@@ -439,7 +439,7 @@ def _mention_hooks(runtime: Runtime, hooks: BlockHooks) -> None:
 
 def _keep_copy(runtime: Runtime, value: Tensor) -> Boundary:
     """Keep a tensor whose memory will be written again."""
-    return runtime.boundaries.keep(value.clone() if isinstance(runtime.boundaries, DeviceTier) else value)
+    return runtime.boundaries.keep(value.clone() if isinstance(runtime.boundaries, DeviceBoundaries) else value)
 
 
 class _RowGradients:

@@ -53,7 +53,7 @@ class BoundaryTier(Protocol):
         """Release everything; nothing can be kept or taken afterwards."""
 
 
-class DeviceTier:
+class DeviceBoundaries:
     """Kept by reference, in the device's memory."""
 
     held_bytes = 0
@@ -69,7 +69,7 @@ class DeviceTier:
         """Nothing of its own to release."""
 
 
-class HostTier:
+class HostBoundaries:
     """Copied into page-aligned buffers of host RAM that one step after another uses.
 
     Copies from and to a GPU wait for it: exact, and slower than they could be. On a CPU this is where all boundaries
@@ -154,7 +154,7 @@ class _Referenced:
 class _Buffered:
     """An activation in a buffer of a tier; a graph that is dropped without a backward gives the buffer back too."""
 
-    def __init__(self, value: Tensor, buffer: StagingBuffer, tier: HostTier) -> None:
+    def __init__(self, value: Tensor, buffer: StagingBuffer, tier: HostBoundaries) -> None:
         self._value: Tensor | None = value
         self._buffer, self._tier = buffer, tier
 
@@ -178,7 +178,7 @@ class _Buffered:
         self.release()
 
 
-class DiskTier:
+class DiskBoundaries:
     """Kept in scratch space on disk; a few buffers of host RAM carry everything there and back.
 
     An activation is copied into a buffer and written from there while the next block computes. Boundaries come back in
@@ -495,7 +495,7 @@ class _Stored:
 class _OnDisk:
     """An activation of the disk tier; a graph that is dropped without a backward gives its room back too."""
 
-    def __init__(self, stored: _Stored, tier: DiskTier) -> None:
+    def __init__(self, stored: _Stored, tier: DiskBoundaries) -> None:
         self._stored: _Stored | None = stored
         self._tier = tier
 
@@ -547,8 +547,8 @@ def tier_for(
     if planned == "disk":
         if disk is None:
             raise ValueError("boundary activations on disk need a folder: give Budget.disk")
-        return DiskTier(device, Scratch(disk, trace=trace), num_buffers=num_buffers)
+        return DiskBoundaries(device, Scratch(disk, trace=trace), num_buffers=num_buffers)
     if planned not in ("device", "host"):
         raise ValueError(f'planned: expected "device", "host" or "disk", got {planned!r}')
     on_host = planned == "host" or device.type == "cpu"
-    return HostTier(device) if on_host else DeviceTier()
+    return HostBoundaries(device) if on_host else DeviceBoundaries()

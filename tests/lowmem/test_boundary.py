@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from lowmem.streaming.boundary import DeviceTier, HostTier, tier_for
+from lowmem.streaming.boundary import DeviceBoundaries, HostBoundaries, tier_for
 
 CPU = torch.device("cpu")
 
 
 def test_what_is_kept_comes_back_bit_by_bit() -> None:
-    for tier in (DeviceTier(), HostTier(CPU)):
+    for tier in (DeviceBoundaries(), HostBoundaries(CPU)):
         value = torch.randn(3, 5, 7)
         assert torch.equal(tier.keep(value).take(), value)
 
 
 def test_buffers_are_used_again_from_step_to_step() -> None:
-    tier = HostTier(CPU)
+    tier = HostBoundaries(CPU)
     for _ in range(3):
         kept = [tier.keep(torch.randn(2, 64)) for _ in range(4)]
         for boundary in kept:
@@ -25,7 +25,7 @@ def test_buffers_are_used_again_from_step_to_step() -> None:
 
 
 def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:
-    tier = HostTier(CPU)
+    tier = HostBoundaries(CPU)
     for _ in range(5):
         kept = tier.keep(torch.randn(2, 64))
         del kept
@@ -33,14 +33,14 @@ def test_a_graph_that_is_dropped_gives_its_buffers_back() -> None:
 
 
 def test_other_lengths_do_not_add_up() -> None:
-    tier = HostTier(CPU)
+    tier = HostBoundaries(CPU)
     for num in (1024, 64, 4096):
         tier.keep(torch.randn(num)).release()
     assert tier.held_bytes == 4096 * 4
 
 
 def test_a_second_backward_is_refused() -> None:
-    for tier in (DeviceTier(), HostTier(CPU)):
+    for tier in (DeviceBoundaries(), HostBoundaries(CPU)):
         boundary = tier.keep(torch.randn(3))
         boundary.take()
         boundary.release()
@@ -50,21 +50,21 @@ def test_a_second_backward_is_refused() -> None:
 
 def test_a_change_in_place_is_found_where_only_a_reference_is_kept() -> None:
     value = torch.randn(3)
-    boundary = DeviceTier().keep(value)
+    boundary = DeviceBoundaries().keep(value)
     value.add_(1)
     with pytest.raises(RuntimeError, match="changed in place"):
         boundary.take()
 
 
 def test_a_cpu_keeps_boundaries_in_buffers_of_their_own() -> None:
-    assert isinstance(tier_for(CPU, planned="device"), HostTier)
-    assert isinstance(tier_for(torch.device("cuda"), planned="device"), DeviceTier)
-    assert isinstance(tier_for(torch.device("cuda"), planned="host"), HostTier)
+    assert isinstance(tier_for(CPU, planned="device"), HostBoundaries)
+    assert isinstance(tier_for(torch.device("cuda"), planned="device"), DeviceBoundaries)
+    assert isinstance(tier_for(torch.device("cuda"), planned="host"), HostBoundaries)
 
 
 @pytest.mark.gpu
 def test_a_boundary_on_the_host_comes_back_to_the_gpu() -> None:
     value = torch.randn(3, 5, device="cuda")
-    back = HostTier(value.device).keep(value).take()
+    back = HostBoundaries(value.device).keep(value).take()
     assert back.device == value.device
     assert torch.equal(back, value)

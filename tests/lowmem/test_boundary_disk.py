@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.streaming.boundary import Boundary, DeviceTier, DiskTier, tier_for
+from lowmem.streaming.boundary import Boundary, DeviceBoundaries, DiskBoundaries, tier_for
 from offload import Closed, ReadError, Scratch, TierFull, Trace, WriteError
 from tests.offload.small_disk import fill, small_disk
 
@@ -20,9 +20,11 @@ CPU = torch.device("cpu")
 Move = Callable[[int, list[memoryview], int], int]
 
 
-def tier_in(folder: Path, *, num_buffers: int = 2, pwrite: Move = os.pwritev, pread: Move = os.preadv) -> DiskTier:
+def tier_in(
+    folder: Path, *, num_buffers: int = 2, pwrite: Move = os.pwritev, pread: Move = os.preadv
+) -> DiskBoundaries:
     scratch = Scratch(folder, pwrite=pwrite, pread=pread)
-    return DiskTier(CPU, scratch, num_buffers=num_buffers)
+    return DiskBoundaries(CPU, scratch, num_buffers=num_buffers)
 
 
 def slow(move: Move) -> Move:
@@ -280,9 +282,9 @@ def test_a_tier_that_was_closed_says_so(tmp_path: Path) -> None:
 
 def test_plans_name_the_tier(tmp_path: Path) -> None:
     tier = tier_for(CPU, planned="disk", disk=tmp_path)
-    assert isinstance(tier, DiskTier)
+    assert isinstance(tier, DiskBoundaries)
     tier.close()
-    assert isinstance(tier_for(torch.device("cuda"), planned="device"), DeviceTier)
+    assert isinstance(tier_for(torch.device("cuda"), planned="device"), DeviceBoundaries)
     with pytest.raises(ValueError, match=r"boundary activations on disk need a folder: give Budget\.disk"):
         tier_for(CPU, planned="disk")
     with pytest.raises(ValueError, match="""expected "device", "host" or "disk", got 'tape'"""):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.streaming.boundary import DiskTier
+from lowmem.streaming.boundary import DiskBoundaries
 from lowmem.streaming.runtime import Runtime, runtime_of
 from offload import ReadError, Scratch, WriteError
 from tests.zoo.architectures import build
@@ -46,7 +46,7 @@ def with_boundaries_in(folder: Path, model: PeftModel, *, num_buffers: int, brok
 
     runtime = runtime_of(model)
     runtime.boundaries.close()
-    runtime.boundaries = DiskTier(CPU, Scratch(folder, pwrite=pwrite), num_buffers=num_buffers)
+    runtime.boundaries = DiskBoundaries(CPU, Scratch(folder, pwrite=pwrite), num_buffers=num_buffers)
     return runtime
 
 
@@ -71,7 +71,7 @@ def test_gradients_are_bitwise_those_of_boundaries_in_memory(
     for _ in range(2):
         assert_same(outcome(model), expected)
     tier = runtime.boundaries
-    assert isinstance(tier, DiskTier)
+    assert isinstance(tier, DiskBoundaries)
     assert tier.written_bytes == 2 * tier.file_bytes, "the second step used the slots of the first"
     assert runtime.memory()["boundary_bytes"] == num_buffers * tier.file_bytes // 5
     assert os.listdir(tmp_path) == []
@@ -101,7 +101,7 @@ def test_a_disk_that_fails_stops_the_step_and_the_next_one_is_right(model: PeftM
         broken.clear()
         assert_same(outcome(model), expected)
     tier = runtime.boundaries
-    assert isinstance(tier, DiskTier)
+    assert isinstance(tier, DiskBoundaries)
     loss = model(**batch_of(), use_cache=False).loss
     os.ftruncate(tier._scratch._file.fd, 0)
     with pytest.raises(ReadError):

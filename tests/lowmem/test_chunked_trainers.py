@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.streaming.boundary import DiskTier
+from lowmem.streaming.boundary import DiskBoundaries
 from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.tiny_trainers import loaders, records, trained
 from tests.zoo.architectures import build
@@ -58,7 +58,7 @@ def test_losses_and_gradient_norms_equal_training_in_memory(architecture: str, c
     model = lowmem.from_pretrained(folder, plan=in_chunks(folder, tmp_path / "disk"), device="cpu")
     got = records(trained(task, model, tmp_path / "streamed", **options))
     boundaries = runtime_of(model).boundaries
-    assert isinstance(boundaries, DiskTier)
+    assert isinstance(boundaries, DiskBoundaries)
     assert boundaries.written_bytes
     assert len(got) == len(expected) == 5
     for step, (one, other) in enumerate(zip(got, expected, strict=True)):

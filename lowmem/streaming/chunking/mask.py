@@ -33,7 +33,7 @@ class PartKind(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class KeyPart:
     """A range of keys."""
 
     start: int
@@ -47,7 +47,7 @@ class QueryTile:
 
     start: int
     end: int
-    parts: tuple[Part, ...]
+    parts: tuple[KeyPart, ...]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -129,8 +129,8 @@ class CausalMask:
 
     def _tile(self, start: int, end: int) -> QueryTile:
         if self.rule.plain:
-            prefix = (Part(start=0, end=start, kind=PartKind.FULL),) if start else ()
-            return QueryTile(start=start, end=end, parts=(*prefix, Part(start=start, end=end, kind=PartKind.CAUSAL)))
+            prefix = (KeyPart(start=0, end=start, kind=PartKind.FULL),) if start else ()
+            return QueryTile(start=start, end=end, parts=(*prefix, KeyPart(start=start, end=end, kind=PartKind.CAUSAL)))
         lowest = 0 if self.rule.window is None else max(0, start - self.rule.window + 1)
         # Monotone: no query of the tile sees a key before the first that its first query sees, ...
         first_row = self.evaluate(range(start, start + 1), range(lowest, start)).any(0).flatten()
@@ -139,15 +139,15 @@ class CausalMask:
         last_row = self.evaluate(range(end - 1, end), range(first, end)).all(0).flatten()
         hidden = (~last_row[: start - first]).nonzero()
         full = first + (int(hidden[-1]) + 1 if hidden.numel() else 0)
-        parts = [Part(start=first, end=full, kind=PartKind.MASKED)] if full > first else []
+        parts = [KeyPart(start=first, end=full, kind=PartKind.MASKED)] if full > first else []
         if start > full:
-            parts.append(Part(start=full, end=start, kind=PartKind.FULL))
+            parts.append(KeyPart(start=full, end=start, kind=PartKind.FULL))
         causal = bool(last_row[start - first :].all())
-        parts.append(Part(start=start, end=end, kind=PartKind.CAUSAL if causal else PartKind.MASKED))
+        parts.append(KeyPart(start=start, end=end, kind=PartKind.CAUSAL if causal else PartKind.MASKED))
         return QueryTile(start=start, end=end, parts=tuple(parts))
 
 
-def split_part(part: Part, *, at: int, num_keys: int) -> Iterator[Part]:
+def split_part(part: KeyPart, *, at: int, num_keys: int) -> Iterator[KeyPart]:
     """A part in pieces of at most `num_keys` keys, none of which has keys on both sides of `at`.
 
     A causal part stays whole: its keys are its queries.
@@ -160,7 +160,7 @@ def split_part(part: Part, *, at: int, num_keys: int) -> Iterator[Part]:
         end = min(start + num_keys, part.end)
         if start < at < end:
             end = at
-        yield Part(start=start, end=end, kind=part.kind)
+        yield KeyPart(start=start, end=end, kind=part.kind)
         start = end
 
 

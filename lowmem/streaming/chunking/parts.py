@@ -20,7 +20,7 @@ from lowmem.internals.torch import cpu_attention, cpu_attention_backward
 from lowmem.planning.job import kind_of
 from lowmem.planning.limits import PART_BYTES, PART_KEYS
 from lowmem.streaming.chunking.carrier import Prefix
-from lowmem.streaming.chunking.mask import CausalMask, Part, PartKind, QueryTile, split_part
+from lowmem.streaming.chunking.mask import CausalMask, KeyPart, PartKind, QueryTile, split_part
 from lowmem.streaming.recompute import sum_dtype
 
 
@@ -161,7 +161,7 @@ def _uses_scores(query: Tensor, job: AttentionJob) -> bool:
     return job.softcap is not None or job.dropout > 0 or query.device.type != "cpu"
 
 
-def _pieces(tile: QueryTile, query: Tensor, job: AttentionJob) -> Iterator[Part]:
+def _pieces(tile: QueryTile, query: Tensor, job: AttentionJob) -> Iterator[KeyPart]:
     """The parts of a tile, cut so that no mask and no scores outgrow their bound."""
     num_queries = tile.end - tile.start
     part_bytes = PART_BYTES[kind_of(query.device)]
@@ -175,7 +175,7 @@ def _pieces(tile: QueryTile, query: Tensor, job: AttentionJob) -> Iterator[Part]
 
 
 def _part_tensors(
-    part: Part, key: Tensor, value: Tensor, job: AttentionJob, *, dtype: torch.dtype
+    part: KeyPart, key: Tensor, value: Tensor, job: AttentionJob, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     if part.start >= job.start:
         rows = slice(part.start - job.start, part.end - job.start)
@@ -185,7 +185,7 @@ def _part_tensors(
     return job.prefix.key[:, :, rows].to(dtype), job.prefix.value[:, :, rows].to(dtype)
 
 
-def _part_mask(tile: QueryTile, part: Part, job: AttentionJob) -> Tensor | None:
+def _part_mask(tile: QueryTile, part: KeyPart, job: AttentionJob) -> Tensor | None:
     """bool, (sequences, 1, queries, keys), or None where the kernel needs none."""
     if part.kind is PartKind.MASKED:
         return job.mask.evaluate(range(tile.start, tile.end), range(part.start, part.end))
@@ -203,7 +203,7 @@ class _TileState:
 
 
 def _part_forward(
-    query: Tensor, key: Tensor, value: Tensor, *, tile: QueryTile, part: Part, job: AttentionJob
+    query: Tensor, key: Tensor, value: Tensor, *, tile: QueryTile, part: KeyPart, job: AttentionJob
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one part."""
     mask = _part_mask(tile, part, job)
@@ -225,7 +225,7 @@ def _part_forward(
 
 
 def _part_backward(
-    state: _TileState, key: Tensor, value: Tensor, *, tile: QueryTile, part: Part, job: AttentionJob
+    state: _TileState, key: Tensor, value: Tensor, *, tile: QueryTile, part: KeyPart, job: AttentionJob
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values through one part."""
     mask = _part_mask(tile, part, job)
@@ -280,7 +280,7 @@ def _scores(
     return scores, slope
 
 
-def _dropped(probs: Tensor, tile: QueryTile, part: Part, job: AttentionJob) -> Tensor:
+def _dropped(probs: Tensor, tile: QueryTile, part: KeyPart, job: AttentionJob) -> Tensor:
     """The probabilities after dropout, the same ones in forward and backward: one generator per tile and part."""
     if job.dropout == 0:
         return probs
@@ -297,7 +297,7 @@ def _scores_backward(
     mask: Tensor | None,
     *,
     tile: QueryTile,
-    part: Part,
+    part: KeyPart,
     job: AttentionJob,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores, slope = _scores(state.query, key, mask, causal=part.kind is PartKind.CAUSAL, job=job)
