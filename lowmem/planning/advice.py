@@ -16,6 +16,10 @@ _WORTH = 0.95
 _MAX_BATCH_FACTOR = 64
 
 
+_NUM_GENERATIONS = {"grpo": 8, "rloo": 2}
+"""Completions of a prompt by TRL's default: a batch holds whole groups of them."""
+
+
 def advise(room: Room, draft: Draft, *, fits: bool) -> tuple[str, ...]:
     """Say what to change.
 
@@ -63,12 +67,18 @@ def _with_disk(room: Room, needed: int) -> Iterator[str]:
 def _smaller_job(room: Room, draft: Draft) -> Iterator[str]:
     """What takes most of the part that the job decides, and how to make it smaller."""
     job = room.job
-    if job.batch_size > 1:
-        one = room.with_batch_size(1).smallest.device_bytes
-        if one < draft.device_bytes:
+    fewest = _NUM_GENERATIONS.get(job.task, 1)
+    if job.batch_size > fewest:
+        smaller = room.with_batch_size(fewest).smallest.device_bytes
+        if smaller < draft.device_bytes and fewest == 1:
             yield (
-                f"A batch of one takes {format_bytes(one)}; gradient_accumulation_steps={job.batch_size} then gives "
-                f"the same gradients with {job.batch_size} times the passes over the weights."
+                f"A batch of one takes {format_bytes(smaller)}; gradient_accumulation_steps={job.batch_size} then "
+                f"gives the same gradients with {job.batch_size} times the passes over the weights."
+            )
+        elif smaller < draft.device_bytes:
+            yield (
+                f"A batch of {fewest}, one prompt's num_generations={fewest}, takes {format_bytes(smaller)}; what "
+                "gradients are accumulated over is generated together, so that accumulation saves no room there."
             )
     if peak_phase(draft.roles, "device") != "embedding" and job.seq_len > 1:
         half = room.with_seq_len(job.seq_len // 2).smallest.device_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.planning.job import Job
+from lowmem.planning.job import Job, Task
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_step
 from lowmem.planning.search import Room
@@ -252,6 +252,16 @@ def test_advised_host_budget_is_as_fast_as_it_says() -> None:
     assert any("host budget" in sentence for sentence in plan.advice)
     better = planned(device=small, host=plan.placement.streamed_bytes, rates=slow)
     assert better.step_s < 0.95 * plan.step_s
+
+
+@pytest.mark.parametrize(("task", "fewest"), [("sft", 1), ("rloo", 2), ("grpo", 8)])
+def test_advice_to_take_a_smaller_batch_keeps_whole_groups_of_completions(task: Task, fewest: int) -> None:
+    plan = planned(job=Job(task=task, batch_size=32, seq_len=64), device="1KiB")
+    (advice,) = [sentence for sentence in plan.advice if sentence.startswith("A batch of ")]
+    assert advice.startswith("A batch of one takes" if fewest == 1 else f"A batch of {fewest}, one prompt's")
+    assert ("gradient_accumulation_steps=32" in advice) == (fewest == 1)
+    smallest = planned(job=Job(task=task, batch_size=fewest, seq_len=64), device="1KiB")
+    assert not any(sentence.startswith("A batch of ") for sentence in smallest.advice)
 
 
 def test_advice_to_take_a_larger_batch_where_the_disk_decides() -> None:
