@@ -66,6 +66,11 @@ _MAX_CONFIG_BYTES = 16 << 20
 _PART_ELEMENTS = 1 << 20
 
 
+# Words in the names of numbers that are no sizes, and a size that no adapter's file needs to vouch for.
+_NO_SIZES = ("seed", "prng", "step", "tinit", "tfinal", "alpha")
+_ANY_SIZE = 1 << 16
+
+
 _SAVE_AGAIN = "save the adapter again, or download it again"
 
 
@@ -127,7 +132,7 @@ def read_files(folder: Path) -> AdapterFiles:
             )
         raise FileNotFoundError(f"{folder}: no {_WEIGHTS_NAME}; give the folder of a saved PEFT adapter")
     tensors = _read_tensors(folder / _WEIGHTS_NAME)
-    _check_ranks(folder / _CONFIG_NAME, config, tensors)
+    _check_sizes(folder / _CONFIG_NAME, config, tensors)
     return AdapterFiles(folder=folder, config=config, tensors=tensors)
 
 
@@ -181,8 +186,18 @@ def _fits(value: object, hint: object) -> bool:
     return True
 
 
-def _check_ranks(file: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
-    """A rank is a side of some tensor; a larger one would only take memory."""
+def _check_sizes(file: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """What a configuration makes PEFT allocate is in the file too; more would only take memory.
+
+    A rank is a side of some tensor. Other numbers of types whose layers get values before the file is read are no
+    larger than the file has values, but for seeds and steps.
+    """
+    num_values = sum(tensor.numel() for tensor in tensors.values())
+    for name, value in () if _kind(config) in _TILED_TYPES else vars(config).items():
+        is_size = type(value) is int and not any(word in name for word in _NO_SIZES)
+        if is_size and value > max(num_values, _ANY_SIZE):
+            problem = f"{value}, and {_WEIGHTS_NAME} has {num_values} values"
+            raise SourceError(file, field=name, problem=problem, remedy=_SAVE_AGAIN)
     largest = max((side for tensor in tensors.values() for side in tensor.shape), default=0)
     ranks = {"r": getattr(config, "r", 0)} | (getattr(config, "rank_pattern", None) or {})
     for name, rank in ranks.items():

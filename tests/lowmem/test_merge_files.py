@@ -66,6 +66,10 @@ BAD_CONFIGS = {
     "rank below zero": ({"r": -1}, "r: "),
     "rank without end": ({"r": 2**40}, "r: rank 1099511627776"),
     "rank that is no number": ('{"peft_type": "LORA", "r": NaN}', "r: nan"),
+    "frequencies without end": (
+        '{"peft_type": "FOURIERFT", "target_modules": ["q_proj"], "n_frequency": 1099511627776}',
+        "n_frequency: 1099511627776",
+    ),
     "rank pattern": ({"rank_pattern": {"q_proj": 2**40}}, "q_proj: rank"),
     "rank pattern as a list": ({"rank_pattern": [1]}, "rank_pattern: "),
     "scale as text": ({"lora_alpha": "16"}, "lora_alpha: '16'"),
