@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import platform
 import resource
 import stat
@@ -32,7 +31,6 @@ from offload import (
     available_ram_bytes,
     control_groups,
     format_bytes,
-    open_regular,
     open_source,
     probe_compute,
     probe_disk,
@@ -208,9 +206,6 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> Iterator[C
         yield from _files(folder, trust_remote_code=trust_remote_code)
 
 
-_PIECE_BYTES = 1 << 20
-
-
 _NAMED = 3
 """Files that a sentence lists; it counts the others."""
 
@@ -286,53 +281,20 @@ _ANOTHER_CHECKPOINT = "resume from another checkpoint, or restore this one from 
 
 def _moments(folder: Path) -> Iterator[Check]:
     """Moments of a fully tuned model, and whether they are those that optimizer.pt refers to."""
-    from lowmem.full.saving import FOLDER
+    from lowmem.full.saving import FOLDER, check_checkpoint
 
     if not (folder / FOLDER).is_dir():
         return
     try:
-        saved = torch.load(folder / "optimizer.pt", map_location="meta", weights_only=True)["lowmem_full"]["moments"]
-        place, checksums = folder / FOLDER / saved["identifier"], dict(saved["checksums"])
-    except (
-        pickle.UnpicklingError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        finding = f"optimizer.pt does not say which are its own ({type(error).__name__})"
+        saved = check_checkpoint(folder)
+    except (OffloadError, FileNotFoundError) as error:
+        yield _failed("moments", error)
+        return
+    if saved is None:
+        finding = "optimizer.pt does not say which are its own"
         yield Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
         return
-    if not place.is_dir():
-        finding = f"{place.name} is missing: this optimizer.pt belongs to another checkpoint"
-        yield Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
-        return
-    if Store.exists(place):
-        yield from _store(place)
-        return
-    damaged = [name for name, checksum in checksums.items() if _data_checksum(place / name) != checksum]
-    if damaged:
-        finding = f"missing or changed since they were saved: {', '.join(sorted(damaged)[:_NAMED])}"
-        yield Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
-    else:
-        yield Check(name="moments", finding=f"whole, {len(checksums)} files")
-
-
-def _data_checksum(file: Path) -> int | None:
-    """CRC-32 of what follows the header of a safetensors file; None where there is no such file."""
-    try:
-        fd = open_regular(file)
-    except OSError:
-        return None
-    with open(fd, "rb") as opened:
-        opened.seek(int.from_bytes(opened.read(8), "little"), os.SEEK_CUR)
-        checksum = 0
-        while piece := opened.read(_PIECE_BYTES):
-            checksum = zlib.crc32(piece, checksum)
-    return checksum
+    yield Check(name="moments", finding=f"whole, after {saved.num_steps} steps")
 
 
 def _store(folder: Path) -> Iterator[Check]:

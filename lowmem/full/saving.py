@@ -300,9 +300,21 @@ def check_checkpoint(checkpoint: Path) -> SavedState | None:
         return None
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, UnpicklingError) as error:
-        problem = f"torch cannot read it: {str(error).splitlines()[0]}"
-        raise SourceError(file, field="file", problem=problem, remedy=_REMEDY) from error
+    # Its reader steps through the bytes as they come, and fails as they have it.
+    except (
+        AssertionError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        UnpicklingError,
+        ValueError,
+    ) as error:
+        raise SourceError(
+            file, field="file", problem=f"torch cannot read it ({type(error).__name__})", remedy=_REMEDY
+        ) from error
     if not isinstance(state, dict) or "lowmem_full" not in state:
         return None
     saved = SavedState.read(state["lowmem_full"], checkpoint, params=None)
