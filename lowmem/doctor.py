@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import stat
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,7 +251,9 @@ def _trainer_checkpoint(folder: Path, *, trust_remote_code: bool) -> Iterator[Ch
         yield _failed("checkpoint", error)
     else:
         yield Check(name="checkpoint", finding=f"step {state.get('global_step')} of {state.get('max_steps')}")
-    for name, what in (("optimizer.pt", "moments"), ("scheduler.pt", "learning rate"), ("rng_state.pth", "dropout")):
+    from lowmem.monitoring.resume_checks import ARCHIVES
+
+    for name, what in ARCHIVES.items():
         yield _archive(folder / name, without=what)
     if (folder / "adapter_config.json").exists():
         yield from _adapter(folder)
@@ -261,22 +262,20 @@ def _trainer_checkpoint(folder: Path, *, trust_remote_code: bool) -> Iterator[Ch
     yield from _moments(folder)
 
 
+_ANOTHER_CHECKPOINT = "resume from another checkpoint, or restore this one from a copy"
+
+
 def _archive(file: Path, *, without: str) -> Check:
     if not file.exists():
         return Check(
             name=file.name, finding="missing", remedy=f"resume from another: {without} would start anew", is_broken=True
         )
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:
-        damaged = str(error)
+    from lowmem.monitoring.resume_checks import damage_of_archive
+
+    damaged = damage_of_archive(file)
     if damaged is None:
         return Check(name=file.name, finding=f"whole, {format_bytes(file.stat().st_size)}")
     return Check(name=file.name, finding=f"damaged: {damaged}", remedy=_ANOTHER_CHECKPOINT, is_broken=True)
-
-
-_ANOTHER_CHECKPOINT = "resume from another checkpoint, or restore this one from a copy"
 
 
 def _moments(folder: Path) -> Iterator[Check]:

@@ -290,6 +290,39 @@ def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
 
 
 _RESUMES = "_load_optimizer_and_scheduler"
+_BEGINS_TO_RESUME = "_load_from_checkpoint"
+
+
+def before_resume(check: Callable[[nn.Module, str], None]) -> None:
+    """Have every Trainer call a function before it reads anything of the checkpoint that it resumes from.
+
+    May be called again with the same function.
+
+    Args:
+        check: Called with the Trainer's model and the checkpoint's folder; what it raises ends the resume.
+
+    Raises:
+        UnsupportedError: This Trainer begins to resume in another way.
+    """
+    from transformers import Trainer
+
+    resume = getattr(Trainer, _BEGINS_TO_RESUME, None)
+    if getattr(resume, "lowmem_checks", None) is check:
+        return
+    if resume is None or list(inspect.signature(resume).parameters) != ["self", "resume_from_checkpoint", "model"]:
+        raise UnsupportedError(
+            f"transformers {version('transformers')}",
+            reason=f"its Trainer has no {_BEGINS_TO_RESUME}(folder, model), so no checkpoint would be looked at first",
+            instead="a version of transformers that this one of lowmem names in its metadata",
+        )
+
+    @wraps(resume)
+    def checking(self: Trainer, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check(self.model, resume_from_checkpoint)
+        resume(self, resume_from_checkpoint, model)
+
+    checking.lowmem_checks = check  # type: ignore[attr-defined]
+    setattr(Trainer, _BEGINS_TO_RESUME, checking)
 
 
 def on_optimizer_resume(tell: Callable[[nn.Module, str], None]) -> None:

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.transformers import add_default_callback
+from lowmem.internals.transformers import add_default_callback, before_resume
+from lowmem.monitoring.resume_checks import check_before_resume
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 
 if TYPE_CHECKING:
@@ -198,3 +199,4 @@ def check_every_trainer() -> None:
         UnsupportedError: This version of transformers gives no way to.
     """
     add_default_callback(TrainingChecks)
+    before_resume(check_before_resume)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+import lowmem
+from offload import OffloadError
 from tests.fuzz.checkpoints import TINY
-from tests.fuzz.damage import edit_json
+from tests.fuzz.damage import copy_folder, edit_json
+from tests.fuzz.runs import made, trainable
 from tests.lowmem.tiny_training import streamed
 from tests.zoo.architectures import build
 
@@ -35,3 +41,58 @@ def test_generation_settings_are_those_that_transformers_reads(case: str, folder
     GENERATION[case](folder)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert json.dumps(streamed(folder).generation_config.to_dict()) == json.dumps(plain.generation_config.to_dict())
+
+
+def _flip_in_a_record(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    data = bytearray(file.read_bytes())
+    # Before it are its local header and what aligns it to 64 bytes.
+    data[largest.header_offset + 250] ^= 1
+    file.write_bytes(data)
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    f"{name} {what}": (name, damage)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for what, damage in {
+        "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+        "empty": lambda file: os.truncate(file, 0),
+        "a pipe": _pipe,
+    }.items()
+} | {
+    "a bit of optimizer.pt": ("optimizer.pt", _flip_in_a_record),
+    "an unknown field": ("trainer_state.json", lambda file: edit_json(file, {"architectures": []})),
+    "a step that is text": ("trainer_state.json", lambda file: edit_json(file, {"global_step": "2"})),
+    "weights": ("WEIGHTS", lambda file: file.write_bytes(b"\xff" * 100)),
+}
+
+
+@pytest.fixture(scope="module", params=["sft", "full host"])
+def checkpointed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    work = tmp_path_factory.mktemp("checkpointed")
+    model = Path(build("llama", work / "model"))
+    made(request.param, model, work / "out", work / "state", say=str, max_steps=1).train()
+    return request.param, work
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_a_damaged_trainer_checkpoint_is_one_sentence_before_anything_of_it_is_loaded(
+    case: str, checkpointed: tuple[str, Path], tmp_path: Path
+) -> None:
+    kind, work = checkpointed
+    name, damage = CHECKPOINTS[case]
+    checkpoint = copy_folder(work / "out" / "checkpoint-1", tmp_path / "checkpoint-1")
+    name = name.replace("WEIGHTS", "adapter_model.safetensors" if kind == "sft" else "model.safetensors")
+    damage(checkpoint / name)
+    trainer = made(kind, work / "model", tmp_path / "out", tmp_path / "state", say=str, save_strategy="no")
+    before = trainable(trainer.model)
+    with pytest.raises((OffloadError, lowmem.UnsupportedError), match=name.replace(".", r"\.")):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    for key, value in trainable(trainer.model).items():
+        assert torch.equal(value, before[key]), key

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
 import lowmem
-from lowmem.internals.transformers import add_default_callback, on_optimizer_resume
+from lowmem.internals.transformers import add_default_callback, before_resume, on_optimizer_resume
 from tests.lowmem.tiny_training import resident
 from tests.zoo.architectures import build
 
@@ -104,3 +104,32 @@ def test_a_trainer_that_loads_the_optimizer_in_another_way_is_refused(
         monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda self, folder, name: None)
     with pytest.raises(lowmem.UnsupportedError, match=r"transformers 5\.\d+.*_load_optimizer_and_scheduler"):
         on_optimizer_resume(lambda model, folder: None)
+
+
+def test_a_trainer_asks_before_it_reads_what_it_resumes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", Trainer._load_from_checkpoint)
+    asked: list[tuple[object, str]] = []
+
+    def check(model: torch.nn.Module, folder: str) -> None:
+        asked.append((model, folder))
+        raise ValueError("asked before anything is read")
+
+    before_resume(check)
+    before_resume(check)
+    model = resident(Path(build("llama", tmp_path / "model")))
+    made = Trainer(model, TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none"), train_dataset=[{}])
+    with pytest.raises(ValueError, match="asked before"):
+        made.train(resume_from_checkpoint=str(tmp_path / "nothing there"))
+    assert asked == [(model, str(tmp_path / "nothing there"))]
+
+
+@pytest.mark.parametrize("change", ["gone", "another signature"])
+def test_a_trainer_that_begins_to_resume_in_another_way_is_refused(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change == "gone":
+        monkeypatch.delattr(Trainer, "_load_from_checkpoint")
+    else:
+        monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda self, folder: None)
+    with pytest.raises(lowmem.UnsupportedError, match=r"transformers 5\.\d+.*_load_from_checkpoint"):
+        before_resume(lambda model, folder: None)

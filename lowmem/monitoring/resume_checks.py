@@ -1,0 +1,86 @@
+"""What a Trainer of a streamed model looks at before it resumes: that the checkpoint's files are there and whole.
+
+The Trainer opens them one by one, with readers that wait for a named pipe or fail in words of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainerState
+
+from lowmem.streaming.runtime import is_streamed
+from offload import SafetensorsSource, SourceError, open_regular, read_json_object
+
+ARCHIVES = {"optimizer.pt": "moments", "scheduler.pt": "learning rate", "rng_state.pth": "dropout"}
+"""Files that torch writes, and what would start anew without them."""
+ANOTHER_CHECKPOINT = "resume from another checkpoint, or restore this one from a copy"
+_STATE = "trainer_state.json"
+_WEIGHTS = "model*.safetensors*"
+_NUMBERS = ("epoch", "global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos")
+"""Fields of the Trainer's state that are a number and never null."""
+
+
+def damage_of_archive(file: Path) -> str | None:
+    """What is wrong with a file that torch wrote, by the checksums in it; None where it is whole."""
+    try:
+        with open(open_regular(file), "rb") as opened, zipfile.ZipFile(opened) as archive:
+            damaged = archive.testzip()
+        # The index at its end has no checksum. What may be in it is the reader's business.
+        with suppress(pickle.UnpicklingError):
+            torch.load(file, map_location="meta", weights_only=True)
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:
+        return str(error).partition(". ")[0]
+    return None if damaged is None else f"{damaged} in it differs from its checksum"
+
+
+def check_before_resume(model: nn.Module, checkpoint: str) -> None:
+    """Look at a Trainer's checkpoint before anything of it is loaded into a streamed model.
+
+    Args:
+        model: Of the Trainer; nothing is looked at where it is not streamed.
+        checkpoint: The folder to resume from.
+
+    Raises:
+        SourceError: A file is missing or damaged; names it.
+        FileNotFoundError: An adapter's checkpoint has no adapter.
+    """
+    if not is_streamed(model):
+        return
+    folder = Path(checkpoint)
+    _check_state(folder / _STATE)
+    for name in ARCHIVES:
+        if (folder / name).exists() and (damage := damage_of_archive(folder / name)) is not None:
+            raise SourceError(folder / name, field="file", problem=damage, remedy=ANOTHER_CHECKPOINT)
+    if hasattr(model, "peft_config"):
+        from lowmem.adapters.saved_adapter import read_files
+
+        # The Trainer keeps each of several adapters in a folder of its own.
+        if (folder / "adapter_config.json").exists():
+            read_files(folder)
+    elif any(folder.glob(_WEIGHTS)):
+        SafetensorsSource(folder).close()
+
+
+def _check_state(file: Path) -> None:
+    fields = read_json_object(file, field="file", remedy=ANOTHER_CHECKPOINT)
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    for name, value in fields.members.items():
+        if name not in known:
+            fields.refuse(name, "expected a field of transformers' TrainerState")
+        if name in _NUMBERS and type(value) not in (int, float):
+            fields.refuse(name, f"expected a number, got {type(value).__name__}")
+    for name, kind in (("log_history", list), ("stateful_callbacks", dict)):
+        value = fields.members.get(name)
+        if value is not None and not isinstance(value, kind):
+            fields.refuse(name, f"expected a {kind.__name__}, got {type(value).__name__}")
+        entries = value.values() if isinstance(value, dict) else value or ()
+        if not all(isinstance(entry, dict | list) for entry in entries):
+            fields.refuse(name, "expected objects in it")
