@@ -34,7 +34,7 @@ from offload.errors import (
     WriteError,
 )
 from offload.files.checkpoint_swap import listed_weights, replacing_checkpoint
-from offload.files.file import NO_ROOM, open_regular, open_source, read_small_file, sync_folder
+from offload.files.file import NO_ROOM, open_regular, open_source, sync_folder
 from offload.files.file_io import FileIO
 from offload.files.folder import Folder
 from offload.files.safetensors import (
@@ -47,7 +47,7 @@ from offload.files.safetensors import (
     write_index,
 )
 from offload.files.scratch import FileSlot, Scratch
-from offload.files.strict_json import JsonObject, parse_json_object, read_json_object
+from offload.files.strict_json import JsonObject, read_json_object
 from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
@@ -109,12 +109,10 @@ __all__ = [
     "open_regular",
     "open_source",
     "parse_bytes",
-    "parse_json_object",
     "place_blocks",
     "probe_compute",
     "probe_disk",
     "read_json_object",
-    "read_small_file",
     "replacing_checkpoint",
     "round_up",
     "split_into_shards",

@@ -23,7 +23,7 @@ class StagingBuffer:
     Args:
         nbytes: Size. Memory is committed as it is first written.
         pin: Register it with CUDA, so that copies to the device run at full speed and beside computation. Where that is
-            not possible the buffer stays pageable; `pinned` says which.
+            not possible the buffer stays pageable.
 
     Raises:
         ValueError: `nbytes` is negative.
@@ -49,11 +49,6 @@ class StagingBuffer:
     def nbytes(self) -> int:
         """Size."""
         return self._nbytes
-
-    @property
-    def pinned(self) -> bool:
-        """Whether it is registered with CUDA."""
-        return self._pinned
 
     @property
     def tensor(self) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from offload import round_up
+
 ELEMENT_BYTES = 4
 """All buffers are fp32."""
 
@@ -70,8 +72,8 @@ def lay_out_unit(name: str, shapes: Iterable[tuple[str, torch.Size]]) -> UnitLay
     end = 0
     for key, shape in sorted(shapes, key=lambda entry: len(entry[1]) < 2):
         places.append(ParamPlace(key=key, shape=shape, start=end))
-        end += -(-shape.numel() // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
-    return UnitLayout(name=name, places=tuple(places), numel=max(1, -(-end // PAGE_ELEMENTS)) * PAGE_ELEMENTS)
+        end += round_up(shape.numel(), _ALIGN_ELEMENTS)
+    return UnitLayout(name=name, places=tuple(places), numel=max(PAGE_ELEMENTS, round_up(end, PAGE_ELEMENTS)))
 
 
 SCALED_ELEMENTS = 1 << 21

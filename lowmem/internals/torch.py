@@ -25,11 +25,10 @@ from torch.utils._pytree import (
     tree_unflatten,
 )
 
+from offload import PAGE_BYTES
+
 # The tensor itself, and the storage object that asking for the count makes.
 _OWN_REFERENCES = 2
-
-# Mappings of our own are whole pages.
-_PAGE_BYTES = 4096
 
 
 def parameter_table(module: nn.Module) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
     if grad.shape != like.shape or grad.dtype != like.dtype or not grad.is_contiguous():
         return False
     storage = grad.untyped_storage()
-    if storage.nbytes() - grad.nbytes >= _PAGE_BYTES:
+    if storage.nbytes() - grad.nbytes >= PAGE_BYTES:
         return False
     del storage
     return _counts_as_expected() and _reference_counts(grad) == (1, _OWN_REFERENCES)

@@ -27,7 +27,7 @@ from lowmem.models.absent import AbsentParameter, refuse_copy
 from lowmem.models.blocks import DecoderBlock, find_blocks
 from lowmem.models.configuration import naming_field
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
-from offload import BlockSpec, SourceError, StagingBuffer, TensorSpec
+from offload import BlockSpec, SourceError, StagingBuffer, TensorSpec, round_up
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -411,5 +411,5 @@ def _workspace_offsets(block: StreamedBlock) -> tuple[dict[str, int], int]:
                 continue
             offsets[name] = end
             nbytes = slot.shape.numel() * slot.dtype.itemsize
-            end += -(-nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
+            end += round_up(nbytes, _ALIGN_BYTES)
     return offsets, end

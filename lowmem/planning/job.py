@@ -7,6 +7,8 @@ from typing import Literal, cast, get_args
 
 import torch
 
+from offload import ceil_div
+
 Task = Literal["sft", "dpo", "kto", "reward", "grpo", "rloo", "generate"]
 """What can be planned: TRL's trainers by their short names, and generation alone."""
 
@@ -170,7 +172,7 @@ class Job:
     @property
     def num_beside(self) -> int:
         """Most evaluations that another one takes along."""
-        return -(-self.num_evaluations // max(1, self.num_forwards)) - 1 if self.trains else 0
+        return ceil_div(self.num_evaluations, max(1, self.num_forwards)) - 1 if self.trains else 0
 
     @property
     def num_backwards(self) -> int:

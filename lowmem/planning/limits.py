@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowmem.planning.job import DeviceKind
-
-PAGE_BYTES = 4096
+from offload import PAGE_BYTES, ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,5 +73,5 @@ def state_chunk_bytes(widest_bytes: int) -> int:
     Args:
         widest_bytes: Bytes of the widest unit's weights in fp32.
     """
-    share_bytes = -(-widest_bytes // (_PARTS_OF_A_UNIT * PAGE_BYTES)) * PAGE_BYTES
+    share_bytes = ceil_div(widest_bytes, _PARTS_OF_A_UNIT * PAGE_BYTES) * PAGE_BYTES
     return min(_LARGEST_STATE_CHUNK_BYTES, max(_SMALLEST_STATE_CHUNK_BYTES, share_bytes))

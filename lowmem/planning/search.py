@@ -20,7 +20,7 @@ from lowmem.planning.step_memory import (
     step_roles,
 )
 from lowmem.planning.step_time import Rates, StepTime, predict
-from offload import BudgetError, Placement, PlacementPlan, place_blocks
+from offload import BudgetError, Placement, PlacementPlan, ceil_div, place_blocks
 
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch from which on more of them make a block's products no faster."""
@@ -125,7 +125,7 @@ class Room:
         if self.job.micro_batch is not None:
             yield min(self.job.micro_batch, self.job.num_sequences)
             return
-        sizes = sorted({-(-self.job.num_sequences // parts) for parts in range(1, self.job.num_sequences + 1)})
+        sizes = sorted({ceil_div(self.job.num_sequences, parts) for parts in range(1, self.job.num_sequences + 1)})
         enough = _ENOUGH_TOKENS[self.job.device]
         largest = next((size for size in sizes if size * self.job.seq_len >= enough), sizes[-1])
         yield from (size for size in reversed(sizes) if size <= largest)

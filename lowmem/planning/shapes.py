@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from lowmem.planning.limits import PAGE_BYTES
+from offload import PAGE_BYTES, round_up
 
 
 class Part(StrEnum):
@@ -183,7 +183,7 @@ class ModelShapes:
                 block,
                 linears=tuple(replace(linear, rank=1) for linear in block.linears),
                 workspace_bytes=0,
-                buffer_bytes=-(-block.num_params * itemsize("float32") // PAGE_BYTES) * PAGE_BYTES,
+                buffer_bytes=round_up(block.num_params * itemsize("float32"), PAGE_BYTES),
             )
             for block in self.blocks
         )

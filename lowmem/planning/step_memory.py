@@ -16,8 +16,9 @@ from lowmem.planning.block_memory import (
     heap_bytes,
 )
 from lowmem.planning.job import Job
-from lowmem.planning.limits import DENSE_MASK_BYTES, NUM_CHUNK_BUFFERS, PAGE_BYTES, HeadTiles, state_chunk_bytes
+from lowmem.planning.limits import DENSE_MASK_BYTES, NUM_CHUNK_BUFFERS, HeadTiles, state_chunk_bytes
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
+from offload import PAGE_BYTES, ceil_div
 
 Tier = Literal["device", "host", "disk"]
 """Where bytes are."""
@@ -282,7 +283,7 @@ def _mask_bytes(shapes: ModelShapes, job: Job) -> int:
 
 
 def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
-    row_bytes = -(-shapes.embedding_stored_bytes // shapes.vocab_size)
+    row_bytes = ceil_div(shapes.embedding_stored_bytes, shapes.vocab_size)
     num_rows = min(job.num_tokens, shapes.vocab_size)
     rows = num_rows * shapes.hidden_size * itemsize(shapes.compute_dtype)
     return rows + min(num_rows, ROWS_PER_READ) * (row_bytes + 2 * PAGE_BYTES)

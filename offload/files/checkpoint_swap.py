@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from offload.files.file import sync_folder, write_failure
+from offload.files.file import read_small_file, sync_folder, write_failure
 from offload.files.safetensors import INDEX_NAME, SINGLE_NAME
+from offload.files.strict_json import MAX_JSON_BYTES
 
 _BESIDE = ".saving-"
 
@@ -55,7 +56,7 @@ def listed_weights(folder: Path) -> set[str]:
     """Names of the weight files of the checkpoint in a folder: those that the index lists, and a single file."""
     names = {SINGLE_NAME} if (folder / SINGLE_NAME).exists() else set()
     with suppress(OSError, ValueError):
-        index = json.loads((folder / INDEX_NAME).read_bytes())
+        index = json.loads(read_small_file(folder / INDEX_NAME, max_bytes=MAX_JSON_BYTES))
         weights = index.get("weight_map") if isinstance(index, dict) else None
         if isinstance(weights, dict):
             names.update(name for name in weights.values() if isinstance(name, str) and _is_plain(name))

@@ -36,7 +36,7 @@ def test_views_outlive_the_buffer_and_the_buffer_does_not_outlive_close() -> Non
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinning works where CUDA does")
 def test_pinning_falls_back_to_pageable_memory() -> None:
     with StagingBuffer(10, pin=True) as buffer:
-        assert not buffer.pinned
+        assert not buffer.tensor.is_pinned()
         buffer.tensor.fill_(3)
 
 
@@ -44,7 +44,7 @@ def test_pinning_falls_back_to_pageable_memory() -> None:
 @pytest.mark.parametrize("nbytes", [1, 4097, (2 << 20) + 1])
 def test_pinned_buffer_is_registered_until_it_is_closed(nbytes: int) -> None:
     buffer = StagingBuffer(nbytes, pin=True)
-    assert buffer.pinned
+    assert buffer.tensor.is_pinned()
     memory = buffer.tensor.fill_(5)
     assert memory.is_pinned()
     assert torch.equal(memory.to("cuda", non_blocking=True).cpu(), memory)

@@ -132,7 +132,7 @@ def test_a_copy_waits_for_what_still_computes_with_the_slot() -> None:
 def test_computation_waits_for_a_copy_that_is_still_running() -> None:
     device = CudaDevice()
     with device.staging(256 * MIB) as buffer:
-        assert buffer.pinned
+        assert buffer.tensor.is_pinned()
         buffer.tensor.fill_(3)
         slot = device.slot(256 * MIB)
         slot.fill_(0)
