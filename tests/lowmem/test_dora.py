@@ -307,4 +307,4 @@ def test_only_the_frozen_base_keeps_its_norms() -> None:
         model = with_factored_norm(dora("linear"), frozen_base=frozen_base)
         run(model)
         variant = model.get_base_model().linear.lora_variant["default"]
-        assert (variant._base._kept is not None) == expected
+        assert (variant._kept is not None) == expected
