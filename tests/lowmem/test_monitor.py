@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainer
 from transformers.trainer_callback import TrainerControl
 
 from lowmem.monitoring.monitor import Monitor
-from lowmem.streaming.runtime import runtime_of
+from lowmem.streaming.runtime import Visit, runtime_of
 from tests.zoo.architectures import build
 from tests.zoo.streamed import streamed
 
@@ -388,16 +388,16 @@ def test_an_interruption_says_how_to_go_on(
 ) -> None:
     args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
     trainer = Trainer(model, args, train_dataset=dataset)
-    block, num_calls = layers_of(model)[1], 0
+    num_visits = 0
 
-    def interrupt(module: nn.Module, args: object) -> None:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls in (1, 6):
+    def interrupt(visit: Visit) -> None:
+        nonlocal num_visits
+        num_visits += visit.started and visit.block == 1
+        if visit.started and visit.block == 1 and num_visits in (1, 6):
             raise KeyboardInterrupt
 
     # Inside of a visit, where the signal arrives most of the time.
-    block.mlp.register_forward_pre_hook(interrupt)
+    runtime_of(model).listen(interrupt)
     with pytest.raises(KeyboardInterrupt) as early:
         trainer.train()
     assert f"there is no checkpoint in {tmp_path} yet: start again" in early.value.__notes__[0]
