@@ -22,6 +22,7 @@ from lowmem.models.blocks import can_chunk
 from lowmem.models.build import Skeleton, StreamedBlock, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding
 from lowmem.models.embedding import GatheredEmbedding, read_now
+from lowmem.models.whole import refuse_resizing, resize_by_room
 from lowmem.planning.step_memory import num_boundary_buffers
 from lowmem.streaming.attach import attach
 from lowmem.streaming.boundary import BoundaryTier, tier_for
@@ -137,6 +138,10 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
                 dtype=opened.dtype,
                 device=device,
             )
+        if masters is None:
+            resize_by_room(model, room_bytes=plan.device_budget_bytes - plan.device_bytes)
+        else:
+            refuse_resizing(model)
         weights = (
             _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
             if masters is None

@@ -36,8 +36,8 @@ _NEEDS_NO_VALUES = frozenset(
 _READS_MEMORY = frozenset(("numpy", "tolist", "__array__", "__dlpack__", "contiguous"))
 
 
-# Asked for to find out whether two names are one tensor.
-_TELLS_IDENTITY = frozenset(("data_ptr", "untyped_storage", "storage", "is_pinned"))
+# Of one element of memory that each tensor has to itself.
+_ASKED_OF_REAL_MEMORY = frozenset(("data_ptr", "storage", "is_pinned"))
 
 
 class Step(NamedTuple):
@@ -168,7 +168,9 @@ class StandIn(Tensor):
                 # Never contiguous: what asks goes on to take the memory.
                 if name == "is_contiguous":
                     return False
-                if name in _TELLS_IDENTITY:
+                if name == "untyped_storage":
+                    return StorageIdentity(own)
+                if name in _ASKED_OF_REAL_MEMORY:
                     return func(own._identity, *args[1:], **kwargs)
                 if name in _READS_MEMORY:
                     return func(own.materialise(), *args[1:], **kwargs)
@@ -207,6 +209,25 @@ class StandIn(Tensor):
 
     def check_pickling(self) -> None:
         """Refuse to be pickled; else a stand-in is pickled as its true values."""
+
+
+class StorageIdentity:
+    """What a stand-in has for a storage: whoever saves tensors asks which of them share one, and how large it is."""
+
+    def __init__(self, tensor: StandIn) -> None:
+        self.device = tensor.device
+        self._identity, self._nbytes = tensor._identity, tensor.nbytes
+
+    def data_ptr(self) -> int:
+        """The same for all names of one tensor, and for nothing else."""
+        return self._identity.data_ptr()
+
+    def nbytes(self) -> int:
+        """Bytes of the tensor that lies elsewhere."""
+        return self._nbytes
+
+    def __len__(self) -> int:
+        return self._nbytes
 
 
 class View(StandIn):

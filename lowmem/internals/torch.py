@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -94,6 +95,25 @@ def hold_parameter(module: nn.Module, name: str, refuse: Callable[[], NoReturn])
     param = table[name]
     assert param is not None, name
     table.held[name] = param, refuse
+
+
+def call_before_apply(module: nn.Module, check: Callable[[nn.Module, Callable[[Tensor], Tensor]], None]) -> None:
+    """Call a check before `module.to()`, `.half()` and all else that changes every tensor of a module.
+
+    Args:
+        module: The module; those around it and below it are not concerned.
+        check: Called with the module and what each tensor would become; may refuse by raising.
+    """
+    own = weakref.ref(module)
+
+    def apply(change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        module = own()
+        assert module is not None, "the module holds this"
+        check(module, change)
+        changed: nn.Module = type(module)._apply(module, change, recurse)  # type: ignore[no-untyped-call]
+        return changed
+
+    vars(module)["_apply"] = apply
 
 
 def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:
@@ -246,6 +266,7 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "buffer_table",
+    "call_before_apply",
     "change_class",
     "cpu_attention",
     "cpu_attention_backward",

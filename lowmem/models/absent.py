@@ -140,19 +140,3 @@ class AbsentParameter(StandIn, torch.nn.Parameter):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"AbsentParameter({self.key}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-
-def refuse_copy(module: torch.nn.Module, *, what: str, reason: str, instead: str) -> None:
-    """Make `copy.deepcopy(module)` a clear refusal.
-
-    Args:
-        module: The module; the refusal hangs on this instance.
-        what: The copy, or the option that asks for it, as the user knows it.
-        reason: Why it cannot be.
-        instead: What to do.
-    """
-
-    def refuse(memo: dict[int, object]) -> NoReturn:
-        raise UnsupportedError(what, reason=reason, instead=instead)
-
-    module.__dict__["__deepcopy__"] = refuse

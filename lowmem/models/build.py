@@ -23,10 +23,11 @@ from lowmem.internals.transformers import (
     mark_initialised,
     may_be_missing,
 )
-from lowmem.models.absent import AbsentParameter, refuse_copy
+from lowmem.models.absent import AbsentParameter
 from lowmem.models.blocks import DecoderBlock, find_blocks
 from lowmem.models.configuration import naming_field
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
+from lowmem.models.whole import install_whole
 from offload import BlockSpec, SourceError, StagingBuffer, TensorSpec, round_up
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Skeleton:
     """Recipes of all that stays on the device: embeddings, norms, head, buffers."""
     mapping: CheckpointMap
     """Every recipe, missing and unexpected names."""
+    folder: Path
+    """Where the checkpoint lies."""
 
     @property
     def resident_bytes(self) -> int:
@@ -131,6 +134,7 @@ def skeleton(
     return Skeleton(
         model=model,
         mapping=mapping,
+        folder=folder,
         resident=tuple(resident),
         blocks=tuple(_streamed(model, block, recipes) for block, recipes in zip(blocks, by_block, strict=True)),
     )
@@ -230,20 +234,8 @@ def fill(
     _refuse_unfilled(model)
     model.requires_grad_(False)
     leave_placement_alone(model, device)
-    refuse_copy(
-        model,
-        what="copy.deepcopy(model)",
-        reason="a copy would hold every weight of the checkpoint",
-        instead="the adapter's own reference (peft's disable_adapter, which TRL uses when given peft_config), or a "
-        "second streamed model",
-    )
-    for streamed in built.blocks:
-        refuse_copy(
-            streamed.block.module,
-            what=f"a copy of the decoder block {streamed.block.name} (modules_to_save)",
-            reason="a trained copy of a whole block would not be streamed",
-            instead="modules_to_save with modules inside the blocks, or LoRA on the block's layers",
-        )
+    blocks = {streamed.block.name: streamed.block.module for streamed in built.blocks}
+    install_whole(model, folder=built.folder, block_names=blocks)
     return model.eval()
 
 

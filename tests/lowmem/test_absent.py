@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
-from lowmem.models.absent import AbsentParameter, refuse_copy
+from lowmem.models.absent import AbsentParameter
+from lowmem.models.whole import refuse_copy
 
 
 class _Weight:
@@ -45,8 +46,11 @@ def test_metadata_reads_nothing(weight: _Weight) -> None:
     assert weight.num_reads == 0
 
 
-def test_storage_is_one_element(weight: _Weight) -> None:
-    assert weight.param.untyped_storage().nbytes() == 4
+def test_it_takes_no_memory() -> None:
+    shape = (1 << 24, 1 << 16)
+    huge = AbsentParameter.of(shape, dtype=torch.float32, device=torch.device("cpu"), key="huge", load=torch.empty)
+    assert huge.nbytes == huge.untyped_storage().nbytes() == 4 << 40
+    assert huge.T[1:].detach().shape == (shape[1] - 1, shape[0])
 
 
 def test_moving_to_where_it_is_keeps_it(weight: _Weight) -> None:

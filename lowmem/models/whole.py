@@ -1,0 +1,186 @@
+"""What is done to a streamed model as a whole: saved, copied, pickled, cast, resized; as ever, or refused at once."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import UnsupportedError
+from lowmem.internals.accelerate import install_bounded_saving
+from lowmem.internals.stand_in import StandIn, keeping_last_read
+from lowmem.internals.torch import call_before_apply, parameter_table, put_parameter
+from lowmem.models.absent import AbsentParameter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD = "2GB"
+"""Largest file unless the user says otherwise: a shard is in RAM while it is written."""
+
+
+def install_whole(model: PreTrainedModel, *, folder: Path, block_names: Mapping[str, nn.Module]) -> None:
+    """Give a model instance these ways.
+
+    Args:
+        model: Filled, with absent parameters in its blocks.
+        folder: Its checkpoint, which is never written to.
+        block_names: Its decoder blocks by module path.
+    """
+    refuse_copy(
+        model,
+        what="copy.deepcopy(model)",
+        reason="a copy would hold every weight of the checkpoint",
+        instead="the adapter's own reference (peft's disable_adapter, which TRL uses when given peft_config), or a "
+        "second streamed model",
+    )
+    refuse_pickling(model)
+    for name, block in block_names.items():
+        refuse_copy(
+            block,
+            what=f"a copy of the decoder block {name} (modules_to_save)",
+            reason="a trained copy of a whole block would not be streamed",
+            instead="modules_to_save with modules inside the blocks, or LoRA on the block's layers",
+        )
+    for module in _with_ancestors(model, block_names):
+        call_before_apply(module, _refuse_cast)
+    own = weakref.ref(model)
+
+    def save_pretrained(save_directory: str | os.PathLike[str], *args: object, **kwargs: object) -> object:
+        return _save(_alive(own), save_directory, args, kwargs, folder=folder)
+
+    vars(model)["save_pretrained"] = save_pretrained
+    install_bounded_saving()
+
+
+def _alive(own: weakref.ref[PreTrainedModel]) -> PreTrainedModel:
+    """The model whose method is called: held weakly, so that it is freed as soon as its user drops it."""
+    model = own()
+    if model is None:
+        raise RuntimeError("the model is gone: keep what lowmem.from_pretrained returns in a variable")
+    return model
+
+
+def _save(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    *,
+    folder: Path,
+) -> object:
+    """`save_pretrained` of the class, shard by shard: weights are read as their shard is written."""
+    if os.path.exists(save_directory) and os.path.samefile(save_directory, folder):
+        raise UnsupportedError(
+            f"save_pretrained({os.fspath(save_directory)!r})",
+            reason="the model's weights are read from this folder while it is saved",
+            instead="another folder",
+        )
+    # The fifth of transformers' own arguments.
+    if len(args) < 4:
+        kwargs.setdefault("max_shard_size", SHARD)
+    with keeping_last_read():
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+def refuse_copy(module: nn.Module, *, what: str, reason: str, instead: str) -> None:
+    """Make `copy.deepcopy(module)` a clear refusal.
+
+    Args:
+        module: The module; the refusal hangs on this instance.
+        what: The copy, or the option that asks for it, as the user knows it.
+        reason: Why it cannot be.
+        instead: What to do.
+    """
+
+    def refuse(memo: dict[int, object]) -> NoReturn:
+        raise UnsupportedError(what, reason=reason, instead=instead)
+
+    vars(module)["__deepcopy__"] = refuse
+
+
+def refuse_pickling(model: nn.Module) -> None:
+    """Make `torch.save(model)` and whatever else pickles it a clear refusal."""
+
+    def refuse(protocol: object) -> NoReturn:
+        raise UnsupportedError(
+            "torch.save(model)",
+            reason="its weights, open files and threads cannot be pickled",
+            instead="model.save_pretrained(folder), or trainer.save_model, which saves the adapter",
+        )
+
+    vars(model)["__reduce_ex__"] = refuse
+
+
+def _with_ancestors(model: nn.Module, block_names: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    paths = {""}
+    for name in block_names:
+        parts = name.split(".")
+        paths.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return (model.get_submodule(path) for path in sorted(paths))
+
+
+def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Refuse `.to()`, `.half()` and the like before any tensor has changed, if they would change an absent one."""
+    absent = (param for param in module.parameters() if isinstance(param, StandIn))
+    for dtype, device in {(param.dtype, param.device) for param in absent}:
+        made = change(torch.empty(0, dtype=dtype, device=device))
+        if made.dtype != dtype:
+            raise UnsupportedError(
+                f"casting a streamed model to {made.dtype}",
+                reason="its blocks are read in the compute dtype that it was opened with "
+                "(model.half(), .bfloat16(), .to(dtype) and bf16_full_eval ask for another)",
+                instead=f'lowmem.from_pretrained(..., dtype="{str(made.dtype).removeprefix("torch.")}")',
+            )
+        if made.device != device:
+            raise UnsupportedError(
+                f"moving a streamed model to {made.device}",
+                reason="its blocks are brought to the device that it was opened for",
+                instead=f'lowmem.from_pretrained(..., device="{made.device}")',
+            )
+
+
+def resize_by_room(model: PreTrainedModel, *, room_bytes: int) -> None:
+    """Have `resize_token_embeddings` bring a table that is on disk into memory first, if there is room.
+
+    Args:
+        model: Its input embedding may be gathered from disk.
+        room_bytes: Device memory that the plan leaves.
+    """
+    own = weakref.ref(model)
+
+    def resize(new_num_tokens: int | None = None, *args: object, **kwargs: object) -> nn.Module:
+        model = _alive(own)
+        table = model.get_input_embeddings()
+        weight = parameter_table(table).get("weight")
+        if isinstance(weight, AbsentParameter) and new_num_tokens not in (None, weight.shape[0]):
+            needed = max(weight.shape[0], new_num_tokens or 0) * weight.shape[1] * weight.dtype.itemsize
+            if needed > room_bytes:
+                raise UnsupportedError(
+                    "resize_token_embeddings with the embedding table on disk",
+                    reason=f"the changed table takes {needed} bytes of device memory, the plan leaves {room_bytes}",
+                    instead="a larger Budget.device, or a checkpoint whose vocabulary was resized before",
+                )
+            put_parameter(table, "weight", nn.Parameter(weight.materialise(), requires_grad=False))
+        resized: nn.Module = type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
+        return resized
+
+    vars(model)["resize_token_embeddings"] = resize
+
+
+def refuse_resizing(model: PreTrainedModel) -> None:
+    """Refuse `resize_token_embeddings` where every weight is trained."""
+
+    def refuse(new_num_tokens: int | None = None, *args: object, **kwargs: object) -> NoReturn:
+        raise UnsupportedError(
+            'resize_token_embeddings with tuning="full"',
+            reason="the master weights and their state have the checkpoint's shapes",
+            instead="a checkpoint whose vocabulary was resized before (transformers: resize, save_pretrained)",
+        )
+
+    vars(model)["resize_token_embeddings"] = refuse
