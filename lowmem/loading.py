@@ -18,11 +18,11 @@ from lowmem.full.opening import AdapterRefusal, Masters, open_full
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.internals.trl import hash_by_fingerprint, trainers_are_imported
 from lowmem.internals.trl import install as install_head
+from lowmem.models.absent import GatheredEmbedding, read_now
 from lowmem.models.blocks import can_chunk
 from lowmem.models.build import Skeleton, StreamedBlock, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding
-from lowmem.models.embedding import GatheredEmbedding, read_now
-from lowmem.models.whole import refuse_resizing, resize_by_room
+from lowmem.models.whole import install_resizing
 from lowmem.planning.step_memory import num_boundary_buffers
 from lowmem.streaming.attach import attach
 from lowmem.streaming.boundary import BoundaryTier, tier_for
@@ -138,10 +138,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
                 dtype=opened.dtype,
                 device=device,
             )
-        if masters is None:
-            resize_by_room(model, room_bytes=plan.device_budget_bytes - plan.device_bytes)
-        else:
-            refuse_resizing(model)
+        install_resizing(model, room_bytes=plan.device_budget_bytes - plan.device_bytes, tuning=plan.job.tuning)
         weights = (
             _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
             if masters is None

@@ -28,7 +28,7 @@ from lowmem.full.saving import StoredNames, install_saving
 from lowmem.full.tier import MemoryTier, StateTier
 from lowmem.internals.torch import parameter_table
 from lowmem.internals.transformers import on_optimizer_resume
-from lowmem.models.embedding import read_now
+from lowmem.models.absent import read_now
 from lowmem.optim.optimizer import give_to_engine
 from offload import BlockSpec, Closed, FileIO, StagingBuffer, Trace, lay_out, view_tensor
 

@@ -89,7 +89,7 @@ class StandIn(Tensor):
                 device=device,
                 requires_grad=requires_grad,
             )
-            made._identity = torch.zeros((), dtype=like.dtype, device=device)
+            made._identity = torch.empty((), dtype=like.dtype)
         return made
 
     @property

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.accelerate import install_bounded_saving
 from lowmem.internals.stand_in import StandIn, keeping_last_read
 from lowmem.internals.torch import call_before_apply, parameter_table, put_parameter
 from lowmem.models.absent import AbsentParameter
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
 SHARD = "2GB"
@@ -145,42 +149,127 @@ def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
             )
 
 
-def resize_by_room(model: PreTrainedModel, *, room_bytes: int) -> None:
-    """Have `resize_token_embeddings` bring a table that is on disk into memory first, if there is room.
+def install_resizing(model: PreTrainedModel, *, room_bytes: int, tuning: str) -> None:
+    """Have `resize_token_embeddings` bring a table that is on disk into memory first, or refuse before anything changes.
 
     Args:
         model: Its input embedding may be gathered from disk.
         room_bytes: Device memory that the plan leaves.
+        tuning: "full" where every weight is trained.
     """
     own = weakref.ref(model)
 
     def resize(new_num_tokens: int | None = None, *args: object, **kwargs: object) -> nn.Module:
         model = _alive(own)
-        table = model.get_input_embeddings()
-        weight = parameter_table(table).get("weight")
-        if isinstance(weight, AbsentParameter) and new_num_tokens not in (None, weight.shape[0]):
-            needed = max(weight.shape[0], new_num_tokens or 0) * weight.shape[1] * weight.dtype.itemsize
-            if needed > room_bytes:
-                raise UnsupportedError(
-                    "resize_token_embeddings with the embedding table on disk",
-                    reason=f"the changed table takes {needed} bytes of device memory, the plan leaves {room_bytes}",
-                    instead="a larger Budget.device, or a checkpoint whose vocabulary was resized before",
-                )
-            put_parameter(table, "weight", nn.Parameter(weight.materialise(), requires_grad=False))
+        if tuning == "full":
+            raise UnsupportedError(
+                'resize_token_embeddings with tuning="full"',
+                reason="the master weights and their state have the checkpoint's shapes",
+                instead="a checkpoint whose vocabulary was resized before (transformers: resize, save_pretrained)",
+            )
+        _bring_table(model.get_input_embeddings(), new_num_tokens, room_bytes=room_bytes)
         resized: nn.Module = type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
         return resized
 
     vars(model)["resize_token_embeddings"] = resize
 
 
-def refuse_resizing(model: PreTrainedModel) -> None:
-    """Refuse `resize_token_embeddings` where every weight is trained."""
-
-    def refuse(new_num_tokens: int | None = None, *args: object, **kwargs: object) -> NoReturn:
+def _bring_table(table: nn.Module, num_rows: int | None, *, room_bytes: int) -> None:
+    weight = parameter_table(table).get("weight")
+    if not isinstance(weight, AbsentParameter) or num_rows in (None, weight.shape[0]):
+        return
+    needed = max(weight.shape[0], num_rows or 0) * weight.shape[1] * weight.dtype.itemsize
+    if needed > room_bytes:
         raise UnsupportedError(
-            'resize_token_embeddings with tuning="full"',
-            reason="the master weights and their state have the checkpoint's shapes",
-            instead="a checkpoint whose vocabulary was resized before (transformers: resize, save_pretrained)",
+            "resize_token_embeddings with the embedding table on disk",
+            reason=f"the changed table takes {needed} bytes of device memory, the plan leaves {room_bytes}",
+            instead="a larger Budget.device, or a checkpoint whose vocabulary was resized before",
         )
+    put_parameter(table, "weight", nn.Parameter(weight.materialise(), requires_grad=False))
 
-    vars(model)["resize_token_embeddings"] = refuse
+
+_SAVE_PARAMETERS = ("self", "model", "save_directory", "max_shard_size", "safe_serialization")
+
+
+def install_bounded_saving() -> None:
+    """Replace `Accelerator.save_model` by one that saves a streamed model shard by shard, unless it is already.
+
+    It asks a model for its state dict, makes every weight contiguous at once and does the rest itself, so there is
+    nothing of the model's to hook. All other models are handed to the method that was there.
+
+    Raises:
+        UnsupportedError: This accelerate has another `save_model`.
+    """
+    from accelerate import Accelerator
+
+    shipped = Accelerator.save_model
+    if hasattr(shipped, "lowmem"):
+        return
+    if tuple(signature(shipped).parameters) != _SAVE_PARAMETERS:
+        raise UnsupportedError(
+            f"accelerate {version('accelerate')}",
+            reason=f"Accelerator.save_model has other parameters than {', '.join(_SAVE_PARAMETERS[1:])}",
+            instead="a version of accelerate that README names as tested",
+        )
+    Accelerator.save_model = _bounded(shipped)
+
+
+def _bounded(shipped: Callable[..., None]) -> Callable[..., None]:
+    default = signature(shipped).parameters["max_shard_size"].default
+
+    @wraps(shipped)
+    def save_model(
+        self: Accelerator,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = default,
+        safe_serialization: bool = True,
+    ) -> None:
+        plain: Any = self.unwrap_model(model)
+        if not any(isinstance(param, StandIn) for param in plain.parameters()):
+            shipped(self, model, save_directory, max_shard_size, safe_serialization)
+            return
+        if not safe_serialization:
+            raise UnsupportedError(
+                "Accelerator.save_model(safe_serialization=False)",
+                reason="a pickle is written from RAM in one piece",
+                instead="safe_serialization=True",
+            )
+        if self.is_main_process:
+            save_in_shards(
+                plain.state_dict(), Path(save_directory), size=SHARD if max_shard_size == default else max_shard_size
+            )
+
+    save_model.lowmem = True  # type: ignore[attr-defined]
+    return save_model
+
+
+def save_in_shards(state: dict[str, Tensor], folder: Path, *, size: int | str) -> None:
+    """Write a state dict as `model*.safetensors`, as accelerate does, with one shard in RAM at a time.
+
+    Args:
+        state: Tensors and stand-ins by name; of several names of one tensor the first is written.
+        folder: Made if need be; shards of an earlier save that are not written again are removed.
+        size: Largest file.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    known: set[int] = set()
+    once = {}
+    for name, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        if place not in known or not place:
+            once[name] = tensor
+        known.add(place)
+    split = split_torch_state_dict_into_shards(once, filename_pattern="model{suffix}.safetensors", max_shard_size=size)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("model-?????-of-?????.safetensors"):
+        if old.name not in split.filename_to_tensors:
+            old.unlink()
+    for file, names in split.filename_to_tensors.items():
+        with keeping_last_read():
+            save_file({name: once[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

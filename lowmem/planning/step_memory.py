@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lowmem.models.embedding import ROWS_PER_READ
+from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     MicroBatch,
     block_forward_bytes,

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals import accelerate as saving
 from lowmem.internals.torch import call_before_apply
 from lowmem.internals.transformers import (
     Conversions,
@@ -22,6 +21,7 @@ from lowmem.internals.transformers import (
     mark_initialised,
     may_be_missing,
 )
+from lowmem.models import whole as saving
 from tests.zoo.architectures import build
 
 
