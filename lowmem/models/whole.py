@@ -150,7 +150,7 @@ def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def install_resizing(model: PreTrainedModel, *, room_bytes: int, tuning: str) -> None:
-    """Have `resize_token_embeddings` bring a table that is on disk into memory first, or refuse before anything changes.
+    """Have `resize_token_embeddings` bring a table that is on disk into memory first, or refuse at once.
 
     Args:
         model: Its input embedding may be gathered from disk.

@@ -292,5 +292,11 @@ def test_resizing_without_room_or_with_every_weight_trained_is_refused_first(fol
     with pytest.raises(lowmem.UnsupportedError, match=r"embedding table on disk.*Budget\.device"):
         tight.resize_token_embeddings(1_000_000)
     assert isinstance(tight.get_input_embeddings().weight, StandIn)
+    tuned = full(folder, "device", tmp_path)
     with pytest.raises(lowmem.UnsupportedError, match=r"resize_token_embeddings.*full"):
-        full(folder, "device", tmp_path).resize_token_embeddings(200)
+        tuned.resize_token_embeddings(200)
+
+
+def test_a_model_that_nobody_keeps_says_so(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"keep what lowmem\.from_pretrained returns in a variable"):
+        opened(folder).save_pretrained(tmp_path)
