@@ -128,16 +128,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
             absent=frozenset(() if gathered is None else (gathered,)),
         )
         if gathered is not None:
-            # Its own threads: the rows of a token must not wait for the blocks that are being fetched ahead.
-            rows = FileIO(num_threads=_ROW_THREADS, stamps=opened.source.stamps)
-            stack.callback(rows.close)
-            GatheredEmbedding(
-                model.get_input_embeddings(),
-                spec=built.mapping.recipes[gathered].sources[0],
-                reader=rows,
-                dtype=opened.dtype,
-                device=device,
-            )
+            stack.callback(_gather_rows(model.get_input_embeddings(), gathered, opened).close)
         install_resizing(model, room_bytes=plan.device_budget_bytes - plan.device_bytes, tuning=plan.job.tuning)
         weights = (
             _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
@@ -173,6 +164,15 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         hash_by_fingerprint(model, opened.source.fingerprint())
     _give_generation_config(model, opened.folder)
     return model
+
+
+def _gather_rows(embedding: torch.nn.Module, name: str, opened: Opened) -> FileIO:
+    """Look up an embedding's rows on disk; returns what reads them, to be closed."""
+    # Its own threads: the rows of a token must not wait for the blocks that are being fetched ahead.
+    rows = FileIO(num_threads=_ROW_THREADS, stamps=opened.source.stamps)
+    spec = opened.built.mapping.recipes[name].sources[0]
+    GatheredEmbedding(embedding, spec=spec, reader=rows, dtype=opened.dtype, device=opened.device)
+    return rows
 
 
 def _boundaries(plan: Plan, *, device: torch.device, trace: Trace) -> BoundaryTier:
