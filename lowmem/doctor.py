@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import stat
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
