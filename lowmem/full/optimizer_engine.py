@@ -158,9 +158,10 @@ class OptimizerEngine:
         folder = None if saved.moments is None else find_moments(saved.moments, self._folders(saved))
         brings_weights = folder is not None and Store.exists(folder)
         if saved.weights is not None and not brings_weights and saved.weights != current_digest(self._full):
+            where = "optimizer state" if self._resumed is None else self._resumed / "optimizer.pt"
             raise ValueError(
-                "optimizer state: it belongs to other weights than the model has now; load the weights of the same "
-                "checkpoint first, as the Trainer does"
+                f"{where}: it belongs to other weights than the model has now; load the weights of the same checkpoint "
+                "first, as the Trainer does"
             )
         if saved.moments is not None and folder is not None:
             load_moments(self._full, folder, saved.moments, keys=saved.steps, stale=stale)

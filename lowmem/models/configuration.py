@@ -271,7 +271,7 @@ def _refuse_unknown(values: Mapping[str, object], *, trust_remote_code: bool) ->
     from transformers import CONFIG_MAPPING
 
     kind, has_code = values.get("model_type"), bool(values.get("auto_map"))
-    if kind in CONFIG_MAPPING or (has_code and trust_remote_code):
+    if (isinstance(kind, str) and kind in CONFIG_MAPPING) or (has_code and trust_remote_code):
         return
     if has_code:
         instead = "trust_remote_code=True, if you trust the code that comes with the checkpoint"

@@ -161,7 +161,7 @@ def _in_one_file(folder: Path, target: Path) -> Path:
         name: value
         for shard in shards
         for name, value in load_file(shard).items()
-        if not named or named.get(name) == shard.name
+        if named.get(name, shard.name) == shard.name
     }
     save_file(tensors, target / "model.safetensors")
     return target

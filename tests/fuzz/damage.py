@@ -217,13 +217,19 @@ def damage_safetensors(file: Path, rng: random.Random) -> str:
         file.write_bytes(lie.to_bytes(8, "little") + data[8:])
         return f"header of {length} bytes said to have {lie} in {file.name}"
     if kind == "header bytes":
-        header = file.with_name(".header")
-        header.write_bytes(data[8 : 8 + length])
-        what = damage_bytes(header, rng)
-        changed = header.read_bytes()
-        header.unlink()
+        alone = file.with_name(".header")
+        alone.write_bytes(data[8 : 8 + length])
+        what = damage_bytes(alone, rng)
+        changed = alone.read_bytes()
+        alone.unlink()
     else:
-        content, what = _damage_header(json.loads(data[8 : 8 + length]), rng)
+        try:
+            header = json.loads(data[8 : 8 + length])
+        except ValueError:
+            return damage_bytes(file, rng)
+        if not isinstance(header, dict):
+            return damage_bytes(file, rng)
+        content, what = _damage_header(header, rng)
         changed = json.dumps(content).encode("utf-8", "surrogatepass")
         changed += b" " * (-len(changed) % 8)
     said = length if rng.random() < 0.1 else len(changed)

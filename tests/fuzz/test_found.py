@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,24 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a step that is text": ("trainer_state.json", lambda file: edit_json(file, {"global_step": "2"})),
     "weights": ("WEIGHTS", lambda file: file.write_bytes(b"\xff" * 100)),
 }
+
+
+def test_an_optimizer_of_other_weights_is_refused_by_its_file(tmp_path: Path) -> None:
+    model = Path(build("llama", tmp_path / "model"))
+    for run in range(2):
+        made("full host", model, tmp_path / f"out {run}", tmp_path / "state", say=str, seed=run, max_steps=1).train()
+    first, other = (tmp_path / f"out {run}" / "checkpoint-1" for run in range(2))
+    shutil.copy(other / "model.safetensors", first / "model.safetensors")
+    trainer = made("full host", model, tmp_path / "out", tmp_path / "state", say=str, save_strategy="no")
+    with pytest.raises(ValueError, match=r"optimizer\.pt: it belongs to other weights"):
+        trainer.train(resume_from_checkpoint=str(first))
+
+
+@pytest.mark.parametrize("kind", [[], {}, None, 7, [["llama"]]])
+def test_a_model_type_that_is_no_text_is_refused(kind: object, folder: Path) -> None:
+    edit_json(folder / "config.json", {"model_type": kind})
+    with pytest.raises((OffloadError, lowmem.UnsupportedError), match="model_type"):
+        streamed(folder)
 
 
 @pytest.fixture(scope="module", params=["sft", "full host"])

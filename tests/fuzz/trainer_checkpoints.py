@@ -31,7 +31,7 @@ class TrainerCheckpoints:
 
     limit_s = 60.0
     limit_bytes = 1 << 30
-    cases_per_worker = 4
+    cases_per_worker = 20
 
     def __init__(self, kinds: tuple[str, ...] = KINDS) -> None:
         self._kinds = kinds
