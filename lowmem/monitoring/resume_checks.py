@@ -33,12 +33,14 @@ def damage_of_archive(file: Path) -> str | None:
     try:
         with open(open_regular(file), "rb") as opened, zipfile.ZipFile(opened) as archive:
             damaged = archive.testzip()
+        if damaged is not None:
+            return f"{damaged} in it differs from its checksum"
         # The index at its end has no checksum. What may be in it is the reader's business.
         with suppress(pickle.UnpicklingError):
             torch.load(file, map_location="meta", weights_only=True)
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:
         return str(error).partition(". ")[0]
-    return None if damaged is None else f"{damaged} in it differs from its checksum"
+    return None
 
 
 def check_before_resume(model: nn.Module, checkpoint: str) -> None:
