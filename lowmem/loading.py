@@ -25,7 +25,8 @@ from lowmem.models.checkpoint import Opened, gatherable_embedding
 from lowmem.models.whole import install_resizing
 from lowmem.planning.step_memory import num_boundary_buffers
 from lowmem.streaming.attach import attach
-from lowmem.streaming.boundary import BoundaryTier, tier_for
+from lowmem.streaming.boundary import BoundaryTier
+from lowmem.streaming.boundary_tiers import tier_for
 from lowmem.streaming.call import SplitChoice
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.head import TiledLogProbFunction

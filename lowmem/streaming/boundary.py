@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,7 +14,7 @@ from lowmem.internals.torch import version_of
 from offload import FileSlot, Scratch, StagingBuffer, Transfer
 
 if TYPE_CHECKING:
-    from offload import Trace
+    pass
 
 
 _LARGE_BYTES = 8 << 20
@@ -72,9 +71,8 @@ class DeviceBoundaries:
 class HostBoundaries:
     """Copied into page-aligned buffers of host RAM that one step after another uses.
 
-    Copies from and to a GPU wait for it: exact, and slower than they could be. On a CPU this is where all boundaries
-    go. They outlive the temporaries of many blocks: left on the heap, they would pin the pages around them, and the
-    process would grow by a block's temporaries for each few blocks.
+    On a CPU this is where all boundaries go. They outlive the temporaries of many blocks: left on the heap, they would
+    pin the pages around them, and the process would grow by a block's temporaries for each few blocks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -93,7 +91,7 @@ class HostBoundaries:
         buffer = self._take_buffer(nbytes)
         kept = buffer.tensor[:nbytes].view(value.dtype).view(value.shape)
         kept.copy_(value)
-        return _Buffered(kept, buffer, self)
+        return Buffered(kept, buffer, self)
 
     def on_device(self, kept: Tensor) -> Tensor:
         """A kept activation where blocks compute: the buffer itself on a CPU, a copy elsewhere."""
@@ -122,6 +120,9 @@ class HostBoundaries:
         self.held_bytes -= sum(buffer.nbytes for buffer in self._free)
         self._free.clear()
         self.held_bytes += nbytes
+        return self._make_buffer(nbytes)
+
+    def _make_buffer(self, nbytes: int) -> StagingBuffer:
         return StagingBuffer(nbytes)
 
 
@@ -151,7 +152,7 @@ class _Referenced:
         self._value = None
 
 
-class _Buffered:
+class Buffered:
     """An activation in a buffer of a tier; a graph that is dropped without a backward gives the buffer back too."""
 
     def __init__(self, value: Tensor, buffer: StagingBuffer, tier: HostBoundaries) -> None:
@@ -521,34 +522,3 @@ class _OnDisk:
 
     def __del__(self) -> None:
         self._give_back(at_once=False)
-
-
-def tier_for(
-    device: torch.device,
-    *,
-    planned: str,
-    disk: Path | None = None,
-    num_buffers: int = 2,
-    trace: Trace | None = None,
-) -> BoundaryTier:
-    """The tier that a plan names.
-
-    Args:
-        device: Compute device.
-        planned: "device", "host" or "disk". On a CPU the first two are RAM, and buffers of the tier's own serve either.
-        disk: Folder for "disk"; made if it is not there. Nothing of it is left when the process ends.
-        num_buffers: With "disk", buffers of host RAM, each as large as the largest activation.
-        trace: With "disk", where transfers are recorded.
-
-    Raises:
-        ValueError: "disk" without a folder, or another word.
-        WriteError: The folder cannot be written.
-    """
-    if planned == "disk":
-        if disk is None:
-            raise ValueError("boundary activations on disk need a folder: give Budget.disk")
-        return DiskBoundaries(device, Scratch(disk, trace=trace), num_buffers=num_buffers)
-    if planned not in ("device", "host"):
-        raise ValueError(f'planned: expected "device", "host" or "disk", got {planned!r}')
-    on_host = planned == "host" or device.type == "cpu"
-    return HostBoundaries(device) if on_host else DeviceBoundaries()

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem.streaming.boundary import Buffered
+from lowmem.streaming.boundary_tiers import GpuHostBoundaries
 from offload.device import CudaDevice
 from offload.pipeline import Pipeline
 from tests.fakecuda.steps import Step, run
@@ -114,5 +116,69 @@ def test_a_fault_is_reported(
     assert seen_races(folder, Step(placement=placement), tmp_path)
 
 
+def boundaries_are_copied_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:
+    def keep(self: GpuHostBoundaries, value: torch.Tensor) -> Buffered:
+        value = value.detach().contiguous()
+        buffer = self._take_buffer(value.nbytes)
+        kept = buffer.tensor[: value.nbytes].view(value.dtype).view(value.shape)
+        with torch.cuda.stream(self._copies):
+            kept.copy_(value, non_blocking=True)
+        value.record_stream(self._copies)
+        return Buffered(kept, buffer, self)
+
+    patch.setattr(GpuHostBoundaries, "keep", keep)
+
+
+def the_memory_of_boundaries_is_given_out_while_they_are_copied(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+
+
+def boundaries_come_back_into_memory_in_use(patch: pytest.MonkeyPatch) -> None:
+    def on_device(self: GpuHostBoundaries, kept: torch.Tensor) -> torch.Tensor:
+        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
+        with torch.cuda.stream(self._copies):
+            value.copy_(kept, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(self._copies)
+        return value
+
+    patch.setattr(GpuHostBoundaries, "on_device", on_device)
+
+
+def blocks_compute_from_boundaries_that_have_not_come(patch: pytest.MonkeyPatch) -> None:
+    def on_device(self: GpuHostBoundaries, kept: torch.Tensor) -> torch.Tensor:
+        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            value.copy_(kept, non_blocking=True)
+        return value
+
+    patch.setattr(GpuHostBoundaries, "on_device", on_device)
+
+
+HOST_FAULTS: list[Break] = [
+    boundaries_are_copied_before_they_are_computed,
+    the_memory_of_boundaries_is_given_out_while_they_are_copied,
+    boundaries_come_back_into_memory_in_use,
+    blocks_compute_from_boundaries_that_have_not_come,
+]
+
+
+@pytest.mark.parametrize("fault", HOST_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_of_boundaries_on_the_host_is_reported(
+    fault: Break, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    assert seen_races(folder, Step(boundary="host"), tmp_path)
+
+
 def test_nothing_is_reported_of_what_is_right(folder: Path, tmp_path: Path) -> None:
     assert not seen_races(folder, Step(), tmp_path)
+
+
+def test_boundaries_on_the_host_make_it_wait_for_nothing(folder: Path, tmp_path: Path) -> None:
+    from tests.fakecuda import simulated_gpu
+
+    assert not seen_races(folder, Step(boundary="host"), tmp_path)
+    waits = [place for kind, _, place in simulated_gpu.places if kind == "sync" and "streaming/boundary" in place]
+    # Where a buffer of another length is made, page-locked memory may go: once per length.
+    assert all("_make_buffer" in place for place in waits), waits

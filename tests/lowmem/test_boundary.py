@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lowmem.streaming.boundary import DeviceBoundaries, HostBoundaries, tier_for
+from lowmem.streaming.boundary import DeviceBoundaries, HostBoundaries
+from lowmem.streaming.boundary_tiers import GpuHostBoundaries, tier_for
 
 CPU = torch.device("cpu")
 
@@ -59,12 +60,13 @@ def test_a_change_in_place_is_found_where_only_a_reference_is_kept() -> None:
 def test_a_cpu_keeps_boundaries_in_buffers_of_their_own() -> None:
     assert isinstance(tier_for(CPU, planned="device"), HostBoundaries)
     assert isinstance(tier_for(torch.device("cuda"), planned="device"), DeviceBoundaries)
-    assert isinstance(tier_for(torch.device("cuda"), planned="host"), HostBoundaries)
 
 
 @pytest.mark.gpu
 def test_a_boundary_on_the_host_comes_back_to_the_gpu() -> None:
     value = torch.randn(3, 5, device="cuda")
-    back = HostBoundaries(value.device).keep(value).take()
+    tier = tier_for(value.device, planned="host")
+    assert isinstance(tier, GpuHostBoundaries)
+    back = tier.keep(value).take()
     assert back.device == value.device
     assert torch.equal(back, value)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.streaming.boundary import Boundary, DeviceBoundaries, DiskBoundaries, tier_for
+from lowmem.streaming.boundary import Boundary, DeviceBoundaries, DiskBoundaries
+from lowmem.streaming.boundary_tiers import tier_for
 from offload import Closed, ReadError, Scratch, TierFull, Trace, WriteError
 from tests.offload.small_disk import fill, small_disk
 
