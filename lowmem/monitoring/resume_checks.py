@@ -6,6 +6,7 @@ The Trainer opens them one by one, with readers that wait for a named pipe or fa
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import zipfile
 import zlib
@@ -59,7 +60,7 @@ def check_before_resume(model: nn.Module, checkpoint: str) -> None:
     folder = Path(checkpoint)
     _check_state(folder / _STATE)
     for name in ARCHIVES:
-        if (folder / name).exists() and (damage := damage_of_archive(folder / name)) is not None:
+        if os.path.lexists(folder / name) and (damage := damage_of_archive(folder / name)) is not None:
             raise SourceError(folder / name, field="file", problem=damage, remedy=ANOTHER_CHECKPOINT)
     if hasattr(model, "peft_config"):
         from lowmem.adapters.saved_adapter import read_files

@@ -65,6 +65,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
         "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
         "empty": lambda file: os.truncate(file, 0),
         "a pipe": _pipe,
+        "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
     }.items()
 } | {
     "a bit of optimizer.pt": ("optimizer.pt", _flip_in_a_record),
