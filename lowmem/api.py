@@ -19,7 +19,7 @@ from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
 from lowmem.monitoring.training_checks import check_every_trainer
 from lowmem.planning.job import Job, Task, Tuning, kind_of
 from lowmem.planning.plan import Plan
-from lowmem.planning.planner import ASSUMED_RANK, plan_for, plan_step, rates_for
+from lowmem.planning.planner import plan_for, plan_step, rates_for, read_with_assumed_adapter
 from lowmem.planning.read_model import corrected, read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
@@ -318,9 +318,10 @@ def refuse_options(
 def _shapes_for(opened: Opened, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
     if job.tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
-    shapes = corrected(read_shapes(opened, peft_config=peft_config), opened, seq_len=job.seq_len)
+    if peft_config is None and job.tuning == "adapter" and job.trains:
+        shapes = corrected(read_with_assumed_adapter(opened), opened, seq_len=job.seq_len)
+    else:
+        shapes = corrected(read_shapes(opened, peft_config=peft_config), opened, seq_len=job.seq_len)
     if job.tuning == "full":
         shapes = shapes.with_every_weight()
-    elif peft_config is None and job.trains:
-        shapes = shapes.with_lora(ASSUMED_RANK)
     return shapes.with_score_head() if job.task == "reward" else shapes

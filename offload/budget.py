@@ -183,6 +183,10 @@ def _field_bytes(file: Path, field: str, *, unit_bytes: int) -> int | None:
     return None
 
 
+_FEWEST_BYTES = 1024
+"""Less is a number whose unit was left out."""
+
+
 @dataclass(frozen=True, kw_only=True, init=False)
 class Budget:
     """Bytes that a run may use of the compute device and of host RAM, and where it may write on disk.
@@ -193,12 +197,12 @@ class Budget:
     Args:
         device: Bounds everything that the compute device holds: the ring, resident blocks and whatever else the caller
             puts there.
-        host: Bounds stored bytes cached in RAM, and offloaded state. ``"0"`` caches nothing; staging buffers come on
-            top.
+        host: Bounds stored bytes cached in RAM, offloaded state, and the buffers that transfers to a GPU pass
+            through. ``"0"`` keeps nothing but these.
         disk: A folder for what must be written. It need not exist yet.
 
     Raises:
-        ValueError: A size is negative or not a size, or `disk` is not a folder.
+        ValueError: A size is negative, not a size or of a few bytes, or `disk` is not a folder.
     """
 
     device: int | str | None
@@ -216,8 +220,11 @@ class Budget:
         disk: str | os.PathLike[str] | None = None,
     ) -> None:
         for field, size in (("device", device), ("host", host)):
-            if size is not None:
-                parse_bytes(size, field=f"Budget.{field}")
+            if size is not None and 0 < (nbytes := parse_bytes(size, field=f"Budget.{field}")) < _FEWEST_BYTES:
+                raise ValueError(
+                    f"Budget.{field}: {size!r} is {nbytes} bytes, in which nothing runs; give the unit, "
+                    f'"{nbytes}GiB" for instance, or "0"'
+                )
         # Frozen: fields can be set only past the class's own __setattr__.
         object.__setattr__(self, "device", device)
         object.__setattr__(self, "host", host)

@@ -220,13 +220,16 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch) -> int:
     return ceil(peak * block.correction)
 
 
-# Over what a chunk's temporaries take, without and with gradients: torch asks for aligned memory, and glibc does not
-# give it a freed piece of the same size. With chunks of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2 were seen.
-_FORWARD_HEAP, _BACKWARD_HEAP = 0.4, 1.0
+# Heap that glibc holds over what lives, as multiples of temporaries without and with gradients: torch asks for
+# aligned memory, and glibc does not give it a freed piece of the same size. benchmarks/budgets.py holds plans against
+# the process; with whole sequences of 512 to 8192 tokens 0.2 to 0.5 and 0.9 to 1.9 were seen, with a few chunks of 1024
+# tokens as much, with many of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2.
+_FORWARD_HEAP = 0.4
+_BACKWARD_HEAP = 2.0
 
 
-# Seen with 16 and more chunks. Below these it is not counted: whole sequences then take less than the smaller chunk.
-_FEWEST_CHUNKS = 8
+# Larger pieces are mappings of their own, which go back to the system at once (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
+LARGEST_ON_HEAP_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,23 +277,44 @@ def chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> Chun
         activations=block_recompute_bytes(block, chunk),
         keys_values=states * batch.seq_len * compute,
         keys_values_grads=states * batch.seq_len * gradient_bytes,
-        attention=one_part + queries + (2 * PART_BYTES["cpu"] if batch.has_mask else 0),
+        attention=one_part + queries + (_part_mask_bytes(batch, chunk) if batch.has_mask else 0),
     )
 
 
-def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> tuple[int, int]:
-    """Freed memory that the C library keeps between a chunk's temporaries, on a CPU: in the forward, in the backward.
+def _part_mask_bytes(batch: MicroBatch, chunk: MicroBatch) -> int:
+    """The mask of one part of the keys, as it is and as the kernel gets it."""
+    dense = chunk.num_tokens * min(batch.seq_len, PART_KEYS) * itemsize(batch.dtype)
+    return 2 * min(dense, PART_BYTES[batch.device])
+
+
+def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -> tuple[int, int]:
+    """Freed memory that the C library keeps between temporaries, on a CPU: in a block's forward, and in its backward.
 
     Args:
         block: The block's widths.
         batch: The micro-batch.
-        chunk_tokens: Tokens of a chunk.
+        chunk_tokens: Tokens of a chunk; None for whole sequences.
     """
-    if batch.device != "cpu" or batch.seq_len < _FEWEST_CHUNKS * chunk_tokens:
+    if batch.device != "cpu":
         return 0, 0
-    parts = chunk_bytes(block, batch, chunk_tokens)
-    forward = forward_chunk_bytes(block, batch, chunk_tokens) - parts.keys_values
-    return int(_FORWARD_HEAP * forward), int(_BACKWARD_HEAP * (parts.activations + parts.attention))
+    if chunk_tokens is not None:
+        parts = chunk_bytes(block, batch, chunk_tokens)
+        forward = forward_chunk_bytes(block, batch, chunk_tokens) - parts.keys_values
+        return int(_FORWARD_HEAP * forward), int(_BACKWARD_HEAP * (parts.activations + parts.attention))
+    share = _share_on_heap(block, batch)
+    forward, backward = block_forward_bytes(block, batch), block_recompute_bytes(block, batch)
+    return int(_FORWARD_HEAP * share * forward), int(_BACKWARD_HEAP * share * backward)
+
+
+def _share_on_heap(block: BlockShape, batch: MicroBatch) -> float:
+    """Which part of a block's temporaries lies on the heap: that of states as wide as the block, or of all."""
+    nbytes = batch.num_tokens * itemsize(batch.dtype)
+    if nbytes * block.hidden_size >= LARGEST_ON_HEAP_BYTES:
+        return 0.0
+    if nbytes * _product_size(block) < LARGEST_ON_HEAP_BYTES:
+        return 1.0
+    saved = _saved_per_token(block, batch)
+    return saved.attention / saved.total
 
 
 def forward_chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> int:

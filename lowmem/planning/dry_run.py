@@ -167,6 +167,8 @@ class _Run:
         hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         leaf = hidden.detach().requires_grad_()
         args, kwargs = tree_map_only(Tensor, lambda tensor: leaf if tensor is hidden else tensor, (args, kwargs))
+        # A model that is followed on fake tensors makes the causal mask that it leaves out where tensors are real.
+        kwargs |= {"attention_mask": None} if "attention_mask" in kwargs else {}
         params = [param for param in module.parameters() if param.requires_grad]
         gradient = torch.empty_like(leaf)
         with PeakBytes() as peak, torch.enable_grad():

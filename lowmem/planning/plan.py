@@ -14,11 +14,11 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lowmem.planning.job import Job, Task
-from lowmem.planning.step_memory import ALWAYS, BOUNDARY_BUFFERS, Choice, RoleBytes, Tier, peak_bytes
+from lowmem.planning.step_memory import ALWAYS, Choice, RoleBytes, Tier, counted_host_bytes, peak_bytes
 from lowmem.planning.step_time import Lane, Rates, StepTime
 from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Plan:
     """The model's name."""
     adapter: str
     """What trains, in words."""
+    num_trainable: int
+    """Parameters that train."""
     compute_dtype: str
     """Dtype the model computes in, by torch's name."""
     stored_dtypes: tuple[str, ...]
@@ -48,13 +50,15 @@ class Plan:
     device_budget_bytes: int
     """What the device may hold."""
     host_budget_bytes: int
-    """What may be kept in host RAM besides staging buffers."""
+    """What host RAM may hold; 0 for nothing but the buffers that transfers pass through."""
     smallest_device_bytes: int
     """Smallest device budget with which this job fits, the host budget being what it is."""
     disk_folder: str | None
     """Where what must be written goes; None if there is no such folder."""
     unchunkable: str
     """Why the model's blocks cannot be walked along the sequence in chunks; empty if they can."""
+    is_supposed: bool
+    """Whether nobody has described the job, so that the first batch that trains is planned for whatever it is."""
     framework_bytes: int
     """RAM that Python, torch, transformers, PEFT and TRL take besides: in no budget, but in the process."""
     advice: tuple[str, ...] = ()
@@ -77,8 +81,8 @@ class Plan:
 
     @property
     def kept_host_bytes(self) -> int:
-        """What counts against the host budget: all but the buffers that transfers pass through."""
-        return self.host_bytes - self.placement.staging_bytes - self.bytes_of(BOUNDARY_BUFFERS, tier="host")
+        """What counts against the host budget: everything, or where it is 0, all but what transfers pass through."""
+        return counted_host_bytes(self.roles, budget_bytes=self.host_budget_bytes)
 
     @property
     def disk_bytes(self) -> int:
@@ -176,7 +180,8 @@ class Plan:
         else:
             parts.append(
                 f"the host budget of {format_bytes(self.host_budget_bytes)} is too small: "
-                f"{format_bytes(self.kept_host_bytes)} have to be kept there"
+                f"it has to hold at least {format_bytes(self.kept_host_bytes)} ({self.kept_host_bytes} bytes)"
+                + (', or "0" for the buffers of transfers alone' if self.placement.staging_bytes else "")
             )
         return "; ".join((*parts, *(sentence.rstrip(".") for sentence in advice)))
 
@@ -409,6 +414,7 @@ def _facts(plan: Plan) -> list[str]:
         f"{name} {number} {'measured' if name in rates.measured else 'assumed'}" for name, number in numbers.items()
     )
     lines.append(f"rates      {', '.join(words)}")
+    lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}")
     lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")
     return lines
 

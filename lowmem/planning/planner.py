@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from lowmem.planning.plan import Plan
 from lowmem.planning.read_model import corrected, read_shapes
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_memory import Choice
 from lowmem.planning.step_time import Rates, assumed_rates, measure_rates
-from offload import Budget
+from offload import Budget, PlacementPlan
 
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Opened
@@ -29,7 +31,44 @@ _UNPLANNED_SEQ_LENS = (2048, 1024, 512, 256, 128, 64, 32)
 """Sequence lengths to try where nobody said how long they will be."""
 
 
-def plan_step(shapes: ModelShapes, job: Job, *, budget: Budget, rates: Rates) -> Plan:
+def plan_again(made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> Plan:
+    """Plan for the batch that really arrives at a model that is loaded. Pure.
+
+    Blocks stay where they are if the batch fits so; else they find other places, but for the state of full tuning.
+
+    Args:
+        made: What the model was loaded with.
+        shapes: The model with what really trains.
+        num_sequences: Sequences of a training forward.
+        seq_len: Tokens of each, padding included.
+
+    Returns:
+        A plan within the same budget, or one that does not fit and says why.
+    """
+    paired = made.job.num_sequences // made.job.batch_size
+    job = replace(
+        made.job,
+        batch_size=-(-num_sequences // paired),
+        seq_len=seq_len,
+        completion_tokens=min(made.job.num_decodes, seq_len),
+        has_mask=made.job.has_mask or num_sequences > 1,
+    )
+    budget = Budget(device=made.device_budget_bytes, host=made.host_budget_bytes, disk=made.disk_folder)
+    planned = plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice, placement=made.placement)
+    if planned.fits or job.tuning == "full":
+        return planned
+    return plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice)
+
+
+def plan_step(
+    shapes: ModelShapes,
+    job: Job,
+    *,
+    budget: Budget,
+    rates: Rates,
+    loaded: Choice | None = None,
+    placement: PlacementPlan | None = None,
+) -> Plan:
     """Plan one step. Pure: no model, no device, no file.
 
     Among the ways to fit, takes the largest micro-batch that still makes products faster, then the shortest predicted
@@ -40,18 +79,21 @@ def plan_step(shapes: ModelShapes, job: Job, *, budget: Budget, rates: Rates) ->
         job: What a step is to do.
         budget: With both sizes given.
         rates: Of disk, copies and computation.
+        loaded: How the model was loaded, if it was: its embedding and its state stay where they are.
+        placement: Where its blocks are, if they are to stay there too.
 
     Raises:
         ValueError: A size of the budget is missing.
     """
     if budget.device_bytes is None or budget.host_bytes is None:
         raise ValueError("budget: both sizes have to be given here; offload.measured fills in what is missing")
-    room = Room(shapes, job, rates, budget.device_bytes, budget.host_bytes, budget.disk is not None)
+    room = Room(shapes, job, rates, budget.device_bytes, budget.host_bytes, budget.disk is not None, loaded, placement)
     best = room.best()
     drafted = best or room.smallest
     return Plan(
         model=shapes.name,
         adapter=shapes.adapter,
+        num_trainable=shapes.num_trainable,
         compute_dtype=shapes.compute_dtype,
         stored_dtypes=shapes.stored_dtypes,
         job=job,
@@ -65,6 +107,7 @@ def plan_step(shapes: ModelShapes, job: Job, *, budget: Budget, rates: Rates) ->
         smallest_device_bytes=room.smallest.device_bytes,
         disk_folder=None if budget.disk is None else str(budget.disk),
         unchunkable=shapes.unchunkable,
+        is_supposed=False,
         framework_bytes=_FRAMEWORK_BYTES,
         advice=advise(room, drafted, fits=best is not None),
     )
@@ -90,9 +133,7 @@ def plan_for(
         chunk_tokens: As in `plan`.
         tuning: As in `plan`.
     """
-    bare = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2])
-    if opened.num_labels is not None:
-        bare = bare.with_score_head()
+    bare = bare_shapes(opened)
     filled = (budget or Budget()).measured(opened.device)
     trained = (bare.with_every_weight(),) if tuning == "full" else (bare.with_lora(ASSUMED_RANK), bare)
     for shapes, seq_len in product(trained, _unplanned_seq_lens(opened)):
@@ -108,7 +149,32 @@ def plan_for(
         made = plan_step(shapes, job, budget=filled, rates=rates_for(opened, None))
         if made.fits:
             break
-    return made
+    return replace(made, is_supposed=True)
+
+
+def read_with_assumed_adapter(opened: Opened) -> ModelShapes:
+    """A model's sizes with the LoRA that is assumed where none is given: what PEFT makes of "all-linear".
+
+    That takes in routed experts, of which PEFT forms each adapted stack whole.
+
+    Args:
+        opened: The checkpoint; its meta model gets the adapter's modules, and can then no longer be loaded.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(r=ASSUMED_RANK, target_modules="all-linear")
+    try:
+        shapes = read_shapes(opened, peft_config=config)
+    except ValueError:
+        # PEFT cannot adapt one of its layers; the user's own configuration will leave it out.
+        return read_shapes(opened).with_lora(ASSUMED_RANK)
+    return replace(shapes, adapter=f"LoRA r={ASSUMED_RANK} on all linear layers (assumed)")
+
+
+def bare_shapes(opened: Opened) -> ModelShapes:
+    """A model's sizes as it is loaded, before anything in it trains."""
+    bare = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2])
+    return bare if opened.num_labels is None else bare.with_score_head()
 
 
 def _unplanned_seq_lens(opened: Opened) -> tuple[int, ...]:

@@ -254,24 +254,44 @@ def read_shapes(opened: Opened, *, peft_config: PeftConfig | None = None) -> Mod
     Raises:
         ValueError: The adapter fits nothing in the model.
     """
-    built, config = opened.built, opened.built.model.config
+    built = opened.built
     built.model.requires_grad_(False)
     # What stands outside the blocks is read before an adapter wraps it.
     bare = _bare_shapes(opened)
     if peft_config is None:
         return bare
     _add_adapter(built.model, peft_config)
+    return replace(with_what_trains(bare, built.model, built.blocks), adapter=describe_adapter(peft_config))
+
+
+def with_what_trains(shapes: ModelShapes, model: PreTrainedModel, streamed: Sequence[StreamedBlock]) -> ModelShapes:
+    """The same model with the parameters that require gradients now, as `requires_grad` says; reads no weight.
+
+    Args:
+        shapes: The model's sizes.
+        model: The model, on any device, with its adapters' modules in it.
+        streamed: Its blocks.
+    """
+    if shapes.trains_every_weight:
+        return shapes
     blocks = tuple(
-        read_block(
-            streamed.block.module, config, buffer_bytes=known.buffer_bytes, workspace_bytes=known.workspace_bytes
+        replace(
+            read_block(
+                one.block.module,
+                model.config,
+                buffer_bytes=known.buffer_bytes,
+                workspace_bytes=known.workspace_bytes,
+            ),
+            correction=known.correction,
         )
-        for streamed, known in zip(built.blocks, bare.blocks, strict=True)
+        for one, known in zip(streamed, shapes.blocks, strict=True)
     )
-    trainable = [param for param in built.model.parameters() if param.requires_grad]
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    configs = list((getattr(model, "peft_config", None) or {}).values())
     return replace(
-        bare,
+        shapes,
         blocks=blocks,
-        adapter=describe_adapter(peft_config),
+        adapter=", ".join(map(describe_adapter, configs)) or "none",
         num_outer_adapter_params=sum(param.numel() for param in trainable)
         - sum(block.num_adapter_params for block in blocks),
         outer_adapter_bytes=sum(param.nbytes for param in trainable) - sum(block.adapter_bytes for block in blocks),
@@ -288,8 +308,8 @@ def _bare_shapes(opened: Opened) -> ModelShapes:
     head = embedding if output is None else output.weight
     is_tied = head is embedding
     inside = {id(param) for streamed in built.blocks for param in streamed.block.module.parameters()}
-    known = {id(embedding), id(head), *inside}
-    rest = {id(param): param.nbytes for param in model.parameters() if id(param) not in known}
+    outside = {id(param): param for param in model.parameters() if id(param) not in inside}
+    rest = {key: param.nbytes for key, param in outside.items() if key not in (id(embedding), id(head))}
     stored = {str(spec.dtype) for streamed in built.blocks for spec in streamed.spec.tensors}
     return ModelShapes(
         name=str(model.config.name_or_path) or opened.folder.name,
@@ -301,6 +321,7 @@ def _bare_shapes(opened: Opened) -> ModelShapes:
         head_bytes=head.nbytes,
         num_head_params=head.numel(),
         other_bytes=sum(rest.values()) + sum(buffer.nbytes for buffer in model.buffers()),
+        num_outer_params=sum(param.numel() for param in outside.values()),
         compute_dtype=str(opened.dtype).removeprefix("torch."),
         stored_dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in stored)),
         unchunkable=can_chunk(model) or "",

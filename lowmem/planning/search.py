@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 from lowmem.planning.job import Job
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_memory import (
-    BOUNDARY_BUFFERS,
+    STAGING_BUFFERS,
     Choice,
     RoleBytes,
     Tier,
     boundary_bytes,
+    counted_host_bytes,
     key_value_bytes,
     peak_bytes,
     step_roles,
@@ -30,8 +31,12 @@ _MIN_RING, _MAX_RING = 2, 3
 """Buffers that master weights on disk are visited from."""
 
 
-_PRICE = {False: 1.0, True: 1.02}
+_PRICE_OF_KEPT = 1.02
 """Keeping keys and values takes memory, so it has to make a step shorter by more than this."""
+
+
+_SAME_STEP_S = 1e-3
+"""Steps that differ by less are equally long: predictions are no better. Of these the first in order is taken."""
 
 
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256, 128)
@@ -54,7 +59,7 @@ class Draft:
     @property
     def priced_s(self) -> float:
         """Its step, with a price on memory that buys little time."""
-        return self.time.step_s * _PRICE[self.choice.keeps_keys_values]
+        return self.time.step_s * (_PRICE_OF_KEPT if self.choice.keeps_keys_values else 1.0)
 
     @property
     def device_bytes(self) -> int:
@@ -73,6 +78,10 @@ class Room:
     host_bytes: int
     has_disk: bool = False
     """Whether there is a folder for what must be written."""
+    loaded: Choice | None = None
+    """How a model was loaded: then its embedding and its state stay where they are."""
+    placement: PlacementPlan | None = None
+    """Where its blocks are, if they are to stay there too."""
 
     def best(self) -> Draft | None:
         """The draft to take, or None if none fits.
@@ -84,7 +93,7 @@ class Room:
             choices = [choice for choice in self._choices(micro_batch, chunk_tokens) if choice.state_tier == state_tier]
             drafts = [draft for choice in choices if (draft := self._draft(choice)) is not None]
             if drafts:
-                return min(drafts, key=lambda draft: round(draft.priced_s, 3))
+                return min(drafts, key=lambda draft: round(draft.priced_s / _SAME_STEP_S))
         return None
 
     @cached_property
@@ -100,13 +109,10 @@ class Room:
 
     def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
         """The same job with another budget."""
-        return Room(
-            self.shapes,
-            self.job,
-            self.rates,
-            self.device_bytes if device_bytes is None else device_bytes,
-            self.host_bytes if host_bytes is None else host_bytes,
-            self.has_disk,
+        return replace(
+            self,
+            device_bytes=self.device_bytes if device_bytes is None else device_bytes,
+            host_bytes=self.host_bytes if host_bytes is None else host_bytes,
         )
 
     def with_batch_size(self, batch_size: int) -> Room:
@@ -150,7 +156,9 @@ class Room:
             tiers.append("host")
         if boundary and self.has_disk:
             tiers.append("disk")
-        places = (False, True) if self.shapes.embedding_gatherable else (False,)
+        places: tuple[bool, ...] = (False, True) if self.shapes.embedding_gatherable else (False,)
+        if self.loaded is not None:
+            places = (self.loaded.embedding_on_disk,)
         keeps = (False, True) if chunk_tokens is not None and boundary else (False,)
         for state, tier, kept, on_disk in product(self._state_tiers(), tiers, keeps, places):
             if kept and tier == "host" and boundary + key_value_bytes(self.shapes, self.job) > self.host_bytes:
@@ -166,6 +174,8 @@ class Room:
 
     def _state_tiers(self) -> tuple[Tier, ...]:
         """Where the state of full tuning can be, the fastest first."""
+        if self.loaded is not None:
+            return (self.loaded.state_tier,)
         if self.job.tuning != "full":
             return ("device",)
         return ("device", "host", "disk") if self.has_disk else ("device", "host")
@@ -174,24 +184,27 @@ class Room:
         """What a choice leads to if it fits."""
         roles = step_roles(self.shapes, self.job, choice)
         left_device = self.device_bytes - peak_bytes(roles, "device")
-        left_host = self.host_bytes - self._kept_on_host(roles)
+        left_host = self.host_bytes - self._counted_on_host(roles)
         if min(left_device, left_host) < 0:
             return None
         try:
             placement = self._place(choice, device_bytes=left_device, host_bytes=left_host)
         except BudgetError:
             return None
-        return self._finish(choice, roles, placement)
+        draft = self._finish(choice, roles, placement)
+        return draft if draft.device_bytes <= self.device_bytes and not self._host_short(draft) else None
 
     def _least(self, choice: Choice) -> Draft:
         """What a choice takes with as little device memory for blocks as possible."""
         roles = step_roles(self.shapes, self.job, choice)
+        if self.placement is not None:
+            return self._finish(choice, roles, self.placement)
         if self.job.tuning == "full":
             sizes = [block.buffer_bytes for block in self.shapes.blocks]
             return self._finish(
                 choice, roles, place_masters(sizes, tier=choice.state_tier, ring=_MIN_RING, job=self.job)
             )
-        left_host = self.host_bytes - self._kept_on_host(roles)
+        left_host = max(0, self.host_bytes - self._counted_on_host(roles))
         try:
             placement = self._place(choice, device_bytes=0, host_bytes=left_host)
         except BudgetError as error:
@@ -199,15 +212,19 @@ class Room:
         return self._finish(choice, roles, placement)
 
     def _host_short(self, draft: Draft) -> int:
-        # Buffers that transfers pass through are in no budget.
-        kept = self._kept_on_host(draft.roles) - draft.placement.staging_bytes
-        return max(0, kept - self.host_bytes)
+        return max(0, self._counted_on_host(draft.roles) - self.host_bytes)
 
-    @staticmethod
-    def _kept_on_host(roles: tuple[RoleBytes, ...]) -> int:
-        return peak_bytes((role for role in roles if role.role != BOUNDARY_BUFFERS), "host")
+    def _counted_on_host(self, roles: tuple[RoleBytes, ...]) -> int:
+        return counted_host_bytes(roles, budget_bytes=self.host_bytes)
 
     def _place(self, choice: Choice, *, device_bytes: int, host_bytes: int) -> PlacementPlan:
+        """Where blocks go; staging buffers of a GPU stay within the host's bytes if they can.
+
+        Raises:
+            BudgetError: The device has no room for what its blocks move through.
+        """
+        if self.placement is not None:
+            return self.placement
         sizes = [block.buffer_bytes for block in self.shapes.blocks]
         if self.job.tuning == "full":
             ring = max(_MIN_RING, min(_MAX_RING, device_bytes // max(sizes)))
@@ -215,13 +232,23 @@ class Room:
             if plan.device_bytes > device_bytes or plan.host_bytes > host_bytes:
                 raise BudgetError("the master weights do not fit", needed_bytes=plan.device_bytes)
             return plan
-        return place_blocks(
+        place = partial(
+            place_blocks,
             sizes,
             device_bytes=device_bytes,
-            host_bytes=host_bytes,
             device_is_host=self.job.device == "cpu",
             num_passes=self.job.num_passes,
         )
+        placed = place(host_bytes=host_bytes)
+        if not self.host_bytes or placed.host_bytes + placed.staging_bytes <= host_bytes:
+            return placed
+        for max_ring in (_MAX_RING, _MIN_RING):
+            # Blocks that are cached need no staging: what is cached less may make the buffers larger.
+            for reserved_bytes in (placed.staging_bytes, max_ring * max(sizes)):
+                placed = place(host_bytes=max(0, host_bytes - reserved_bytes), max_ring=max_ring)
+                if placed.host_bytes + placed.staging_bytes <= host_bytes:
+                    return placed
+        return placed
 
     def _finish(self, choice: Choice, roles: tuple[RoleBytes, ...], placement: PlacementPlan) -> Draft:
         return Draft(
@@ -258,6 +285,6 @@ def _block_roles(placement: PlacementPlan) -> tuple[RoleBytes, ...]:
         RoleBytes(role="decoder blocks", tier="host", nbytes=placement.host_bytes),
         RoleBytes(role="decoder blocks", tier="disk", nbytes=placement.streamed_bytes),
         RoleBytes(role="block ring", tier="device", nbytes=placement.ring_size * placement.slot_bytes),
-        RoleBytes(role="staging buffers", tier="host", nbytes=placement.staging_bytes),
+        RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=placement.staging_bytes),
     )
     return tuple(role for role in roles if role.nbytes)

@@ -140,6 +140,10 @@ class ModelShapes:
     """Weights that each token's hidden state is multiplied with in the head."""
     other_bytes: int
     """Everything else outside the blocks in the compute dtype: norms, position tables, buffers."""
+    num_outer_params: int = 0
+    """Weights outside the blocks, tied ones once."""
+    trains_every_weight: bool = False
+    """Whether the weights themselves are trained, and not an adapter."""
     compute_dtype: str = "float32"
     """Dtype the model computes in, by torch's name."""
     adapter: str = "none"
@@ -187,7 +191,9 @@ class ModelShapes:
             )
             for block in self.blocks
         )
-        return replace(self, blocks=blocks, adapter="every weight", embedding_gatherable=False)
+        return replace(
+            self, blocks=blocks, adapter="every weight", embedding_gatherable=False, trains_every_weight=True
+        )
 
     @property
     def hidden_size(self) -> int:
@@ -208,6 +214,11 @@ class ModelShapes:
     def num_adapter_params(self) -> int:
         """All trainable parameters."""
         return self.num_outer_adapter_params + sum(block.num_adapter_params for block in self.blocks)
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that are trained: the adapter's, or every weight."""
+        return self.num_outer_params + self.num_params if self.trains_every_weight else self.num_adapter_params
 
     @property
     def adapter_bytes(self) -> int:

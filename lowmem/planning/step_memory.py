@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
+    LARGEST_ON_HEAP_BYTES,
     MicroBatch,
     block_forward_bytes,
     block_recompute_bytes,
@@ -40,7 +41,15 @@ _MOMENTS: tuple[Moment, ...] = get_args(Moment)
 
 
 BOUNDARY_BUFFERS = "boundary buffers"
-"""Role of the RAM that boundary activations pass through on their way to disk; in no host budget."""
+"""Role of the RAM that boundary activations pass through on their way to disk."""
+
+
+FREED_HEAP = "freed heap"
+"""Role of what the C library keeps of a CPU's memory between temporaries."""
+
+
+STAGING_BUFFERS = "staging buffers"
+"""Role of the RAM that stored bytes pass through on their way to a GPU."""
 
 
 _FP32_BYTES = 4
@@ -92,6 +101,12 @@ def peak_bytes(roles: Iterable[RoleBytes], tier: Tier) -> int:
         if role.tier == tier:
             by_phase[role.phase] += role.nbytes
     return by_phase.pop(ALWAYS) + max(by_phase.values())
+
+
+def counted_host_bytes(roles: Iterable[RoleBytes], *, budget_bytes: int) -> int:
+    """What counts against a host budget: everything; with one of 0, all but the buffers that transfers pass through."""
+    passing = () if budget_bytes else (STAGING_BUFFERS, BOUNDARY_BUFFERS)
+    return peak_bytes((role for role in roles if role.role not in passing), "host")
 
 
 def peak_phase(roles: Iterable[RoleBytes], tier: Tier) -> Moment:
@@ -241,11 +256,15 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
     if job.trains:
         yield _device("head and loss", _head_bytes(shapes, job), phase="head")
         yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
-    if job.trains and choice.chunk_tokens is not None:
+    if job.trains:
         moments: tuple[Moment, Moment] = ("forward", "block")
         heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
+        hidden_bytes = job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
+        # Whole hidden states come and go between the temporaries of chunks; larger ones are mappings of their own.
+        is_between = choice.chunk_tokens is not None and job.device == "cpu" and hidden_bytes < LARGEST_ON_HEAP_BYTES
+        between = 3 * hidden_bytes if is_between else 0
         for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
-            yield _device("freed heap", max(kept), phase=phase)
+            yield _device(FREED_HEAP, max(kept) + between, phase=phase)
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.torch import tree_flatten, tree_unflatten
+from lowmem.planning.step_memory import FREED_HEAP
 
 if TYPE_CHECKING:
     from lowmem.planning.plan import Plan
@@ -180,7 +181,10 @@ class SplitChoice:
         self._can_chunk = can_chunk
         self._num_tokens = plan.micro_batch * (plan.chunk_tokens or plan.seq_len)
         self._planned = plan.micro_batch
-        self._recompute_bytes = max(1, plan.bytes_of("block recomputation", tier="device"))
+        # With what the C library keeps between its temporaries.
+        recomputed = ("block recomputation", FREED_HEAP)
+        in_backward = (role.nbytes for role in plan.roles if role.phase == "block" and role.role in recomputed)
+        self._recompute_bytes = max(1, sum(in_backward))
         boundary_bytes = plan.bytes_of("boundary activations", tier="device")
         self._boundary_bytes_per_token = boundary_bytes / plan.job.num_tokens
         spare_bytes = max(0, plan.device_budget_bytes - plan.device_bytes)

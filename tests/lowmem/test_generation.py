@@ -32,7 +32,7 @@ NUM_ROWS, NUM_PROMPT_TOKENS = 6, 9
 
 def streamed(folder: Path, *, num_rows: int = NUM_ROWS) -> PreTrainedModel:
     """The streamed model, in the smallest budget in which it generates for so many rows."""
-    budget = Budget(device=1, host=0)
+    budget = Budget(device=0, host=0)
     for _ in range(2):
         plan = lowmem.plan(
             folder, task="generate", batch_size=num_rows, seq_len=33, completion_tokens=24, budget=budget, device="cpu"

@@ -56,7 +56,7 @@ def test_the_summary_says_what_the_properties_say() -> None:
 
 
 def test_another_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="version 1, got 7"):
+    with pytest.raises(ValueError, match="version 2, got 7"):
         Plan.from_dict({**planned().to_dict(), "version": 7})
 
 
@@ -73,6 +73,20 @@ def test_another_version_is_refused() -> None:
 def test_damaged_plans_are_refused_by_field(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan.from_dict({**planned().to_dict(), field: value})
+
+
+def test_the_text_says_how_much_trains() -> None:
+    shapes = llama(num_blocks=16)
+    assert planned().num_trainable == shapes.num_adapter_params > 0
+    assert f"trains     {shapes.num_adapter_params:,} parameters: LoRA r=8 on all-linear" in str(planned())
+
+
+def test_values_of_the_wrong_type_are_refused_by_field() -> None:
+    stored = planned().to_dict()
+    with pytest.raises(ValueError, match=r"job\.batch_size: expected int, got 'two'"):
+        Plan.from_dict({**stored, "job": {**stored["job"], "batch_size": "two"}})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"choice\.boundary_tier: expected one of device, host, disk, got 'cloud'"):
+        Plan.from_dict({**stored, "choice": {**stored["choice"], "boundary_tier": "cloud"}})  # type: ignore[dict-item]
 
 
 def test_plans_are_frozen_and_can_be_keys() -> None:

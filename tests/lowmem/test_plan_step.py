@@ -9,7 +9,7 @@ import pytest
 
 from lowmem.planning.job import Job, Task
 from lowmem.planning.plan import Plan
-from lowmem.planning.planner import plan_step
+from lowmem.planning.planner import plan_again, plan_step
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, assumed_rates
@@ -64,7 +64,7 @@ def test_less_memory_never_gives_a_faster_step() -> None:
 @pytest.mark.parametrize("task", ["sft", "dpo", "kto", "reward", "grpo", "rloo", "generate"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("host", [0, 1 * MIB, 64 * MIB])
+@pytest.mark.parametrize("host", [0, 4 * MIB, 64 * MIB])
 def test_smallest_device_budget_is_the_smallest(task: str, device: str, tied: bool, host: int) -> None:
     job = Job(task=task, batch_size=4, seq_len=32, device=device)
     shapes = llama(tied=tied)
@@ -94,6 +94,44 @@ def test_device_and_host_stay_within_their_budgets() -> None:
             if plan.fits:
                 assert plan.device_bytes <= device
                 assert plan.host_bytes - plan.placement.staging_bytes <= host
+
+
+@pytest.mark.parametrize("device", [0, 2 * MIB, 6 * MIB])
+@pytest.mark.parametrize("host", [3, 4, 6, 8])
+def test_buffers_that_transfers_pass_through_count_against_the_host_budget(device: int, host: int) -> None:
+    job = Job(task="sft", batch_size=1, seq_len=64, device="cuda")
+    needed = planned(job=job, device=0, host=host * MIB).smallest_device_bytes
+    plan = planned(job=job, device=needed + device, host=host * MIB)
+    assert plan.fits
+    assert plan.placement.staging_bytes > 0
+    assert plan.kept_host_bytes == plan.host_bytes <= host * MIB
+
+
+def test_a_host_budget_below_the_buffers_of_transfers_is_refused_and_none_is_not() -> None:
+    job = Job(task="sft", batch_size=1, seq_len=64, device="cuda")
+    needed = planned(job=job, device=0, host=0).smallest_device_bytes
+    none, short = (planned(job=job, device=needed, host=host) for host in (0, 1 * MIB))
+    assert none.fits
+    assert none.kept_host_bytes == 0 < none.host_bytes
+    with pytest.raises(BudgetError, match=r'it has to hold at least .* bytes\), or "0" for the buffers of transfers'):
+        short.require_fit()
+
+
+def test_a_larger_batch_is_planned_for_where_blocks_are_or_moves_them_or_is_refused() -> None:
+    small = planned(device=0).smallest_device_bytes
+    roomy = planned(device=small + 24 * MIB)
+    again = plan_again(roomy, llama(), num_sequences=4, seq_len=64)
+    assert again.fits
+    assert again.placement == roomy.placement
+    assert (again.job.num_sequences, again.job.has_mask, again.device_budget_bytes) == (4, True, small + 24 * MIB)
+    many = Job(task="sft", batch_size=32, seq_len=64)
+    tight = planned(device=planned(device=0, job=many).smallest_device_bytes + 2 * MIB)
+    moved = plan_again(tight, llama(), num_sequences=32, seq_len=64)
+    assert moved.fits
+    assert moved.placement.resident_bytes < tight.placement.resident_bytes
+    assert moved.embedding_on_disk == tight.embedding_on_disk
+    with pytest.raises(BudgetError, match="step of 64 x 512 tokens needs at least"):
+        plan_again(tight, llama(), num_sequences=64, seq_len=512).require_fit()
 
 
 def test_streamed_blocks_are_cached_on_the_host_where_it_has_room() -> None:
@@ -325,7 +363,8 @@ def test_boundary_activations_go_to_disk_where_memory_has_no_room(tmp_path: Path
     plan = with_disk(smallest)
     assert plan.fits
     assert plan.boundary_tier == "disk"
-    assert plan.written_bytes == plan.bytes_of("boundary activations", tier="disk") == boundary
+    assert plan.bytes_of("boundary activations", tier="disk") == boundary
+    assert plan.written_bytes == boundary + plan.bytes_of("keys and values", tier="disk")
     assert f"per step to {tmp_path}; a drive rated for 600 TB" in str(plan)
     assert with_disk(1 << 30).boundary_tier == "device"
     assert Plan.from_dict(plan.to_dict()) == plan

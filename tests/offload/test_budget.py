@@ -9,9 +9,9 @@ from offload.budget import Budget
 
 
 def test_sizes_are_read_as_bytes_and_what_is_absent_stays_open() -> None:
-    budget = Budget(device="2.5GiB", host=1000)
+    budget = Budget(device="2.5GiB", host=5000)
     assert budget.device_bytes == 5 * 2**29
-    assert budget.host_bytes == 1000
+    assert budget.host_bytes == 5000
     assert Budget().device_bytes is None
     assert Budget().host_bytes is None
     assert Budget(host="0").host_bytes == 0
@@ -29,9 +29,16 @@ def test_a_bad_size_is_refused_naming_the_field(field: str, size: str | int) -> 
         Budget(**{field: size})
 
 
+@pytest.mark.parametrize("size", [6, "6", "24", 1023])
+def test_a_number_whose_unit_was_left_out_is_refused(size: int | str) -> None:
+    with pytest.raises(ValueError, match=rf'Budget\.device: {size!r} is {size} bytes, .* "{size}GiB" for instance'):
+        Budget(device=size)
+    assert Budget(device=0).device_bytes == Budget(device="0").device_bytes == 0
+
+
 def test_a_budget_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError, match="device"):
-        Budget(device=1).device = 2  # type: ignore[misc]
+        Budget(device=0).device = 2  # type: ignore[misc]
 
 
 def test_the_folder_may_be_text_and_need_not_exist(tmp_path: Path) -> None:

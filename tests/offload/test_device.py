@@ -74,8 +74,8 @@ def test_devices_are_opened_by_torch_device() -> None:
 
 
 def test_what_a_budget_gives_is_not_measured() -> None:
-    assert Budget(device="1GiB", host=5).measured("cpu") == Budget(device=1 << 30, host=5)
-    assert Budget(device=2, host=5, disk="/x").measured("cuda:7") == Budget(device=2, host=5, disk="/x")
+    assert Budget(device="1GiB", host=5000).measured("cpu") == Budget(device=1 << 30, host=5000)
+    assert Budget(device=2048, host=5000, disk="/x").measured("cuda:7") == Budget(device=2048, host=5000, disk="/x")
 
 
 def test_both_sizes_of_a_processor_come_out_of_the_same_ram() -> None:
