@@ -72,6 +72,9 @@ class LlamaShape:
 
 SHAPES = {
     "tiny": LlamaShape(hidden=64, num_layers=3, mlp=176, num_heads=4, num_kv_heads=2, vocab=512),
+    "budgets": LlamaShape(
+        hidden=256, num_layers=4, mlp=704, num_heads=8, num_kv_heads=4, vocab=2_000, max_positions=8192
+    ),
     "long-32k": LlamaShape(hidden=512, num_layers=8, mlp=1408, num_heads=8, num_kv_heads=2, max_positions=1 << 17),
     "long-128k": LlamaShape(
         hidden=512, num_layers=8, mlp=1408, num_heads=8, num_kv_heads=2, vocab=128_000, max_positions=1 << 17

@@ -1,0 +1,65 @@
+"""Whole sequences held against the process: what a training step makes it grow by is what was planned, or less."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.zoo.architectures import build
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 8192,
+}
+FEW_KEYS = {"num_key_value_heads": 2}
+WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
+WINDOW = {"sliding_window": 512}
+CASES = [
+    # As issue and README name it: 256 wide, 8 heads, one sequence.
+    *(("llama", {}, 1, tokens) for tokens in (512, 2048, 4096, 8192)),
+    ("llama", FEW_KEYS, 4, 512),
+    ("llama", WIDE_HEADS, 1, 4096),
+    ("qwen3", FEW_KEYS, 1, 2048),
+    ("gemma2", {**FEW_KEYS, **WINDOW, "query_pre_attn_scalar": 32}, 1, 2048),
+    ("gemma3_text", {**FEW_KEYS, **WINDOW}, 1, 4096),
+    ("gpt_oss", {**FEW_KEYS, **WINDOW}, 1, 2048),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is read from /proc")
+@pytest.mark.parametrize(
+    ("name", "changes", "num_sequences", "seq_len"),
+    CASES,
+    ids=[f"{name}-{len(changes)}-{batch}x{tokens}" for name, changes, batch, tokens in CASES],
+)
+def test_a_step_of_whole_sequences_takes_what_was_planned(
+    tmp_path: Path, name: str, changes: dict[str, Any], num_sequences: int, seq_len: int
+) -> None:
+    folder = build(name, tmp_path / "model", changes=SIZES | changes)
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.lowmem.peak_job", str(folder), str(num_sequences), str(seq_len)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout.splitlines()[-1])
+    assert report["chunk_tokens"] is None
+    # A few MiB are the interpreter's and the libraries' own.
+    assert report["grown"] <= 1.03 * report["planned"] + (4 << 20), report
+    assert report["planned"] <= 2.5 * report["grown"], report
