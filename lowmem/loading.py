@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,21 +24,31 @@ from lowmem.models.blocks import can_chunk
 from lowmem.models.build import Skeleton, StreamedBlock, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding
 from lowmem.models.whole import install_resizing
+from lowmem.planning.planner import bare_shapes
 from lowmem.planning.step_memory import num_boundary_buffers
-from lowmem.streaming.attach import attach
+from lowmem.streaming.attach import Replanning, attach
 from lowmem.streaming.boundary import BoundaryTier
 from lowmem.streaming.boundary_tiers import tier_for
-from lowmem.streaming.call import SplitChoice
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.head import TiledLogProbFunction
 from lowmem.streaming.norms import tile_outer_norms
 from lowmem.streaming.runtime import Runtime
-from offload import BlockSpec, FileIO, Scheduler, Trace, open_device
+from offload import (
+    BlockSpec,
+    BudgetError,
+    FileIO,
+    Scheduler,
+    Trace,
+    available_ram_bytes,
+    format_bytes,
+    open_device,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowmem.planning.plan import Plan
+    from lowmem.planning.shapes import ModelShapes
 
 
 class Preparation:
@@ -108,6 +119,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     from lowmem.generation.hooks import GenerationHooks
 
     built, device = opened.built, opened.device
+    shapes = _shapes_within_memory(opened, plan)
     with ExitStack() as stack:
         stack.callback(opened.source.close)
         reader = FileIO(
@@ -136,22 +148,25 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
             if masters is None
             else open_full(model, opened, masters, plan=plan, reader=reader, trace=trace)
         )
-        stack.callback(weights.scheduler.close)
+        stack.callback(weights.close if isinstance(weights, _FrozenWeights) else weights.scheduler.close)
         chunks = can_chunk(model) is None
         if chunks:
             enable_chunks(model)
         tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
-        boundaries = _boundaries(plan, device=device, trace=trace)
-        stack.callback(boundaries.close)
+        tiers = _Boundaries(device=device, trace=trace)
+        stack.callback(tiers.close)
+        choose_split = Replanning(
+            plan, shapes=shapes, can_chunk=chunks, tier_of=tiers.open, source_of=getattr(weights, "move", None)
+        )
         runtime = Runtime(
             built.blocks,
             scheduler=weights.scheduler,
             unpacker=weights.unpacker,
-            boundaries=boundaries,
+            boundaries=tiers.open(plan),
             plan=plan,
             trace=trace,
             device=device,
-            choose_split=SplitChoice(plan, can_chunk=chunks),
+            choose_split=choose_split,
         )
         # From here on they live as long as the runtime, and must not keep it alive. Closed in reverse: the scheduler
         # waits for the reads that still write into its buffers.
@@ -160,6 +175,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     checks = (Preparation(model),) if masters is None else (AdapterRefusal(model), Preparation(model))
     attach(model, runtime, before_first=checks)
+    choose_split.watch(model, runtime)
     if masters is None:
         refuse_before_changes()
         hash_by_fingerprint(model, opened.source.fingerprint())
@@ -176,14 +192,63 @@ def _gather_rows(embedding: torch.nn.Module, name: str, opened: Opened) -> FileI
     return rows
 
 
-def _boundaries(plan: Plan, *, device: torch.device, trace: Trace) -> BoundaryTier:
-    return tier_for(
-        device,
-        planned=plan.boundary_tier,
-        disk=None if plan.disk_folder is None else Path(plan.disk_folder),
-        num_buffers=num_boundary_buffers(device.type),
-        trace=trace,
-    )
+def _shapes_within_memory(opened: Opened, plan: Plan) -> ModelShapes:
+    """What the first training forward may be planned for anew with; read while the model is without weights.
+
+    Raises:
+        BudgetError: The machine has not the memory that the plan takes.
+    """
+    _require_memory(plan, opened.device)
+    shapes = bare_shapes(opened)
+    return shapes.with_every_weight() if plan.job.tuning == "full" else shapes
+
+
+class _Boundaries:
+    """Tiers of boundary activations, one for each that plans have named; closed together, for a graph may keep one."""
+
+    def __init__(self, *, device: torch.device, trace: Trace) -> None:
+        self._device, self._trace = device, trace
+        self._tiers: list[BoundaryTier] = []
+
+    def open(self, plan: Plan) -> BoundaryTier:
+        """The tier that a plan names.
+
+        Raises:
+            WriteError: The plan's folder cannot be written.
+        """
+        tier = tier_for(
+            self._device,
+            planned=plan.boundary_tier,
+            disk=None if plan.disk_folder is None else Path(plan.disk_folder),
+            num_buffers=num_boundary_buffers(self._device.type),
+            trace=self._trace,
+        )
+        self._tiers.append(tier)
+        return tier
+
+    def close(self) -> None:
+        """Release everything."""
+        for tier in self._tiers:
+            tier.close()
+
+
+def _require_memory(plan: Plan, device: torch.device) -> None:
+    """Refuse a plan that the budget allows and the machine does not.
+
+    Raises:
+        BudgetError: It takes more than there is.
+    """
+    on_cpu = device.type == "cpu"
+    sizes = [("RAM", plan.host_bytes + (plan.device_bytes if on_cpu else 0), available_ram_bytes())]
+    if not on_cpu:
+        sizes.append(("device memory", plan.device_bytes, torch.cuda.mem_get_info(device)[1]))
+    for what, needed_bytes, there_bytes in sizes:
+        if needed_bytes > there_bytes:
+            raise BudgetError(
+                f"the plan for {plan.model} takes {format_bytes(needed_bytes)} of {what}, and this machine has "
+                f"{format_bytes(there_bytes)} left: plan with a smaller lowmem.Budget, or with none, which measures",
+                needed_bytes=needed_bytes,
+            )
 
 
 class _FrozenWeights:
@@ -192,14 +257,25 @@ class _FrozenWeights:
     full = None
 
     def __init__(self, built: Skeleton, *, plan: Plan, reader: FileIO, device: torch.device, trace: Trace) -> None:
-        self.scheduler = Scheduler(
+        self._schedule = partial(
+            Scheduler,
             [streamed.spec for streamed in built.blocks],
-            plan=plan.placement,
             reader=reader,
             device=open_device(device),
             trace=trace,
         )
+        self.scheduler = self._schedule(plan=plan.placement)
         self.unpacker = Unpacker(built.blocks, device=device)
+
+    def move(self, plan: Plan) -> Scheduler:
+        """Bring blocks as another plan places them; the memory of those that were there before is free first."""
+        self.scheduler.close()
+        self.scheduler = self._schedule(plan=plan.placement)
+        return self.scheduler
+
+    def close(self) -> None:
+        """Stop the transfers and free the buffers."""
+        self.scheduler.close()
 
 
 class _Weights:

@@ -1,17 +1,34 @@
-"""Letting a runtime run a model's blocks: what a call of a streamed block does before its weights are brought."""
+"""Letting a runtime run a model's blocks: what a call of a streamed block does before its weights are brought.
+
+A plan is made before a model is loaded, from what was said of the job, or supposed where nothing was said. The first
+training forward knows better: its batch, its longest sequence, and which parameters really train. A batch that no plan
+so far covers is planned for within the same budget; what does not fit is refused before anything is computed.
+"""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowmem.errors import UnsupportedError
+from lowmem.planning.planner import plan_again
+from lowmem.planning.read_model import with_what_trains
 from lowmem.streaming.block import run_block
+from lowmem.streaming.call import BlockCall, Split, SplitChoice
 from lowmem.streaming.reference import ReferencePass
 from lowmem.streaming.runtime import Runtime, give_runtime, refuse_second_thread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowmem.planning.plan import Plan
+    from lowmem.planning.shapes import ModelShapes
+    from lowmem.streaming.boundary import BoundaryTier
+    from lowmem.streaming.runtime import BlockSource
 
 
 class StreamedForward:
@@ -99,3 +116,85 @@ def _forward_of(streamed: StreamedForward, index: int) -> Callable[..., object]:
         return streamed.call(index, args, kwargs)
 
     return forward
+
+
+class Replanning(SplitChoice):
+    """Chooses how calls are split, after the plan that covers the batch of the training forward that they belong to."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        shapes: ModelShapes,
+        can_chunk: bool,
+        tier_of: Callable[[Plan], BoundaryTier],
+        source_of: Callable[[Plan], BlockSource] | None,
+    ) -> None:
+        """Begin with the plan that a model is loaded with.
+
+        Args:
+            plan: What was planned.
+            shapes: The model's sizes; of its adapters only what was supposed.
+            can_chunk: Whether the model's blocks can be walked along the sequence.
+            tier_of: Makes the tier of boundary activations that a plan names.
+            source_of: Brings blocks as a plan places them, in the place of what brought them before; None where blocks
+                cannot move.
+        """
+        super().__init__(plan, can_chunk=can_chunk)
+        self._shapes = shapes
+        self._tier_of, self._source_of = tier_of, source_of
+        self._plans: list[Plan] = [] if plan.is_supposed else [plan]
+        self._seen: set[tuple[int, int]] = set()
+        self._watched: tuple[weakref.ref[PreTrainedModel], weakref.ref[Runtime]] | None = None
+
+    def watch(self, model: PreTrainedModel, runtime: Runtime) -> None:
+        """Have a runtime follow the plans from now on. Both are referred to weakly."""
+        self._watched = weakref.ref(model), weakref.ref(runtime)
+
+    def __call__(self, call: BlockCall) -> Split:
+        """How a call is split; the first one of a training forward larger than any planned for is planned for.
+
+        Raises:
+            BudgetError: The batch does not fit the budget in any way; nothing was computed.
+        """
+        if torch.is_grad_enabled() and self._watched is not None:
+            model, runtime = (reference() for reference in self._watched)
+            if model is not None and runtime is not None and not runtime.is_visiting:
+                self._cover(model, runtime, call.batch_size, max(1, call.num_tokens // call.batch_size))
+        return super().__call__(call)
+
+    def _cover(self, model: PreTrainedModel, runtime: Runtime, num_sequences: int, seq_len: int) -> None:
+        # All blocks of a forward ask, and the first asks before anything runs.
+        if (num_sequences, seq_len) in self._seen:
+            return
+        num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+        if not num_trainable:
+            return
+        plan = next((plan for plan in self._plans if _covers(plan, num_sequences, seq_len, num_trainable)), None)
+        if plan is None:
+            if num_trainable != self._shapes.num_trainable:
+                self._shapes = with_what_trains(self._shapes, model, runtime.blocks)
+            plan = plan_again(runtime.plan, self._shapes, num_sequences=num_sequences, seq_len=seq_len)
+            plan.require_fit()
+            # Plans for other places of the blocks are of no use once these have moved.
+            self._plans = [known for known in self._plans if known.placement == plan.placement]
+            self._plans.insert(0, plan)
+        if plan is not runtime.plan:
+            self._follow(runtime, plan)
+        self._seen.add((num_sequences, seq_len))
+
+    def _follow(self, runtime: Runtime, plan: Plan) -> None:
+        if plan.placement != runtime.plan.placement:
+            assert self._source_of is not None
+            runtime.bring_blocks_from(self._source_of(plan))
+        if plan.boundary_tier != runtime.plan.boundary_tier:
+            # What a graph still keeps in the tier before has its own reference to it.
+            runtime.boundaries = self._tier_of(plan)
+        super().__init__(plan, can_chunk=self._can_chunk)
+        runtime.plan = plan
+        self._seen.clear()
+
+
+def _covers(plan: Plan, num_sequences: int, seq_len: int, num_trainable: int) -> bool:
+    job = plan.job
+    return num_sequences <= job.num_sequences and seq_len <= job.seq_len and num_trainable <= plan.num_trainable

@@ -104,6 +104,11 @@ class VisitingOrder:
         self._last_recorded = self._all
         self._current: TrainingPass | None = None
 
+    def tell_to(self, tell: Callable[[Sequence[int]], None]) -> None:
+        """Tell another one from the next pass on."""
+        self._tell = tell
+        self.forget()
+
     def enter(self, block: int, phase: Phase) -> None:
         """Note that a block is about to be visited."""
         forwards = phase != "backward"
@@ -366,6 +371,16 @@ class Runtime:
         )
         for callback in list(self._listeners):
             callback(visit)
+
+    @property
+    def is_visiting(self) -> bool:
+        """Whether a block's weights are bound now."""
+        return self._visitor is not None
+
+    def bring_blocks_from(self, source: BlockSource) -> None:
+        """Bring blocks from another source from now on; the one before is closed already, and no block is visited."""
+        self.scheduler = source
+        self._order.tell_to(source.expect)
 
     def make_room_for_head(self) -> None:
         """Give memory back between a forward's last block and its backward: the head runs then, and needs its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -13,20 +14,20 @@ import lowmem
 from tests.lowmem.tiny_training import texts, word_tokenizer
 
 TIERS = ("device", "host", "disk")
-SMALL_DEVICE, DISK_DEVICE = "400KiB", "680KiB"
 NUM_WORDS = 90
 
 
 def full(folder: Path, tier: str, scratch: Path) -> PreTrainedModel:
     """The model with every weight trainable and its state in one tier."""
-    budget = {
-        "device": lowmem.Budget(device="64MiB", host="0"),
-        "host": lowmem.Budget(device=SMALL_DEVICE, host="64MiB"),
-        "disk": lowmem.Budget(device=DISK_DEVICE, host="0", disk=scratch),
-    }[tier]
-    # Whole batches: parts of one are summed in another order than the resident model's.
-    shape = {"seq_len": 16, "batch_size": 4, "micro_batch": 4}
-    plan = lowmem.plan(folder, **shape, tuning="full", budget=budget, device="cpu")  # type: ignore[arg-type]
+    host, disk = ("64MiB" if tier == "host" else 0), (scratch if tier == "disk" else None)
+
+    def planned(device: int | str) -> lowmem.Plan:
+        budget = lowmem.Budget(device=device, host=host, disk=disk)
+        # Whole batches: parts of one are summed in another order than the resident model's.
+        shape: dict[str, Any] = {"seq_len": 24, "batch_size": 4, "micro_batch": 4}
+        return lowmem.plan(folder, **shape, tuning="full", budget=budget, device="cpu")
+
+    plan = planned("64MiB" if tier == "device" else planned(0).smallest_device_bytes)
     assert plan.choice.state_tier == tier, plan
     return lowmem.from_pretrained(folder, tuning="full", plan=plan, device="cpu")
 

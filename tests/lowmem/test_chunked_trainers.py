@@ -34,7 +34,7 @@ def in_chunks(folder: Path, disk: Path) -> lowmem.Plan:
 
     def planned(device_bytes: int) -> lowmem.Plan:
         budget = lowmem.Budget(device=device_bytes, host=0, disk=disk)
-        return lowmem.plan(folder, batch_size=4, seq_len=64, chunk_tokens=3, budget=budget, device="cpu")
+        return lowmem.plan(folder, batch_size=8, seq_len=64, chunk_tokens=3, budget=budget, device="cpu")
 
     return planned(planned(0).smallest_device_bytes)
 

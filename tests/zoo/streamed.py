@@ -1,14 +1,16 @@
-"""The same checkpoints opened by lowmem, with as little memory as works, so that blocks really come and go."""
+"""The same checkpoints opened by lowmem, with no more of their blocks in memory than it takes: they come and go."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 import lowmem
-from offload import Budget, BudgetError
+from offload import Budget
+from tests.zoo.sizes import SEQUENCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +23,7 @@ def streamed(
     chunk_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Open a checkpoint with the smallest device budget that works and nothing cached in RAM.
+    """Open a checkpoint with all blocks on disk, and room for whatever else a test does with it.
 
     Args:
         folder: What `tests.zoo.architectures.build` wrote.
@@ -32,18 +34,14 @@ def streamed(
     Raises:
         UnsupportedError: The architecture is refused.
     """
-
-    def opened(device_bytes: int) -> PreTrainedModel:
-        return lowmem.from_pretrained(
-            folder,
-            budget=Budget(device=device_bytes, host=0),
-            micro_batch=micro_batch,
-            chunk_tokens=chunk_tokens,
-            device="cpu",
-            dtype=dtype,
-        )
-
-    try:
-        return opened(1)
-    except BudgetError as error:
-        return opened(error.needed_bytes)
+    plan = lowmem.plan(
+        folder,
+        batch_size=2,
+        seq_len=SEQUENCE,
+        budget=Budget(device=0, host=0),
+        micro_batch=micro_batch,
+        chunk_tokens=chunk_tokens,
+        device="cpu",
+        dtype=dtype,
+    )
+    return lowmem.from_pretrained(folder, plan=replace(plan, device_budget_bytes=1 << 30), device="cpu", dtype=dtype)
