@@ -44,28 +44,9 @@ MIN_FILE_LINES = 80
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 80
 # Faces, and tables that nothing else is opened together with.
-SHORT_FILES = {"lowmem/errors.py"}
+SHORT_FILES = {"lowmem/errors.py", "lowmem/planning/limits.py"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "base", "misc"}
 OWN_PRIVATE_PACKAGES = ("lowmem", "offload")
-
-
-PRIVATE = "test_private_names_of_other_packages_stand_in_internals_only"
-# Rules that a file does not keep yet, by the test's name; the list only gets shorter.
-DEBTS = {
-    "test_importing_starts_nothing_and_is_quick[offload]",
-    "test_imports_only_go_down[offload/files/safetensors_write.py]",
-    f"{PRIVATE}[lowmem/full/flat.py]",
-    f"{PRIVATE}[lowmem/full/saving.py]",
-    f"{PRIVATE}[lowmem/planning/dry_run.py]",
-    "test_one_public_class_name_means_one_thing",
-    "test_files_hold_one_mechanism_and_are_named_for_it[lowmem/planning/limits.py]",
-}
-
-
-@pytest.fixture(autouse=True)
-def _debts(request: pytest.FixtureRequest) -> None:
-    if request.node.name in DEBTS:
-        request.applymarker(pytest.mark.xfail(strict=False))
 
 
 def name_of(path: Path) -> str:
@@ -230,7 +211,6 @@ def test_one_public_class_name_means_one_thing() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name_of(path))
     twice = {name: found for name, found in places.items() if len(found) > 1}
-    # The optimizer a user makes and the rule of the same algorithm are one thing to the field.
     assert not twice
 
 

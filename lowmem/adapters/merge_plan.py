@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class RowSegment:
     """Consecutive rows of a stored tensor that are consecutive rows of one parameter."""
 
     start: int
@@ -46,7 +46,7 @@ class MergedTensor:
     """As it will be stored."""
     source: TensorSpec
     """The stored tensor that it is made of; of another shape where the adapter replaces it by a resized one."""
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[RowSegment, ...] = ()
     """All its rows, where some of them change; empty where it is copied."""
     whole_layer: tuple[WholeLayer, str] | None = None
     """A layer that PEFT merges, and which of its parameters this is."""
@@ -270,7 +270,7 @@ class _Outputs:
         if target in self.saved.whole_layers:
             return replace(made, whole_layer=(self.saved.whole_layers[target], target.rpartition(".")[2]))
         updates = self.saved.updates.get(target, ())
-        whole = Segment(start=0, num_rows=num_rows(self.shapes[target]), target_start=0, updates=updates)
+        whole = RowSegment(start=0, num_rows=num_rows(self.shapes[target]), target_start=0, updates=updates)
         return replace(made, segments=(whole,) if updates else ())
 
     def copied(self, spec: TensorSpec, *, name: str = "", shape: tuple[int, ...] | None = None) -> MergedTensor:
@@ -288,7 +288,7 @@ def num_rows(shape: tuple[int, ...]) -> int:
 
 def _trace_rows(
     recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], *, updates: Mapping[str, tuple[Update, ...]]
-) -> dict[str, tuple[Segment, ...]] | None:
+) -> dict[str, tuple[RowSegment, ...]] | None:
     """Find where a conversion moves each row of the stored tensors, by sending row numbers through it.
 
     Returns:
@@ -315,11 +315,11 @@ def _trace_rows(
     if bool((target_of < 0).any()) or sum(rows.numel() for rows in made.values()) != total:
         return None
     names = list(made)
-    segments: dict[str, tuple[Segment, ...]] = {}
+    segments: dict[str, tuple[RowSegment, ...]] = {}
     for spec, start in zip(recipe.sources, starts, strict=True):
         runs = _runs(target_of, row_of, start, num_rows(spec.shape))
         segments[spec.name] = tuple(
-            Segment(
+            RowSegment(
                 start=first,
                 num_rows=count,
                 target_start=int(row_of[start + first]),

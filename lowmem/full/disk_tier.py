@@ -14,7 +14,7 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.full.chunks import Chunk, ChunkFiles, NewestBlocks, block_spec, chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
-from lowmem.full.disk_updates import ChunkBuffers, Job, UpdateThread, keep_as_it_is, put_values, update_chunk
+from lowmem.full.disk_updates import ChunkBuffers, UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
 from lowmem.full.flat import ParamPlace, Segment, UnitLayout
 from lowmem.full.rules import RuleStream, Upcoming
 from lowmem.full.tier import WEIGHT, Contribution
@@ -221,7 +221,7 @@ class DiskTier:
             # What was written between steps belongs to the last one.
             commit = None if self._is_updating else partial(self.files.commit, *self._last)
             self._has_ended = False
-            done = self._thread.submit(Job(name="state", at_last=commit))
+            done = self._thread.submit(UpdateJob(name="state", at_last=commit))
         done.wait()
 
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
@@ -300,7 +300,7 @@ class DiskTier:
         with self._lock:
             self._pending.clear()
             self._has_ended = False
-            done = self._thread.submit(Job(name="state"))
+            done = self._thread.submit(UpdateJob(name="state"))
         done.wait()
         if folder is None:
             self.files.adopt()
@@ -338,8 +338,8 @@ class DiskTier:
         change: Callable[[Chunk, ChunkBuffers], None] | None,
         weight: bool = True,
         moments: bool = False,
-    ) -> Job:
-        return Job(
+    ) -> UpdateJob:
+        return UpdateJob(
             name=self.layouts[index].name,
             unit=index,
             chunks=self._chunks[index],
@@ -348,7 +348,7 @@ class DiskTier:
             moments=moments,
         )
 
-    def _submit(self, job: Job) -> Transfer:
+    def _submit(self, job: UpdateJob) -> Transfer:
         with self._lock:
             if job.change is not None:
                 self._working[job.unit] = job.done
@@ -358,7 +358,7 @@ class DiskTier:
         """Queue the commit of the step once nothing of it is pending; the lock is held."""
         if self._has_ended and not self._pending:
             self._has_ended = False
-            self._thread.submit(Job(name="state", at_last=partial(self.files.commit, *self._last)))
+            self._thread.submit(UpdateJob(name="state", at_last=partial(self.files.commit, *self._last)))
 
     def _invalidate(self, index: int) -> None:
         if index < self._num_blocks:

@@ -34,7 +34,7 @@ class ChunkBuffers:
 
 
 @dataclass(kw_only=True, eq=False)
-class Job:
+class UpdateJob:
     """What is done to chunks of one unit; without chunks, to the files as a whole once all earlier jobs are done."""
 
     name: str
@@ -114,7 +114,7 @@ class _Set:
 
 @dataclass(kw_only=True)
 class _Task:
-    job: Job
+    job: UpdateJob
     chunk: Chunk
     buffers: _Set
     base: Tensor | None
@@ -143,11 +143,11 @@ class UpdateThread:
             _Set(weight=own[:nbytes], moments=own[nbytes : 3 * nbytes], gradient=own[3 * nbytes :])
             for own in torch.split(self._memory.tensor, 4 * nbytes)
         )
-        self._queue: SimpleQueue[Job | None] = SimpleQueue()
+        self._queue: SimpleQueue[UpdateJob | None] = SimpleQueue()
         self._tasks: deque[_Task] = deque()
         self._cutting: Iterator[_Task] | None = None
-        self._cutting_job: Job | None = None
-        self._waiting: Job | None = None
+        self._cutting_job: UpdateJob | None = None
+        self._waiting: UpdateJob | None = None
         self._failure: BaseException | None = None
         self._is_closed = False
         self._thread = WorkerThread(target=self._run, name="lowmem-update")
@@ -158,7 +158,7 @@ class UpdateThread:
         """Bytes of its buffers."""
         return self._memory.nbytes
 
-    def submit(self, job: Job) -> Transfer:
+    def submit(self, job: UpdateJob) -> Transfer:
         """Queue a job; returns its `done`."""
         if self._is_closed:
             job.done.finish_piece(Closed(f"{job.name}: the model was closed; open it again"))
@@ -211,7 +211,7 @@ class UpdateThread:
             self._cutting = self._cutting_job = None
         return found, ended
 
-    def _cut(self, job: Job) -> Iterator[_Task]:
+    def _cut(self, job: UpdateJob) -> Iterator[_Task]:
         """The tasks of a job, their reads started."""
         if self._failure is not None:
             job.done.finish_piece(self._failure)
@@ -234,7 +234,7 @@ class UpdateThread:
             reads = self._start_reads(job, chunk, buffers, base)
             yield _Task(job=job, chunk=chunk, buffers=buffers, base=base, reads=reads)
 
-    def _start_reads(self, job: Job, chunk: Chunk, buffers: _Set, base: Tensor | None) -> list[Transfer]:
+    def _start_reads(self, job: UpdateJob, chunk: Chunk, buffers: _Set, base: Tensor | None) -> list[Transfer]:
         nbytes = chunk.numel * ELEMENT_BYTES
         from_files = job.weight and job.live is None and base is None
         reads = self._files.start_load(
@@ -279,12 +279,12 @@ class UpdateThread:
                 moments=buffers.moments[: 2 * nbytes] if job.moments else None,
             )
 
-    def _end(self, job: Job) -> None:
+    def _end(self, job: UpdateJob) -> None:
         if job.at_last is not None:
             job.at_last()
         job.done.finish_piece()
 
-    def _guarded(self, job: Job, work: Callable[[], None]) -> None:
+    def _guarded(self, job: UpdateJob, work: Callable[[], None]) -> None:
         try:
             work()
         # Whatever it is belongs to those who wait for the job.

@@ -18,7 +18,7 @@ from offload.files.file import File, FileStamp, Pread, open_source
 from offload.transfer import IoThreads, Transfer, bytes_of
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """A stretch of a file, and where in a buffer it belongs."""
 
     file: File
@@ -117,7 +117,7 @@ class FileIO:
         return transfer
 
     def read_parts(
-        self, parts: Sequence[Part], into: Tensor, *, name: str, at_end: Callable[[Transfer], None] | None = None
+        self, parts: Sequence[FilePart], into: Tensor, *, name: str, at_end: Callable[[Transfer], None] | None = None
     ) -> Transfer:
         """Start reading stretches of open files into one buffer, as one transfer.
 
@@ -193,7 +193,7 @@ class FileIO:
             file = self._files[path] = self._open_source(path, stamp=self._stamps.get(path))
         return file
 
-    def _reads(self, parts: Sequence[Part], view: memoryview) -> list[Callable[[], None]]:
+    def _reads(self, parts: Sequence[FilePart], view: memoryview) -> list[Callable[[], None]]:
         """Cut parts into requests."""
         pieces: list[Callable[[], None]] = []
         step = self._request_bytes
@@ -218,8 +218,8 @@ class FileIO:
         self.close()
 
 
-def _part_of(extent: Extent, files: Mapping[Path, File], page_bytes: int) -> Part:
-    return Part(
+def _part_of(extent: Extent, files: Mapping[Path, File], page_bytes: int) -> FilePart:
+    return FilePart(
         file=files[extent.file],
         offset_bytes=extent.file_offset_bytes,
         start=extent.buffer_offset_bytes,

@@ -19,7 +19,7 @@ from torch import Tensor
 from offload.blocks import PAGE_BYTES, round_up
 from offload.errors import WriteError
 from offload.files.file import File, Pread, Pwrite
-from offload.files.file_io import FileIO, Part
+from offload.files.file_io import FileIO, FilePart
 from offload.trace import Trace
 from offload.transfer import Transfer
 
@@ -180,7 +180,7 @@ class Scratch:
         """
         self._check(slot, into, name=name)
         nbytes = into.numel()
-        part = Part(self._file, offset_bytes=slot.offset_bytes, start=0, nbytes=nbytes, room_bytes=nbytes)
+        part = FilePart(self._file, offset_bytes=slot.offset_bytes, start=0, nbytes=nbytes, room_bytes=nbytes)
         return self._io.read_parts([part], into, name=name, at_end=partial(self._note, "disk"))
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from offload.buffers import StagingBuffer
 from offload.errors import OffloadError, ReadError, SourceError
 from offload.files.file import File, Pread, Pwrite, reason_of, sync_folder, write_failure
-from offload.files.file_io import FileIO, Part
+from offload.files.file_io import FileIO, FilePart
 from offload.files.folder import Folder
 from offload.store.manifest import (
     MANIFEST,
@@ -158,12 +158,12 @@ class ObjectFiles:
             Closed: This was closed.
             ValueError: `into` has the wrong type or place.
         """
-        parts: list[Part] = []
+        parts: list[FilePart] = []
         start = 0
         try:
             for file in files:
                 opened = self._opened(file, _open(self._objects, file.name, os.O_RDONLY, nbytes=file.nbytes))
-                parts.append(Part(opened, offset_bytes=0, start=start, nbytes=file.nbytes, room_bytes=file.nbytes))
+                parts.append(FilePart(opened, offset_bytes=0, start=start, nbytes=file.nbytes, room_bytes=file.nbytes))
                 start += file.nbytes
             ended = partial(self._note, "disk", tuple(part.file for part in parts))
             transfer = self._reader.read_parts(parts, into, name=name, at_end=ended)

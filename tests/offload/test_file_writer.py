@@ -18,7 +18,7 @@ from torch import Tensor
 from offload.buffers import StagingBuffer
 from offload.errors import Closed, OffloadError, ReadError, TierFull, WriteError
 from offload.files.file import File, Pwrite
-from offload.files.file_io import FileIO, Part
+from offload.files.file_io import FileIO, FilePart
 from offload.transfer import Transfer
 from tests.offload.own_threads import own_threads
 from tests.offload.small_disk import fill, small_disk
@@ -33,7 +33,7 @@ def open_file(path: Path, *, direct: bool = True, pwrite: Pwrite = os.pwritev, p
 
 def read_back(io: FileIO, file: File, into: Tensor, *, offset_bytes: int) -> Transfer:
     nbytes = into.numel()
-    return io.read_parts([Part(file, offset_bytes, 0, nbytes, nbytes)], into, name="w")
+    return io.read_parts([FilePart(file, offset_bytes, 0, nbytes, nbytes)], into, name="w")
 
 
 def random_bytes(nbytes: int, *, seed: int = 0) -> Tensor:
