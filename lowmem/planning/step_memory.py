@@ -256,13 +256,14 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
     if job.trains:
         yield _device("head and loss", _head_bytes(shapes, job), phase="head")
         yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
-    if job.trains:
         moments: tuple[Moment, Moment] = ("forward", "block")
         heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
         hidden_bytes = job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
-        # Whole hidden states come and go between the temporaries of chunks; larger ones are mappings of their own.
-        is_between = choice.chunk_tokens is not None and job.device == "cpu" and hidden_bytes < LARGEST_ON_HEAP_BYTES
-        between = 3 * hidden_bytes if is_between else 0
+        # The batch's hidden states come and go between the temporaries of its parts; larger ones are mappings of their
+        # own. benchmarks/budgets.py: 8192 tokens in chunks, and 64 sequences in micro-batches.
+        in_parts = choice.chunk_tokens is not None or choice.micro_batch < job.num_sequences
+        on_heap = job.device == "cpu" and hidden_bytes < LARGEST_ON_HEAP_BYTES
+        between = 3 * hidden_bytes if in_parts and on_heap else 0
         for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
             yield _device(FREED_HEAP, max(kept) + between, phase=phase)
 
