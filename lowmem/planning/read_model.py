@@ -347,6 +347,8 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         # PEFT says this of the patterns that it makes itself for stacked experts.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        # Said again, and to the user, where the real adapter is made.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
