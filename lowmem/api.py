@@ -81,6 +81,9 @@ def from_pretrained(
         offload.BudgetError: The budget is too small; says the smallest that works.
     """
     refuse_options(tuning=tuning, quantization=quantization, budget=budget, others=others)
+    _refuse_other_types(
+        model=model, plan=plan, num_labels=num_labels, micro_batch=micro_batch, chunk_tokens=chunk_tokens
+    )
     if plan is not None:
         if (budget, micro_batch, chunk_tokens) != (None, None, None):
             raise ValueError(
@@ -110,6 +113,16 @@ def from_pretrained(
     except BaseException:
         opened.source.close()
         raise
+
+
+def _refuse_other_types(*, model: object, plan: object = None, **sizes: object) -> None:
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"model: expected a folder or a hub id, got {type(model).__name__}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected what lowmem.plan returns, got {type(plan).__name__}")
+    for name, value in sizes.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name}={value!r}: expected a whole number")
 
 
 def plan(
@@ -165,6 +178,7 @@ def plan(
         ValueError: A number is out of range.
     """
     refuse_options(tuning=tuning, quantization=quantization, budget=budget, peft_config=peft_config)
+    _refuse_other_types(model=model)
     device = pick_device(device)
     job = Job(
         task=task,
@@ -296,6 +310,8 @@ def refuse_options(
         raise TypeError(f"budget={budget!r}: expected lowmem.Budget(device={given}, host=...), each of them optional")
     _refuse_others(others or {})
     if peft_config is not None:
+        if not hasattr(peft_config, "peft_type"):
+            raise TypeError(f"peft_config: expected one of PEFT's, such as LoraConfig(r=16), got {peft_config!r:.80}")
         check_peft_config(peft_config)
     if tuning not in get_args(Tuning):
         raise UnsupportedError(

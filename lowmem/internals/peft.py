@@ -126,7 +126,7 @@ def ask_first(*, adding: Callable[[nn.Module, PeftConfig], None], merging: Calla
     """Make PEFT ask before it puts layers into any model and before it merges them into the weights.
 
     PEFT changes a model layer by layer: what is refused at the first layer whose weights are absent leaves the others
-    changed. Its tuners have no hook for that, so three public methods of their base class ask first, in the whole
+    changed. It has no hook for that, so four public methods of its base classes ask first, in the whole
     process; they do the same as before for models that the callbacks let pass. Asking for it again replaces nothing.
 
     Args:
@@ -136,7 +136,12 @@ def ask_first(*, adding: Callable[[nn.Module, PeftConfig], None], merging: Calla
     Raises:
         UnsupportedError: This PEFT has no such methods.
     """
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
+
+    def before_prompts(peft_model: PeftModel, adapter_name: str, config: PeftConfig) -> None:
+        # Prompt learning has no tuner; its first look at the model is for a device of each layer.
+        adding(peft_model.base_model, config)
 
     def before_adding(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> None:
         adding(model, tuner.peft_config[adapter_name])
@@ -144,20 +149,22 @@ def ask_first(*, adding: Callable[[nn.Module, PeftConfig], None], merging: Calla
     def before_merging(tuner: BaseTuner) -> None:
         merging(tuner.model)
 
-    for name, ask in (
-        ("inject_adapter", before_adding),
-        ("merge_adapter", before_merging),
-        ("merge_and_unload", before_merging),
+    for owner, name, ask in (
+        (BaseTuner, "inject_adapter", before_adding),
+        (BaseTuner, "merge_adapter", before_merging),
+        (BaseTuner, "merge_and_unload", before_merging),
+        (PeftModel, "add_adapter", before_prompts),
     ):
-        shipped = getattr(BaseTuner, name, None)
+        shipped = getattr(owner, name, None)
         if shipped is None:
             raise UnsupportedError(
                 f"peft {version('peft')}",
-                reason=f"its tuners have no {name}, so that a streamed model would be half changed when it is refused",
+                reason=f"its {owner.__name__} has no {name}, so that a streamed model would be half changed before it is "
+                "refused",
                 instead="a version of PEFT that README names as tested",
             )
         if not hasattr(shipped, _ASKS):
-            setattr(BaseTuner, name, _asking(shipped, ask))
+            setattr(owner, name, _asking(shipped, ask))
 
 
 def _asking(shipped: Callable[..., object], ask: Callable[..., None]) -> Callable[..., object]:

@@ -189,11 +189,13 @@ def pick_device(device: torch.device | str | None) -> torch.device:
 def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """The compute dtype: the one asked for, else fp32 on a CPU and the stored one on a GPU (bf16 where it can).
 
+    "auto" is the stored one anywhere, as in transformers.
+
     Raises:
         UnsupportedError: Not a floating-point dtype that models compute in.
     """
     if isinstance(dtype, str):
-        dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        dtype = {"auto": stored, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
             dtype, getattr(torch, dtype, dtype)
         )
     if dtype is None:
@@ -202,7 +204,9 @@ def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored:
         return torch.bfloat16 if stored != torch.float32 and torch.cuda.is_bf16_supported() else stored
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedError(
-            f"dtype={dtype!r}", reason="models compute in floating point", instead="float32, bfloat16 or float16"
+            f"dtype={dtype!r}",
+            reason="it is no floating-point type that models compute in",
+            instead="float32, bfloat16 or float16",
         )
     assert isinstance(dtype, torch.dtype)
     return dtype

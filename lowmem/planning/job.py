@@ -78,9 +78,12 @@ class Job:
             ("micro_batch", " sequence", ", or None to let lowmem choose"),
             ("chunk_tokens", " token", ", or None to let lowmem choose"),
             ("num_steps", "", ", or None"),
+            ("completion_tokens", None, ""),
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name}={value!r}: expected a whole number{none}")
+            if value is not None and unit is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1{unit}{none}")
         self._fill_in()
         if self.generates != (self.num_decodes > 0):

@@ -128,11 +128,11 @@ def test_a_closed_run_goes_on_from_its_last_step_and_a_new_one_starts_afresh(fol
 
 
 def test_without_a_committed_step_there_is_nothing_to_go_on_from(folder: Path, tmp_path: Path) -> None:
-    model = full(folder, "disk", tmp_path)
+    model, in_memory = full(folder, "disk", tmp_path), full(folder, "device", tmp_path)
     with pytest.raises(SourceError, match="nothing was committed"):
         resume_last_step(lowmem.optim.AdamW(model))
     with pytest.raises(lowmem.UnsupportedError, match="keeps its state in memory"):
-        resume_last_step(lowmem.optim.AdamW(full(folder, "device", tmp_path)))
+        resume_last_step(lowmem.optim.AdamW(in_memory))
     with pytest.raises(lowmem.UnsupportedError, match="resuming GaLore"):
         resume_last_step(lowmem.optim.GaLore(model, rank=4))
     with pytest.raises(ValueError, match="expected an optimizer of lowmem"):

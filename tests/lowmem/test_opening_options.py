@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lowmem
@@ -147,3 +147,51 @@ def test_attention_is_the_one_asked_for_and_trains_as_the_plain_model_does(
     assert grads.keys() == ours_grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(ours_grads[name], grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_tokens": "8"}, "chunk_tokens='8': expected a whole number"),
+        ({"micro_batch": 1.5}, "micro_batch=1.5: expected a whole number"),
+        ({"num_labels": "2"}, "num_labels='2': expected a whole number"),
+        ({"plan": "x", "budget": None}, r"plan: expected what lowmem\.plan returns, got str"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_one_sentence(options: dict[str, object], message: str, llama: Path) -> None:
+    with pytest.raises(TypeError, match=message):
+        lowmem.from_pretrained(llama, **({"budget": BUDGET} | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": "512"}, "seq_len='512': expected a whole number"),
+        ({"seq_len": 512.5}, "seq_len=512.5: expected a whole number"),
+        ({"seq_len": 8, "peft_config": {"r": 8}}, "peft_config: expected one of PEFT's"),
+    ],
+    ids=str,
+)
+def test_a_plan_of_values_of_another_type_is_one_sentence(
+    options: dict[str, object], message: str, llama: Path
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        lowmem.plan(llama, budget=BUDGET, **options)  # type: ignore[arg-type]
+
+
+def test_a_loaded_model_is_no_folder() -> None:
+    with pytest.raises(TypeError, match="model: expected a folder or a hub id, got Linear"):
+        lowmem.from_pretrained(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_dtype_auto_is_the_stored_one_as_in_transformers(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "m", dtype=torch.bfloat16)
+    assert lowmem.from_pretrained(folder, budget=BUDGET, device="cpu", dtype="auto").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+
+
+def test_prompts_that_a_streamed_model_cannot_take_are_refused_before_peft_looks_at_it(llama: Path) -> None:
+    model = lowmem.from_pretrained(llama, budget=BUDGET, device="cpu")
+    with pytest.raises(lowmem.UnsupportedError, match="PREFIX_TUNING"):
+        get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))

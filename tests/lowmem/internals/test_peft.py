@@ -135,9 +135,9 @@ METHODS = ("inject_adapter", "merge_adapter", "merge_and_unload")
 @pytest.fixture
 def shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT as it came, whatever a test before has put there, and as it was afterwards."""
-    for name in METHODS:
-        method = getattr(BaseTuner, name)
-        monkeypatch.setattr(BaseTuner, name, getattr(method, "__wrapped__", method))
+    for owner, name in (*((BaseTuner, name) for name in METHODS), (peft.PeftModel, "add_adapter")):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, getattr(method, "__wrapped__", method))
 
 
 @pytest.mark.usefixtures("shipped")
