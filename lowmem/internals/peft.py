@@ -159,8 +159,8 @@ def ask_first(*, adding: Callable[[nn.Module, PeftConfig], None], merging: Calla
         if shipped is None:
             raise UnsupportedError(
                 f"peft {version('peft')}",
-                reason=f"its {owner.__name__} has no {name}, so that a streamed model would be half changed before it is "
-                "refused",
+                reason=f"its {owner.__name__} has no {name}, so that a streamed model would be half changed before "
+                "it is refused",
                 instead="a version of PEFT that README names as tested",
             )
         if not hasattr(shipped, _ASKS):
