@@ -81,9 +81,7 @@ def from_pretrained(
         offload.BudgetError: The budget is too small; says the smallest that works.
     """
     refuse_options(tuning=tuning, quantization=quantization, budget=budget, others=others)
-    _refuse_other_types(
-        model=model, plan=plan, num_labels=num_labels, micro_batch=micro_batch, chunk_tokens=chunk_tokens
-    )
+    _refuse_other_types(model, plan, num_labels=num_labels, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
     if plan is not None:
         if (budget, micro_batch, chunk_tokens) != (None, None, None):
             raise ValueError(
@@ -115,7 +113,7 @@ def from_pretrained(
         raise
 
 
-def _refuse_other_types(*, model: object, plan: object = None, **sizes: object) -> None:
+def _refuse_other_types(model: object, plan: object = None, **sizes: object) -> None:
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"model: expected a folder or a hub id, got {type(model).__name__}")
     if plan is not None and not isinstance(plan, Plan):
@@ -178,7 +176,7 @@ def plan(
         ValueError: A number is out of range.
     """
     refuse_options(tuning=tuning, quantization=quantization, budget=budget, peft_config=peft_config)
-    _refuse_other_types(model=model)
+    _refuse_other_types(model)
     device = pick_device(device)
     job = Job(
         task=task,
