@@ -123,9 +123,12 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_works(folder: Path) 
 
 @pytest.mark.parametrize("change", ["shortened", "replaced", "rewritten"])
 def test_a_file_that_changes_during_training_stops_the_run(change: str, folder: Path, tmp_path: Path) -> None:
-    none = lowmem.Budget(device=0, host=0)
-    plan = lowmem.plan(folder, batch_size=4, seq_len=24, budget=none, device="cpu")
-    model = streamed(folder, budget=lowmem.Budget(device=plan.smallest_device_bytes, host=0))
+    def planned(device_bytes: int) -> lowmem.Plan:
+        budget = lowmem.Budget(device=device_bytes, host=0)
+        return lowmem.plan(folder, batch_size=4, seq_len=24, budget=budget, device="cpu")
+
+    # So little that every block is read anew in each pass.
+    model = lowmem.from_pretrained(folder, plan=planned(planned(0).smallest_device_bytes), device="cpu")
     done = trainer(model, tmp_path / "out", max_steps=1)
     done.train()
     for shard in sorted(folder.glob("*.safetensors")):
