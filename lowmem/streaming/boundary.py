@@ -354,7 +354,10 @@ class DiskBoundaries:
         if report:
             for stored in self._kept.values():
                 if stored.lost is not None and not stored.reported:
-                    stored.reported = True
+                    # Writes of the same step that fail too, or have yet to, are not told to the next one, which may begin
+                    # before the failed step's graph is gone; whoever takes such an activation is told in any case.
+                    for other in self._kept.values():
+                        other.reported = True
                     raise stored.lost
 
     def _room(self, stored: _Stored) -> StagingBuffer:

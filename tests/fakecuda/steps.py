@@ -66,7 +66,9 @@ def open_model(folder: Path, step: Step, *, device: str) -> PreTrainedModel:
         num_passes=plan.placement.num_passes,
     )
     choice = replace(plan.choice, boundary_tier=step.boundary, embedding_on_disk=False)
-    model = load(opened, plan=replace(plan, choice=choice, placement=placement))
+    # A plan for more than will come, so that nothing is planned again for the batch that arrives.
+    job = replace(plan.job, batch_size=16)
+    model = load(opened, plan=replace(plan, choice=choice, placement=placement, job=job, is_supposed=False))
     if step.task == "reward":  # the checkpoint has no head: the same one wherever it runs
         with torch.no_grad():
             model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(7)))
