@@ -354,8 +354,8 @@ class DiskBoundaries:
         if report:
             for stored in self._kept.values():
                 if stored.lost is not None and not stored.reported:
-                    # Writes of the same step that fail too, or have yet to, are not told to the next one, which may begin
-                    # before the failed step's graph is gone; whoever takes such an activation is told in any case.
+                    # Other writes of this step that fail are not told to the next one, which may begin before the
+                    # failed step's graph is gone; whoever takes such an activation is told in any case.
                     for other in self._kept.values():
                         other.reported = True
                     raise stored.lost
