@@ -31,7 +31,16 @@ class WorkerThread(threading.Thread):
 
 
 class Transfer:
-    """A read or write in progress: a future without a value."""
+    """A read or write in progress: a future without a value.
+
+    Args:
+        name: What is moved, such as a block's name; for errors and traces.
+        nbytes: Bytes asked of the files, alignment and merged gaps included.
+        num_pieces: Requests that it consists of.
+        memory: What is read into or written from. Kept alive while requests use it, whatever the caller does.
+        finish: Called after the last request, in its thread, if none has failed; its error fails the transfer.
+        at_end: Called at the very end, whatever came of it, in the thread of the last request; must not raise.
+    """
 
     def __init__(
         self,
@@ -43,16 +52,6 @@ class Transfer:
         finish: Callable[[], None] | None = None,
         at_end: Callable[[Transfer], None] | None = None,
     ) -> None:
-        """Note what is to be moved; `IoThreads.submit` starts it.
-
-        Args:
-            name: What is moved, such as a block's name; for errors and traces.
-            nbytes: Bytes asked of the files, alignment and merged gaps included.
-            num_pieces: Requests that it consists of.
-            memory: What is read into or written from. Kept alive while requests use it, whatever the caller does.
-            finish: Called after the last request, in its thread, if none has failed; its error fails the transfer.
-            at_end: Called at the very end, whatever came of it, in the thread of the last request; must not raise.
-        """
         self.name = name
         self.nbytes = nbytes
         self.start_ns = 0

@@ -214,6 +214,40 @@ def test_one_public_class_name_means_one_thing() -> None:
     assert not twice
 
 
+@cache
+def public_classes() -> dict[str, tuple[Path, ast.ClassDef]]:
+    return {
+        node.name: (path, node)
+        for path in SOURCES
+        for node in tree_of(path).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+def documented_methods(name: str) -> set[str]:
+    """Methods of a class, inherited ones too, that say what they do."""
+    if name not in public_classes():
+        return set()
+    node = public_classes()[name][1]
+    found = {one.name for one in node.body if isinstance(one, ast.FunctionDef) and ast.get_docstring(one)}
+    return found.union(*(documented_methods(ast.unparse(base)) for base in node.bases))
+
+
+def test_public_methods_say_what_they_do() -> None:
+    """Or whoever they are inherited from does; a property that ends in its unit has said all there is."""
+    silent = [
+        f"{name_of(path)}: {name}.{one.name}"
+        for name, (path, node) in public_classes().items()
+        for one in node.body
+        if isinstance(one, ast.FunctionDef)
+        and not one.name.startswith("_")
+        and one.name not in documented_methods(name)
+        and one.name not in ("forward", "backward")  # torch says what they are
+        and not (one.name.endswith(("bytes", "_s")) and "property" in map(ast.unparse, one.decorator_list))
+    ]
+    assert not silent
+
+
 def test_folders_hold_few_files() -> None:
     counts = Counter(str(path.parent.relative_to(ROOT)) for path in SOURCES)
     assert sum(counts.values()) <= MAX_FILES

@@ -55,7 +55,6 @@ class Replacement(Update):
         self._values = as_matrix(values)
 
     def apply(self, tile: Tensor, start: int) -> Tensor:
-        """Change some rows, see `Update.apply`."""
         # Into the tile's memory: what comes next may work in place.
         return tile.copy_(self._values[start : start + tile.shape[0]])
 
@@ -73,7 +72,6 @@ class RowReplacement(Update):
         self._rows, self._values = rows, values
 
     def apply(self, tile: Tensor, start: int) -> Tensor:
-        """Change some rows, see `Update.apply`."""
         inside = (self._rows >= start) & (self._rows < start + tile.shape[0])
         return tile.index_copy(0, self._rows[inside] - start, self._values[inside].to(tile.dtype))
 
@@ -116,7 +114,6 @@ class LowRank(Update):
         self._column_norms = squares.sqrt()
 
     def apply(self, tile: Tensor, start: int) -> Tensor:
-        """Change some rows, see `Update.apply`."""
         new = self._add(tile, start)
         if self._row_magnitude is not None:
             magnitude = self._row_magnitude[start : start + tile.shape[0]].to(tile.dtype)

@@ -109,20 +109,19 @@ def parts(chunks: Sequence[Chunk], place: ParamPlace) -> Iterator[tuple[Chunk, s
 
 
 class NewestBlocks:
-    """Reads blocks for the scheduler."""
+    """Reads blocks for the scheduler.
+
+    Args:
+        layouts: Of the blocks.
+        fetch: Starts bringing a block's newest weight into a buffer.
+    """
 
     def __init__(self, layouts: Sequence[UnitLayout], fetch: Callable[[int, Tensor], Transfer]) -> None:
-        """Read through a tier.
-
-        Args:
-            layouts: Of the blocks.
-            fetch: Starts bringing a block's newest weight into a buffer.
-        """
         self._fetch = fetch
         self._indices = {layout.name: index for index, layout in enumerate(layouts)}
 
     def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
-        """As `BlockReader.read`."""
+        """Start bringing a block's newest weight into a staging buffer."""
         return self._fetch(self._indices[layout.name], into)
 
 
@@ -148,6 +147,13 @@ class ChunkFiles:
 
     What an earlier run has committed there is left alone until this run commits its first step, which replaces all of
     it, unless `adopt` goes on from it.
+
+    Args:
+        folder: The store's folder.
+        fingerprint: What the state belongs to.
+        chunks: Of each unit.
+        load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
+        trace: Where transfers are recorded.
     """
 
     def __init__(
@@ -159,15 +165,6 @@ class ChunkFiles:
         load_base: Callable[[int, Tensor], None],
         trace: Trace,
     ) -> None:
-        """Open or make the store.
-
-        Args:
-            folder: The store's folder.
-            fingerprint: What the state belongs to.
-            chunks: Of each unit.
-            load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
-            trace: Where transfers are recorded.
-        """
         self._chunks = chunks
         self.load_base = load_base
         """Fills a flat fp32 buffer with a block's weight as the checkpoint has it, by the block's number."""

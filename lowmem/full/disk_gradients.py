@@ -37,19 +37,17 @@ class DiskGradients:
 
     Used by the thread that runs the backward, and by the one that updates; the caller sees to it that they do not use
     one block at the same time.
+
+    Args:
+        layouts: The blocks.
+        chunks: Their chunks.
+        folder: Where the scratch file is.
+        trace: Where transfers are recorded.
     """
 
     def __init__(
         self, layouts: Sequence[UnitLayout], chunks: Sequence[tuple[Chunk, ...]], *, folder: Path, trace: Trace
     ) -> None:
-        """Open scratch space; nothing is written yet.
-
-        Args:
-            layouts: The blocks.
-            chunks: Their chunks.
-            folder: Where the scratch file is.
-            trace: Where transfers are recorded.
-        """
         self._layouts, self._chunks = layouts, chunks
         self._scratch = Scratch(folder, trace=trace)
         self._slots: dict[tuple[int, int], FileSlot] = {}
@@ -62,7 +60,6 @@ class DiskGradients:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of the buffer."""
         return 0 if self._buffer is None else self._buffer.nbytes
 
     @contextmanager
@@ -206,14 +203,12 @@ class _Filling:
     """Puts one backward's gradients into a block's flat buffer, which is made ready when the first of them comes.
 
     Not before: until then the block is recomputed, while the buffer is still being written or read for another block.
+
+    Args:
+        begin: Makes the buffer ready.
     """
 
     def __init__(self, begin: Callable[[], Tensor]) -> None:
-        """Wait for the first gradient.
-
-        Args:
-            begin: Makes the buffer ready.
-        """
         self.taken: dict[str, Tensor] = {}
         """Views of the buffer by parameter name."""
         self._begin = begin

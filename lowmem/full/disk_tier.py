@@ -17,16 +17,32 @@ from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import ChunkBuffers, UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
 from lowmem.full.flat import ParamPlace, Segment, UnitLayout
 from lowmem.full.rules import RuleStream, Upcoming
-from lowmem.full.tier import WEIGHT, Contribution
+from lowmem.full.tier import WEIGHT, Contribution, StateTier
 from offload import JsonObject, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
 
 
-class DiskTier:
+class DiskTier(StateTier):
     """Keeps state in a `Store`, and blocks' gradients in scratch space beside it.
 
     A step's updates are carried out in a thread of their own: those of parameters outside the blocks at once, a block's
     when its weight is fetched for the next forward, as the scheduler goes ahead of the visits. The state of a step is
-    committed when its last update has been written.
+    committed when its last update has been written. A state that is in the folder already stays until the first step of
+    this run is committed.
+
+    Args:
+        layouts: The units, blocks first.
+        live: Flat views of the weights that the model itself holds, by unit.
+        num_blocks: Number of blocks.
+        placement: The ring that blocks are visited from.
+        folder: Where state is kept; one run at a time.
+        fingerprint: What the state belongs to.
+        load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
+        read_base: Reads one parameter as the checkpoint has it, by name.
+        trace: Where transfers are recorded.
+
+    Raises:
+        FolderInUse: Another run has the folder.
+        SourceError: The folder holds the state of something else.
     """
 
     def __init__(
@@ -42,23 +58,6 @@ class DiskTier:
         read_base: Callable[[str], Tensor],
         trace: Trace,
     ) -> None:
-        """Open the folder; a state that is in it stays until the first step of this run is committed.
-
-        Args:
-            layouts: The units, blocks first.
-            live: Flat views of the weights that the model itself holds, by unit.
-            num_blocks: Number of blocks.
-            placement: The ring that blocks are visited from.
-            folder: Where state is kept; one run at a time.
-            fingerprint: What the state belongs to.
-            load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
-            read_base: Reads one parameter as the checkpoint has it, by name.
-            trace: Where transfers are recorded.
-
-        Raises:
-            FolderInUse: Another run has the folder.
-            SourceError: The folder holds the state of something else.
-        """
         self.layouts = tuple(layouts)
         self._live, self._num_blocks, self._read_base = dict(live), num_blocks, read_base
         self._chunks = cut(self.layouts)
@@ -105,7 +104,6 @@ class DiskTier:
             self._scheduler.invalidate((index,))
 
     def expect(self, order: Sequence[int]) -> None:
-        """See `StateTier.expect`."""
         self._scheduler.expect(order)
 
     def fetch(self, index: int, into: Tensor) -> Transfer:
@@ -130,15 +128,12 @@ class DiskTier:
     def accumulating(
         self, index: int, *, adds: bool, stays: bool
     ) -> AbstractContextManager[Callable[[Contribution], None]]:
-        """See `StateTier.accumulating`."""
         return self._gradients.accumulating(index, adds=adds, stays=stays)
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
-        """See `StateTier.read_gradient`."""
         return self._gradients.read(index, place)
 
     def gradient_norm(self, index: int, place: ParamPlace) -> Tensor | None:
-        """See `StateTier.gradient_norm`."""
         return self._gradients.norm(index, place)
 
     def clear_gradient(self, index: int, place: ParamPlace) -> None:
@@ -213,7 +208,6 @@ class DiskTier:
             self._commit_if_complete()
 
     def finish(self) -> None:
-        """See `StateTier.finish`."""
         self._rules.flush()
         with self._lock:
             for index in list(self._pending):
@@ -225,7 +219,6 @@ class DiskTier:
         done.wait()
 
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
-        """See `StateTier.read`."""
         self._rules.flush()
         self._carry_out(index)
         if field == WEIGHT and index in self._live:
@@ -238,7 +231,6 @@ class DiskTier:
         return found
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
-        """See `StateTier.write`."""
         self._rules.flush()
         self._carry_out(index)
         is_weight = field == WEIGHT
@@ -254,11 +246,9 @@ class DiskTier:
         self._invalidate(index)
 
     def reset(self) -> None:
-        """See `StateTier.reset`."""
         self._scheduler.reset()
 
     def memory(self) -> dict[str, int]:
-        """See `StateTier.memory`."""
         return {
             **self._scheduler.memory(),
             "state_chunk_bytes": self._thread.memory_bytes,

@@ -126,16 +126,14 @@ class UpdateThread:
 
     One processor core computes: with all of them it would take turns with the model's own threads. The first failure
     ends it: that job and all later ones fail with it, and the last whole step stays.
+
+    Args:
+        files: Where weights and moments lie.
+        gradients: Where gradients lie.
+        chunk_numel: Elements of the largest chunk.
     """
 
     def __init__(self, files: ChunkFiles, gradients: DiskGradients, *, chunk_numel: int) -> None:
-        """Start the thread; buffers are committed as they are first used.
-
-        Args:
-            files: Where weights and moments lie.
-            gradients: Where gradients lie.
-            chunk_numel: Elements of the largest chunk.
-        """
         self._files, self._gradients = files, gradients
         nbytes = chunk_numel * ELEMENT_BYTES
         self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * 4 * nbytes)
@@ -155,7 +153,6 @@ class UpdateThread:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of its buffers."""
         return self._memory.nbytes
 
     def submit(self, job: UpdateJob) -> Transfer:

@@ -51,6 +51,11 @@ class FullTuning:
     them away one by one (`taking_gradients`), and `.grad` becomes a stand-in that clipping can use. `zero_grad` drops
     the stand-in, and with it what was accumulated. Parameters outside the blocks are ordinary ones with ordinary
     gradients; their moments are kept in the same tier.
+
+    Args:
+        blocks: Each block's absent parameters by name, in visiting order.
+        outer: The other parameters by name, tied ones once.
+        tier: Keeps their state, one unit for each block, then one for each other parameter.
     """
 
     def __init__(
@@ -60,13 +65,6 @@ class FullTuning:
         *,
         tier: StateTier,
     ) -> None:
-        """Take over a model's parameters.
-
-        Args:
-            blocks: Each block's absent parameters by name, in visiting order.
-            outer: The other parameters by name, tied ones once.
-            tier: Keeps their state, one unit for each block, then one for each other parameter.
-        """
         self.tier = tier
         self.num_blocks = len(blocks)
         units = [*blocks, *({key: param} for key, param in outer.items())]

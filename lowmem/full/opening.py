@@ -41,16 +41,15 @@ if TYPE_CHECKING:
 
 
 class BaseWeights:
-    """Reads blocks and single parameters of the checkpoint. Used from several threads."""
+    """Reads blocks and single parameters of the checkpoint. Used from several threads; keeps nothing of the model.
+
+    Args:
+        built: Has the recipes; each makes one parameter of one stored tensor.
+        layouts: The blocks.
+        reader: Reads stored tensors.
+    """
 
     def __init__(self, built: Skeleton, layouts: Sequence[UnitLayout], *, reader: FileIO) -> None:
-        """Look parameters up; nothing is read yet. Keeps nothing of the model: a thread that updates it has this.
-
-        Args:
-            built: Has the recipes; each makes one parameter of one stored tensor.
-            layouts: The blocks.
-            reader: Reads stored tensors.
-        """
         self._specs, self._layouts, self._reader = [block.spec for block in built.blocks], layouts, reader
         self._recipes = built.mapping.recipes
         self._lock = threading.Lock()
@@ -87,18 +86,17 @@ class BaseWeights:
 
 
 class MasterWeights:
-    """Lends blocks their newest weights, under the names that `Scheduler` and `Unpacker` have for it."""
+    """Lends blocks their newest weights, under the names that `Scheduler` and `Unpacker` have for it.
+
+    Args:
+        full: Owns the weights; closed with this.
+        engine: Serves its optimizers; kept, because parameters refer to it weakly.
+    """
 
     workspace_bytes = 0
     """Nothing is unpacked: masters are in the compute dtype."""
 
     def __init__(self, full: FullTuning, engine: OptimizerEngine) -> None:
-        """Visit through an engine.
-
-        Args:
-            full: Owns the weights; closed with this.
-            engine: Serves its optimizers; kept, because parameters refer to it weakly.
-        """
         self.full, self._engine = full, engine
 
     @property

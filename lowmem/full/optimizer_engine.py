@@ -52,15 +52,13 @@ class OptimizerEngine:
 
     A state dict stays small: AdamW's moments go to files beside the weights that `model.save_pretrained` wrote last, as
     the Trainer does before it saves the optimizer.
+
+    Args:
+        full: Owns them.
+        opened_from: Folder of the checkpoint that the model was opened from.
     """
 
     def __init__(self, full: FullTuning, *, opened_from: Path) -> None:
-        """Serve the parameters of one model.
-
-        Args:
-            full: Owns them.
-            opened_from: Folder of the checkpoint that the model was opened from.
-        """
         self._full, self._opened_from = full, opened_from
         self._resumed: Path | None = None
         self._optimizer: weakref.ref[RuleOptimizer] | None = None

@@ -24,13 +24,15 @@ class RuleStates(Protocol):
     """Keeps each parameter's state from step to step."""
 
     def expect(self, key: str) -> None:
-        """Start reading a parameter's state."""
+        """Start reading a parameter's state, where it is not in memory anyway."""
+        return
 
     def lend(self, key: str) -> AbstractContextManager[State]:
         """A parameter's state, empty before its first step, to be changed in the ``with``."""
 
     def forget_expected(self) -> None:
         """Give back what was expected and not lent."""
+        return
 
     def drop(self, key: str) -> None:
         """Forget a parameter's state."""
@@ -46,30 +48,20 @@ class RuleStates(Protocol):
         """Whether there are any that are saved with the weights."""
 
 
-class MemoryStates:
+class MemoryStates(RuleStates):
     """In RAM."""
 
     def __init__(self) -> None:
-        """Begin without any."""
         self._states: dict[str, State] = {}
-
-    def expect(self, key: str) -> None:
-        """Do nothing: everything is here."""
-
-    def forget_expected(self) -> None:
-        """Do nothing."""
 
     @contextmanager
     def lend(self, key: str) -> Iterator[State]:
-        """See `RuleStates.lend`."""
         yield self._states.setdefault(key, {})
 
     def drop(self, key: str) -> None:
-        """See `RuleStates.drop`."""
         self._states.pop(key, None)
 
     def clear(self) -> None:
-        """See `RuleStates.clear`."""
         self._states.clear()
 
     def load(self, states: Mapping[str, State]) -> None:
@@ -82,7 +74,6 @@ class MemoryStates:
 
     @property
     def go_with_weights(self) -> bool:
-        """See `RuleStates.go_with_weights`."""
         return False
 
 
@@ -95,22 +86,20 @@ class _Loaded:
     read: Transfer
 
 
-class DiskStates:
-    """On disk: read when they are expected, written when they have been changed, in the version of the step."""
+class DiskStates(RuleStates):
+    """On disk: read when they are expected, written when they have been changed, in the version of the step.
+
+    Args:
+        files: The store.
+        begin: Called before anything is changed in it.
+    """
 
     def __init__(self, files: ChunkFiles, *, begin: Callable[[], None]) -> None:
-        """Take what the store holds.
-
-        Args:
-            files: The store.
-            begin: Called before anything is changed in it.
-        """
         self._files, self._begin = files, begin
         self._expected: dict[str, _Loaded] = {}
         self._write: Transfer | None = None
 
     def expect(self, key: str) -> None:
-        """See `RuleStates.expect`."""
         if key not in self._expected and (found := self._load(key)) is not None:
             self._expected[key] = found
 
@@ -130,14 +119,12 @@ class DiskStates:
         self._put(key, state, loaded)
 
     def drop(self, key: str) -> None:
-        """See `RuleStates.drop`."""
         if self._files.has_state(key):
             self._begin()
             self._expected.pop(key, None)
             self._files.remove_state(key)
 
     def clear(self) -> None:
-        """See `RuleStates.clear`."""
         for key in self._files.state_keys():
             self.drop(key)
 
@@ -147,7 +134,6 @@ class DiskStates:
 
     @property
     def go_with_weights(self) -> bool:
-        """See `RuleStates.go_with_weights`."""
         return bool(self._files.state_keys())
 
     def _load(self, key: str) -> _Loaded | None:
@@ -184,6 +170,13 @@ class RuleStream:
 
     In memory are the chunks of the parameter that is being changed, those of the next, which are read meanwhile, and
     those of the last until they are written. Chunks that two parameters share stay from one to the other.
+
+    Args:
+        files: Where weights lie.
+        gradients: Where gradients lie.
+        chunks: Of each unit.
+        settle: Called before a unit is read; carries its pending update out.
+        changed: Called when a unit's new weight has been written.
     """
 
     def __init__(
@@ -195,15 +188,6 @@ class RuleStream:
         settle: Callable[[int], None],
         changed: Callable[[int], None],
     ) -> None:
-        """Begin with nothing in memory.
-
-        Args:
-            files: Where weights lie.
-            gradients: Where gradients lie.
-            chunks: Of each unit.
-            settle: Called before a unit is read; carries its pending update out.
-            changed: Called when a unit's new weight has been written.
-        """
         self._files, self._gradients, self._chunks = files, gradients, chunks
         self._settle, self._changed = settle, changed
         self._windows: dict[int, _Window] = {}

@@ -384,17 +384,16 @@ class StoredNames:
 
 
 class Saving:
-    """Stands in for two methods of a model instance."""
+    """Stands in for two methods of a model instance, which holds this.
+
+    Args:
+        model: The model.
+        full: Its engine.
+        names: Under which names tensors are written.
+        source: Folder of the checkpoint that it was opened from.
+    """
 
     def __init__(self, model: PreTrainedModel, full: FullTuning, names: StoredNames, *, source: Path) -> None:
-        """Serve a model, weakly: it holds this.
-
-        Args:
-            model: The model.
-            full: Its engine.
-            names: Under which names tensors are written.
-            source: Folder of the checkpoint that it was opened from.
-        """
         self._model = weakref.ref(model)
         self._full, self._names, self._source = full, names, source
 

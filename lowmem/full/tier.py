@@ -57,7 +57,8 @@ class StateTier(Protocol):
         """A block's flat weight for the time of a visit; nobody writes to it meanwhile."""
 
     def expect(self, order: Sequence[int]) -> None:
-        """Prefetch blocks for visits in this order."""
+        """Prefetch blocks for visits in this order, where they are not in memory anyway."""
+        return
 
     def accumulating(
         self, index: int, *, adds: bool, stays: bool
@@ -118,9 +119,11 @@ class StateTier(Protocol):
             step: Number of the step.
             record: Plain data that belongs to it: what a resumed run needs besides the buffers.
         """
+        return
 
     def finish(self) -> None:
         """Complete all updates; where the tier outlives the process, they are safe there afterwards."""
+        return
 
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
         """A copy of a parameter's weight or moment, of its shape."""
@@ -130,6 +133,7 @@ class StateTier(Protocol):
 
     def reset(self) -> None:
         """End all visits, wherever an exception has left them."""
+        return
 
     def memory(self) -> dict[str, int]:
         """Bytes of memory taken, by role."""
@@ -141,20 +145,18 @@ class StateTier(Protocol):
 _GRADIENT = "gradient"
 
 
-class MemoryTier:
+class MemoryTier(StateTier):
     """Keeps state in RAM. A processor computes from the master weights themselves, so nothing is copied.
 
     Updates are done when they are asked for: on a processor they would take the same cores from the next forward.
     Buffers are mappings of their own, in huge pages, committed as they are first written.
+
+    Args:
+        layouts: The units.
+        live: Flat views of the weights that the model itself holds, by unit.
     """
 
     def __init__(self, layouts: Sequence[UnitLayout], *, live: Mapping[int, Tensor]) -> None:
-        """Begin with zeros.
-
-        Args:
-            layouts: The units.
-            live: Flat views of the weights that the model itself holds, by unit.
-        """
         self.layouts = tuple(layouts)
         self._live = dict(live)
         self._buffers: dict[tuple[int, str], StagingBuffer] = {}
@@ -170,26 +172,19 @@ class MemoryTier:
         """See `StateTier.lend`: the master weight itself."""
         yield self._flat(index, WEIGHT)
 
-    def expect(self, order: Sequence[int]) -> None:
-        """Do nothing: everything is here."""
-
     @contextmanager
     def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
-        """See `StateTier.accumulating`."""
         del adds, stays
         yield lambda one: one.add_to(_view(self._flat(index, _GRADIENT), one.place))
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
-        """See `StateTier.read_gradient`."""
         return _view(self._flat(index, _GRADIENT), place).clone()
 
     def gradient_norm(self, index: int, place: ParamPlace) -> Tensor:
-        """See `StateTier.gradient_norm`."""
         norm: Tensor = torch.linalg.vector_norm(_view(self._flat(index, _GRADIENT), place))
         return norm
 
     def clear_gradient(self, index: int, place: ParamPlace) -> None:
-        """See `StateTier.clear_gradient`."""
         _view(self._flat(index, _GRADIENT), place).zero_()
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
@@ -216,7 +211,6 @@ class MemoryTier:
         scales: Sequence[float],
         upcoming: tuple[int, ParamPlace] | None,
     ) -> None:
-        """See `StateTier.change`."""
         del upcoming
         if gradient is None:
             gradient = _view(self._flat(index, _GRADIENT), place)
@@ -224,25 +218,13 @@ class MemoryTier:
                 gradient.mul_(scale)
         run(_view(self._flat(index, WEIGHT), place), gradient)
 
-    def end_step(self, step: int, record: dict[str, object]) -> None:
-        """Do nothing: memory does not outlive the process."""
-
-    def finish(self) -> None:
-        """Do nothing: updates were done when they were asked for."""
-
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
-        """See `StateTier.read`."""
         return _view(self._flat(index, field), place).clone()
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
-        """See `StateTier.write`."""
         _view(self._flat(index, field), place).copy_(value)
 
-    def reset(self) -> None:
-        """Do nothing: visits hold nothing."""
-
     def memory(self) -> dict[str, int]:
-        """See `StateTier.memory`."""
         by_field = dict.fromkeys((*FIELDS, _GRADIENT), 0)
         for (_, field), buffer in self._buffers.items():
             by_field[field] += buffer.nbytes

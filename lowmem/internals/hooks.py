@@ -40,15 +40,14 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 
 
 class BlockHooks:
-    """The hooks of a block's modules as they are when it is called."""
+    """The hooks of a block's modules as they are when it is called.
+
+    Args:
+        block: The block. Hooks on itself run around the call and are not meant.
+        name: Its module path, for messages.
+    """
 
     def __init__(self, block: nn.Module, *, name: str) -> None:
-        """Note them.
-
-        Args:
-            block: The block. Hooks on itself run around the call and are not meant.
-            name: Its module path, for messages.
-        """
         self._block, self._name = block, name
         self._tables = _tables_inside(block)
 

@@ -249,12 +249,10 @@ class View(StandIn):
 
     @property
     def root(self) -> StandIn:
-        """The stand-in that this is a view of."""
         return self._root
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What makes this view of the root."""
         return self._steps
 
     def set_property(self, name: str, value: object) -> bool:

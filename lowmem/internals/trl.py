@@ -40,7 +40,7 @@ HeadOutputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor 
 class Head(Protocol):
     """TRL's Function, as far as it is used."""
 
-    def apply(  # noqa: D102
+    def apply(
         self,
         hidden: Tensor,
         weight: Tensor,
@@ -51,7 +51,8 @@ class Head(Protocol):
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ...,
-    ) -> HeadOutputs: ...
+    ) -> HeadOutputs:
+        """Log-probabilities, entropies and what else is asked for, of tokens by vocabulary."""
 
 
 class HeadDispatch:

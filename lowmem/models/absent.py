@@ -63,7 +63,6 @@ class AbsentParameter(StandIn, torch.nn.Parameter):
         return param
 
     def read(self) -> Tensor:
-        """The true values: a new tensor."""
         return self._load()
 
     def check_write(self, by: str) -> None:
@@ -139,7 +138,6 @@ class AbsentParameter(StandIn, torch.nn.Parameter):
         return self
 
     def check_pickling(self) -> None:
-        """Refuse to be pickled."""
         raise UnsupportedError(
             f"pickling {self.key}",
             reason="its values stay in the checkpoint",
@@ -159,20 +157,18 @@ class GatheredEmbedding:
 
     The module's own forward is run, with token ids renumbered, so that whatever the class does besides the look-up
     (scaling, for instance) stays as it is. Frozen tables only: the rows get no gradient.
+
+    Args:
+        module: The embedding; its weight is absent.
+        spec: The stored table, of shape (vocabulary, hidden).
+        reader: Reads its file.
+        dtype: Compute dtype.
+        device: Compute device.
     """
 
     def __init__(
         self, module: torch.nn.Module, *, spec: TensorSpec, reader: FileIO, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Take over a module's forward; reads nothing yet.
-
-        Args:
-            module: The embedding; its weight is absent.
-            spec: The stored table, of shape (vocabulary, hidden).
-            reader: Reads its file.
-            dtype: Compute dtype.
-            device: Compute device.
-        """
         # Weakly: the module holds this, and must be freed without a cyclic collection when its model is dropped.
         self._module = weakref.ref(module)
         self._spec, self._reader = spec, reader

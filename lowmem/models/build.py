@@ -314,15 +314,13 @@ class Unpacker:
 
     A stored tensor that already is the parameter is used where it lies; everything else is written to a workspace of
     the largest block's size, which holds one block at a time and is allocated once.
+
+    Args:
+        blocks: The model's blocks.
+        device: Compute device.
     """
 
     def __init__(self, blocks: Sequence[StreamedBlock], *, device: torch.device) -> None:
-        """Plan the workspace; allocates nothing.
-
-        Args:
-            blocks: The model's blocks.
-            device: Compute device.
-        """
         self._blocks = blocks
         self._device = device
         self._offsets = [_workspace_offsets(block) for block in blocks]

@@ -154,7 +154,6 @@ class StepTimeline:
 
     @property
     def duration_s(self) -> float:
-        """Wall time of the step."""
         return (self.end_ns - self.start_ns) / 1e9
 
     def busy_s(self, lane: str) -> float:

@@ -42,15 +42,12 @@ class DenseBasis(Basis):
     matrix: Tensor
 
     def project(self, full: Tensor) -> Tensor:
-        """P^T G."""
         return self.matrix.mT @ full
 
     def lift(self, low: Tensor) -> Tensor:
-        """P N."""
         return self.matrix @ low
 
     def overlap(self, old: Basis) -> Tensor:
-        """P^T P_old."""
         assert isinstance(old, DenseBasis)
         return self.matrix.mT @ old.matrix
 

@@ -119,7 +119,16 @@ def _forward_of(streamed: StreamedForward, index: int) -> Callable[..., object]:
 
 
 class Replanning(SplitChoice):
-    """Chooses how calls are split, after the plan that covers the batch of the training forward that they belong to."""
+    """Chooses how calls are split, after the plan that covers the batch of the training forward that they belong to.
+
+    Args:
+        plan: What was planned.
+        shapes: The model's sizes; of its adapters only what was supposed.
+        can_chunk: Whether the model's blocks can be walked along the sequence.
+        tier_of: Makes the tier of boundary activations that a plan names.
+        source_of: Brings blocks as a plan places them, in the place of what brought them before; None where blocks
+            cannot move.
+    """
 
     def __init__(
         self,
@@ -130,16 +139,6 @@ class Replanning(SplitChoice):
         tier_of: Callable[[Plan], BoundaryTier],
         source_of: Callable[[Plan], BlockSource] | None,
     ) -> None:
-        """Begin with the plan that a model is loaded with.
-
-        Args:
-            plan: What was planned.
-            shapes: The model's sizes; of its adapters only what was supposed.
-            can_chunk: Whether the model's blocks can be walked along the sequence.
-            tier_of: Makes the tier of boundary activations that a plan names.
-            source_of: Brings blocks as a plan places them, in the place of what brought them before; None where blocks
-                cannot move.
-        """
         super().__init__(plan, can_chunk=can_chunk)
         self._shapes = shapes
         self._tier_of, self._source_of = tier_of, source_of

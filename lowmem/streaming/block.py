@@ -110,7 +110,15 @@ class WholeRows:
 
 
 class ChunkedRows:
-    """Some sequences of a call, chunk by chunk along the sequence; whole where the call turns out not to allow that."""
+    """Some sequences of a call, chunk by chunk along the sequence; whole where the call turns out not to allow that.
+
+    Args:
+        tape: Notes the generators' states.
+        raw_forward: The block's forward without wrappers, for its parameters' names.
+        chunk_tokens: Tokens of a chunk.
+        workspace: Where keys and values go for the time of a visit.
+        keep: Keeps a copy of keys and values for the backward; computed again there if not given.
+    """
 
     def __init__(
         self,
@@ -121,15 +129,6 @@ class ChunkedRows:
         workspace: Workspace,
         keep: Callable[[Tensor], Boundary] | None = None,
     ) -> None:
-        """Prepare a forward.
-
-        Args:
-            tape: Notes the generators' states.
-            raw_forward: The block's forward without wrappers, for its parameters' names.
-            chunk_tokens: Tokens of a chunk.
-            workspace: Where keys and values go for the time of a visit.
-            keep: Keeps a copy of keys and values for the backward; computed again there if not given.
-        """
         self._tape, self._raw_forward, self._workspace, self._keep = tape, raw_forward, workspace, keep
         self._chunk_tokens = chunk_tokens
         self._keys_values: list[tuple[Boundary, Boundary]] = []
@@ -201,6 +200,13 @@ class RecordedCall:
     """One call of one block, and what it takes to repeat it exactly.
 
     Owned by the graph that the call is a node of; holds the call's inputs, in their tier, until the backward has run.
+
+    Args:
+        runtime: Lends the block its weights.
+        index: Number of the block.
+        call: Its arguments, the inputs taken out.
+        follow: What to run after it in the same visit.
+        keeps: Whether a backward will follow.
     """
 
     def __init__(
@@ -212,15 +218,6 @@ class RecordedCall:
         follow: Callable[[], None] | None = None,
         keeps: bool = True,
     ) -> None:
-        """Prepare a call; nothing is run.
-
-        Args:
-            runtime: Lends the block its weights.
-            index: Number of the block.
-            call: Its arguments, the inputs taken out.
-            follow: What to run after it in the same visit.
-            keeps: Whether a backward will follow.
-        """
         self._runtime, self._index, self._call = runtime, index, call
         self.trains_absent = runtime.full is not None
         self._follow, self._keeps = follow, keeps

@@ -166,15 +166,13 @@ class SplitChoice:
     one block's recomputation holds grows with the tokens in it, and the boundary activations with those of the batch.
     Dropout draws its numbers micro-batch by micro-batch and chunk by chunk, so fewer of them come closest to an
     undivided run. Sequences that are longer than planned are cut into chunks where they would not fit whole.
+
+    Args:
+        plan: What was planned.
+        can_chunk: Whether the model's blocks can be walked along the sequence.
     """
 
     def __init__(self, plan: Plan, *, can_chunk: bool) -> None:
-        """Take from the plan what its own micro-batch costs.
-
-        Args:
-            plan: What was planned.
-            can_chunk: Whether the model's blocks can be walked along the sequence.
-        """
         self._asked_for = plan.job.micro_batch
         self._keeps_keys_values = plan.choice.keeps_keys_values
         self._planned_chunk = plan.chunk_tokens if can_chunk else None

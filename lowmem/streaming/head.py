@@ -299,7 +299,7 @@ class TiledLogProbFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: _HeadContext,
         hidden: Tensor,
         weight: Tensor,
@@ -339,7 +339,7 @@ class TiledLogProbFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(  # noqa: D102
+    def backward(
         ctx: _HeadContext, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors

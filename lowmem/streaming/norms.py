@@ -44,7 +44,7 @@ class TokenwiseFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _TokenwiseContext, run: RunTokens, tile_tokens: int, hidden: Tensor, *params: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: _TokenwiseContext, run: RunTokens, tile_tokens: int, hidden: Tensor, *params: Tensor) -> Tensor:
         ctx.run, ctx.tile_tokens = run, tile_tokens
         ctx.save_for_backward(hidden, *params)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -58,7 +58,7 @@ class TokenwiseFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: _TokenwiseContext, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *params = ctx.saved_tensors
         rows, grads = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden, grad_out))
         # Not a view is what goes on: the next block writes over it if nothing else sees its memory.

@@ -50,14 +50,12 @@ class RandomTape:
 
     Notes live until the backward. Each is small, and on a CPU lies in the heap between a block's temporaries: hundreds
     of them would keep that memory from being used again in large pieces.
+
+    Args:
+        device: Compute device.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Begin with no note.
-
-        Args:
-            device: Compute device.
-        """
         self.device = device
         self._last: RandomState | None = None
 

@@ -123,15 +123,14 @@ def _single_tensor(output: object) -> tuple[Tensor, list[object], TreeSpec]:
 
 
 class Replay:
-    """Gives a forward the results of one that followed an earlier forward, block by block, without a visit."""
+    """Gives a forward the results of one that followed an earlier forward, block by block, without a visit.
+
+    Args:
+        follower: What ran.
+        order: How its sequences correspond with those of the forward that asks.
+    """
 
     def __init__(self, follower: Follower, order: Correspondence) -> None:
-        """Begin with the first block.
-
-        Args:
-            follower: What ran.
-            order: How its sequences correspond with those of the forward that asks.
-        """
         self._follower, self._order = follower, order
         self._given: Tensor | None = None
         self._asked: list[CallArguments] = []
@@ -244,14 +243,13 @@ class _Lead:
 
 
 class ReferencePass:
-    """Knows which forwards come in twos, runs the second with the first, and keeps it until it is asked for."""
+    """Knows which forwards come in twos, runs the second with the first, and keeps it until it is asked for.
+
+    Args:
+        expects_reference: Whether each training forward is followed by one with its adapters disabled.
+    """
 
     def __init__(self, *, expects_reference: bool) -> None:
-        """Begin with nothing learned.
-
-        Args:
-            expects_reference: Whether each training forward is followed by one with its adapters disabled.
-        """
         self._expects_reference = expects_reference
         self._follows: dict[ForwardState, list[ForwardState]] = {}
         self._apart: set[tuple[ForwardState, ForwardState]] = set()

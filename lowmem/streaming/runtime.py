@@ -87,15 +87,13 @@ class VisitingOrder:
     """Predicts the order of visits and tells it whenever a new pass begins.
 
     A wrong prediction costs time, never correctness: the scheduler fetches whatever block is asked for.
+
+    Args:
+        num_blocks: Number of blocks.
+        tell: Called with the upcoming order, the current visit first.
     """
 
     def __init__(self, num_blocks: int, *, tell: Callable[[Sequence[int]], None]) -> None:
-        """Begin with no pass.
-
-        Args:
-            num_blocks: Number of blocks.
-            tell: Called with the upcoming order, the current visit first.
-        """
         self._all = list(range(num_blocks))
         self._tell = tell
         self._phase: Phase | None = None
@@ -222,6 +220,16 @@ class Runtime:
     """Owns what brings the blocks of one model, and lends each block its weights for the time of a visit.
 
     One thread at a time: a visit binds weights into modules that the whole process shares.
+
+    Args:
+        blocks: The model's blocks in visiting order.
+        scheduler: Brings their stored tensors to the compute device; closed with the runtime.
+        unpacker: Makes parameters of them.
+        boundaries: Where blocks' inputs wait for the backward; closed with the runtime.
+        plan: What was planned, for reports.
+        trace: Where visits are recorded.
+        device: Compute device.
+        choose_split: How much of a call goes through a block at a time.
     """
 
     generation: CachedForwards | None = None
@@ -243,18 +251,6 @@ class Runtime:
         device: torch.device,
         choose_split: SplitChoice,
     ) -> None:
-        """Take over blocks; nothing is read yet.
-
-        Args:
-            blocks: The model's blocks in visiting order.
-            scheduler: Brings their stored tensors to the compute device; closed with the runtime.
-            unpacker: Makes parameters of them.
-            boundaries: Where blocks' inputs wait for the backward; closed with the runtime.
-            plan: What was planned, for reports.
-            trace: Where visits are recorded.
-            device: Compute device.
-            choose_split: How much of a call goes through a block at a time.
-        """
         self.blocks = tuple(blocks)
         """In visiting order."""
         self.num_blocks = len(self.blocks)

@@ -73,18 +73,17 @@ class Unsuitable(Exception):
 
 
 class Inputs:
-    """One call's arguments, flattened; the hidden states are the first tensor."""
+    """One call's arguments, flattened; the hidden states are the first tensor.
+
+    Args:
+        args: Positional arguments of the block's forward.
+        kwargs: Its keyword arguments; an empty cache counts as none.
+
+    Raises:
+        Unsuitable: It has a filled cache, an object of unknown kind, or several tensors that need gradients.
+    """
 
     def __init__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """Flatten a call.
-
-        Args:
-            args: Positional arguments of the block's forward.
-            kwargs: Its keyword arguments; an empty cache counts as none.
-
-        Raises:
-            Unsuitable: It has a filled cache, an object of unknown kind, or several tensors that need gradients.
-        """
         leaves, self._spec = tree_flatten((tuple(args), _cleaned(kwargs)), is_leaf=_is_mask)
         if not all(leaf is None or isinstance(leaf, (Tensor, CausalMask, *_PLAIN)) for leaf in leaves):
             raise Unsuitable
@@ -135,16 +134,15 @@ def _is_mask(leaf: object) -> bool:
 
 
 class Correspondence:
-    """For each sequence of one batch, the same sequence in another."""
+    """For each sequence of one batch, the same sequence in another.
+
+    Args:
+        order: For each row of the new batch its row in the old one; None where both have the same order.
+        num_rows: Sequences of the batch.
+        device: Where the tensors are.
+    """
 
     def __init__(self, order: list[int] | None, num_rows: int, device: torch.device) -> None:
-        """Note the order.
-
-        Args:
-            order: For each row of the new batch its row in the old one; None where both have the same order.
-            num_rows: Sequences of the batch.
-            device: Where the tensors are.
-        """
         self._order = None if order is None else torch.tensor(order, device=device)
         self._num_rows = num_rows
         # Arguments are shared by all blocks of a pass: each pair is compared once. Held, so that ids stay theirs.

@@ -366,7 +366,6 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 

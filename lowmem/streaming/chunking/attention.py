@@ -52,9 +52,7 @@ class JoinPrefix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
-        ctx: _JoinContext, key: Tensor, value: Tensor, job: AttentionJob, first: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: _JoinContext, key: Tensor, value: Tensor, job: AttentionJob, first: int) -> tuple[Tensor, Tensor]:
         ctx.job, ctx.first = job, first
         if job.prefix is None or first == job.start:
             return key.clone(), value.clone()
@@ -63,7 +61,7 @@ class JoinPrefix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _JoinContext, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: _JoinContext, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         job, num_before = ctx.job, ctx.job.start - ctx.first
         if job.prefix is not None and num_before:
             job.prefix.add_gradient(ctx.first, grad_key[:, :, :num_before], grad_value[:, :, :num_before])

@@ -32,7 +32,6 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def take(self, name: str, shape: Sequence[int], *, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -64,7 +64,7 @@ class PartwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: _AttentionContext, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, job: AttentionJob
     ) -> Tensor:
         batch, heads, tokens, _ = query.shape
@@ -86,7 +86,7 @@ class PartwiseAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _AttentionContext, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: _AttentionContext, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out_BTHD, lse = ctx.saved_tensors
         job = ctx.job
         grad_out, out = grad_BTHD.transpose(1, 2).to(query.dtype), out_BTHD.transpose(1, 2)
