@@ -24,6 +24,7 @@ ROOMS = (
     "lowmem.internals",
     "lowmem.quantization",
     "lowmem.models",
+    "lowmem.experts",
     "lowmem.optim",
     "lowmem.planning",
     "lowmem.adapters",
@@ -43,6 +44,8 @@ MAX_FILES = 125
 COUNTED_APART = {
     "lowmem/quantization": "a room of its own: one file for each format in which weights are packed",
     "lowmem/internals/bitsandbytes.py": "the kernels of that room",
+    "lowmem/experts": "a room of its own: experts of a mixture are taken apart only where they are packed",
+    "lowmem/internals/experts.py": "the private names of that room",
 }
 MAX_ROOT_FILES = 9
 MAX_FOLDER_FILES = 14

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowmem.errors import UnsupportedError
+from lowmem.quantization.float8 import Float8
 from lowmem.quantization.format import Format, PackedWeight, refuse_weight
 from lowmem.quantization.four_bit import FourBit
+from lowmem.quantization.int4 import Awq, Gptq
 from lowmem.quantization.int8 import Int8
+from lowmem.quantization.mxfp4 import Mxfp4
 from offload import SourceError, TensorReader, TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMATS: tuple[type[Format], ...] = (FourBit, Int8)
+FORMATS: tuple[type[Format], ...] = (FourBit, Int8, Float8, Mxfp4, Gptq, Awq)
 """All that can be read in place; the first that recognises a configuration takes it."""
 
 _LARGEST_DESCRIPTION_BYTES = 1 << 20

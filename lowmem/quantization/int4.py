@@ -1,0 +1,306 @@
+"""Four-bit integers with a scale and a zero for each group of inputs: GPTQ and AWQ, as their tools store them.
+
+A weight is scale x (code - zero). Both pack eight codes into an int32 and store the transpose of torch's weight: GPTQ
+along the inputs, AWQ along the outputs and in an order of its own. Products of a half-precision scale and such a
+difference are exact in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, refuse_weight
+from lowmem.quantization.settings import Settings
+from lowmem.quantization.unpacking import look_up_pairs, pair_table, scale_columns, subtract_columns, unpack_rows
+from offload import TensorSpec, ceil_div
+
+CODES_PER_WORD = 8
+"""Four-bit codes in an int32."""
+
+_ONES = 0x11111111
+"""One in each code of a word."""
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight neighbouring outputs each nibble of AWQ's words holds, the lowest first (its GEMM kernels' order)."""
+
+
+def dequantise_gptq(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    *,
+    group_of_input: Tensor | None,
+    zero_offset: int,
+    group_size: int,
+    out: Tensor,
+) -> None:
+    """Write the values of a matrix that GPTQ packed.
+
+    Args:
+        qweight: Shape (inputs / 8, outputs), int32: nibble j of row r is the code of input 8 r + j.
+        qzeros: Shape (groups, outputs / 8), int32: nibble j of column c is the zero of output 8 c + j.
+        scales: Shape (groups, outputs), float16, bfloat16 or float32.
+        group_of_input: Shape (inputs,), int32: the group of each input (`g_idx`); None where they lie in order.
+        zero_offset: What is added to each stored zero: 1 in the first version of the format, 0 in the second. Added to
+            whole words, as GPTQModel does and subtracts when it writes: a stored 15 carries into its neighbour.
+        group_size: Inputs of a group, where they lie in order.
+        out: Shape (outputs, inputs), any floating-point type and strides.
+    """
+    # Bytes of the transposed words are codes in the order of the inputs.
+    packed = qweight.t().contiguous().view(torch.uint8)
+    zeros = _nibbles(qzeros + zero_offset * _ONES).float().t().contiguous()
+    by_output = scales.float().t().contiguous()
+    table = pair_table(range(16), device=out.device)
+
+    def fill(rows: slice, into: Tensor) -> None:
+        look_up_pairs(packed[rows], table, into=into)
+        if group_of_input is None:
+            subtract_columns(into, zeros[rows], group_size)
+            scale_columns(into, by_output[rows], group_size)
+        else:
+            into.sub_(zeros[rows].index_select(1, group_of_input))
+            into.mul_(by_output[rows].index_select(1, group_of_input))
+
+    unpack_rows(out, fill)
+
+
+def dequantise_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_size: int, out: Tensor) -> None:
+    """Write the values of a matrix that AWQ packed for its GEMM kernels.
+
+    Args:
+        qweight: Shape (inputs, outputs / 8), int32.
+        qzeros: Shape (groups, outputs / 8), int32.
+        scales: Shape (groups, outputs), float16 or bfloat16 or float32.
+        group_size: Inputs of a group.
+        out: Shape (outputs, inputs), any floating-point type and strides.
+    """
+    order = torch.tensor(_AWQ_ORDER, device=out.device)
+    inverse = torch.argsort(order)
+    zeros = _nibbles(qzeros).view(len(qzeros), -1, CODES_PER_WORD)[..., inverse].flatten(1).float().t().contiguous()
+    by_output = scales.float().t().contiguous()
+    # A byte holds two outputs of one input; transposed, a row of bytes is two rows of codes.
+    packed = qweight.view(torch.uint8).t()
+
+    def fill(rows: slice, into: Tensor) -> None:
+        words = packed[rows.start // 2 : rows.stop // 2].contiguous().view(-1, CODES_PER_WORD // 2, into.shape[1])
+        by_word = into.view(-1, CODES_PER_WORD, into.shape[1])
+        by_word[:, order[0::2]] = words.bitwise_and(15).float()
+        by_word[:, order[1::2]] = words.bitwise_right_shift(4).float()
+        subtract_columns(into, zeros[rows], group_size)
+        scale_columns(into, by_output[rows], group_size)
+
+    unpack_rows(out, fill, multiple=CODES_PER_WORD)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    """Codes of words (rows, words), the lowest first: (rows, 8 words), int32."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    return words.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(15).flatten(-2)
+
+
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+_BESIDE_GPTQ = frozenset(
+    """
+    quant_method bits group_size desc_act sym format checkpoint_format pack_dtype true_sequential damp_percent
+    damp_auto_increment static_groups model_name_or_path model_file_base_name meta quantizer lm_head dataset tokenizer
+    act_group_aware backend model_seqlen block_name_to_quantize module_name_preceding_first_block batch_size
+    pad_token_id max_input_length cache_block_outputs modules_in_block_to_quantize use_cuda_fp16 use_exllama
+    exllama_config disable_exllama adapter mse parallel_packing rotation hyb_act is_marlin_format dynamic
+    """.split()  # noqa: SIM905
+)
+"""Settings that are known; what bears on the stored numbers is read below, the rest says how they were found."""
+_BESIDE_AWQ = frozenset(
+    """
+    quant_method bits group_size zero_point version format backend modules_to_not_convert do_fuse fuse_max_seq_len
+    modules_to_fuse exllama_config sym desc_act pack_dtype meta dynamic quantizer
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """Weights that GPTQ quantised to four bits, in either version of the format."""
+
+    reads: ClassVar[tuple[str, ...]] = ("gptq (4 bits)",)
+    """For messages: what a configuration may call it."""
+    name: str = "gptq"
+    group_size: int
+    """Inputs of a group; -1 for all."""
+    zero_offset: int
+    """As in `dequantise_gptq`."""
+
+    @classmethod
+    def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
+        """The format of a `quantization_config`; None where it is another one.
+
+        Raises:
+            UnsupportedError: An option of it cannot be honoured.
+        """
+        settings = Settings(quantization)
+        if settings.method != "gptq":
+            return None
+        settings.refuse_unknown(_BESIDE_GPTQ)
+        field = "checkpoint_format" if settings.get("checkpoint_format") is not None else "format"
+        version = settings.one_of(field, "gptq", "gptq_v2")
+        for name in ("is_marlin_format", "rotation", "adapter", "dynamic"):
+            if settings.get(name):
+                raise settings.unsupported(name, "it changes what the stored numbers mean, or how they lie")
+        return cls(group_size=_group_size(settings), zero_offset=1 if version == "gptq" else 0)
+
+    def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
+        """The packed weights among a checkpoint's tensors, by name.
+
+        Raises:
+            SourceError: A part is missing, or is not of the size that belongs to the others.
+        """
+        found = {}
+        for module, qweight in _modules(tensors).items():
+            num_inputs, num_outputs = qweight.shape[0] * CODES_PER_WORD, qweight.shape[1]
+            group_size, groups = _groups(num_inputs, self.group_size)
+            qzeros, scales = _beside(tensors, module, qweight, groups=groups, num_outputs=num_outputs)
+            index = tensors.get(f"{module}.g_idx")
+            order = None
+            if index is not None:
+                part_of(tensors, index.name, weight=qweight, dtypes=[torch.int32], shape=(num_inputs,))
+                order = _group_of_input(index, read(index), groups=groups, group_size=group_size)
+            found[f"{module}.weight"] = PackedWeight(
+                name=f"{module}.weight",
+                shape=(num_outputs, num_inputs),
+                parts=(qweight, qzeros, scales),
+                read_once=() if index is None else (index,),
+                format=self.name,
+                dequantise=partial(
+                    _run_gptq, group_of_input=order, zero_offset=self.zero_offset, group_size=group_size
+                ),
+            )
+        return found
+
+
+def _run_gptq(
+    parts: Sequence[Tensor], out: Tensor, *, group_of_input: Tensor | None, zero_offset: int, group_size: int
+) -> None:
+    dequantise_gptq(
+        *parts,
+        group_of_input=None if group_of_input is None else group_of_input.to(out.device),
+        zero_offset=zero_offset,
+        group_size=group_size,
+        out=out,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Awq:
+    """Weights that AWQ quantised to four bits, packed for its GEMM kernels."""
+
+    reads: ClassVar[tuple[str, ...]] = ("awq (4 bits, gemm)",)
+    """For messages: what a configuration may call it."""
+    name: str = "awq"
+    group_size: int
+    """Inputs of a group; -1 for all."""
+
+    @classmethod
+    def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
+        """The format of a `quantization_config`; None where it is another one.
+
+        Raises:
+            UnsupportedError: An option of it cannot be honoured.
+        """
+        settings = Settings(quantization)
+        if settings.method != "awq":
+            return None
+        settings.refuse_unknown(_BESIDE_AWQ)
+        for field in ("version", "format"):
+            settings.one_of(field, "gemm")
+        if settings.get("zero_point", True) is not True:
+            raise settings.unsupported("zero_point", "AWQ's GEMM layout always has zeros")
+        if settings.get("backend") == "llm-awq" or settings.get("dynamic"):
+            name = "dynamic" if settings.get("dynamic") else "backend"
+            raise settings.unsupported(name, "its layout is another one")
+        return cls(group_size=_group_size(settings))
+
+    def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
+        """The packed weights among a checkpoint's tensors, by name.
+
+        Raises:
+            SourceError: A part is missing, or is not of the size that belongs to the others.
+        """
+        del read
+        found = {}
+        for module, qweight in _modules(tensors).items():
+            num_inputs, num_outputs = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
+            group_size, groups = _groups(num_inputs, self.group_size)
+            qzeros, scales = _beside(tensors, module, qweight, groups=groups, num_outputs=num_outputs)
+            found[f"{module}.weight"] = PackedWeight(
+                name=f"{module}.weight",
+                shape=(num_outputs, num_inputs),
+                parts=(qweight, qzeros, scales),
+                format=self.name,
+                dequantise=partial(_run_awq, group_size=group_size),
+            )
+        return found
+
+
+def _run_awq(parts: Sequence[Tensor], out: Tensor, *, group_size: int) -> None:
+    dequantise_awq(*parts, group_size=group_size, out=out)
+
+
+def _group_size(settings: Settings) -> int:
+    if settings.whole("bits") != 4:
+        raise settings.unsupported("bits", "only four-bit codes are unpacked")
+    if settings.one_of("pack_dtype", "int32") != "int32":
+        raise settings.unsupported("pack_dtype", "only words of 32 bits are unpacked")
+    size = settings.whole("group_size", 128)
+    if size != -1 and size <= 0:
+        raise settings.unsupported("group_size", "expected a positive number of inputs, or -1 for all")
+    return size
+
+
+def _groups(num_inputs: int, group_size: int) -> tuple[int, int]:
+    """Inputs of a group, and how many groups there are."""
+    size = num_inputs if group_size == -1 else group_size
+    return max(size, 1), ceil_div(num_inputs, max(size, 1))
+
+
+def _modules(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Packed codes by the name of their module."""
+    found = {}
+    for name, spec in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last == "qweight":
+            if spec.dtype != torch.int32 or len(spec.shape) != 2:
+                refuse_weight(name, spec, f"expected a matrix of int32, got {list(spec.shape)} of {spec.dtype}")
+            found[module] = spec
+    return found
+
+
+def _beside(
+    tensors: Mapping[str, TensorSpec], module: str, qweight: TensorSpec, *, groups: int, num_outputs: int
+) -> tuple[TensorSpec, TensorSpec]:
+    """The zeros and the scales of a module."""
+    if num_outputs % CODES_PER_WORD:
+        refuse_weight(qweight.name, qweight, f"expected a multiple of 8 outputs, got {num_outputs}")
+    words = (groups, num_outputs // CODES_PER_WORD)
+    qzeros = part_of(tensors, f"{module}.qzeros", weight=qweight, dtypes=[torch.int32], shape=words)
+    scales = part_of(tensors, f"{module}.scales", weight=qweight, dtypes=_SCALES, shape=(groups, num_outputs))
+    return qzeros, scales
+
+
+def _group_of_input(index: TensorSpec, raw: bytes, *, groups: int, group_size: int) -> Tensor | None:
+    """Groups of the inputs, shape (inputs,), int32; None where they lie in order.
+
+    Raises:
+        SourceError: A group is named that is not there.
+    """
+    order = torch.frombuffer(bytearray(raw), dtype=torch.int32) if raw else torch.empty(0, dtype=torch.int32)
+    if order.numel() and not (int(order.min()) >= 0 and int(order.max()) < groups):
+        refuse_weight(
+            index.name, index, f"expected groups 0 to {groups - 1}, got {int(order.min())} to {int(order.max())}"
+        )
+    usual = torch.arange(order.numel(), dtype=torch.int32) // group_size
+    return None if torch.equal(order, usual) else order
