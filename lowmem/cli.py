@@ -24,7 +24,7 @@ _FAILED = 2
 
 app = typer.Typer(
     help="Fine-tune a model that fits in neither device memory nor RAM.",
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -219,22 +219,23 @@ def merge(
 
 @app.command()
 def trace(
-    file: Annotated[Path, typer.Argument(help="A trace that lowmem.Monitor saved.")],
+    run: Annotated[Path, typer.Argument(help="A run's output folder, or a trace that lowmem.Monitor saved.")],
     png: Annotated[Path | None, typer.Option(help="Draw a step's timeline into this file.")] = None,
     step: Annotated[int | None, typer.Option(help="Which step of the trace, from 1; one of median length.")] = None,
 ) -> None:
-    """Say how busy disk, copies and computation were in each step of a trace, and draw one of them."""
-    from lowmem.monitoring.timeline import draw_timeline, read_spans, steps_of
+    """Say where each second of a run went, what it waited for, and how time and memory compare with the plan.
 
-    steps = steps_of(read_spans(file))
+    The trace file itself opens in Perfetto (https://ui.perfetto.dev).
+    """
+    from lowmem.monitoring.account import RunFacts, account_text
+    from lowmem.monitoring.timeline import draw_timeline, read_trace, steps_of
+
+    file = run / "trace.json" if run.is_dir() else run
+    spans, notes = read_trace(file)
+    steps = steps_of(spans)
     if step is not None and not 1 <= step <= len(steps):
         raise ValueError(f"--step {step}: the trace has steps 1 to {len(steps)}")
-    for timeline in steps:
-        busy = ", ".join(
-            f"{lane} {timeline.busy_percent(lane):.0f}%" for lane in sorted({span.lane for span in timeline.spans})
-        )
-        read = timeline.num_bytes("disk")
-        typer.echo(f"step {timeline.step}: {timeline.duration_s:.3f} s, {busy}, {read / 1e9:.2f} GB read")
+    typer.echo(account_text(steps, RunFacts.from_dict(notes)))
     if png is not None:
         by_length = sorted(steps, key=lambda timeline: timeline.duration_s)
         chosen = by_length[len(by_length) // 2] if step is None else steps[step - 1]

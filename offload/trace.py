@@ -133,7 +133,13 @@ class Trace:
         with self._lock:
             return {lane: total.so_far() for lane, total in self._sums.items()}
 
-    def save(self, path: str | os.PathLike[str], *, since_ns: int | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        since_ns: int | None = None,
+        notes: Mapping[str, object] | None = None,
+    ) -> None:
         """Write the kept spans as Chrome trace events, which Perfetto and chrome://tracing open.
 
         One row per lane; spans of a lane that overlap get further rows, because a row of the format can only nest. The
@@ -142,12 +148,15 @@ class Trace:
         Args:
             path: File to write, usually ending in ``.json``. Its folder must exist.
             since_ns: Leave out spans that ended before.
+            notes: What else is to be kept with the spans, as plain data for JSON; viewers show it as metadata.
 
         Raises:
             OSError: The file cannot be written.
         """
         target = Path(path)
-        document = {"traceEvents": _chrome_events(self.spans(since_ns)), "displayTimeUnit": "ms"}
+        document: dict[str, object] = {"traceEvents": _chrome_events(self.spans(since_ns)), "displayTimeUnit": "ms"}
+        if notes is not None:
+            document["otherData"] = dict(notes)
         with Folder.open(target.parent) as folder:
             folder.put(target.name, json.dumps(document).encode(), mode=0o666)
 

@@ -6,11 +6,15 @@ logs, and keeps the timeline of the step that stands best for the others.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from threading import Lock
@@ -22,13 +26,25 @@ from transformers import TrainerCallback
 
 from lowmem.generation.hooks import generation_of
 from lowmem.host_memory import process_peak_bytes
-from lowmem.monitoring.progress import StepEstimate, StepProgress
+from lowmem.monitoring.account import (
+    LossPoint,
+    RunFacts,
+    RunState,
+    StepPoint,
+    evenly_chosen,
+    held_bytes,
+    memory_rows,
+    planned_peak_bytes,
+)
+from lowmem.monitoring.progress import StepEstimate, StepProgress, writes_to_file
+from lowmem.monitoring.report import save_report
 from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
 from lowmem.streaming.runtime import Runtime, Visit, runtime_of
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from lowmem.planning.plan import Plan
     from offload import Span
 
 
@@ -51,7 +67,17 @@ class StepRecord:
     host_peak_bytes: int
     """Largest resident memory of this process so far, by the kernel's high-water mark."""
     device_peak_bytes: int
-    """Largest allocation on the compute device so far; a CPU's memory is the host's."""
+    """Largest allocation on the compute device so far; 0 for a CPU, whose memory is the host's."""
+
+
+PREFIX = "lowmem/"
+"""Of the values' names in the Trainer's logs: reporters show them as a group of their own."""
+
+REPORT_EVERY_S = 5.0
+"""Least seconds between two versions of the report; one takes some 20 ms (`tests/lowmem/test_report.py`)."""
+
+NUM_REPORTED_STEPS = 3
+"""The last steps whose spans are drawn in the report."""
 
 
 def log_values(records: Sequence[StepRecord]) -> dict[str, float]:
@@ -66,13 +92,26 @@ def log_values(records: Sequence[StepRecord]) -> dict[str, float]:
         "step_s": duration_s / len(records),
         "tokens_per_s": sum(record.num_tokens for record in records) / duration_s,
         "stall_percent": 100 * sum(record.stall_s for record in records) / duration_s,
-        "disk_read_bytes": sum(record.disk_read_bytes for record in records) / len(records),
-        "host_peak_bytes": max(record.host_peak_bytes for record in records),
-        "device_peak_bytes": max(record.device_peak_bytes for record in records),
+        "read_gb": sum(record.disk_read_bytes for record in records) / len(records) / 1e9,
+        "host_peak_gib": max(record.host_peak_bytes for record in records) / 2**30,
     }
+    device_peak_bytes = max(record.device_peak_bytes for record in records)
+    if device_peak_bytes:
+        values["device_peak_gib"] = device_peak_bytes / 2**30
     if disk_busy_s:  # nothing was read where every block is resident or cached
         values["disk_gb_per_s"] = sum(record.disk_busy_bytes for record in records) / disk_busy_s / 1e9
     return values
+
+
+def planned_values(plan: Plan) -> dict[str, float]:
+    """What the plan says of the values that are measured; on a CPU, of the whole process."""
+    values = {"planned_step_s": plan.step_s}
+    if plan.job.device == "cpu":
+        return values | {"planned_host_peak_gib": planned_peak_bytes(plan) / 2**30}
+    return values | {
+        "planned_host_peak_gib": (plan.host_bytes + plan.framework_bytes) / 2**30,
+        "planned_device_peak_gib": plan.device_bytes / 2**30,
+    }
 
 
 class StepRecorder:
@@ -133,7 +172,6 @@ class StepRecorder:
         )
         self._step = None
         read_bytes, self._counted_bytes = self.disk_bytes() - self._counted_bytes, self.disk_bytes()
-        host_peak_bytes = process_peak_bytes()
         device = self._runtime.device
         record = StepRecord(
             duration_s=timeline.duration_s,
@@ -142,8 +180,8 @@ class StepRecorder:
             disk_read_bytes=read_bytes,
             disk_busy_bytes=timeline.num_bytes("disk"),
             disk_busy_s=timeline.busy_s("disk"),
-            host_peak_bytes=host_peak_bytes,
-            device_peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak_bytes,
+            host_peak_bytes=process_peak_bytes(),
+            device_peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         )
         return record, timeline
 
@@ -213,13 +251,17 @@ class Monitor(TrainerCallback):
     """Watches the training of a streamed model.
 
     - A bar within the step, below the Trainer's own: block, direction, bytes per second from disk, time left; while
-      tokens are generated, how many, for how many unfinished rows, and how long the rest takes at most.
-    - Values in the Trainer's logs (`log_history`, `report_to`), for the steps since the last log: `step_s`,
-      `tokens_per_s` (padding not counted), `stall_percent`, `disk_read_bytes` (per step), `disk_gb_per_s`,
-      `host_peak_bytes` and `device_peak_bytes` (largest so far; on a CPU both are the process's resident memory),
-      beside `planned_step_s`, `planned_host_bytes` and `planned_device_bytes`. The last entry, and with it
-      `train()`'s metrics, has them for the whole run with the prefix `train_`.
-    - At the end, a trace that Perfetto opens (https://ui.perfetto.dev) and a picture of one representative step.
+      tokens are generated, how many, for how many unfinished rows, and how long the rest takes at most. Where the
+      output goes to a file, a plain line every 30 s instead, without control characters.
+    - Values in the Trainer's logs (`log_history`, `report_to`), for the steps since the last log: `lowmem/step_s`,
+      `lowmem/tokens_per_s` (padding not counted), `lowmem/stall_percent`, `lowmem/read_gb` (per step),
+      `lowmem/disk_gb_per_s`, `lowmem/host_peak_gib` (of the process, so far) and, on a GPU, `lowmem/device_peak_gib`.
+      The first log also has what was planned, once. The last entry, and with it `train()`'s metrics, has them for the
+      whole run as `lowmem/train_step_s` and so on.
+    - While training goes on, a report that a browser opens: loss, pace, memory by role against the plan, the last
+      steps. It reloads itself.
+    - At the end, also one by Ctrl-C, a trace that `lowmem trace` and Perfetto (https://ui.perfetto.dev) open, and a
+      picture of one representative step.
 
     With a model that is not streamed there is nothing to watch: it says so once and does nothing.
 
@@ -227,26 +269,36 @@ class Monitor(TrainerCallback):
         trace: File for the trace; `None`: `trace.json` in the output folder; `False`: none.
         timeline: File for the picture; `None`: `timeline.png` in the output folder; `False`: none. Needs matplotlib:
             without it a path given here is an error when training starts, and the default is left out with a warning.
-        progress: Show the bar, on the main process and unless `TrainingArguments.disable_tqdm` is set.
+        report: File for the report; `None`: `report.html` in the output folder; `False`: none.
+        progress: Show the bar, on the main process and unless `TrainingArguments.disable_tqdm` is set; the lines of a
+            log file do not depend on that.
         every_s: Least seconds between two refreshes of the bar; `None`: 0.5 on a terminal or in a notebook, 30 in a
             log file.
     """
 
     def __init__(
-        self, trace: Output = None, timeline: Output = None, *, progress: bool = True, every_s: float | None = None
+        self,
+        trace: Output = None,
+        timeline: Output = None,
+        *,
+        report: Output = None,
+        progress: bool = True,
+        every_s: float | None = None,
     ) -> None:
         if every_s is not None and every_s < 0:
             raise ValueError(f"every_s: expected seconds >= 0, got {every_s}")
-        self._trace, self._timeline = trace, timeline
+        self._trace, self._timeline, self._report = trace, timeline, report
         self._progress, self._every_s = progress, every_s
         self._has_warned = False
         self._run: _Run | None = None
+        # Python's list of what to do at its exit must not keep the model alive.
+        self._at_exit = partial(_end_interrupted, weakref.ref(self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Start listening to the model's runtime."""
-        self._close()  # a train() that raised has no on_train_end
+        self.end("interrupted")  # a train() that raised has no on_train_end
         model = kwargs.get("model")
         assert isinstance(model, nn.Module), "the Trainer passes its model to callbacks"
         try:
@@ -265,10 +317,15 @@ class Monitor(TrainerCallback):
                     raise
                 self._warn_once(f"lowmem.Monitor draws no timeline: {error}")
                 timeline = None
-        shows = self._progress and is_main and not args.disable_tqdm
-        self._run = _Run(model, runtime, trace=trace, timeline=timeline)
+        report = _output(self._report, args, "report.html") if is_main else None
+        self._run = _Run(model, runtime, trace=trace, timeline=timeline, report=report)
+        self._run.num_steps = state.max_steps
+        # For an interruption that is the end of the program.
+        atexit.register(self._at_exit)
+        shows = self._progress and is_main and (writes_to_file() or not args.disable_tqdm)
+        self._run.estimate_from(num_forwards=args.gradient_accumulation_steps)
         if shows:
-            self._run.show(num_forwards=args.gradient_accumulation_steps, every_s=self._every_s)
+            self._run.show(every_s=self._every_s)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -276,6 +333,13 @@ class Monitor(TrainerCallback):
         """Begin an optimizer step, whose micro-steps all belong to it."""
         if self._run is not None:
             self._run.start_step(state.global_step + 1, state.max_steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """See what is held while gradients and the optimizer's state both are."""
+        if self._run is not None:
+            self._run.see_memory(kwargs.get("optimizer"))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -299,16 +363,16 @@ class Monitor(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Write the trace and the picture, and stop listening."""
-        run = self._run
-        self._close()
-        if run is not None:
-            run.write()
+        """Write the trace, the picture and the report, and stop listening."""
+        self.end("finished")
 
-    def _close(self) -> None:
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+    def end(self, how: RunState) -> None:
+        """Stop listening to a run, if there is one, and write its files."""
+        run, self._run = self._run, None
+        atexit.unregister(self._at_exit)
+        if run is not None:
+            run.close()
+            run.write(how)
 
     def _warn_once(self, message: str) -> None:
         if not self._has_warned:
@@ -316,72 +380,161 @@ class Monitor(TrainerCallback):
             warnings.warn(message, UserWarning, stacklevel=2)
 
 
+def _end_interrupted(monitor: weakref.ref[Monitor]) -> None:
+    found = monitor()
+    if found is not None:
+        found.end("interrupted")
+
+
 class _Run:
     """What belongs to one `train()` call on a streamed model."""
 
-    def __init__(self, model: nn.Module, runtime: Runtime, *, trace: Path | None, timeline: Path | None) -> None:
-        self._runtime, self._trace, self._timeline = runtime, trace, timeline
+    def __init__(
+        self, model: nn.Module, runtime: Runtime, *, trace: Path | None, timeline: Path | None, report: Path | None
+    ) -> None:
+        self._runtime, self._trace, self._timeline, self._report = runtime, trace, timeline, report
+        # The callbacks that hold this live as long as the Trainer, which must not keep a model that was let go of.
+        self._model = weakref.ref(model)
         self.recorder = StepRecorder(model, runtime)
+        self.num_steps = 0
         self._since_log: list[StepRecord] = []
         self._all: list[StepRecord] = []
+        self._points: list[StepPoint] = []
+        self._losses: list[LossPoint] = []
+        self._held: dict[str, int] = {}
+        self._last_steps: deque[StepTimeline] = deque(maxlen=NUM_REPORTED_STEPS)
         self._representative = RepresentativeStep()
+        self._estimate: StepEstimate | None = None
         self._progress: StepProgress | None = None
         self._stop_showing = runtime.listen(self._visited)
         runtime.add_to_log = self.add_to_log
+        runtime.note_interrupted = self.note_interrupted
         self._stop_counting: Callable[[], None] = lambda: None
         self._start_ns = time.perf_counter_ns()
+        self._reported_s = -float("inf")
+        self._has_told_plan = self._is_written = False
 
-    def show(self, *, num_forwards: int, every_s: float | None) -> None:
-        estimate = StepEstimate(
+    def estimate_from(self, *, num_forwards: int) -> None:
+        self._estimate = StepEstimate(
             num_blocks=self._runtime.num_blocks, num_forwards=num_forwards, planned_step_s=self._runtime.plan.step_s
         )
-        self._progress = StepProgress(estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s)
+
+    def show(self, *, every_s: float | None) -> None:
+        assert self._estimate is not None
+        self._progress = StepProgress(self._estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s)
         generation = generation_of(self._runtime)
         if generation is not None:
             self._stop_counting = generation.listen(self._progress.token)
 
     def start_step(self, step: int, num_steps: int) -> None:
+        self.num_steps = num_steps
         if self._progress is not None:
             self._progress.start_step(step, num_steps)
+        elif self._estimate is not None:
+            self._estimate.start_step(time.monotonic())
         self.recorder.start_step(step)
+
+    def see_memory(self, optimizer: object) -> None:
+        model = self._model()
+        if model is not None:
+            for role, nbytes in held_bytes(model, self._runtime, optimizer).items():
+                self._held[role] = max(nbytes, self._held.get(role, 0))
 
     def finish_step(self) -> None:
         record, timeline = self.recorder.finish_step()
         if self._progress is not None:
             self._progress.finish_step()
+        elif self._estimate is not None:
+            self._estimate.finish_step(time.monotonic())
         self._since_log.append(record)
         self._all.append(record)
+        values = log_values([record])
+        self._points.append(
+            StepPoint(
+                step=timeline.step,
+                duration_s=record.duration_s,
+                tokens_per_s=values["tokens_per_s"],
+                stall_percent=values["stall_percent"],
+            )
+        )
+        self._last_steps.append(timeline)
         self._representative.offer(timeline)
-
-    def _planned(self) -> dict[str, float]:
-        plan = self._runtime.plan
-        return {
-            "planned_step_s": plan.step_s,
-            "planned_host_bytes": plan.host_bytes,
-            "planned_device_bytes": plan.device_bytes,
-        }
 
     def add_to_log(self, state: TrainerState, logs: dict[str, float]) -> None:
         """Add the values to a log of training steps, or to the final one; logs of evaluations stay as they are."""
+        if any(name.startswith(PREFIX) for name in logs):
+            return
         if "loss" in logs:
-            records, self._since_log, prefix = self._since_log, [], ""
+            records, self._since_log, prefix = self._since_log, [], PREFIX
+            if not self._losses or self._losses[-1].step != state.global_step:
+                self._losses.append(LossPoint(step=state.global_step, loss=float(logs["loss"])))
         elif "train_loss" in logs:
-            records, prefix = self._all, "train_"
+            records, prefix = self._all, f"{PREFIX}train_"
         else:
             return
-        values = {**log_values(records), **self._planned()} if records else {}
+        values = log_values(records) if records else {}
+        if values and not self._has_told_plan:
+            self._has_told_plan = True
+            values |= planned_values(self._runtime.plan)
         values = {f"{prefix}{name}": value for name, value in values.items()}
         logs.update(values)
         # The Trainer copied `logs` into its history just before this event.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
+        self._report_now_and_then()
 
-    def write(self) -> None:
-        """Write the files that were asked for. A full disk must not cost the model that was just trained."""
+    def _report_now_and_then(self) -> None:
+        now_s = time.monotonic()
+        if self._report is None or now_s - self._reported_s < REPORT_EVERY_S:
+            return
+        self._reported_s = now_s
+        left_s = None
+        if self._estimate is not None and self._points:
+            left_s = self._estimate.run_left_s(now_s, self.num_steps - self._points[-1].step)
         try:
+            save_report(self._report, self.facts("running"), tuple(self._last_steps), left_s=left_s)
+        except OSError as error:
+            self._report = None
+            warnings.warn(f"lowmem.Monitor could not write its report: {error}", UserWarning, stacklevel=2)
+
+    def facts(self, how: RunState) -> RunFacts:
+        plan, last = self._runtime.plan, self._all[-1] if self._all else None
+        host, device = (last.host_peak_bytes, last.device_peak_bytes) if last else (process_peak_bytes(), 0)
+        peak_bytes = host if plan.job.device == "cpu" else device
+        return RunFacts(
+            title=str(plan).partition("\n")[0],
+            state=how,
+            num_steps=self.num_steps,
+            planned_s={
+                "step": plan.step_s,
+                "compute": plan.time.compute_s,
+                "disk": plan.time.disk_s,
+                "copy": plan.time.copy_s,
+            },
+            planned_peak_bytes=planned_peak_bytes(plan),
+            peak_bytes=peak_bytes,
+            memory=memory_rows(plan, self._held, peak_bytes=peak_bytes),
+            steps=evenly_chosen(self._points),
+            losses=evenly_chosen(self._losses),
+            plan=str(plan),
+        )
+
+    def note_interrupted(self) -> None:
+        """Write what there is: nobody may call this run again."""
+        self.write("interrupted")
+        self._is_written = True
+
+    def write(self, how: RunState) -> None:
+        """Write the files that were asked for. A full disk must not cost the model that was just trained."""
+        if self._is_written:
+            return
+        try:
+            facts = self.facts(how)
             if self._trace is not None:
                 self._trace.parent.mkdir(parents=True, exist_ok=True)
-                self._runtime.trace.save(self._trace, since_ns=self._start_ns)
+                self._runtime.trace.save(self._trace, since_ns=self._start_ns, notes=facts.to_dict())
+            if self._report is not None:
+                save_report(self._report, facts, tuple(self._last_steps))
             if self._timeline is not None and self._representative.timeline is not None:
                 draw_timeline(self._representative.timeline, self._timeline)
         except OSError as error:
@@ -389,6 +542,7 @@ class _Run:
 
     def close(self) -> None:
         self._runtime.add_to_log = None
+        self._runtime.note_interrupted = None
         self._stop_showing()
         self._stop_counting()
         self.recorder.close()
@@ -398,6 +552,8 @@ class _Run:
     def _visited(self, visit: Visit) -> None:
         if self._progress is not None:
             self._progress.visit(visit.block, visit.num_blocks, visit.phase, started=visit.started)
+        elif self._estimate is not None and not visit.started:
+            self._estimate.finish_visit(visit.phase, time.monotonic())
 
 
 def _output(given: Output, args: TrainingArguments, default_name: str) -> Path | None:

@@ -1,6 +1,7 @@
-"""The bar that shows where inside a step training is: block, direction, bytes per second from disk, time left.
+"""What shows where inside a step training is: block, direction, bytes per second from disk, time left.
 
-A bar over the tokens of `generate`, for use outside of training; within it `lowmem.Monitor` shows the same.
+A bar in a terminal or a notebook; in a log file a plain line now and then. Also a bar over the tokens of `generate`,
+for use outside of training; within it `lowmem.Monitor` shows the same.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ EVERY_S = 0.5
 
 
 EVERY_S_IN_FILES = 30.0
-"""A log file keeps every refresh as text."""
+"""A log file keeps every line."""
+
+
+def writes_to_file() -> bool:
+    """Whether what is shown goes to a file or a pipe, where a bar would leave control characters and stale lines."""
+    # tqdm.auto draws with `notebook_tqdm`, which is the terminal's class outside of notebooks.
+    return notebook_tqdm is terminal_tqdm and not sys.stderr.isatty()
 
 
 RATE_WINDOW_S = 3.0
@@ -52,6 +59,8 @@ class StepEstimate:
         self._expected = Counter(forward=num_blocks * num_forwards, backward=num_blocks * num_forwards)
         self._planned_step_s = planned_step_s
         self._step_times_s: list[float] = []
+        self._between_times_s: list[float] = []
+        self._end_s: float | None = None
         self._visit_times_s: dict[str, tuple[float, int]] = {}
         self._done: Counter[str] = Counter()
         self._start_s = self._last_s = 0.0
@@ -59,6 +68,8 @@ class StepEstimate:
     def start_step(self, now_s: float) -> None:
         """Begin a step."""
         self._done.clear()
+        if self._end_s is not None:
+            self._between_times_s.append(now_s - self._end_s)
         self._start_s = self._last_s = now_s
 
     def finish_visit(self, phase: str, now_s: float) -> None:
@@ -72,6 +83,7 @@ class StepEstimate:
         """End the step; the next one is expected to be like it."""
         self._step_times_s.append(now_s - self._start_s)
         del self._step_times_s[1:-20]  # the first, to be left out of the median, and the latest
+        self._end_s = now_s
         self._expected = Counter(self._done)
 
     @property
@@ -94,14 +106,18 @@ class StepEstimate:
         return max(0.0, self._planned_step_s - (now_s - self._start_s))
 
     def run_left_s(self, now_s: float, num_steps_after: int) -> float | None:
-        """Seconds left in this step and `num_steps_after` more; evaluations and saves are not foreseen."""
+        """Seconds left in this step and `num_steps_after` more.
+
+        What lay between the steps so far (data, evaluations, saves) is expected to go on as it was on average.
+        """
         left_s = self.step_left_s(now_s)
         if left_s is None:
             return None
         # The first step reads cold files and warms up: once there are others, it says nothing about them.
         known = self._step_times_s[1:] or self._step_times_s
         step_s = median(known) if known else now_s - self._start_s + left_s
-        return left_s + num_steps_after * step_s
+        between_s = sum(self._between_times_s) / len(self._between_times_s) if self._between_times_s else 0.0
+        return left_s + num_steps_after * (step_s + between_s)
 
     def _visit_s(self, phase: str) -> float:
         """Mean seconds per visit of `phase`, guessed from the other phase while there was none."""
@@ -129,7 +145,7 @@ class ByteRate:
 
 
 class StepProgress:
-    """A tqdm bar over the block visits of one step, below the Trainer's own bar over steps.
+    """Shows the block visits of one step: a tqdm bar below the Trainer's own bar over steps, or lines in a log file.
 
     All methods belong to the training thread. Nothing is printed before the first visit.
 
@@ -140,9 +156,8 @@ class StepProgress:
     """
 
     def __init__(self, estimate: StepEstimate, *, read_bytes: Callable[[], int], every_s: float | None = None) -> None:
-        # tqdm.auto draws with `notebook_tqdm`, which is the terminal's class outside of notebooks.
-        in_file = notebook_tqdm is terminal_tqdm and not sys.stderr.isatty()
-        self._every_s = every_s if every_s is not None else EVERY_S_IN_FILES if in_file else EVERY_S
+        self._in_file = writes_to_file()
+        self._every_s = every_s if every_s is not None else EVERY_S_IN_FILES if self._in_file else EVERY_S
         self._estimate = estimate
         self._rate = ByteRate(read_bytes)
         self._bar: tqdm | None = None
@@ -161,13 +176,13 @@ class StepProgress:
         self._step = None
 
     def visit(self, block: int, num_blocks: int, phase: str, *, started: bool) -> None:
-        """Show the visit of a block if it is time to."""
+        """Show the visit of a block, numbered from 0, if it is time to."""
         now_s = monotonic()
         if not started and self._step is not None:
             self._estimate.finish_visit(phase, now_s)
         if now_s - self._shown_s >= self._every_s:
             self._shown_s = now_s
-            self._show(f"{PHASE_WORDS[phase]} {block}/{num_blocks - 1}", block, num_blocks, now_s)
+            self._show(f"{PHASE_WORDS[phase]} {block + 1}/{num_blocks}", block, num_blocks, now_s)
 
     def token(self, progress: TokenProgress) -> None:
         """Note that a token was generated, until its generation has ended."""
@@ -197,6 +212,10 @@ class StepProgress:
             run_left_s = self._estimate.run_left_s(now_s, num_steps - step)
             if step_left_s is not None and run_left_s is not None:
                 words += [f"step {_clock(step_left_s)} left", f"run {_clock(run_left_s)} left"]
+        if self._in_file:
+            # On a line of its own, also where the Trainer's bar has one.
+            terminal_tqdm.write(f"lowmem: {', '.join([left, *words])}", file=sys.stderr)
+            return
         layout = f"{left} |{{bar}}| {', '.join(words)}"
         if self._bar is None:
             # Not `leave`d, and made after the Trainer's bar: tqdm gives it the line below and takes it away again.
@@ -235,10 +254,17 @@ class TokenBar:
     def __init__(self, model: nn.Module) -> None:
         self._hooks = generation_of(runtime_of(model))
         self._bar: tqdm | None = None
+        self._shown_s = monotonic()  # what takes less time than that has no line
         self._stop = lambda: None
 
     def show(self, progress: TokenProgress) -> None:
-        """Show one more token."""
+        """Show one more token; in a log file, a line now and then."""
+        if writes_to_file():
+            now_s = monotonic()
+            if now_s - self._shown_s >= EVERY_S_IN_FILES:
+                self._shown_s = now_s
+                terminal_tqdm.write(f"lowmem: {token_words(progress)}", file=sys.stderr)
+            return
         if self._bar is None:
             self._bar = tqdm(total=progress.max_tokens, leave=False, dynamic_ncols=True, bar_format="{desc} |{bar}|")
         self._bar.total, self._bar.n = progress.max_tokens, progress.num_tokens

@@ -32,6 +32,16 @@ def read_spans(path: Path) -> tuple[Span, ...]:
         ValueError: The file is not such a trace; names what is wrong with it.
         OSError: The file cannot be read.
     """
+    return read_trace(path)[0]
+
+
+def read_trace(path: Path) -> tuple[tuple[Span, ...], Mapping[str, object]]:
+    """Read a trace file's spans, by their start, and the notes that were kept with them.
+
+    Raises:
+        ValueError: The file is not such a trace; names what is wrong with it.
+        OSError: The file cannot be read.
+    """
     try:
         document = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -42,7 +52,8 @@ def read_spans(path: Path) -> tuple[Span, ...]:
     spans = tuple(_span(path, event) for event in events if isinstance(event, dict) and event.get("ph") == "X")
     if not spans:
         raise ValueError(f"{path}: the trace holds no spans")
-    return tuple(sorted(spans, key=lambda span: span.start_ns))
+    notes = document.get("otherData")
+    return tuple(sorted(spans, key=lambda span: span.start_ns)), notes if isinstance(notes, dict) else {}
 
 
 def _span(path: Path, event: Mapping[str, object]) -> Span:
@@ -158,7 +169,7 @@ class StepTimeline:
 
     def busy_s(self, lane: str) -> float:
         """Time in which at least one span of `lane` was under way: requests in parallel count once."""
-        return sum(end_ns - start_ns for start_ns, end_ns in self._busy_ns(lane)) / 1e9
+        return sum(end_ns - start_ns for start_ns, end_ns in self.busy_ns(lane)) / 1e9
 
     def busy_percent(self, lane: str) -> float:
         """Share of the step in which `lane` was busy, 0 to 100."""
@@ -168,24 +179,31 @@ class StepTimeline:
         """Bytes moved by the transfers of `lane` that ended within the step."""
         return sum(span.nbytes for span in self.spans if span.lane == lane and span.end_ns <= self.end_ns)
 
-    def _busy_ns(self, lane: str) -> list[tuple[int, int]]:
+    def busy_ns(self, lane: str) -> list[tuple[int, int]]:
+        """The stretches of the step in which `lane` was busy, apart from each other and by their start."""
         inside = (
             (max(span.start_ns, self.start_ns), min(span.end_ns, self.end_ns))
             for span in self.spans
             if span.lane == lane
         )
-        return _merged(inside, gap_ns=0)
+        return merged(inside, gap_ns=0)
 
 
-def _merged(intervals: Iterable[tuple[int, int]], *, gap_ns: int) -> list[tuple[int, int]]:
+def merged(intervals: Iterable[tuple[int, int]], *, gap_ns: int) -> list[tuple[int, int]]:
     """Unite intervals that overlap or lie at most `gap_ns` apart; sorted by start."""
-    merged: list[tuple[int, int]] = []
+    united: list[tuple[int, int]] = []
     for start_ns, end_ns in sorted(intervals):
-        if merged and start_ns <= merged[-1][1] + gap_ns:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end_ns))
+        if united and start_ns <= united[-1][1] + gap_ns:
+            united[-1] = (united[-1][0], max(united[-1][1], end_ns))
         elif end_ns > start_ns:
-            merged.append((start_ns, end_ns))
-    return merged
+            united.append((start_ns, end_ns))
+    return united
+
+
+def overlap_ns(interval: tuple[int, int], others: Iterable[tuple[int, int]]) -> int:
+    """How much of an interval lies within others, which do not overlap each other."""
+    start_ns, end_ns = interval
+    return sum(max(0, min(end_ns, other_end) - max(start_ns, other_start)) for other_start, other_end in others)
 
 
 def require_matplotlib() -> None:
@@ -227,7 +245,7 @@ def draw_timeline(timeline: StepTimeline, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     lanes = [*LANES, *sorted({span.lane for span in timeline.spans} - set(LANES))]
-    works = _computed(timeline)
+    works = computed_passes(timeline)
     for row, lane in enumerate(lanes):
         if lane == "compute":
             _draw_compute(axes, timeline, works, row=row)
@@ -251,7 +269,7 @@ def _draw_lane(axes: Axes, timeline: StepTimeline, lane: str, *, row: int) -> No
     for colour, intervals in by_colour.items():
         bars = [
             ((start_ns - timeline.start_ns) / 1e9 / unit_s, (end_ns - start_ns) / 1e9 / unit_s)
-            for start_ns, end_ns in _merged(intervals, gap_ns=gap_ns)
+            for start_ns, end_ns in merged(intervals, gap_ns=gap_ns)
         ]
         axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=colour, linewidth=0)
 
@@ -278,7 +296,7 @@ def _draw_compute(axes: Axes, timeline: StepTimeline, works: Sequence[BlockPass]
             axes.text(middle_s / unit_s, row - 0.5, str(block), ha="center", va="center", fontsize=LABEL_POINTS)
 
 
-def _computed(timeline: StepTimeline) -> list[BlockPass]:
+def computed_passes(timeline: StepTimeline) -> list[BlockPass]:
     """Compute spans in order, as work on a block; phase "" and block -1 for work outside blocks.
 
     A span's name says phase and block ("backward 3"). Otherwise the visit that it falls into does, which is right where

@@ -270,6 +270,8 @@ class Runtime:
         """Says how to go on after an interruption, while a Trainer trains."""
         self.add_to_log: Callable[[TrainerState, dict[str, float]], None] | None = None
         """Adds what a monitor measured to a log of the Trainer's, while one watches."""
+        self.note_interrupted: Callable[[], None] | None = None
+        """Has a monitor write down what it saw until an interruption, while one watches."""
 
     def listen(self, callback: Callable[[Visit], None]) -> Callable[[], None]:
         """Call `callback` in the training thread when a visit starts and ends; returns what removes it again."""
@@ -321,8 +323,11 @@ class Runtime:
         except BaseException as error:
             self._order.forget()
             self._unpacker.forget()
-            if self.advise_interrupted is not None and isinstance(error, KeyboardInterrupt):
-                error.add_note(self.advise_interrupted())
+            if isinstance(error, KeyboardInterrupt):
+                if self.advise_interrupted is not None:
+                    error.add_note(self.advise_interrupted())
+                if self.note_interrupted is not None:
+                    self.note_interrupted()
             raise
         finally:
             self._visitor = None

@@ -269,7 +269,43 @@ def test_trace_sums_up_each_step(run: Run, tmp_path: Path) -> None:
     assert run("trace", save_trace(tmp_path / "trace.json")) == 0
     lines = run.out.splitlines()
     assert lines[0] == "step 1: 10.000 s, compute 100%, disk 20%, 1.00 GB read"
-    assert [line.split(":")[0] for line in lines] == ["step 1", "step 2", "step 3"]
+    assert [line.split(":")[0] for line in lines[:3]] == ["step 1", "step 2", "step 3"]
+    assert "Where the 11.000 s of step 2 went" in lines  # the one of median length
+
+
+def test_trace_of_a_runs_folder_tells_waits_by_cause(run: Run, tmp_path: Path) -> None:
+    trace, second = Trace(), 10**9
+    trace.add("stall", "block 0", 0, 4 * second)
+    trace.add("disk", "block 0", 0, 2 * second, nbytes=10**9)
+    trace.add("copy", "block 0", second, 3 * second, nbytes=10**9)
+    trace.add("compute", "forward 0", 4 * second, 6 * second)
+    trace.add("compute", "backward 0", 6 * second, 9 * second)
+    trace.add("disk", "block 1", 9 * second, 10 * second, nbytes=1)
+    trace.save(tmp_path / "trace.json")
+    assert run("trace", tmp_path) == 0
+    text = run.out
+    # What lies before the first forward belongs to no step.
+    assert "Where the 6.000 s of step 1 went" in text
+    assert "computing: forward" in text
+
+    shifted = Trace()
+    for lane, name, start, end in (
+        ("compute", "forward 0", 0, 1),
+        ("stall", "block 1", 1, 5),
+        ("disk", "block 1", 1, 3),
+        ("copy", "block 1", 2, 4),
+        ("compute", "forward 1", 5, 7),
+        ("compute", "backward 1", 7, 8),
+        ("compute", "backward 0", 8, 10),
+    ):
+        shifted.add(lane, name, start * second, end * second, nbytes=1)
+    shifted.save(tmp_path / "trace.json")
+    assert run("trace", tmp_path) == 0
+    numbers = {line.split("  ")[1].strip(): line.split() for line in run.out.splitlines() if " s  " in line}
+    assert numbers["waiting: reading from disk"][-3:] == ["2.000", "s", "20.0%"]
+    assert numbers["waiting: copying to the device"][-3:] == ["1.000", "s", "10.0%"]
+    assert numbers["waiting: nothing under way"][-3:] == ["1.000", "s", "10.0%"]
+    assert "waited longest for: block 1 4.000 s" in run.out
 
 
 @pytest.mark.parametrize(("arguments", "step"), [([], 2), (["--step", "3"], 3)])

@@ -1,6 +1,7 @@
 """The Monitor in real training runs: a streamed tiny model under transformers' Trainer."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 
+from benchmarks.harness import child_environment
+from lowmem.monitoring.account import RunFacts
 from lowmem.monitoring.monitor import Monitor
+from lowmem.monitoring.timeline import read_trace
 from lowmem.streaming.runtime import Visit, runtime_of
 from tests.zoo.architectures import build
 from tests.zoo.streamed import streamed
@@ -22,16 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 NUM_BLOCKS = 3
 NUM_REAL_TOKENS, NUM_PADDED_TOKENS = 12, 16
 STEP_VALUES = {
-    "step_s",
-    "tokens_per_s",
-    "stall_percent",
-    "disk_read_bytes",
-    "disk_gb_per_s",
-    "host_peak_bytes",
-    "device_peak_bytes",
-    "planned_step_s",
-    "planned_host_bytes",
-    "planned_device_bytes",
+    f"lowmem/{name}"
+    for name in ("step_s", "tokens_per_s", "stall_percent", "read_gb", "disk_gb_per_s", "host_peak_gib")
 }
 
 
@@ -88,16 +84,20 @@ def test_values_land_in_the_history_of_training_steps_only(
     for log in logs:
         assert log.keys() >= STEP_VALUES
         # Two micro-batches of two sequences, padding not counted.
-        assert log["tokens_per_s"] * log["step_s"] == pytest.approx(2 * 2 * NUM_REAL_TOKENS)
-        assert 0 <= log["stall_percent"] <= 100
-        assert log["host_peak_bytes"] == log["device_peak_bytes"] > 50 << 20
-        planned = (log["planned_step_s"], log["planned_host_bytes"], log["planned_device_bytes"])
-        assert planned == (plan.step_s, plan.host_bytes, plan.device_bytes)
+        assert log["lowmem/tokens_per_s"] * log["lowmem/step_s"] == pytest.approx(2 * 2 * NUM_REAL_TOKENS)
+        assert 0 <= log["lowmem/stall_percent"] <= 100
+        assert log["lowmem/host_peak_gib"] > 0.05
+    # What does not change is told once, in what it is compared with: the whole process.
+    planned = [log for log in trainer.state.log_history if "lowmem/planned_step_s" in log]
+    assert planned == logs[:1]
+    assert logs[0]["lowmem/planned_step_s"] == plan.step_s
+    whole = plan.host_bytes + plan.device_bytes + plan.framework_bytes
+    assert logs[0]["lowmem/planned_host_peak_gib"] == whole / 2**30
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     assert evaluations
     assert all(not STEP_VALUES & log.keys() for log in evaluations)
-    assert metrics.keys() >= {f"train_{name}" for name in STEP_VALUES}
-    assert trainer.state.log_history[-1]["train_step_s"] == metrics["train_step_s"]
+    assert metrics.keys() >= {name.replace("/", "/train_") for name in STEP_VALUES}
+    assert trainer.state.log_history[-1]["lowmem/train_step_s"] == metrics["lowmem/train_step_s"]
 
 
 def test_bytes_read_are_those_that_the_scheduler_counted(
@@ -107,7 +107,7 @@ def test_bytes_read_are_those_that_the_scheduler_counted(
     trainer = Trainer(model, arguments(tmp_path, max_steps=4), train_dataset=dataset, callbacks=[Monitor()])
     before = scheduler.counters.bytes_read
     trainer.train()
-    logged = sum(log["disk_read_bytes"] for log in train_logs(trainer.state))
+    logged = sum(log["lowmem/read_gb"] * 1e9 for log in train_logs(trainer.state))
     # Only what was fetched ahead after the last step may be missing.
     read = scheduler.counters.bytes_read - before
     assert read - read / 4 <= logged <= read
@@ -121,7 +121,7 @@ def test_a_log_sums_up_all_steps_since_the_one_before(
     )
     trainer.train()
     for log in train_logs(trainer.state):
-        assert log["tokens_per_s"] * log["step_s"] == pytest.approx(2 * NUM_REAL_TOKENS)
+        assert log["lowmem/tokens_per_s"] * log["lowmem/step_s"] == pytest.approx(2 * NUM_REAL_TOKENS)
 
 
 class Reporter(TrainerCallback):
@@ -176,13 +176,14 @@ def test_files_go_where_they_are_told_or_nowhere(
     assert (tmp_path / "traces" / "run.json").is_file()
     assert not list((tmp_path / "out").glob("*.png"))
     assert not list((tmp_path / "out").glob("*.json"))
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_file_that_cannot_be_written_does_not_cost_the_trained_model(
     model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     (tmp_path / "taken").write_text("a file where a folder would have to be")
-    monitor = Monitor(tmp_path / "taken" / "run.json", False)
+    monitor = Monitor(tmp_path / "taken" / "run.json", False, report=False)
     trainer = Trainer(model, arguments(tmp_path / "out"), train_dataset=dataset, callbacks=[monitor])
     with pytest.warns(UserWarning, match=r"could not write its files.*taken"):
         assert trainer.train().global_step == 3
@@ -195,11 +196,23 @@ def test_the_bar_follows_blocks_within_steps(
     monitor = Monitor(False, False, every_s=0)
     Trainer(model, args, train_dataset=dataset, eval_dataset=dataset[:2], callbacks=[monitor]).train()
     shown = capsys.readouterr().err
-    for part in ("step 1/3 forward 0/2", "step 3/3 backward 1/2", "no grad 2/2"):
+    for part in ("step 1/3 forward 1/3", "step 3/3 backward 2/3", "no grad 3/3"):
         assert part in shown
 
 
-@pytest.mark.parametrize(("progress", "disable_tqdm"), [(False, False), (True, True)])
+def test_a_log_file_has_plain_lines_and_no_control_characters(
+    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2, disable_tqdm=True)
+    monitor = Monitor(False, False, every_s=0)
+    Trainer(model, args, train_dataset=dataset, eval_dataset=dataset[:2], callbacks=[monitor]).train()
+    shown = capsys.readouterr()
+    ours = [line for line in shown.err.splitlines() if line.startswith("lowmem: step ")]
+    assert len(ours) == 3 * 2 * 2 * NUM_BLOCKS  # each start and end of a visit, as often as was asked for
+    assert not {"\r", "\x1b"} & set(shown.err + shown.out)
+
+
+@pytest.mark.parametrize(("progress", "disable_tqdm"), [(False, False), (False, True)])
 def test_no_bar_where_it_is_not_wanted(
     model: nn.Module,
     dataset: list[dict[str, torch.Tensor]],
@@ -211,7 +224,7 @@ def test_no_bar_where_it_is_not_wanted(
     monitor = Monitor(False, False, progress=progress, every_s=0)
     args = arguments(tmp_path, max_steps=1, disable_tqdm=disable_tqdm)
     Trainer(model, args, train_dataset=dataset, callbacks=[monitor]).train()
-    assert "forward 0/2" not in capsys.readouterr().err
+    assert "forward 1/3" not in capsys.readouterr().err
 
 
 def test_other_processes_print_and_write_nothing(
@@ -304,13 +317,82 @@ def test_training_can_start_again_after_an_interrupt(
     trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, callbacks=[monitor, Interrupt()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    assert not (tmp_path / "trace.json").exists()  # it was raised between blocks, where nobody tells the monitor
     trainer.train()
     for log in train_logs(trainer.state):
-        assert log["tokens_per_s"] * log["step_s"] == pytest.approx(2 * NUM_REAL_TOKENS)
+        assert log["lowmem/tokens_per_s"] * log["lowmem/step_s"] == pytest.approx(2 * NUM_REAL_TOKENS)
     # Neither run left anything behind.
     assert runtime._listeners == []
     assert runtime.trace._listeners == ()
     assert not model._forward_pre_hooks
+
+
+def test_files_of_an_interrupted_run_are_there_at_once(
+    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=dataset, callbacks=[Monitor(progress=False)])
+
+    def interrupt(visit: Visit) -> None:
+        if visit.started and visit.phase == "backward" and trainer.state.global_step == 1:
+            raise KeyboardInterrupt
+
+    stop = runtime_of(model).listen(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    stop()
+    facts = RunFacts.from_dict(read_trace(tmp_path / "trace.json")[1])
+    assert facts is not None
+    assert (facts.state, [point.step for point in facts.steps]) == ("interrupted", [1])
+    assert "interrupted" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "timeline.png").is_file()
+
+
+PROGRAM = """
+import sys, torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from peft import LoraConfig, get_peft_model
+import lowmem
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+model = lowmem.from_pretrained(sys.argv[1], budget=lowmem.Budget(device="100MiB", host="0"), device="cpu")
+model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+ids = torch.arange(1, 9)
+args = TrainingArguments(sys.argv[2], max_steps=9, report_to="none", use_cpu=True, dataloader_pin_memory=False)
+rows = [{"input_ids": ids, "labels": ids}] * 8
+Trainer(model, args, train_dataset=rows, callbacks=[lowmem.Monitor(), Interrupt()]).train()
+"""
+
+
+def test_a_program_that_ends_by_an_interrupt_between_blocks_writes_its_files(checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(checkpoint), str(tmp_path / "out")]
+    env = {**child_environment(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode != 0
+    assert "KeyboardInterrupt" in done.stderr
+    facts = RunFacts.from_dict(read_trace(tmp_path / "out" / "trace.json")[1])
+    assert facts is not None
+    assert facts.state == "interrupted"
+    assert "\x1b" not in done.stdout + done.stderr  # a log file gets no escapes
+
+
+def test_held_memory_is_told_by_role_and_compared_with_the_plan(
+    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    Trainer(model, arguments(tmp_path), train_dataset=dataset, callbacks=[Monitor(progress=False)]).train()
+    facts = RunFacts.from_dict(read_trace(tmp_path / "trace.json")[1])
+    assert facts is not None
+    rows = {row.role: row for row in facts.memory}
+    trained_bytes = sum(param.nbytes for param in model.parameters() if param.requires_grad)
+    for role in ("adapters", "adapter gradients"):
+        assert rows[role].measured_bytes == trained_bytes
+    held = rows["optimizer state"].measured_bytes
+    assert held is not None
+    assert 2 * trained_bytes <= held < 2.1 * trained_bytes + 4096  # AdamW counts its steps, too
+    assert rows["peak"].measured_bytes == facts.peak_bytes > 50 << 20
+    assert [point.step for point in facts.losses] == [1, 2, 3]
 
 
 def test_a_second_run_traces_itself_only(
@@ -346,9 +428,9 @@ def test_generation_between_steps_is_not_counted_as_training(
     trainer.train()
     block_bytes = sum(streamed.spec.nbytes for streamed in runtime_of(model).blocks)
     for log in train_logs(trainer.state):
-        assert log["tokens_per_s"] * log["step_s"] == pytest.approx(2 * NUM_REAL_TOKENS)
+        assert log["lowmem/tokens_per_s"] * log["lowmem/step_s"] == pytest.approx(2 * NUM_REAL_TOKENS)
         # Two passes, some alignment; three generated tokens would take three more.
-        assert log["disk_read_bytes"] < 2.5 * block_bytes
+        assert log["lowmem/read_gb"] * 1e9 < 2.5 * block_bytes
 
 
 def test_resumed_steps_carry_on(model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:

@@ -117,21 +117,43 @@ def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, *, every_s: floa
 
 def test_bar_names_step_direction_block_rate_and_times_left(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), every_s=0)
-    for part in ("step 3/9 forward 0/3", "step 3/9 backward 3/3", "/s from disk", "step 00:00 left", "run 00:00 left"):
+    for part in ("step 3/9 forward 1/4", "step 3/9 backward 4/4", "/s from disk", "step 00:00 left", "run 00:00 left"):
         assert part in text
-    assert "\rno grad 2/3" in text  # outside a step: no step and no time left
+    assert "\rno grad 3/4" in text  # outside a step: no step and no time left
 
 
 def test_bar_waits_between_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, Terminal(), every_s=60)
-    assert "forward 0/3" in text
-    assert "forward 1/3" not in text
+    assert "forward 1/4" in text
+    assert "forward 2/4" not in text
 
 
 def test_log_files_get_few_refreshes_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowmem.monitoring.progress.EVERY_S", 0.0)
-    assert "forward 1/3" in shown(monkeypatch, Terminal(), every_s=None)
-    assert "forward 1/3" not in shown(monkeypatch, io.StringIO(), every_s=None)
+    assert "forward 2/4" in shown(monkeypatch, Terminal(), every_s=None)
+    assert "forward 2/4" not in shown(monkeypatch, io.StringIO(), every_s=None)
+
+
+def test_log_files_get_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, io.StringIO(), every_s=0)
+    assert not set(text) & set("\r\x1b|")
+    lines = text.splitlines()
+    assert len(lines) == 17  # one for each visit's start and end, as often as was asked for
+    assert all(line.startswith("lowmem: ") for line in lines)
+    assert lines[0].startswith("lowmem: step 3/9, forward 1/4") or "step 3/9 forward 1/4" in lines[0]
+    assert "run 00:00 left" in lines[3]
+
+
+def test_what_lies_between_steps_is_part_of_what_is_left() -> None:
+    step = estimate()
+    now_s = 0.0
+    for _ in range(4):
+        now_s = run_step(step, now_s, forward_s=1, backward_s=1) + 5  # an evaluation after each step, say
+    step.start_step(now_s)
+    left_s, step_left_s = step.run_left_s(now_s, 10), step.step_left_s(now_s)
+    assert left_s is not None
+    assert step_left_s is not None
+    assert left_s - step_left_s == pytest.approx(10 * (8 + 5))
 
 
 def test_nothing_is_printed_without_a_visit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,15 +29,19 @@ def test_logs_weigh_steps_by_their_duration() -> None:
         "step_s": 2,
         "tokens_per_s": 25,
         "stall_percent": 25,
-        "disk_read_bytes": 200,
-        "host_peak_bytes": 7,
-        "device_peak_bytes": 9,
+        "read_gb": pytest.approx(2e-7),
+        "host_peak_gib": 7 / 2**30,
+        "device_peak_gib": 9 / 2**30,
         "disk_gb_per_s": pytest.approx(1e-7),
     }
 
 
 def test_no_disk_rate_where_nothing_was_read() -> None:
     assert "disk_gb_per_s" not in log_values([record(1)])
+
+
+def test_no_peak_of_a_device_where_it_is_the_hosts() -> None:
+    assert "device_peak_gib" not in log_values([record(1)])
 
 
 def timeline(step: int, duration_s: float) -> StepTimeline:
