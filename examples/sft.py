@@ -3,7 +3,8 @@
     python examples/sft.py --model Qwen/Qwen3-8B --data my.jsonl --output out --device 6GiB --host 8GiB
 
 --model: a local folder or a hub id, with .safetensors. --data: a JSONL file or a hub data set in one of TRL's formats:
-{"text"}, {"messages"}, {"prompt", "completion"}. Run it again with --resume to go on after an interruption.
+{"text"}, {"messages"}, {"prompt", "completion"}; or with the columns of Alpaca: {"instruction", "input", "output"}. Run
+it again with --resume to go on after an interruption.
 """
 
 import argparse
@@ -50,8 +51,21 @@ def last_checkpoint(output: str) -> str | None:
 
 def load_rows(data: str) -> Dataset:
     if Path(data).is_file():
-        return load_dataset("json", data_files=data, split="train")
-    return load_dataset(data, split="train")
+        rows = load_dataset("json", data_files=data, split="train")
+    else:
+        rows = load_dataset(data, split="train")
+    if {"instruction", "output"} <= set(rows.column_names):
+        return rows.map(chat_of, remove_columns=rows.column_names)
+    return rows
+
+
+def chat_of(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    """A row with Alpaca's columns as a prompt and its completion."""
+    question = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": row["output"]}],
+    }
 
 
 def main() -> None:
@@ -91,6 +105,7 @@ def main() -> None:
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
+            disable_tqdm=not sys.stderr.isatty(),  # in a log file, plain lines
             seed=options.seed,
         ),
         train_dataset=load_rows(options.data),

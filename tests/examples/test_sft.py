@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness import ROOT, child_environment
+from examples import sft
 from examples.demo_model import DemoShape, make_rows, make_tokenizer, write_model, write_rows
 
 SHAPE = DemoShape(hidden=64, num_layers=6, mlp=176, num_heads=4, num_kv_heads=2)
@@ -20,6 +21,27 @@ def inputs(tmp_path: Path) -> Path:
     write_model(tmp_path / "model", make_tokenizer(rows), shape=SHAPE)
     write_rows(tmp_path / "train.jsonl", rows)
     return tmp_path
+
+
+def test_rows_with_the_columns_of_alpaca_become_prompts_and_completions(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Translate.", "input": "bonjour", "output": "hello", "text": "all of it"},
+        {"instruction": "Say hello.", "input": "", "output": "Hello!", "text": "all of it"},
+    ]
+    (tmp_path / "alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = sft.load_rows(str(tmp_path / "alpaca.jsonl"))
+    assert found.column_names == ["prompt", "completion"]
+    assert found[0]["prompt"] == [{"role": "user", "content": "Translate.\n\nbonjour"}]
+    assert found[1]["prompt"] == [{"role": "user", "content": "Say hello."}]
+    assert found[1]["completion"] == [{"role": "assistant", "content": "Hello!"}]
+
+
+def test_the_pirates_chats_are_whole_and_different() -> None:
+    rows = sft.load_rows(str(ROOT / "examples" / "data" / "pirate.jsonl"))
+    questions = [row["prompt"][0]["content"] for row in rows]
+    assert 150 <= len(rows) == len(set(questions)) <= 300
+    answers = [row["completion"][0]["content"] for row in rows]
+    assert all("matey" in answer.lower() or "arr" in answer.lower() or "hearty" in answer.lower() for answer in answers)
 
 
 def run_sft(inputs: Path, *options: str) -> subprocess.CompletedProcess[str]:
