@@ -46,6 +46,8 @@ COUNTED_APART = {
     "lowmem/internals/bitsandbytes.py": "the kernels of that room",
     "lowmem/experts": "a room of its own: experts of a mixture are taken apart only where they are packed",
     "lowmem/internals/experts.py": "the private names of that room",
+    "lowmem/monitoring/account.py": "where a run's seconds and bytes went, for `lowmem trace` and the report",
+    "lowmem/monitoring/report.py": "the page that shows it",
 }
 MAX_ROOT_FILES = 9
 MAX_FOLDER_FILES = 14
