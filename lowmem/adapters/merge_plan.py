@@ -14,7 +14,7 @@ from torch import Tensor
 from lowmem.adapters.updates import Update
 from lowmem.errors import UnsupportedError
 from lowmem.models.blocks import refuse_config
-from lowmem.models.configuration import read_config
+from lowmem.models.configuration import read_config, take_quantization
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from offload import OutputTensor, SafetensorsSource, TensorSpec
 
@@ -90,7 +90,9 @@ def plan_merge(
 
     files = read_files(adapter)
     own_adapter = adapter.resolve() == folder.resolve()
-    refuse_config(read_config(folder, trust_remote_code=trust_remote_code, allows_adapter=own_adapter))
+    config = read_config(folder, trust_remote_code=trust_remote_code, allows_adapter=own_adapter)
+    refuse_config(config)
+    _refuse_quantised(take_quantization(config))
     model = _on_meta(folder, {}, trust_remote_code=trust_remote_code)
     mapping = map_checkpoint(model, source.tensors)
     changes: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
@@ -121,6 +123,15 @@ def plan_merge(
     tensors.sort(key=lambda tensor: position.get(tensor.output.name, len(position)))
     plain = {name: recipe.sources[0] for name, recipe in mapping.recipes.items() if recipe.convert is None}
     return MergePlan(tensors=tuple(tensors), sources=plain, config_changes=changes)
+
+
+def _refuse_quantised(quantization: object | None) -> None:
+    if quantization is not None:
+        raise UnsupportedError(
+            f"merging into a checkpoint quantised with {quantization!r:.80}",
+            reason="merging into quantised weights would round them again",
+            instead="the bf16, fp16 or fp32 checkpoint of the same model",
+        )
 
 
 # Where PEFT's layers leave an embedding's own weight.

@@ -227,6 +227,12 @@ def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dt
             instead="dtype=torch.float32",
         )
     for recipe in (*built.resident, *(recipe for block in built.blocks for recipe in block.recipes)):
+        if recipe.formats:
+            raise UnsupportedError(
+                f"tuning='full' on weights that are stored as {', '.join(recipe.formats)}",
+                reason="a trained weight would be rounded to a few bits in every step",
+                instead="tuning='adapter', or the bf16, fp16 or fp32 checkpoint of the same model",
+            )
         if recipe.convert is not None:
             raise UnsupportedError(
                 f"tuning='full' for architecture {type(built.model).__name__}",

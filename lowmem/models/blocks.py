@@ -115,16 +115,8 @@ def refuse_config(config: PretrainedConfig) -> None:
     """Refuse what the configuration alone shows to be unsupported, before anything loads.
 
     Raises:
-        UnsupportedError: A quantised checkpoint, or an architecture that is not a causal language model.
+        UnsupportedError: An architecture that is not a causal language model.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise UnsupportedError(
-            f"a checkpoint quantised with {method}",
-            reason="its packed weights cannot be unpacked block by block yet",
-            instead="the bf16, fp16 or fp32 checkpoint of the same model",
-        )
     if config.model_type in _NOT_DECODER_BLOCKS:
         raise UnsupportedError(
             f"architecture {config.model_type}",

@@ -28,6 +28,7 @@ from lowmem.models.blocks import DecoderBlock, find_blocks
 from lowmem.models.configuration import naming_field
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from lowmem.models.whole import install_whole
+from lowmem.quantization.format import PackedWeight
 from offload import BlockSpec, SourceError, StagingBuffer, TensorSpec, round_up
 
 if TYPE_CHECKING:
@@ -100,16 +101,18 @@ def skeleton(
     folder: Path,
     classifies: bool = False,
     trust_remote_code: bool = False,
+    packed: Mapping[str, PackedWeight] | None = None,
 ) -> Skeleton:
     """Build a model on meta and match it with its checkpoint.
 
     Args:
-        config: The model's configuration.
+        config: The model's configuration, without its `quantization_config`.
         tensors: The checkpoint's tensors by stored name.
         dtype: Compute dtype.
         folder: Where the checkpoint lies, for error messages.
         classifies: Whether to build the sequence classification model; its head may be missing in the checkpoint.
         trust_remote_code: As in transformers.
+        packed: Its packed weights by the names that they would have if they were not.
 
     Raises:
         UnsupportedError: The architecture cannot be streamed.
@@ -122,7 +125,7 @@ def skeleton(
         model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     keep_in_fp32(model, dtype)
     blocks = find_blocks(model)
-    mapping = map_checkpoint(model, tensors)
+    mapping = map_checkpoint(model, tensors, packed)
     body = f"{model.base_model_prefix}."
     drawn = {name for name in mapping.missing if classifies and not name.startswith(body)}
     _check_missing(model, mapping.missing - drawn, mapping, folder)
@@ -350,11 +353,7 @@ class Unpacker:
         for recipe in block.recipes:
             if self._holds == index and all(target in offsets for target in recipe.targets):
                 continue
-            for name, value in recipe.run(stored).items():
-                if name in offsets:
-                    self._views[name].copy_(value)
-                else:
-                    values[name] = value
+            values.update(recipe.run_into(stored, self._views))
         self._holds = index
         return values | self._views
 
@@ -397,7 +396,7 @@ def _workspace_offsets(block: StreamedBlock) -> tuple[dict[str, int], int]:
             if name not in slots:
                 continue
             slot = slots[name]
-            if recipe.convert is None and recipe.sources[0].dtype == slot.dtype:
+            if recipe.plain is not None and recipe.plain.dtype == slot.dtype:
                 continue
             offsets[name] = end
             nbytes = slot.shape.numel() * slot.dtype.itemsize

@@ -11,7 +11,8 @@ import torch
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, skeleton
-from lowmem.models.configuration import check_counts, check_generation_config, read_config
+from lowmem.models.configuration import check_counts, check_generation_config, read_config, take_quantization
+from lowmem.quantization.registry import find_packed
 from offload import SafetensorsSource
 
 # What a streamed model needs of a repository; pickled weights are never fetched.
@@ -103,6 +104,7 @@ def open_checkpoint(
     compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
     # The text part as well: of some checkpoints only that is built.
     config.name_or_path = config.get_text_config().name_or_path = name
+    quantization = take_quantization(config)
     refuse_config(config)
     if num_labels is not None:
         refuse_labels(config, num_labels)
@@ -110,6 +112,9 @@ def open_checkpoint(
     check_generation_config(folder)
     source = SafetensorsSource(folder)
     try:
+        packed = None
+        if quantization is not None:
+            packed = find_packed(quantization, source.tensors, file=folder / "config.json")
         check_counts(config, source.tensors, file=folder / "config.json")
         built = skeleton(
             config,
@@ -118,6 +123,7 @@ def open_checkpoint(
             folder=folder,
             classifies=num_labels is not None,
             trust_remote_code=trust_remote_code,
+            packed=packed,
         )
     except BaseException:
         source.close()
@@ -145,7 +151,7 @@ def gatherable_embedding(built: Skeleton) -> str | None:
     if name is None or name in tied or name in tied.values():
         return None
     recipe = built.mapping.recipes.get(name)
-    return name if recipe is not None and recipe.convert is None and table.max_norm is None else None
+    return name if recipe is not None and recipe.plain is not None and table.max_norm is None else None
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

@@ -30,6 +30,9 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _AGAIN = "download the file again"
 
 
+_QUANTIZATION = "quantization_config"
+
+
 _MOST_BYTES = 64 << 20
 """The largest file; that of 200,000 labels has 10 MB."""
 
@@ -105,6 +108,18 @@ def read_config(
     for field in _AT_LEAST_ONE:
         _check_size(file, field, _size(text, field))
     return config
+
+
+def take_quantization(config: PretrainedConfig) -> object | None:
+    """Take what a configuration says about packed weights out of it: to PEFT and Trainer the model is an ordinary one.
+
+    Returns:
+        Its `quantization_config`; None where weights are stored plainly.
+    """
+    found = None
+    for part in (config.get_text_config(), config):
+        found = vars(part).pop(_QUANTIZATION, None) or found
+    return found
 
 
 def check_generation_config(folder: Path) -> None:

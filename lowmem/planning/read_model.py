@@ -310,7 +310,7 @@ def _bare_shapes(opened: Opened) -> ModelShapes:
     inside = {id(param) for streamed in built.blocks for param in streamed.block.module.parameters()}
     outside = {id(param): param for param in model.parameters() if id(param) not in inside}
     rest = {key: param.nbytes for key, param in outside.items() if key not in (id(embedding), id(head))}
-    stored = {str(spec.dtype) for streamed in built.blocks for spec in streamed.spec.tensors}
+    stored = {name for streamed in built.blocks for recipe in streamed.recipes for name in recipe.stored_as}
     return ModelShapes(
         name=str(model.config.name_or_path) or opened.folder.name,
         blocks=tuple(_block_shape(streamed, model.config) for streamed in built.blocks),

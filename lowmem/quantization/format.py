@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NoReturn, Protocol, Self
 
 import torch
@@ -70,6 +70,16 @@ class PackedWeight:
         made = torch.empty(self.shape, dtype=values_dtype(dtype), device=parts[0].device)
         self.dequantise(parts, made)
         return made.to(dtype)
+
+    def transposed(self) -> PackedWeight:
+        """The weight of a layer that keeps it as (in, out): packed, it lies as that of a linear layer does."""
+
+        def dequantise(parts: Sequence[Tensor], out: Tensor) -> None:
+            made = torch.empty(self.shape, dtype=out.dtype, device=out.device)
+            self.dequantise(parts, made)
+            out.copy_(made.mT)
+
+        return replace(self, shape=(*self.shape[:-2], *self.shape[:-3:-1]), dequantise=dequantise)
 
     def take(self, stored: Mapping[str, Tensor]) -> list[Tensor]:
         """Its parts, in order."""

@@ -95,7 +95,7 @@ class FourBit:
                 found[name] = _weight(name, code, spec, tensors=tensors, read=read)
         for key, spec in tensors.items():
             owner = next((key.removesuffix(end) for end in _LEFT if key.endswith(end)), None)
-            if owner in tensors and owner not in found:
+            if owner is not None and owner in tensors and owner not in found:
                 refuse_weight(owner, spec, f"expected {owner}{_STATE}{self.name} beside {key}, which no file holds")
         return found
 
