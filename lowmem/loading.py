@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowmem.full.opening import AdapterRefusal, Masters, open_full
+from lowmem.experts.products import run_experts
+from lowmem.experts.stacks import RoutedExperts
+from lowmem.experts.visiting import (
+    ExpertScheduler,
+    ExpertUnpacker,
+    Phase,
+    expert_reader,
+    experts_by_block,
+    experts_per_token,
+    with_dense_blocks,
+)
+from lowmem.full.opening import AdapterRefusal, Masters, MasterWeights, open_full
+from lowmem.internals.experts import GROUPED, experts_implementation, use_experts_forward
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.internals.trl import hash_by_fingerprint, trainers_are_imported
 from lowmem.internals.trl import install as install_head
@@ -143,12 +156,13 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         if gathered is not None:
             stack.callback(_gather_rows(model.get_input_embeddings(), gathered, opened).close)
         install_resizing(model, room_bytes=plan.device_budget_bytes - plan.device_bytes, tuning=plan.job.tuning)
-        weights = (
-            _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
-            if masters is None
-            else open_full(model, opened, masters, plan=plan, reader=reader, trace=trace)
-        )
-        stack.callback(weights.close if isinstance(weights, _FrozenWeights) else weights.scheduler.close)
+        weights: _FrozenWeights | _FrozenExperts | MasterWeights
+        if masters is None:
+            weights = _open_frozen(model, built, plan=plan, reader=reader, device=device, trace=trace)
+            stack.callback(weights.close)
+        else:
+            weights = open_full(model, opened, masters, plan=plan, reader=reader, trace=trace)
+            stack.callback(weights.scheduler.close)
         chunks = can_chunk(model) is None
         if chunks:
             enable_chunks(model)
@@ -172,6 +186,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
     runtime.full = weights.full
+    if isinstance(weights, _FrozenExperts):
+        runtime.announce = weights.announce
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     checks = (Preparation(model),) if masters is None else (AdapterRefusal(model), Preparation(model))
     attach(model, runtime, before_first=checks)
@@ -251,6 +267,16 @@ def _require_memory(plan: Plan, device: torch.device) -> None:
             )
 
 
+def _open_frozen(
+    model: PreTrainedModel, built: Skeleton, *, plan: Plan, reader: FileIO, device: torch.device, trace: Trace
+) -> _FrozenWeights | _FrozenExperts:
+    experts = experts_by_block(built.blocks)
+    if not any(experts) or experts_implementation(model) != GROUPED:
+        return _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
+    use_experts_forward(model, "lowmem_grouped_mm", run_experts)
+    return _FrozenExperts(built, experts, plan=plan, reader=reader, device=device, trace=trace)
+
+
 class _FrozenWeights:
     """Weights that stay in the checkpoint and never change."""
 
@@ -276,6 +302,54 @@ class _FrozenWeights:
     def close(self) -> None:
         """Stop the transfers and free the buffers."""
         self.scheduler.close()
+
+
+class _FrozenExperts:
+    """Weights that never change, of blocks whose packed experts are taken one by one."""
+
+    full = None
+
+    def __init__(
+        self,
+        built: Skeleton,
+        experts: Sequence[RoutedExperts | None],
+        *,
+        plan: Plan,
+        reader: FileIO,
+        device: torch.device,
+        trace: Trace,
+    ) -> None:
+        self._blocks, self._experts = built.blocks, experts
+        self._single = expert_reader(built.blocks, experts, reader=reader, device=device)
+        self._num_per_token = experts_per_token(built.model.config)
+        self._schedule = partial(Scheduler, reader=reader, device=open_device(device), trace=trace)
+        self.scheduler = self._open(plan)
+        self.unpacker = ExpertUnpacker(built.blocks, experts, reader=self._single, device=device)
+
+    def announce(self, phase: Phase, num_tokens: int) -> None:
+        """Say what the next visit is for."""
+        self.scheduler.announce(phase, num_tokens)
+
+    def move(self, plan: Plan) -> ExpertScheduler:
+        """Bring blocks as another plan places them; the memory of those that were there before is free first."""
+        self.scheduler.close()
+        self.scheduler = self._open(plan)
+        return self.scheduler
+
+    def close(self) -> None:
+        """Stop the transfers and free the buffers."""
+        self.scheduler.close()
+        self._single.close()
+
+    def _open(self, plan: Plan) -> ExpertScheduler:
+        specs, both = with_dense_blocks(self._blocks, self._experts, plan.placement)
+        return ExpertScheduler(
+            self._schedule(specs, plan=both),
+            self._experts,
+            plan=plan.placement,
+            num_per_token=self._num_per_token,
+            reader=self._single,
+        )
 
 
 class _Weights:

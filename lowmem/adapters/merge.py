@@ -23,13 +23,12 @@ from lowmem.adapters.merge_plan import MergedTensor, MergePlan, num_rows, plan_m
 from lowmem.adapters.updates import Update, apply_all
 from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import resolve
+from lowmem.quantization.values import ValueReader
 from offload import (
     NO_ROOM,
     OutputTensor,
     SafetensorsSource,
     ShardFile,
-    TensorReader,
-    TensorSpec,
     TierFull,
     format_bytes,
     parse_bytes,
@@ -84,11 +83,12 @@ def merge(
 ) -> Path:
     """Write the checkpoint that a model and its adapter make together.
 
-    What the adapter leaves alone is copied bit by bit. What it changes is computed in fp32 (fp64 for fp64 weights) and
-    rounded once to the stored dtype, which is what PEFT's `merge_and_unload` gives for fp32 adapters on a resident
-    model. Holds the adapter and one tile of one tensor in memory, whatever the size of the model. The output appears
-    complete or not at all; model and adapter are only read. Says in a warning if rounding to the stored dtype loses
-    more than a hundredth of what the adapter changes.
+    What the adapter leaves alone is copied bit by bit; packed weights are unpacked, and the output is an ordinary
+    checkpoint in the dtype that the model's configuration names. What the adapter changes is computed in fp32 (fp64 for
+    fp64 weights) and rounded once to the stored dtype, which is what PEFT's `merge_and_unload` gives for fp32 adapters
+    on a resident model. Holds the adapter and one tile of one tensor in memory, whatever the size of the model; of a
+    packed weight, its values. The output appears complete or not at all; model and adapter are only read. Says in a
+    warning if rounding to the stored dtype loses more than a hundredth of what the adapter changes.
 
     Args:
         model: Local folder or hub id of the safetensors checkpoint that the adapter was trained on.
@@ -214,7 +214,7 @@ def _write_shards(
     folder: Path, plan: MergePlan, shards: Mapping[str, tuple[OutputTensor, ...]], rounding: _Rounding
 ) -> None:
     by_name = {tensor.output.name: tensor for tensor in plan.tensors}
-    writer = _TensorWriter(plan.sources, rounding)
+    writer = _TensorWriter(plan, rounding)
     num_bytes = sum(tensor.output.nbytes for tensor in plan.tensors)
     try:
         with tqdm(total=num_bytes, desc="merging", unit="B", unit_scale=True, leave=False, delay=_QUIET_S) as bar:
@@ -273,9 +273,9 @@ class _Rounding:
 class _TensorWriter:
     """Makes the values of the output's tensors, a tile at a time."""
 
-    def __init__(self, sources: Mapping[str, TensorSpec], rounding: _Rounding) -> None:
-        self._reader = TensorReader()
-        self._sources, self._rounding = sources, rounding
+    def __init__(self, plan: MergePlan, rounding: _Rounding) -> None:
+        self._reader = ValueReader(plan.packed)
+        self._sources, self._rounding = plan.sources, rounding
 
     def values(self, tensor: MergedTensor) -> Iterator[Tensor]:
         """The tensor's values in its stored dtype, part by part; each is valid until the next."""
@@ -404,6 +404,11 @@ def _change_config(file: Path, changes: Mapping[str, object]) -> None:
     if "dtype" in changes:
         config.pop("torch_dtype", None)
     for name, value in changes.items():
+        if value is None:
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part.pop(name, None)
+            continue
         holders = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and name in part]
         for holder in holders or [config]:
             holder[name] = value

@@ -14,14 +14,19 @@ from torch import Tensor
 from lowmem.adapters.updates import Update
 from lowmem.errors import UnsupportedError
 from lowmem.models.blocks import refuse_config
-from lowmem.models.configuration import read_config, take_quantization
+from lowmem.models.configuration import QUANTIZATION, read_config, take_quantization
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
+from lowmem.quantization.format import PackedWeight
+from lowmem.quantization.registry import find_packed
+from lowmem.quantization.values import as_values
 from offload import OutputTensor, SafetensorsSource, TensorSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from lowmem.adapters.saved_adapter import AdapterFiles, SavedAdapter, WholeLayer
+
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,9 @@ class MergePlan:
     sources: Mapping[str, TensorSpec]
     """Stored tensor of each parameter that is stored as it is in the model."""
     config_changes: Mapping[str, object] = field(default_factory=dict)
-    """Fields of config.json that get new values."""
+    """Fields of config.json that get new values; one that gets None is left out."""
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+    """Weights of the base that are packed, by the names of the tensors of their values."""
 
 
 def plan_merge(
@@ -92,10 +99,15 @@ def plan_merge(
     own_adapter = adapter.resolve() == folder.resolve()
     config = read_config(folder, trust_remote_code=trust_remote_code, allows_adapter=own_adapter)
     refuse_config(config)
-    _refuse_quantised(take_quantization(config))
+    quantization = take_quantization(config)
+    packed = {} if quantization is None else find_packed(quantization, source.tensors, file=folder / _CONFIG)
+    stored = as_values(source.tensors, packed)
     model = _on_meta(folder, {}, trust_remote_code=trust_remote_code)
-    mapping = map_checkpoint(model, source.tensors)
+    mapping = map_checkpoint(model, stored)
+    unpacked = dtype or _unpacked_dtype(config)
     changes: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    if packed:
+        changes = {"dtype": str(unpacked).removeprefix("torch."), QUANTIZATION: None}
     changes |= _resize(model, files)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     ties, aliases = _ties(model), _aliases(model)
@@ -107,10 +119,10 @@ def plan_merge(
     if extras is not None:
         changes["tie_word_embeddings"] = False
         _check_unties(folder, changes, ties=ties, trust_remote_code=trust_remote_code)
-    outputs = _Outputs(saved=saved, shapes=shapes, dtype=dtype)
+    outputs = _Outputs(saved=saved, shapes=shapes, dtype=dtype, unpacked=dict.fromkeys(packed, unpacked))
     recipes = {id(recipe): recipe for recipe in mapping.recipes.values()}
     tensors = [tensor for recipe in recipes.values() for tensor in outputs.made_of(recipe)]
-    tensors += [outputs.copied(source.tensors[name]) for name in sorted(mapping.unexpected)]
+    tensors += [outputs.copied(stored[name]) for name in sorted(mapping.unexpected)]
     tensors += [outputs.changed(spec, name, name=name) for name, spec in (extras or {}).items()]
     for tensor in tensors:
         if tensor.output.dtype.is_floating_point and tensor.output.dtype.itemsize == 1:
@@ -119,19 +131,17 @@ def plan_merge(
                 reason="merging into quantised weights would round them again",
                 instead="the bf16, fp16 or fp32 checkpoint of the same model",
             )
-    position = {name: number for number, name in enumerate(source.tensors)}
+    position = {name: number for number, name in enumerate(stored)}
     tensors.sort(key=lambda tensor: position.get(tensor.output.name, len(position)))
     plain = {name: recipe.sources[0] for name, recipe in mapping.recipes.items() if recipe.convert is None}
-    return MergePlan(tensors=tuple(tensors), sources=plain, config_changes=changes)
+    return MergePlan(tensors=tuple(tensors), sources=plain, config_changes=changes, packed=packed)
 
 
-def _refuse_quantised(quantization: object | None) -> None:
-    if quantization is not None:
-        raise UnsupportedError(
-            f"merging into a checkpoint quantised with {quantization!r:.80}",
-            reason="merging into quantised weights would round them again",
-            instead="the bf16, fp16 or fp32 checkpoint of the same model",
-        )
+def _unpacked_dtype(config: PretrainedConfig) -> torch.dtype:
+    """What packed weights are stored in where nobody says: what the model computes in, else bfloat16."""
+    named = config.get_text_config().dtype or config.dtype
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return named if isinstance(named, torch.dtype) and named in known else torch.bfloat16
 
 
 # Where PEFT's layers leave an embedding's own weight.
@@ -249,6 +259,8 @@ class _Outputs:
     shapes: Mapping[str, tuple[int, ...]]
     """Of the model's tensors, by name."""
     dtype: torch.dtype | None
+    unpacked: Mapping[str, torch.dtype]
+    """What tensors are stored in that are packed in the base, by name."""
 
     def made_of(self, recipe: Recipe) -> list[MergedTensor]:
         """The stored tensors of a recipe after the merge."""
@@ -287,6 +299,7 @@ class _Outputs:
     def copied(self, spec: TensorSpec, *, name: str = "", shape: tuple[int, ...] | None = None) -> MergedTensor:
         """A tensor as it is stored, but for the dtype."""
         dtype = self.dtype if self.dtype is not None and spec.dtype.is_floating_point else spec.dtype
+        dtype = self.unpacked.get(spec.name, dtype)
         return MergedTensor(
             output=OutputTensor(name=name or spec.name, dtype=dtype, shape=shape or spec.shape), source=spec
         )

@@ -7,8 +7,7 @@ product nothing else is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -36,19 +35,19 @@ class OpenStack(Protocol):
 _STACKS = "_lowmem_open_stacks"
 
 
-@contextmanager
-def lending(module: nn.Module, stacks: Mapping[str, OpenStack]) -> Iterator[None]:
-    """Have a module of experts run on open stacks for the time of a ``with``.
+def lend(module: nn.Module, stacks: Mapping[str, OpenStack]) -> None:
+    """Have a module of experts run on open stacks from now on.
 
     Args:
         module: The module; its own parameters of these names are not read.
         stacks: By the names of the parameters.
     """
     object.__setattr__(module, _STACKS, stacks)
-    try:
-        yield
-    finally:
-        object.__delattr__(module, _STACKS)
+
+
+def take_back(module: nn.Module) -> None:
+    """Have a module of experts run on its own parameters again."""
+    module.__dict__.pop(_STACKS, None)
 
 
 def run_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

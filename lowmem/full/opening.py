@@ -132,6 +132,9 @@ class MasterWeights:
         """The parameters, as `resident` gave them."""
         return dict(stored)
 
+    def release(self) -> None:
+        """Do nothing: nothing is unpacked."""
+
     def forget(self) -> None:
         """Do nothing: there is no workspace."""
 

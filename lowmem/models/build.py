@@ -357,6 +357,9 @@ class Unpacker:
         self._holds = index
         return values | self._views
 
+    def release(self) -> None:
+        """Do nothing at a visit's end: the workspace may serve the next visit to the same block."""
+
     def forget(self) -> None:
         """Take the workspace's contents for stale, after an error in the middle of unpacking."""
         self._holds = None

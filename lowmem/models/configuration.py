@@ -30,7 +30,8 @@ _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _AGAIN = "download the file again"
 
 
-_QUANTIZATION = "quantization_config"
+QUANTIZATION = "quantization_config"
+"""The field of config.json that says how weights are packed."""
 
 
 _MOST_BYTES = 64 << 20
@@ -118,7 +119,7 @@ def take_quantization(config: PretrainedConfig) -> object | None:
     """
     found = None
     for part in (config.get_text_config(), config):
-        found = vars(part).pop(_QUANTIZATION, None) or found
+        found = vars(part).pop(QUANTIZATION, None) or found
     return found
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import nn
 
+from lowmem.experts.visiting import workspace_bytes
 from lowmem.planning.block_memory import MicroBatch, block_recompute_bytes
 from lowmem.planning.dry_run import dry_run
 from lowmem.planning.shapes import BlockShape, ExpertsShape, LinearShape, ModelShapes, Part
@@ -280,7 +281,8 @@ def with_what_trains(shapes: ModelShapes, model: PreTrainedModel, streamed: Sequ
                 one.block.module,
                 model.config,
                 buffer_bytes=known.buffer_bytes,
-                workspace_bytes=known.workspace_bytes,
+                # An adapter on a stack of experts has it unpacked whole.
+                workspace_bytes=workspace_bytes(one, device=torch.device("meta")),
             ),
             correction=known.correction,
         )
@@ -353,14 +355,13 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
 
 
 def _block_shape(streamed: StreamedBlock, config: PretrainedConfig) -> BlockShape:
-    from lowmem.models.build import Unpacker
     from offload import lay_out
 
     return read_block(
         streamed.block.module,
         config,
         buffer_bytes=lay_out(streamed.spec).buffer_bytes,
-        workspace_bytes=Unpacker([streamed], device=torch.device("meta")).workspace_bytes,
+        workspace_bytes=workspace_bytes(streamed, device=torch.device("meta")),
     )
 
 

@@ -176,7 +176,13 @@ class BlockUnpacker(Protocol):
         """Bytes of its workspace."""
 
     def unpack(self, index: int, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters by model name; valid while `stored` is and until another block is unpacked."""
+        """The parameters by model name; valid while `stored` is and until another block is unpacked.
+
+        Those that are left out stay absent: their module has been lent them in another way, until `release`.
+        """
+
+    def release(self) -> None:
+        """The visit has ended."""
 
     def forget(self) -> None:
         """Take the workspace's contents for stale."""
@@ -268,6 +274,8 @@ class Runtime:
         self._on_reset: list[Callable[[], None]] = []
         self.advise_interrupted: Callable[[], str] | None = None
         """Says how to go on after an interruption, while a Trainer trains."""
+        self.announce: Callable[[Phase, int], None] | None = None
+        """Told what a visit is for, and how many tokens it is for, before its block is asked for."""
         self.add_to_log: Callable[[TrainerState, dict[str, float]], None] | None = None
         """Adds what a monitor measured to a log of the Trainer's, while one watches."""
         self.note_interrupted: Callable[[], None] | None = None
@@ -312,6 +320,8 @@ class Runtime:
             refuse_second_thread()
         self._visitor = (threading.get_ident(), index)
         try:
+            if self.announce is not None:
+                self.announce(phase, num_tokens)
             self._order.enter(index, phase)
             self._tell(index, phase, num_tokens, started=True)
             with self.scheduler.resident(index) as stored:
@@ -330,6 +340,7 @@ class Runtime:
                     self.note_interrupted()
             raise
         finally:
+            self._unpacker.release()
             self._visitor = None
             self._visiting.release()
         self._tell(index, phase, num_tokens, started=False)
@@ -345,7 +356,7 @@ class Runtime:
 
     @contextmanager
     def _binding(self, index: int, values: Mapping[str, Tensor]) -> Iterator[None]:
-        slots = self.blocks[index].slots
+        slots = [slot for slot in self.blocks[index].slots if slot.key in values]
         absent = [parameter_table(slot.module)[slot.attribute] for slot in slots]
         try:
             for slot, param in zip(slots, absent, strict=True):

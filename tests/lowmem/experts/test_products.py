@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.experts.products import lending, run_experts
+from lowmem.experts.products import lend, run_experts, take_back
 from lowmem.internals.experts import experts_traits, grouped_experts
 
 
@@ -63,9 +63,10 @@ def test_values_and_gradients_are_those_of_whole_stacks(architecture: str, dtype
     for is_lent in (False, True):
         inputs = [hidden.clone().requires_grad_(), weights.clone().requires_grad_()]
         if is_lent:
-            with lending(module, stacks):
-                out = run_experts(module, inputs[0], index, inputs[1])
-                out.backward(grad)
+            lend(module, stacks)
+            out = run_experts(module, inputs[0], index, inputs[1])
+            out.backward(grad)
+            take_back(module)
         else:
             out = grouped_experts(module, inputs[0], index, inputs[1])
             out.backward(grad)

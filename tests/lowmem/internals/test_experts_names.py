@@ -21,7 +21,7 @@ def test_modules_of_experts_have_their_notes() -> None:
     found = [experts.experts_traits(module) for module in tiny().modules()]
     (traits,) = [one for one in found if one is not None]
     assert (traits.up, traits.down) == ("gate_up_proj", "down_proj")
-    assert not (traits.is_transposed or traits.has_bias or traits.has_post_norm)
+    assert (traits.is_transposed, traits.has_bias, traits.has_post_norm) == (False, False, False)
     assert traits.gate(torch.ones(2, 6)).shape == (2, 3)
 
 

@@ -1,0 +1,263 @@
+"""Where each single expert of a block lies among its stored tensors.
+
+A stack of experts is one parameter of the model. A checkpoint holds it as one tensor, or as tensors for each expert
+that transformers' conversion stacks and joins. Which tensor becomes which rows of which expert is found by running that
+conversion once on small numbered stand-ins: whatever it is, its result says where every element came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.internals.experts import experts_traits
+from lowmem.models.build import ParamSlot, StreamedBlock
+from lowmem.models.mapping import Recipe
+from lowmem.quantization.format import PackedWeight, values_dtype
+from offload import BlockSpec, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRows:
+    """Some rows of one expert's matrix, and what they are made of."""
+
+    given: TensorSpec | PackedWeight
+    """A stored tensor, or a weight that is packed in several."""
+    index: int | None
+    """Which entry of it along its first dimension; None for all of it."""
+    rows: slice
+    """The rows."""
+
+    @property
+    def wholes(self) -> tuple[TensorSpec, ...]:
+        """The stored tensors."""
+        return self.given.parts if isinstance(self.given, PackedWeight) else (self.given,)
+
+    @property
+    def alone(self) -> tuple[TensorSpec, ...]:
+        """What is read to have these rows and nothing else."""
+        return tuple(whole if self.index is None else _entry(whole, self.index) for whole in self.wholes)
+
+    def write(self, stored: Mapping[str, Tensor], matrix: Tensor) -> None:
+        """Write the rows of a matrix.
+
+        Args:
+            stored: By name, on the compute device: `wholes` or `alone`.
+            matrix: The expert's, contiguous, in the compute dtype.
+        """
+        out = matrix[self.rows]
+        parts = [self._part(stored, whole, one) for whole, one in zip(self.wholes, self.alone, strict=True)]
+        if not isinstance(self.given, PackedWeight):
+            out.copy_(parts[0])
+            return
+        into = out if out.dtype == values_dtype(out.dtype) else torch.empty_like(out, dtype=values_dtype(out.dtype))
+        if self.index is None:
+            self.given.dequantise(parts, into)
+        else:
+            self.given.dequantise([part.unsqueeze(0) for part in parts], into.unsqueeze(0))
+        if into is not out:
+            out.copy_(into)
+
+    def _part(self, stored: Mapping[str, Tensor], whole: TensorSpec, alone: TensorSpec) -> Tensor:
+        if alone.name in stored:
+            return stored[alone.name]
+        assert self.index is not None
+        return stored[whole.name][self.index]
+
+
+def _entry(whole: TensorSpec, index: int) -> TensorSpec:
+    nbytes = whole.nbytes // whole.shape[0]
+    return replace(
+        whole,
+        name=f"{whole.name}[{index}]",
+        shape=whole.shape[1:],
+        offset_bytes=whole.offset_bytes + index * nbytes,
+        nbytes=nbytes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertStack:
+    """One stack of a block, expert by expert."""
+
+    slot: ParamSlot
+    """The parameter."""
+    experts: tuple[tuple[MatrixRows, ...], ...]
+    """What each expert's matrix is made of."""
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of one expert's matrix in the compute dtype."""
+        return self.slot.shape[1:].numel() * self.slot.dtype.itemsize
+
+    def make(self, number: int, stored: Mapping[str, Tensor], matrix: Tensor) -> None:
+        """Write one expert's matrix.
+
+        Args:
+            number: Which expert.
+            stored: Stored tensors by name, on the compute device: those of the block, or those of this expert alone.
+            matrix: Shape `slot.shape[1:]`, contiguous, in the compute dtype.
+        """
+        for rows in self.experts[number]:
+            rows.write(stored, matrix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedExperts:
+    """The module of experts of a block, whose stacks can be taken apart."""
+
+    module: nn.Module
+    """The module."""
+    block: nn.Module
+    """The block that it stands in."""
+    stacks: Mapping[str, ExpertStack]
+    """By the name of the parameter in the module."""
+
+    @property
+    def num_experts(self) -> int:
+        """How many there are."""
+        return len(next(iter(self.stacks.values())).experts)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Names of the stacks in the model."""
+        return frozenset(stack.slot.key for stack in self.stacks.values())
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of them has to be unpacked."""
+        firsts = (stack.experts[0] for stack in self.stacks.values())
+        return any(isinstance(rows.given, PackedWeight) for first in firsts for rows in first)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter stands on a stack now: PEFT forms it whole in each forward."""
+        wrappers = (module for module in self.block.modules() if hasattr(module, "parameter_name"))
+        return any(self.module in wrapper.modules() for wrapper in wrappers)
+
+    def alone(self, number: int, *, name: str) -> BlockSpec:
+        """What is read to have one expert and nothing else.
+
+        Args:
+            number: Which expert.
+            name: The block's, for errors and traces.
+        """
+        rows = (rows for stack in self.stacks.values() for rows in stack.experts[number])
+        specs = {spec.name: spec for one in rows for spec in one.alone}
+        return BlockSpec(name=f"{name} expert {number}", tensors=tuple(specs.values()))
+
+
+def routed_experts(streamed: StreamedBlock) -> RoutedExperts | None:
+    """The routed experts of a block.
+
+    Args:
+        streamed: The block.
+
+    Returns:
+        None for a block without them, and where they cannot be taken apart: several modules of them, a module that
+        transformers does not run by a registered function, or stored tensors that are not one expert's each.
+    """
+    described = {module: experts_traits(module) for module in streamed.block.module.modules()}
+    found = [(module, traits) for module, traits in described.items() if traits is not None]
+    if len(found) != 1:
+        return None
+    ((module, traits),) = found
+    slots = {slot.attribute: slot for slot in streamed.slots if slot.module is module}
+    recipes = {target: recipe for recipe in streamed.recipes for target in recipe.targets}
+    stacks = {}
+    for name in (traits.up, traits.down):
+        slot = slots.get(name)
+        recipe = None if slot is None else recipes.get(slot.key)
+        experts = None if slot is None or recipe is None else _taken_apart(slot, recipe)
+        if slot is None or experts is None:
+            return None
+        stacks[name] = ExpertStack(slot=slot, experts=experts)
+    return RoutedExperts(module=module, block=streamed.block.module, stacks=stacks)
+
+
+def without_stacks(streamed: StreamedBlock, experts: RoutedExperts) -> StreamedBlock:
+    """What is left of a block: its parameters, recipes and stored tensors without those of the experts' stacks."""
+    keys = experts.keys
+    recipes = tuple(recipe for recipe in streamed.recipes if not keys & set(recipe.targets))
+    specs = {spec.name: spec for recipe in recipes for spec in recipe.sources}
+    return replace(
+        streamed,
+        slots=tuple(slot for slot in streamed.slots if slot.key not in keys),
+        recipes=recipes,
+        spec=BlockSpec(name=f"{streamed.spec.name} without experts", tensors=tuple(specs.values())),
+    )
+
+
+_Apart = tuple[tuple[MatrixRows, ...], ...]
+
+
+def _taken_apart(slot: ParamSlot, recipe: Recipe) -> _Apart | None:
+    if recipe.targets != (slot.key,) or recipe.cast_first is not None:
+        return None
+    num_experts = slot.shape[0]
+    if recipe.convert is None:
+        origins: list[list[_Origin] | None] = [[(0, number)] for number in range(num_experts)]
+    else:
+        stand_ins = _numbered(recipe.inputs)
+        result = recipe.convert(list(stand_ins))[slot.key]
+        if result.ndim != 3 or len(result) != num_experts:
+            return None
+        origins = [_origins(matrix, stand_ins) for matrix in result]
+    apart = [None if found is None else _rows_of(found, recipe, slot) for found in origins]
+    return None if None in apart else tuple(rows for rows in apart if rows is not None)
+
+
+def _rows_of(found: Sequence[_Origin], recipe: Recipe, slot: ParamSlot) -> tuple[MatrixRows, ...] | None:
+    rows, end = [], 0
+    for number, index in found:
+        given = recipe.inputs[number]
+        start, end = end, end + given.shape[-2]
+        rows.append(MatrixRows(given=given, index=index, rows=slice(start, end)))
+        if given.shape[-1] != slot.shape[2] or not _is_readable(rows[-1]):
+            return None
+    return tuple(rows) if end == slot.shape[1] else None
+
+
+def _is_readable(rows: MatrixRows) -> bool:
+    """Whether each expert's bytes lie in one piece in each stored tensor."""
+    num = rows.given.shape[0]
+    return rows.index is None or all(whole.shape and whole.shape[0] == num for whole in rows.wholes)
+
+
+_SMALL = (4, 6)
+
+
+def _numbered(inputs: Sequence[TensorSpec | PackedWeight]) -> list[Tensor]:
+    """A small stand-in for each input, every element with a number of its own."""
+    numbered, start = [], 0
+    for given in inputs:
+        shape = (*given.shape[:-2], *_SMALL) if len(given.shape) >= 2 else tuple(given.shape)
+        count = torch.Size(shape).numel()
+        numbered.append(torch.arange(start, start + count).view(shape))
+        start += count
+    return numbered
+
+
+_Origin = tuple[int, int | None]
+"""Number of an input, and which entry of it; None for all of it."""
+
+
+def _origins(matrix: Tensor, stand_ins: Sequence[Tensor]) -> list[_Origin] | None:
+    """Which inputs lie below one another in a result; None if they do not lie so."""
+    owner = {
+        int(entry[0, 0]): ((number, index if stand_in.ndim == 3 else None), entry)
+        for number, stand_in in enumerate(stand_ins)
+        if stand_in.ndim in (2, 3)
+        for index, entry in enumerate(stand_in.view(-1, *stand_in.shape[-2:]))
+    }
+    found, row = [], 0
+    while row < len(matrix):
+        origin, entry = owner.get(int(matrix[row, 0]), (None, None))
+        if origin is None or entry is None or not torch.equal(matrix[row : row + len(entry)], entry):
+            return None
+        found.append(origin)
+        row += len(entry)
+    return found

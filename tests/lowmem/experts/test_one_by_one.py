@@ -1,0 +1,123 @@
+"""Packed experts taken one by one: the bits of a resident model, and only what tokens are sent to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from lowmem.experts import visiting
+from lowmem.experts.visiting import ExpertScheduler, experts_by_block
+from lowmem.streaming.runtime import runtime_of
+from tests.lowmem.quantization.public_layouts import write_layout
+from tests.zoo.architectures import build
+from tests.zoo.reference import ATTENTION_ONLY, adapt, batch_of, resident, run
+from tests.zoo.streamed import streamed
+
+CHANGES: dict[str, dict[str, object]] = {
+    "gpt_oss": {"intermediate_size": 64},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 6},
+}
+CASES = [("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4"), ("deepseek_v3", "gptq"), ("mixtral", "awq")]
+
+
+def on_attention(**options: object) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION_ONLY, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[str, str], tuple[Path, Path]]:
+    def write(name: str, layout: str) -> tuple[Path, Path]:
+        return write_layout(build(name, tmp_path / "zoo", changes=CHANGES.get(name)), tmp_path / "written", layout)
+
+    return write
+
+
+def unpacked_matrices(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Keys of the matrices that are unpacked from now on."""
+    keys: list[object] = []
+    filling = visiting.MatrixSlots.filling
+
+    def noting(self: visiting.MatrixSlots, key: object) -> object:
+        keys.append(key)
+        return filling(self, key)
+
+    monkeypatch.setattr(visiting.MatrixSlots, "filling", noting)
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "matrices"),
+    [
+        pytest.param(*case, matrices, marks=[] if (number < 2) == (matrices == "one") else pytest.mark.slow)
+        for number, case in enumerate(CASES)
+        for matrices in ("one", "all")
+    ],
+)
+def test_a_step_has_the_bits_of_a_resident_model(
+    name: str,
+    layout: str,
+    matrices: str,
+    written: Callable[[str, str], tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed, plain = written(name, layout)
+    if matrices == "one":
+        monkeypatch.setattr(visiting, "MATRICES_BYTES", 1)
+    expected = run(adapt(resident(plain), on_attention()), batch_of())
+    model = streamed(packed)
+    assert isinstance(runtime_of(model).scheduler, ExpertScheduler)
+    keys = unpacked_matrices(monkeypatch)
+    outcome = run(adapt(model, on_attention()), batch_of())
+    assert torch.equal(outcome.loss, expected.loss)
+    assert torch.equal(outcome.logits, expected.logits)
+    for key, gradient in expected.gradients.items():
+        assert torch.equal(outcome.gradients[key], gradient), key
+    assert keys
+    most = max(keys.count(key) for key in keys)
+    assert most <= (3 if matrices == "one" else 2), "once in the forward; in the backward once, or twice without room"
+
+
+def test_an_adapter_on_the_stacks_is_served_by_whole_blocks(written: Callable[[str, str], tuple[Path, Path]]) -> None:
+    packed, plain = written("qwen3_moe", "fp8")
+    stacks = {"target_parameters": ["mlp.experts.gate_up_proj"]}
+    expected = run(adapt(resident(plain), on_attention(**stacks)), batch_of())
+    outcome = run(adapt(streamed(packed), on_attention(**stacks)), batch_of())
+    assert torch.equal(outcome.loss, expected.loss)
+    assert any("experts" in key for key in expected.gradients)
+    for key, gradient in expected.gradients.items():
+        assert torch.equal(outcome.gradients[key], gradient), key
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [pytest.param(*case, marks=[] if number < 2 else pytest.mark.slow) for number, case in enumerate(CASES)],
+)
+def test_generation_reads_only_the_experts_that_tokens_are_sent_to(
+    name: str, layout: str, written: Callable[[str, str], tuple[Path, Path]]
+) -> None:
+    packed, plain = written(name, layout)
+    tokens = torch.tensor([[5, 17, 9]])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = resident(plain).generate(tokens, **options)
+    model = streamed(packed)
+    runtime = runtime_of(model)
+    assert torch.equal(model.generate(tokens, **options), expected)
+    source = runtime.scheduler
+    assert isinstance(source, ExpertScheduler)
+    reader = source._reader
+    assert 0 < reader.num_read <= reader.num_asked
+
+
+def test_a_module_called_outside_a_visit_reads_true_weights(written: Callable[[str, str], tuple[Path, Path]]) -> None:
+    packed, plain = written("qwen3_moe", "fp8")
+    model, expected = streamed(packed), resident(plain)
+    batch = batch_of()
+    assert torch.equal(model(**batch).logits, expected(**batch).logits)
+    (experts,) = {own.module for own in experts_by_block(runtime_of(model).blocks[1:2]) if own is not None}
+    other = expected.get_submodule(next(name for name, module in model.named_modules() if module is experts))
+    hidden, index, weights = torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
+    assert torch.equal(experts(hidden, index, weights), other(hidden, index, weights))
