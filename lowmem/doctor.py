@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import stat
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +33,8 @@ from offload import (
     open_source,
     probe_compute,
     probe_disk,
+    register_host_memory,
+    unregister_host_memory,
     verify_store,
 )
 
@@ -107,6 +110,7 @@ def examine(folder: Path | None, *, trust_remote_code: bool = False) -> Iterator
     yield from _memory()
     yield _pinning()
     yield _gpu()
+    yield from _fragmentation()
     yield _defaults()
     if folder is not None:
         yield from check_folder(folder, trust_remote_code=trust_remote_code)
@@ -148,16 +152,44 @@ def _memory() -> Iterator[Check]:
     yield Check(name="memory limit", finding=finding)
 
 
+_TRIED_BYTES = 256 << 20
+"""What doctor page-locks to see whether that can be had: about the largest block of an 8B model."""
+
+
 def _pinning() -> Check:
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if limit == resource.RLIM_INFINITY:
-        return Check(name="locked memory", finding="unlimited")
-    needs_remedy = torch.cuda.is_available()
+    finding = "unlimited" if limit == resource.RLIM_INFINITY else f"up to {format_bytes(limit)} for one process"
+    if not torch.cuda.is_available():
+        return Check(name="locked memory", finding=finding)
+    # The driver keeps to limits of its own: only trying tells.
+    memory = torch.empty(_TRIED_BYTES, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        is_locked = register_host_memory(memory)
+    if is_locked:
+        unregister_host_memory(memory)
+        return Check(name="locked memory", finding=f"the driver locks {format_bytes(_TRIED_BYTES)}; limit {finding}")
     return Check(
         name="locked memory",
-        finding=f"up to {format_bytes(limit)} for one process",
-        remedy="if pinning fails, copies to the GPU are slower: raise it with ulimit -l" if needs_remedy else "",
+        finding=f"the driver refuses {format_bytes(_TRIED_BYTES)}; limit {finding}",
+        remedy="copies to the GPU are slower without, and none runs beside computation: ulimit -l unlimited, in a "
+        "container --ulimit memlock=-1, in WSL2 a larger memory= in .wslconfig",
     )
+
+
+def _fragmentation() -> Iterator[Check]:
+    if not torch.cuda.is_available():
+        return
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "expandable_segments:True" in settings:
+        yield Check(name="GPU allocator", finding=settings)
+    else:
+        yield Check(
+            name="GPU allocator",
+            finding=f"PYTORCH_ALLOC_CONF={settings!r}" if settings else "default segments",
+            remedy="where batches have many lengths, PYTORCH_ALLOC_CONF=expandable_segments:True keeps reserved memory "
+            "close to what is used",
+        )
 
 
 def _gpu() -> Check:

@@ -1,5 +1,14 @@
 """Moves bytes and tensors between disk, host memory and a compute device. Knows nothing of models."""
 
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(
+        f"lowmem and offload run on Linux and in WSL2 on Windows, and this is {sys.platform}: they read past the page "
+        "cache and lock folders in ways that other systems do not have"
+    )
+
 from offload.blocks import (
     PAGE_BYTES,
     BlockLayout,
@@ -20,8 +29,8 @@ from offload.budget import (
     format_seconds,
     parse_bytes,
 )
-from offload.buffers import StagingBuffer, view_tensor
-from offload.device import open_device
+from offload.buffers import StagingBuffer, register_host_memory, unregister_host_memory, view_tensor
+from offload.device import CopyStream, open_device
 from offload.errors import (
     BudgetError,
     Closed,
@@ -67,6 +76,7 @@ __all__ = [
     "BudgetError",
     "Closed",
     "ControlGroup",
+    "CopyStream",
     "Counters",
     "DiskRate",
     "FileIO",
@@ -114,10 +124,12 @@ __all__ = [
     "probe_compute",
     "probe_disk",
     "read_json_object",
+    "register_host_memory",
     "replacing_checkpoint",
     "round_up",
     "split_into_shards",
     "sync_folder",
+    "unregister_host_memory",
     "verify_store",
     "view_tensor",
     "write_index",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -60,6 +60,12 @@ class BlockSpec:
         return sum(spec.nbytes for spec in self.tensors)
 
 
+ALIGNMENT_BYTES = 16
+"""What kernels of a GPU ask of a tensor's address: grouped products refuse less, others run in narrower variants."""
+
+FIRST_ALIGNMENT_BYTES = 256
+"""What torch's own allocator gives the first tensor of a piece of memory, or more."""
+
 PAGE_BYTES = 4096
 """What O_DIRECT asks of file offsets, lengths and memory addresses on every common disk and file system."""
 
@@ -83,6 +89,18 @@ class Extent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceCopy:
+    """A contiguous part of a staging buffer, and where a device with memory of its own gets it."""
+
+    source_offset_bytes: int
+    """First byte in the staging buffer."""
+    nbytes: int
+    """Bytes."""
+    offset_bytes: int
+    """Where the first byte goes in a slot of the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockLayout:
     """How a block is read: its extents, and where its tensors are once they have been read."""
 
@@ -94,6 +112,10 @@ class BlockLayout:
     """Position of each tensor's first byte in the staging buffer, by tensor name. May be misaligned for its dtype."""
     buffer_bytes: int
     """Staging bytes needed: every extent rounded up to whole pages."""
+    copies: tuple[DeviceCopy, ...] = ()
+    """What goes to a device with memory of its own, in `buffer_bytes` there at most."""
+    device_offsets: Mapping[str, int] = field(default_factory=dict)
+    """Position of each tensor's first byte in the device's slot. Aligned for kernels, where there is room for that."""
     page_bytes: int = PAGE_BYTES
     """Alignment of the extents."""
 
@@ -101,6 +123,11 @@ class BlockLayout:
     def read_bytes(self) -> int:
         """Bytes that the extents ask for, alignment and merged gaps included."""
         return sum(extent.nbytes for extent in self.extents)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that go to a device with memory of its own."""
+        return sum(copy.nbytes for copy in self.copies)
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -135,7 +162,8 @@ def lay_out(block: BlockSpec, page_bytes: int = PAGE_BYTES, *, max_gap_bytes: in
     offsets = {spec.name: 0 for spec in block.tensors}
     extents: list[Extent] = []
     buffer_bytes = 0
-    for group in _group(block, page_bytes, max_gap_bytes=max_gap_bytes):
+    groups = _group(block, page_bytes, max_gap_bytes=max_gap_bytes)
+    for group in groups:
         start = group[0].offset_bytes // page_bytes * page_bytes
         nbytes = max(spec.offset_bytes + spec.nbytes for spec in group) - start
         extents.append(
@@ -144,13 +172,63 @@ def lay_out(block: BlockSpec, page_bytes: int = PAGE_BYTES, *, max_gap_bytes: in
         for spec in group:
             offsets[spec.name] = buffer_bytes + spec.offset_bytes - start
         buffer_bytes += round_up(nbytes, page_bytes)
+    copies, device_offsets = _device_copies(groups, offsets, room_bytes=buffer_bytes, split=True)
+    if copies is None:
+        copies, device_offsets = _device_copies(groups, offsets, room_bytes=buffer_bytes, split=False)
     return BlockLayout(
         name=block.name,
         extents=tuple(extents),
         tensor_offsets=offsets,
         buffer_bytes=buffer_bytes,
+        copies=copies or (),
+        device_offsets=device_offsets,
         page_bytes=page_bytes,
     )
+
+
+def _device_copies(
+    groups: Sequence[Sequence[TensorSpec]], offsets: Mapping[str, int], *, room_bytes: int, split: bool
+) -> tuple[tuple[DeviceCopy, ...] | None, dict[str, int]]:
+    """One copy per extent, without what lies before its first tensor, so that this one is aligned for kernels.
+
+    Args:
+        groups: The tensors of each extent in file order.
+        offsets: Where each lies in the staging buffer.
+        room_bytes: Bytes of a slot.
+        split: Where a tensor of odd size puts those behind it out of step, begin another copy.
+
+    Returns:
+        The copies, or None where the split ones find no room (a great many tensors of a few bytes); and where the
+        tensors lie. Without a split those out of step stay so, and `view_tensor` copies them.
+    """
+    found: list[DeviceCopy] = []
+    placed = dict.fromkeys(offsets, 0)
+    end = 0
+    for group in groups:
+        run = _Run(offsets[group[0].name], at=round_up(end, FIRST_ALIGNMENT_BYTES))
+        for spec in group:
+            start = offsets[spec.name]
+            if split and (start - run.source) % ALIGNMENT_BYTES:
+                found.append(run.copy())
+                run = _Run(start, at=round_up(run.at + run.nbytes, ALIGNMENT_BYTES))
+            run.nbytes = max(run.nbytes, start + spec.nbytes - run.source)
+            placed[spec.name] = run.at + start - run.source
+        found.append(run.copy())
+        end = run.at + run.nbytes
+    # Pages smaller than an alignment are for tests; a slot of whole pages has room for one copy of each extent.
+    return (None if split and end > room_bytes else tuple(found)), placed
+
+
+@dataclass(kw_only=False)
+class _Run:
+    """A copy that grows."""
+
+    source: int
+    at: int
+    nbytes: int = 0
+
+    def copy(self) -> DeviceCopy:
+        return DeviceCopy(source_offset_bytes=self.source, nbytes=self.nbytes, offset_bytes=self.at)
 
 
 def _group(block: BlockSpec, page_bytes: int, *, max_gap_bytes: int) -> list[list[TensorSpec]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 import weakref
 from types import TracebackType
 from typing import Self
@@ -10,7 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from offload.blocks import PAGE_BYTES, TensorSpec, round_up
+from offload.blocks import ALIGNMENT_BYTES, PAGE_BYTES, TensorSpec, round_up
+from offload.budget import format_bytes
 from offload.errors import Closed
 
 
@@ -24,26 +26,30 @@ class StagingBuffer:
         nbytes: Size. Memory is committed as it is first written.
         pin: Register it with CUDA, so that copies to the device run at full speed and beside computation. Where that is
             not possible the buffer stays pageable.
+        in_children: Whether children made by fork see its contents. False for memory that reads or copies use in the
+            background: a child would share its pages with them, and what such a transfer writes must be this process's
+            own page (open(2), O_DIRECT).
 
     Raises:
         ValueError: `nbytes` is negative.
         OSError: The address space is exhausted.
     """
 
-    def __init__(self, nbytes: int, *, pin: bool = False) -> None:
+    def __init__(self, nbytes: int, *, pin: bool = False, in_children: bool = True) -> None:
         if nbytes < 0:
             raise ValueError(f"nbytes must be 0 or more, got {nbytes}")
         # Anonymous and private: zeros, not backed by any file. A mapping of no bytes does not exist.
         memory = mmap.mmap(-1, max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            _advise_huge_pages(memory)
+        _advise(memory, "MADV_HUGEPAGE")
+        if not in_children:
+            _advise(memory, "MADV_DONTFORK")
         self._nbytes = nbytes
         # The tensor owns the mapping from here on: it is unmapped with the last view.
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self._memory: mmap.mmap | None = memory
         self._tensor: Tensor | None = whole[:nbytes]
-        self._finalizer = weakref.finalize(self, _unregister, whole) if pin and _register(whole) else None
-        self._pinned = self._finalizer is not None
+        self._pinned = pin and register_host_memory(whole)
+        self._finalizer = weakref.finalize(self, unregister_host_memory, whole) if self._pinned else None
 
     @property
     def nbytes(self) -> int:
@@ -104,8 +110,9 @@ def view_tensor(buffer: Tensor, offset: int, *, spec: TensorSpec) -> Tensor:
         spec: Type and shape of the tensor.
 
     Returns:
-        Tensor of `spec.shape` in `spec.dtype` on the buffer's device: a view of the buffer where the position is a
-        multiple of the element size, else a copy. Files whose headers have odd lengths hold such tensors.
+        Tensor of `spec.shape` in `spec.dtype` on the buffer's device: a view of the buffer where it is aligned, to its
+        element size on a CPU and to `ALIGNMENT_BYTES` elsewhere, else a copy. Files whose headers have odd lengths hold
+        such tensors.
 
     Raises:
         ValueError: The tensor does not lie within the buffer.
@@ -116,37 +123,58 @@ def view_tensor(buffer: Tensor, offset: int, *, spec: TensorSpec) -> Tensor:
             f"{spec.name}: expected bytes {offset} to {end} within the buffer, which has {buffer.numel()} bytes"
         )
     stored = buffer[offset:end]
-    if stored.storage_offset() % spec.dtype.itemsize or stored.data_ptr() % spec.dtype.itemsize:
+    alignment = spec.dtype.itemsize if buffer.device.type == "cpu" else ALIGNMENT_BYTES
+    if stored.storage_offset() % spec.dtype.itemsize or stored.data_ptr() % alignment:
         stored = stored.clone()
     return stored.view(spec.dtype).view(spec.shape)
 
 
-def _advise_huge_pages(memory: mmap.mmap) -> None:
+def _advise(memory: mmap.mmap, advice: str) -> None:
+    if not hasattr(mmap, advice):
+        return
     try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(getattr(mmap, advice))
     except OSError:
         # A kernel built without huge pages refuses; small pages work as well, only slower on first touch.
         return
 
 
-def _register(memory: Tensor) -> bool:
+def register_host_memory(memory: Tensor) -> bool:
+    """Page-lock memory for copies to and from a GPU; says once per size class and process where that is refused.
+
+    Args:
+        memory: Host memory that nobody has registered.
+
+    Returns:
+        Whether the driver took it. `unregister_host_memory` undoes it.
+    """
     if not torch.cuda.is_available():
         return False
     status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[no-untyped-call]
     if int(status) != 0:
         _clear_cuda_error()
+        # Of the same text and place, Python shows one.
+        warnings.warn(
+            f"the driver did not page-lock {format_bytes(memory.numel())} of host memory (CUDA error {int(status)}): "
+            "copies to and from the GPU are slower, and none runs beside computation. `lowmem doctor` tries it again; "
+            "containers need --ulimit memlock=-1, WSL2 a larger memory= in .wslconfig",
+            stacklevel=3,
+        )
         return False
     return True
 
 
+def unregister_host_memory(memory: Tensor) -> None:
+    """Undo `register_host_memory`; nothing may be copying it. Never raises: it runs in finalizers too."""
+    status = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+    if int(status) != 0:
+        _clear_cuda_error()
+
+
 def _clear_cuda_error() -> None:
-    """Let CUDA report a refused registration here, not at the next unrelated kernel launch."""
+    """Let CUDA report what it refused here, not at the next unrelated kernel launch."""
     try:
         torch.ones(1, device="cuda")
     except RuntimeError:
         # This is the report. Should the device itself have failed, its next use says so again.
         return
-
-
-def _unregister(memory: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from offload.blocks import DeviceCopy
 from offload.buffers import StagingBuffer
 
 _ANCHOR_NS = 1_000_000_000
@@ -19,6 +21,9 @@ class Copy(Protocol):
 
     def done(self) -> bool:
         """Whether the bytes have arrived, so that the source may be overwritten."""
+
+    def wait(self) -> None:
+        """Let the calling thread sleep until the bytes have arrived."""
 
     def times_ns(self) -> tuple[int, int]:
         """When it began and ended, by `time.perf_counter_ns()`. Only once `done`."""
@@ -41,10 +46,18 @@ class Device(Protocol):
     def mark(self) -> torch.cuda.Event | None:
         """The point that the calling thread's compute stream has been filled up to; None if nothing runs behind it."""
 
-    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> Copy:
-        """Start copying host bytes into a slot of the same size, once the compute stream has passed `after`.
+    def copy(
+        self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None, parts: Sequence[DeviceCopy] | None = None
+    ) -> Copy:
+        """Start copying host bytes into a slot, once the compute stream has passed `after`.
 
-        Returns at once. Leave `source` alone until the copy is done.
+        Returns at once where `source` is page-locked. Leave it alone until the copy is done.
+
+        Args:
+            source: Tensor of shape (n,), uint8, in host memory.
+            into: Tensor of shape (m,), uint8, on the device.
+            after: What `mark` returned when the slot was used last.
+            parts: Which bytes, and where they go; None for all of as many.
         """
 
     def wait_for(self, copy: Copy) -> None:
@@ -67,7 +80,7 @@ class CpuDevice:
 
     def staging(self, nbytes: int) -> StagingBuffer:
         """See `Device.staging`."""
-        return StagingBuffer(nbytes)
+        return StagingBuffer(nbytes, in_children=False)
 
     def slot(self, nbytes: int) -> Tensor:
         """See `Device.slot`."""
@@ -76,10 +89,13 @@ class CpuDevice:
     def mark(self) -> None:
         """Return None: an operation on the processor is over when it returns."""
 
-    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> Copy:
+    def copy(
+        self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None, parts: Sequence[DeviceCopy] | None = None
+    ) -> Copy:
         """See `Device.copy`. Copies before it returns."""
         start_ns = time.perf_counter_ns()
-        into.copy_(source)
+        for target, part in copied_parts(source, into, parts):
+            target.copy_(part)
         return _FinishedCopy(start_ns, time.perf_counter_ns())
 
     def wait_for(self, copy: Copy) -> None:
@@ -97,6 +113,9 @@ class _FinishedCopy:
 
     def done(self) -> bool:
         return True
+
+    def wait(self) -> None:
+        return
 
     def times_ns(self) -> tuple[int, int]:
         return self._times_ns
@@ -128,7 +147,9 @@ class CudaDevice:
 
     def staging(self, nbytes: int) -> StagingBuffer:
         """See `Device.staging`. Pinned where the system allows it."""
-        return StagingBuffer(nbytes, pin=True)
+        # Registered in this device's context, whichever is the calling thread's.
+        with torch.cuda.device(self.torch_device):
+            return StagingBuffer(nbytes, pin=True, in_children=False)
 
     def slot(self, nbytes: int) -> Tensor:
         """See `Device.slot`."""
@@ -140,8 +161,10 @@ class CudaDevice:
         event.record(torch.cuda.current_stream(self.torch_device))
         return event
 
-    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> CudaCopy:
-        """See `Device.copy`. From pageable memory the driver may make the calling thread wait for `after`."""
+    def copy(
+        self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None, parts: Sequence[DeviceCopy] | None = None
+    ) -> CudaCopy:
+        """See `Device.copy`. From pageable memory the calling thread waits for the bytes, and before for `after`."""
         start, end = self._event(), self._event()
         with torch.cuda.stream(self._copies):
             if after is not None:
@@ -149,7 +172,8 @@ class CudaDevice:
                 # time, what the allocator's previous owner of this memory is still computing with.
                 self._copies.wait_event(after)
             start.record(self._copies)
-            into.copy_(source, non_blocking=True)
+            for target, part in copied_parts(source, into, parts):
+                target.copy_(part, non_blocking=True)
             end.record(self._copies)
         return CudaCopy(self, start, end)
 
@@ -190,9 +214,96 @@ class CudaCopy:
         """See `Copy.done`."""
         return bool(self.end.query())  # type: ignore[no-untyped-call]
 
+    def wait(self) -> None:
+        """See `Copy.wait`."""
+        self.end.synchronize()
+
     def times_ns(self) -> tuple[int, int]:
         """See `Copy.times_ns`."""
         return self._device.clock_ns(self._start), self._device.clock_ns(self.end)
+
+
+class CopyStream:
+    """A stream of a GPU on which tensors go to host memory and come back, in order, beside the computation.
+
+    The host waits for none of the copies where the host memory is page-locked. Each comes after what the current stream
+    was given before, which computes its source or still uses its target; what the current stream is given after `up`
+    comes after the copy.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def down(self, value: Tensor, into: Tensor) -> torch.cuda.Event:
+        """Start copying to host memory.
+
+        Args:
+            value: A contiguous tensor on the device; the caller may drop it at once.
+            into: Host memory of the same shape and dtype, contiguous or in rows that are.
+
+        Returns:
+            What is over once the bytes are there.
+        """
+        # Whatever computes the value may not have finished.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            for target, source in _rows(into, value):
+                target.copy_(source, non_blocking=True)
+            event.record(self._stream)
+        # Its memory must not be given out again before it has been copied.
+        value.record_stream(self._stream)
+        return event
+
+    def up(self, kept: Tensor, *, into: Tensor | None = None) -> tuple[Tensor, torch.cuda.Event]:
+        """Start copying to the device.
+
+        Args:
+            kept: In host memory, contiguous or in rows that are; it must not change before the copy is over.
+            into: Where to, a tensor of the same shape and dtype; None makes one.
+
+        Returns:
+            The tensor on the device, for whatever the current stream computes from now on; and what is over once the
+            bytes are there.
+        """
+        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device) if into is None else into
+        current = torch.cuda.current_stream(self._device)
+        # Kernels that were launched before may still be using this memory for what it held last.
+        self._stream.wait_stream(current)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            for target, source in _rows(value, kept):
+                target.copy_(source, non_blocking=True)
+            event.record(self._stream)
+        # Nothing may compute from a value that is still arriving.
+        current.wait_event(event)
+        return value, event
+
+    def synchronize(self) -> None:
+        """Let the calling thread wait until all copies are over."""
+        self._stream.synchronize()
+
+
+def _rows(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Targets and sources that are contiguous: only such copies need no memory in between, for which the host waits."""
+    if target.is_contiguous() and source.is_contiguous():
+        yield target, source
+    else:
+        yield from zip(target.unbind(0), source.unbind(0), strict=True)
+
+
+def copied_parts(source: Tensor, into: Tensor, parts: Sequence[DeviceCopy] | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Targets and sources of a copy."""
+    if parts is None:
+        yield into, source
+        return
+    for part in parts:
+        end, source_end = part.offset_bytes + part.nbytes, part.source_offset_bytes + part.nbytes
+        yield into[part.offset_bytes : end], source[part.source_offset_bytes : source_end]
 
 
 def open_device(device: torch.device | str) -> Device:

@@ -6,6 +6,7 @@ import sys
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -261,23 +262,21 @@ class Pipeline:
         self.errors: dict[int, BaseException] = {}
         """Why blocks could not be fetched. They are not tried again until this is cleared."""
         self._excused: set[Transfer] = set()
+        self.outside: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered around what may take long: the lock is free meanwhile, and the state may change."""
+        self.ended: Callable[[], None] = lambda: None
+        """Called in a thread of the reader when a read has ended."""
+        self.started: Callable[[Copy], None] = lambda copy: None
+        """Called with every copy that was started."""
         self.num_reads = [0] * len(self._layouts)
         """Finished reads of each block."""
         self.bytes_read = 0
         """Bytes of all finished reads."""
 
     @property
-    def waits_for_reads(self) -> bool:
-        """Whether nothing but the end of a read can let the next transfer start, or another one is queued behind it.
-
-        Where blocks are copied, a slot that comes free lets the next copy start at once: that must not wait for a read.
-        """
-        return self._device.is_host and (len(self._reads) > 1 or bool(self._reads and self.demands))
-
-    @property
-    def busy(self) -> bool:
-        """Whether anything has been started that has not been collected."""
-        return bool(self._reads or self._copies)
+    def device_is_host(self) -> bool:
+        """Whether the device computes from host memory, so that nothing is copied."""
+        return self._device.is_host
 
     def find(self, block: int) -> Slot | None:
         """The slot from which a visit to the block can be served now, or None."""
@@ -420,6 +419,7 @@ class Pipeline:
             self._fail_read(block, slot, error)
         else:
             self._reads.append(_Read(block=block, slot=slot, transfer=transfer))
+            transfer.when_done(self.ended)
         return True
 
     def _landing(self, block: int) -> Slot | None:
@@ -427,9 +427,12 @@ class Pipeline:
         own = self._kept if self._device.is_host else self._cached
         placement = self._plan.placements[block]
         if placement == Placement.HOST or (placement == Placement.RESIDENT and self._device.is_host):
-            own[block] = self._host_slot(self._layouts[block].buffer_bytes)
-            own[block].block = block
-            return own[block]
+            # Page-locking takes 0.1 s and more per GB, during which visits begin and end.
+            with self.outside():
+                slot = self._host_slot(self._layouts[block].buffer_bytes)
+            slot.block = block
+            own[block] = slot
+            return slot
         return self._staging.take(block, next_use=self._next_use)
 
     def _finish_read(self, read: _Read) -> None:
@@ -469,34 +472,41 @@ class Pipeline:
 
     def _copy(self, block: int, source: Slot, *, leave: int) -> bool:
         """Start copying a block from host memory to the device. False if there is no room for it yet."""
-        nbytes = self._layouts[block].buffer_bytes
+        layout = self._layouts[block]
         slot: Slot | None = None
         try:
             if block in self._moving:
                 slot = self._ring.take(block, next_use=self._next_use, leave=leave)
             else:
-                slot = self._device_slot(nbytes)
+                slot = self._device_slot(layout.buffer_bytes)
             if slot is None:
                 return False
-            copy = self._device.copy(source.tensor[:nbytes], into=slot.tensor[:nbytes], after=slot.mark)
+            # The source must not be overwritten before it has been copied.
+            source.holds += 1
+            with self.outside():
+                copy = self._device.copy(source.tensor, into=slot.tensor, after=slot.mark, parts=layout.copies)
         # As above: the device is out of memory, for one.
         except Exception as error:  # noqa: BLE001
             self.errors[block] = error
             if slot is not None:
+                source.holds -= 1
                 slot.clear()
             return True
-        if block not in self._moving:
-            self._kept[block] = slot
-        slot.block, slot.ready, slot.copy = block, True, copy
-        # The source must not be overwritten before it has been copied.
-        source.holds += 1
+        if slot.block == _OUTDATED:
+            # While the copy was being started. The next one into this slot comes behind it on the same stream.
+            slot.clear()
+        else:
+            if block not in self._moving:
+                self._kept[block] = slot
+            slot.block, slot.ready, slot.copy = block, True, copy
         self._copies.append(_Moving(block=block, source=source, copy=copy))
+        self.started(copy)
         return True
 
     def _finish_copy(self, moving: _Moving) -> None:
         start_ns, end_ns = moving.copy.times_ns()
         layout = self._layouts[moving.block]
-        self._trace.add("copy", layout.name, start_ns, end_ns, nbytes=layout.buffer_bytes)
+        self._trace.add("copy", layout.name, start_ns, end_ns, nbytes=layout.copied_bytes)
         source = moving.source
         source.holds -= 1
         if moving.block not in self._cached:

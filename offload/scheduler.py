@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -17,15 +18,12 @@ from torch import Tensor
 
 from offload.blocks import BlockLayout, BlockSpec, lay_out
 from offload.buffers import view_tensor
-from offload.device import Device
+from offload.device import Copy, Device
 from offload.errors import Closed, OffloadError
 from offload.pipeline import BlockReader, Pipeline, Slot
 from offload.placement import Placement, PlacementPlan
 from offload.trace import Trace
 from offload.transfer import WorkerThread
-
-_POLL_S = 0.001
-"""How often finished transfers are looked for while none of them is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +65,12 @@ class Fetcher:
         """Visits whose block was there already."""
         self.stall_s = 0.0
         """Seconds that visits have waited."""
+        self._woken = False
+        pipeline.outside, pipeline.ended = self._without_lock, self._wake_safely
+        self._copies: SimpleQueue[Copy | None] = SimpleQueue()
+        if not pipeline.device_is_host:
+            pipeline.started = self._copies.put
+            WorkerThread(target=self._await_copies, name="offload-copies").start()
         # Stopped at exit by its owner's finalizer.
         self._thread = WorkerThread(target=self._run, name="offload-fetch")
         self._thread.start()
@@ -88,7 +92,7 @@ class Fetcher:
         with self.locked() as pipeline:
             pipeline.order.replace(order)
             pipeline.try_again()
-            self._changed.notify_all()
+            self._wake()
 
     def acquire(self, block: int) -> Hold:
         """Wait until a block is on the device, and keep it there.
@@ -100,7 +104,7 @@ class Fetcher:
             slot = pipeline.find(block)
             # A visit inside a visit to the same block is not one that the order knows of.
             if (slot is None or slot.holds == 0) and not pipeline.order.visit(block):
-                self._changed.notify_all()
+                self._wake()
             self.num_visits += 1
             if slot is None:
                 slot = self._wait_for(block)
@@ -119,14 +123,14 @@ class Fetcher:
             hold.slot.holds -= 1
             # Waking the other thread costs more than all the rest, so not where it would find nothing to do.
             if may_be_reused:
-                self._changed.notify_all()
+                self._wake()
 
     def invalidate(self, blocks: Sequence[int]) -> None:
         """Fetch blocks anew: what has been fetched of them, or is being fetched, is out of date."""
         with self.locked() as pipeline:
             for block in blocks:
                 pipeline.invalidate(block)
-            self._changed.notify_all()
+            self._wake()
 
     def reset(self) -> None:
         """Give back all claims, forget the order and the errors. What has been fetched stays."""
@@ -138,7 +142,7 @@ class Fetcher:
                 if slot.holds:
                     pipeline.free(slot)
                     slot.holds = 0
-            self._changed.notify_all()
+            self._wake()
 
     def close(self) -> None:
         """Stop the thread once the reads under way have ended, and free the buffers. May be called twice."""
@@ -146,7 +150,7 @@ class Fetcher:
             return  # A forked child has neither the thread nor anything to free.
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -161,7 +165,7 @@ class Fetcher:
             )
         start_ns = time.perf_counter_ns()
         pipeline.demands[block] += 1
-        self._changed.notify_all()
+        self._wake()
         try:
             while (slot := pipeline.find(block)) is None:
                 if block in pipeline.errors:
@@ -203,34 +207,50 @@ class Fetcher:
         # Nobody waits for this thread's result: visits find it here instead of waiting for ever.
         except BaseException as error:  # noqa: BLE001
             self._failure = error
+        self._copies.put(None)
         with self._changed:
             self._changed.notify_all()
 
     def _fetch(self) -> None:
         """Start what can be started, take note of what has ended, and wait for more, until this is closed."""
         with self._changed:
-            woken = True
             while not self._closed:
+                self._woken = False
                 progress = self._pipeline.collect()
-                if progress or woken:
-                    while self._pipeline.start():
-                        progress = True
+                while self._pipeline.start():
+                    progress = True
                 if progress:
                     self._changed.notify_all()
-                woken = self._sleep()
+                # What woke it while the lock was given away in between has not been looked at.
+                while not self._woken and not self._closed:
+                    self._changed.wait()
 
-    def _sleep(self) -> bool:
-        """Give the lock away until there may be something to do. False if only time has passed."""
-        pipeline = self._pipeline
-        transfer = pipeline.oldest_transfer()
-        if transfer is not None and pipeline.waits_for_reads:
-            self._changed.release()
-            try:
-                transfer.outcome()
-            finally:
-                self._changed.acquire()
-            return True
-        return self._changed.wait(_POLL_S if pipeline.busy else None)
+    def _wake(self) -> None:
+        """Have the fetching thread look again; with the lock held."""
+        self._woken = True
+        self._changed.notify_all()
+
+    def _wake_safely(self) -> None:
+        """As `_wake`, without the lock."""
+        with self._changed:
+            self._wake()
+
+    @contextmanager
+    def _without_lock(self) -> Iterator[None]:
+        """Give the lock away for something that takes long; in the fetching thread, which holds it."""
+        self._changed.release()
+        try:
+            yield
+        finally:
+            self._changed.acquire()
+
+    def _await_copies(self) -> None:
+        """Body of the thread that tells the fetching one of copies that have ended: an event calls nobody."""
+        while (copy := self._copies.get()) is not None:
+            # A device that has failed says so at its next use.
+            with contextlib.suppress(RuntimeError):
+                copy.wait()
+            self._wake_safely()
 
     def _drain(self) -> None:
         """Wait for what is under way, which is still writing to the buffers, and free them."""
@@ -367,7 +387,8 @@ class Scheduler:
         try:
             if hold.slot.copy is not None:
                 self._device.wait_for(hold.slot.copy)
-            offsets = self._layouts[block].tensor_offsets
+            layout = self._layouts[block]
+            offsets = layout.tensor_offsets if self._device.is_host else layout.device_offsets
             yield {
                 spec.name: view_tensor(hold.slot.tensor, offsets[spec.name], spec=spec)
                 for spec in self._blocks[block].tensors

@@ -60,6 +60,7 @@ class Transfer:
         """When the last request had been answered; 0 before that."""
         self._memory: Tensor | None = memory
         self._finish, self._at_end = finish, at_end
+        self._when_done: list[Callable[[], None]] = []
         self._num_left = num_pieces
         self._lock = threading.Lock()
         self._finished = threading.Event()
@@ -73,6 +74,14 @@ class Transfer:
         """Block until the transfer has ended; what `wait` raises, or None if all bytes have been moved."""
         self._finished.wait()
         return self._error
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the transfer is `done`: in the thread of the last request, or now. It must not raise."""
+        with self._lock:
+            if not self._finished.is_set():
+                self._when_done.append(callback)
+                return
+        callback()
 
     @property
     def failed(self) -> bool:
@@ -124,7 +133,11 @@ class Transfer:
             at_end, self._at_end, self._finish, self._memory = self._at_end, None, None, None
             if at_end is not None:
                 at_end(self)
-            self._finished.set()
+            with self._lock:
+                self._finished.set()
+                callbacks, self._when_done = self._when_done, []
+            for callback in callbacks:
+                callback()
 
 
 class _Piece(NamedTuple):

@@ -39,8 +39,9 @@ def row_norms(
 ) -> Tensor:
     """Compute the norms of the output rows of W + s B A without a tensor of W's size.
 
-    Accumulates in fp32 (fp64 where an argument is fp64). Rows whose factored sum cancels are computed from W + s B A
-    itself, a tile at a time; finding them waits for the device.
+    Accumulates in fp32 (fp64 where an argument is fp64). On a CPU, rows whose factored sum cancels are computed from
+    W + s B A itself, a tile at a time. A GPU computes all rows so: to find those that cancel, the host would have to
+    wait for it in every layer, and a weight that is stored in bf16 is converted tile by tile for either way.
 
     Args:
         weight_OI: W, shape (out_features, in_features), any floating dtype; a transposed view is fine.
@@ -55,6 +56,13 @@ def row_norms(
     dtype = _accumulation_dtype(weight_OI, lora_A_RI, lora_B_OR)
     with torch.no_grad(), torch.autocast(weight_OI.device.type, enabled=False):
         lora_A_RI, lora_B_OR = lora_A_RI.to(dtype), lora_B_OR.to(dtype)
+        step = max(1, _TILE_BYTES // (weight_OI.shape[1] * dtype.itemsize))
+        if weight_OI.device.type != "cpu":
+            norms = [
+                _direct_norms(weight_OI[rows].to(dtype), lora_A_RI, lora_B_OR=lora_B_OR[rows], scaling=scaling)
+                for rows in (slice(start, start + step) for start in range(0, weight_OI.shape[0], step))
+            ]
+            return torch.cat(norms)
         cross_OR = lora_B_OR.new_zeros(lora_B_OR.shape)
         for rows, columns, tile in _tiles(weight_OI, dtype):
             cross_OR[rows] += tile @ lora_A_RI[:, columns].T
@@ -64,11 +72,16 @@ def row_norms(
         total_O = squares_O + mixed_O + update_O
         norms_O = total_O.clamp_min(0).sqrt()
         cancelled = (total_O < _CANCELLED * (squares_O + update_O)).nonzero().squeeze(1)
-        step = max(1, _TILE_BYTES // (weight_OI.shape[1] * dtype.itemsize))
         for start in range(0, cancelled.numel(), step):
             some = cancelled[start : start + step]
-            direct = torch.addmm(weight_OI[some].to(dtype), lora_B_OR[some], lora_A_RI, alpha=scaling)
-            norms_O[some] = torch.linalg.vector_norm(direct, dim=1)
+            norms_O[some] = _direct_norms(
+                weight_OI[some].to(dtype), lora_A_RI, lora_B_OR=lora_B_OR[some], scaling=scaling
+            )
+    return norms_O
+
+
+def _direct_norms(weight_OI: Tensor, lora_A_RI: Tensor, *, lora_B_OR: Tensor, scaling: float) -> Tensor:
+    norms_O: Tensor = torch.linalg.vector_norm(torch.addmm(weight_OI, lora_B_OR, lora_A_RI, alpha=scaling), dim=1)
     return norms_O
 
 
@@ -145,7 +158,7 @@ class _KeepsBaseSquares:
 
     def _squares(self, weight_OI: Tensor, *adapter: Tensor) -> Tensor | None:
         """The squares in the dtype that `row_norms` accumulates in for these arguments; None: compute them there."""
-        if not self._frozen_base:
+        if not self._frozen_base or weight_OI.device.type != "cpu":
             return None
         dtype = _accumulation_dtype(weight_OI, *adapter)
         if self._kept is None or self._kept.dtype != dtype or self._kept.device != weight_OI.device:

@@ -164,7 +164,7 @@ class DiskGradients:
 
     def _flat(self) -> Tensor:
         if self._buffer is None:
-            self._buffer = StagingBuffer(self._numel * ELEMENT_BYTES)
+            self._buffer = StagingBuffer(self._numel * ELEMENT_BYTES, in_children=False)
         return self._buffer.tensor.view(torch.float32)
 
     def _settle_buffer(self) -> None:

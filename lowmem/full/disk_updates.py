@@ -136,7 +136,7 @@ class UpdateThread:
     def __init__(self, files: ChunkFiles, gradients: DiskGradients, *, chunk_numel: int) -> None:
         self._files, self._gradients = files, gradients
         nbytes = chunk_numel * ELEMENT_BYTES
-        self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * 4 * nbytes)
+        self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * 4 * nbytes, in_children=False)
         self._sets = deque(
             _Set(weight=own[:nbytes], moments=own[nbytes : 3 * nbytes], gradient=own[3 * nbytes :])
             for own in torch.split(self._memory.tensor, 4 * nbytes)

@@ -7,8 +7,9 @@ The K/V cache that a streamed model generates with: transformers' own, with laye
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem.planning.step_memory import ALWAYS
-from offload import BudgetError, format_bytes
+from offload import BudgetError, CopyStream, StagingBuffer, format_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,6 +42,8 @@ class GrowingLayer(DynamicLayer):
     """
 
     def __init__(self, *, max_tokens: int, on_host: bool = False) -> None:
+        self._shown: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._pinned: _PinnedMemory | None = None
         super().__init__()
         self.on_host = on_host
         self._max_tokens = max_tokens
@@ -78,6 +81,9 @@ class GrowingLayer(DynamicLayer):
         self._reserve(end, num_rows=num_rows, like=(key_states, value_states))
         found = []
         for stored, states in ((self._keys, key_states), (self._values, value_states)):
+            if self._pinned is not None:
+                found.append(self._pinned.appended(stored[rows, :, :end], states))
+                continue
             stored[rows, :, start:end] = states
             found.append(stored[rows, :, :end].to(states.device))
         if self._window is None:
@@ -100,7 +106,8 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only some rows, in the order given, and give the memory of the others back."""
         if self._length:
-            self._keys, self._values = (self._selected(stored, indices) for stored in (self._keys, self._values))
+            with self._memory_of_others():
+                self._keys, self._values = (self._selected(stored, indices) for stored in (self._keys, self._values))
             self._show()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -114,37 +121,127 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         self._length = 0
-        self._keys = self._values = torch.empty(0)
+        with self._memory_of_others():
+            self._keys = self._values = torch.empty(0)
         super().reset()
 
     def _reserve(self, num_tokens: int, *, num_rows: int, like: tuple[Tensor, Tensor]) -> None:
         if not self.is_initialized:
             self.lazy_initialization(*like)
+            if self.on_host and like[0].is_cuda:
+                self._pinned = _PinnedMemory(like[0].device)
             self._keys, self._values = (self._allocate(states, num_rows, num_tokens) for states in like)
         elif num_tokens > self._keys.shape[-2]:
-            self._keys, self._values = (self._grown(stored, num_tokens) for stored in (self._keys, self._values))
+            with self._memory_of_others():
+                self._keys, self._values = (self._grown(stored, num_tokens) for stored in (self._keys, self._values))
 
     def _allocate(self, states: Tensor, num_rows: int, num_tokens: int) -> Tensor:
         capacity = max(num_tokens, min(self._max_tokens, num_tokens + _FIRST_NEW_TOKENS))
         device = torch.device("cpu") if self.on_host else states.device
-        return torch.empty(num_rows, states.shape[1], capacity, states.shape[-1], dtype=states.dtype, device=device)
+        return self._empty((num_rows, states.shape[1], capacity, states.shape[-1]), dtype=states.dtype, device=device)
+
+    def _empty(self, shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._pinned is not None:
+            return self._pinned.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def _memory_of_others(self) -> AbstractContextManager[None]:
+        """Inside it, other memory takes the place of what there is."""
+        return nullcontext() if self._pinned is None else self._pinned.replacing()
 
     def _grown(self, stored: Tensor, num_tokens: int) -> Tensor:
         capacity = max(num_tokens, min(self._max_tokens, 2 * stored.shape[-2]))
-        larger = stored.new_empty(*stored.shape[:-2], capacity, stored.shape[-1])
+        num_rows, num_heads, _, width = stored.shape
+        larger = self._empty((num_rows, num_heads, capacity, width), dtype=stored.dtype, device=stored.device)
         num_kept = self._length + self._num_in_window
         larger[:, :, :num_kept] = stored[:, :, :num_kept]
         return larger
 
     def _selected(self, stored: Tensor, indices: Tensor) -> Tensor:
         chosen = indices.to(stored.device)
-        kept = stored.new_empty(len(chosen), *stored.shape[1:])
+        _, num_heads, capacity, width = stored.shape
+        kept = self._empty((len(chosen), num_heads, capacity, width), dtype=stored.dtype, device=stored.device)
         kept[:, :, : self._length] = stored[:, :, : self._length].index_select(0, chosen)
         return kept
 
+    @property
+    def keys(self) -> Tensor | None:
+        """Where transformers and users look: a view of what is there, (rows, heads, tokens, width)."""
+        if self._pinned is not None:
+            self._pinned.wait()
+        return self._shown[0]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._shown = (value, self._shown[1])
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        if self._pinned is not None:
+            self._pinned.wait()
+        return self._shown[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._shown = (self._shown[0], value)
+
     def _show(self) -> None:
-        """Where transformers looks: views of what is there."""
         self.keys, self.values = self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+
+class _PinnedMemory:
+    """Page-locked host memory of one layer's keys and values, copied to and from a GPU while that computes.
+
+    The host waits for no copy unless the memory is replaced, or looked at from outside. Tokens of a row lie behind each
+    other, so that a row's first tokens, and its last ones, are one piece each.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._copies = CopyStream(device)
+        self._buffers: list[StagingBuffer] = []
+        self._finalizer = weakref.finalize(self, _give_back, self._copies, self._buffers)
+
+    def empty(self, shape: tuple[int, int, int, int], *, dtype: torch.dtype) -> Tensor:
+        """Memory for (rows, heads, tokens, width)."""
+        num_rows, num_heads, num_tokens, width = shape
+        nbytes = num_rows * num_heads * num_tokens * width * dtype.itemsize
+        buffer = StagingBuffer(nbytes, pin=True, in_children=False)
+        self._buffers.append(buffer)
+        return buffer.tensor.view(dtype).view(num_rows, num_tokens, num_heads, width).transpose(1, 2)
+
+    def appended(self, stored: Tensor, states: Tensor) -> Tensor:
+        """Everything of some rows on the device, the last tokens of which are new and are kept as well.
+
+        Args:
+            stored: A part of this memory, (rows, heads, tokens, width).
+            states: The last tokens of it, on the device.
+        """
+        by_token = stored.transpose(1, 2)
+        num_old = by_token.shape[1] - states.shape[2]
+        self._copies.down(states.transpose(1, 2).contiguous(), by_token[:, num_old:])
+        # On one stream: the new ones are there when they are brought back.
+        return self._copies.up(by_token)[0].transpose(1, 2)
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Inside it, `empty` takes the place of what there is, which the host may read."""
+        self.wait()
+        old = list(self._buffers)
+        self._buffers.clear()
+        yield
+        for buffer in old:
+            buffer.close()
+
+    def wait(self) -> None:
+        """Let the host wait until what was appended is there."""
+        self._copies.synchronize()
+
+
+def _give_back(copies: CopyStream, buffers: list[StagingBuffer]) -> None:
+    copies.synchronize()
+    for buffer in buffers:
+        buffer.close()
 
 
 @dataclass(frozen=True, kw_only=True)

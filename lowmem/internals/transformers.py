@@ -283,10 +283,12 @@ def _left_alone(model: PreTrainedModel) -> Iterator[None]:
 def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
     """Have Trainer and accelerate leave the model where it is: to them it is spread over two devices.
 
-    Both are the compute device.
+    Both are the compute device; on a GPU by two names of it, for a Trainer that counts the devices by name leaves a
+    model on two of them out of `nn.DataParallel`, whatever other GPUs the process sees.
     """
+    twice: tuple[torch.device, torch.device | str] = (device, device if device.type == "cpu" else str(device))
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
-    model.hf_device_map = {model.base_model_prefix: device, head or "lm_head": device}
+    model.hf_device_map = {model.base_model_prefix: twice[0], head or "lm_head": twice[1]}
 
 
 _RESUMES = "_load_optimizer_and_scheduler"

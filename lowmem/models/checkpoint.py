@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,14 +187,51 @@ def pick_device(device: torch.device | str | None) -> torch.device:
                 reason=f"torch finds {num_gpus or 'no'} GPU{'s' if num_gpus > 1 else ''} here{built}",
                 instead='device="cpu", or leave it out; lowmem doctor says what this machine has',
             )
-        # Equal only where no card is named.
-        if chosen == torch.device("cuda"):
-            chosen = torch.device("cuda", torch.cuda.current_device())
+        chosen = _pick_gpu(chosen, num_gpus)
     return chosen
 
 
+def _pick_gpu(chosen: torch.device, num_gpus: int) -> torch.device:
+    """The first GPU that is visible: the Trainer and accelerate put batches there.
+
+    Raises:
+        UnsupportedError: Another one was asked for.
+    """
+    if (chosen.index or torch.cuda.current_device()) != 0:
+        raise UnsupportedError(
+            f"device={str(chosen)!r}",
+            reason="the Trainer puts its batches on the first GPU that the process sees",
+            instead=f"CUDA_VISIBLE_DEVICES={chosen.index or torch.cuda.current_device()} in the environment, "
+            'and device="cuda"',
+        )
+    if num_gpus > 1:
+        # Of the same text and place, Python shows one.
+        warnings.warn(
+            f"{num_gpus} GPUs are visible, and a streamed model uses one: the first, {torch.cuda.get_device_name(0)}; "
+            "CUDA_VISIBLE_DEVICES chooses another, and a second process may use it at the same time",
+            stacklevel=4,
+        )
+    return torch.device("cuda", 0)
+
+
+def _dtype_of_gpu(stored: torch.dtype) -> torch.dtype:
+    if stored == torch.float32:
+        return stored
+    # Older cards (before Ampere) emulate bf16, many times slower, and say that they support it.
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if stored == torch.bfloat16:
+        warnings.warn(
+            f"{torch.cuda.get_device_name()} does not compute in bf16, in which this model is stored: computing in "
+            'fp32. dtype="fp16" is faster, where the model\'s activations stay below 65504',
+            stacklevel=4,
+        )
+        return torch.float32
+    return stored
+
+
 def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The compute dtype: the one asked for, else fp32 on a CPU and the stored one on a GPU (bf16 where it can).
+    """The compute dtype: the one asked for, else fp32 on a CPU and the stored one on a GPU (fp32 for bf16 it has not).
 
     "auto" is the stored one anywhere, as in transformers.
 
@@ -205,9 +243,7 @@ def pick_dtype(dtype: torch.dtype | str | None, *, device: torch.device, stored:
             dtype, getattr(torch, dtype, dtype)
         )
     if dtype is None:
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if stored != torch.float32 and torch.cuda.is_bf16_supported() else stored
+        return torch.float32 if device.type == "cpu" else _dtype_of_gpu(stored)
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedError(
             f"dtype={dtype!r}",

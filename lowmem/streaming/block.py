@@ -24,6 +24,7 @@ from lowmem.internals.torch import TreeSpec, is_sole_owner, tree_flatten, tree_l
 from lowmem.internals.transformers import CollectedOutputs
 from lowmem.streaming.boundary import Boundary, DeviceBoundaries
 from lowmem.streaming.call import BlockCall, CallArguments, Split, has_cache, micro_batches, without_cache
+from lowmem.streaming.chunking.attention import find_mask_tiles
 from lowmem.streaming.chunking.carrier import KVCarrier, Workspace
 from lowmem.streaming.chunking.chunks import (
     ChunkedCall,
@@ -33,6 +34,7 @@ from lowmem.streaming.chunking.chunks import (
     backward_chunks,
     forward_chunks,
 )
+from lowmem.streaming.chunking.mask import CausalMask
 from lowmem.streaming.recompute import (
     GradientSums,
     RandomState,
@@ -536,16 +538,28 @@ def run_block(
         call = BlockCall(args, kwargs)
         params = [param for param in runtime.modules[index].parameters() if param.requires_grad]
         inputs = call.take_inputs()
+        _prepare_masks(runtime, call, (*args, *kwargs.values()))
         if params or any(value.requires_grad for value in inputs):
             recorded = RecordedCall(runtime, index, call, follow=follow)
             outputs = BlockFunction.apply(recorded, len(inputs), *inputs, *params)  # type: ignore[no-untyped-call]
             return recorded.rebuild(outputs)
+    elif not has_cache(kwargs):
+        _prepare_masks(runtime, BlockCall(args, kwargs), (*args, *kwargs.values()))
     shape = _token_shape(args, kwargs)
     with torch.no_grad(), runtime.visit(index, phase, num_tokens=shape.numel() if shape else 0):
         output = run_here(runtime, index, args, kwargs)
         if follow is not None:
             follow()
         return output
+
+
+def _prepare_masks(runtime: Runtime, call: BlockCall, values: Sequence[object]) -> None:
+    """Find what a device has to be asked about the masks of a call, before the block is visited."""
+    masks = [value for value in values if isinstance(value, CausalMask)]
+    if runtime.device.type != "cpu" and masks:
+        split = runtime.choose_split(call)
+        rows = list(micro_batches(call.batch_size, split.micro_batch))
+        find_mask_tiles(masks, rows, chunk_tokens=split.chunk_tokens)
 
 
 def run_here(runtime: Runtime, index: int, args: Sequence[object], kwargs: Mapping[str, object]) -> object:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowmem.internals.torch import version_of
 from offload import FileSlot, Scratch, StagingBuffer, Transfer
-
-if TYPE_CHECKING:
-    pass
-
 
 _LARGE_BYTES = 8 << 20
 
@@ -84,6 +80,8 @@ class HostBoundaries:
         self._device = device
         self._free: list[StagingBuffer] = []
         self.held_bytes = 0
+        self.most_wasteful: float = 2
+        """How many times as large as an activation its buffer may be."""
 
     def keep(self, value: Tensor) -> Boundary:
         """Copy an activation into a buffer of this tier."""
@@ -110,8 +108,8 @@ class HostBoundaries:
         self._free.clear()
 
     def _take_buffer(self, nbytes: int) -> StagingBuffer:
-        """The smallest free buffer that is large enough, unless it would waste half; else a new one."""
-        fitting = [buffer for buffer in self._free if nbytes <= buffer.nbytes <= 2 * nbytes]
+        """The smallest free buffer that is large enough, unless it would waste too much; else a new one."""
+        fitting = [buffer for buffer in self._free if nbytes <= buffer.nbytes <= self.most_wasteful * nbytes]
         if fitting:
             best = min(fitting, key=lambda buffer: buffer.nbytes)
             self._free.remove(best)
@@ -119,8 +117,9 @@ class HostBoundaries:
         # Lengths have changed: what is too small or too large now would only add up.
         self.held_bytes -= sum(buffer.nbytes for buffer in self._free)
         self._free.clear()
-        self.held_bytes += nbytes
-        return self._make_buffer(nbytes)
+        made = self._make_buffer(nbytes)
+        self.held_bytes += made.nbytes
+        return made
 
     def _make_buffer(self, nbytes: int) -> StagingBuffer:
         return StagingBuffer(nbytes)
@@ -207,14 +206,14 @@ class DiskBoundaries:
         self.held_bytes = 0
         self._device, self._scratch, self._num_buffers = device, scratch, num_buffers
         self._lock = threading.Lock()
-        self._kept: dict[int, _Stored] = {}
-        self._leaving: list[_Stored] = []
+        self._kept: dict[int, StoredBoundary] = {}
+        self._leaving: list[StoredBoundary] = []
         self._free: list[StagingBuffer] = []
         self._num_existing = 0
         self._num_kept = 0
         self._largest_bytes = 0
         # Filled without the lock: a collection may release a boundary while this very thread holds it.
-        self._released: deque[_Stored] = deque()
+        self._released: deque[StoredBoundary] = deque()
 
     @property
     def written_bytes(self) -> int:
@@ -226,7 +225,7 @@ class DiskBoundaries:
         """Disk space taken: the most that was kept at once so far."""
         return self._scratch.file_bytes
 
-    def keep(self, value: Tensor) -> _OnDisk:
+    def keep(self, value: Tensor) -> OnDisk:
         """Copy an activation into a buffer and start writing it; waits only where no buffer is free.
 
         Raises:
@@ -237,22 +236,23 @@ class DiskBoundaries:
         with self._lock:
             self._settle()
             if not self._kept:
-                self._shrink()
+                self.shrink()
             self._num_kept += 1
-            stored = _Stored(self._num_kept, value, slot=self._scratch.take(value.numel() * value.element_size()))
+            stored = StoredBoundary(
+                self._num_kept, value, slot=self._scratch.take(value.numel() * value.element_size())
+            )
             self._largest_bytes = max(self._largest_bytes, stored.slot.nbytes)
             try:
                 stored.buffer = self._room(stored)
-                stored.view().copy_(value)
-                stored.transfer = self._scratch.write(stored.slot, stored.pages(), name=stored.name)
+                stored.transfer = self.send(stored, value)
             except BaseException:
                 self._clear(stored)
                 raise
             stored.writing = True
             self._kept[stored.number] = stored
-        return _OnDisk(stored, self)
+        return OnDisk(stored, self)
 
-    def bring(self, stored: _Stored) -> Tensor:
+    def bring(self, stored: StoredBoundary) -> Tensor:
         """A kept activation on the compute device; has those kept before it follow.
 
         Raises:
@@ -274,18 +274,29 @@ class DiskBoundaries:
             # A write that is under way reads the buffer as the block does; how it ends does not matter any more.
             error = None if stored.writing or stored.transfer is None else stored.transfer.outcome()
             if error is not None:
-                self._take_buffer_from(stored)
+                self.take_buffer_from(stored)
                 raise error
-            self._read_ahead(stored.number)
-            value = stored.view()
-            if self._device.type == "cpu":
-                return value
-            value = value.to(self._device)
-            if not stored.writing:
-                self._take_buffer_from(stored)
-            return value
+            return self.arrive(stored)
 
-    def release(self, stored: _Stored, *, at_once: bool) -> None:
+    def send(self, stored: StoredBoundary, value: Tensor) -> Transfer:
+        """Copy an activation into its buffer and start writing that; what ends when the buffer is not needed for it."""
+        stored.view().copy_(value)
+        return self.write(stored)
+
+    def write(self, stored: StoredBoundary) -> Transfer:
+        """Start writing an activation from its buffer."""
+        return self._scratch.write(stored.slot, stored.pages(), name=stored.name)
+
+    def fetch(self, stored: StoredBoundary) -> Transfer:
+        """Start reading an activation into its buffer."""
+        return self._scratch.read(stored.slot, stored.pages(), name=stored.name)
+
+    def arrive(self, stored: StoredBoundary) -> Tensor:
+        """The activation in a buffer where blocks compute; has those kept before it read ahead."""
+        self.read_ahead(stored.number)
+        return stored.view()
+
+    def release(self, stored: StoredBoundary, *, at_once: bool) -> None:
         """Use an activation's room for others.
 
         Args:
@@ -313,7 +324,7 @@ class DiskBoundaries:
             self._settle()
             for stored in self._kept.values():
                 if stored.idle:
-                    self._take_buffer_from(stored)
+                    self.take_buffer_from(stored)
             while self._free:
                 self._drop(self._free.pop())
 
@@ -323,7 +334,7 @@ class DiskBoundaries:
         with self._lock:
             self._settle(report=False)
             for stored in self._kept.values():
-                self._take_buffer_from(stored)
+                self.take_buffer_from(stored)
             while self._free:
                 self._drop(self._free.pop())
 
@@ -350,7 +361,7 @@ class DiskBoundaries:
             if stored.writing and not stored.under_way:
                 stored.end_of_write()
                 if stored.lost is not None:
-                    self._take_buffer_from(stored)
+                    self.take_buffer_from(stored)
         if report:
             for stored in self._kept.values():
                 if stored.lost is not None and not stored.reported:
@@ -360,7 +371,7 @@ class DiskBoundaries:
                         other.reported = True
                     raise stored.lost
 
-    def _room(self, stored: _Stored) -> StagingBuffer:
+    def _room(self, stored: StoredBoundary) -> StagingBuffer:
         """A buffer for an activation: a free one, a new one, or one whose contents are on disk. May have to wait.
 
         Raises:
@@ -382,7 +393,7 @@ class DiskBoundaries:
             oldest.outcome()
             self._settle()
 
-    def _spare_buffer(self, stored: _Stored, *, others: Iterable[_Stored]) -> StagingBuffer | None:
+    def _spare_buffer(self, stored: StoredBoundary, *, others: Iterable[StoredBoundary]) -> StagingBuffer | None:
         """A buffer that nothing needs at the moment, if need be from `others` that have it on disk as well."""
         nbytes = stored.slot.nbytes
         fitting = [buffer for buffer in self._free if buffer.nbytes >= nbytes]
@@ -396,12 +407,13 @@ class DiskBoundaries:
                 if not idle:
                     return None
                 # What was kept later has been passed by; of what is still to come, the earliest comes last.
-                self._take_buffer_from(max(idle, key=lambda other: (other.number > stored.number, -other.number)))
+                self.take_buffer_from(max(idle, key=lambda other: (other.number > stored.number, -other.number)))
                 return self._spare_buffer(stored, others=others)
             self._drop(self._free.pop())
         return self._new_buffer(nbytes)
 
-    def _read_ahead(self, number: int) -> None:
+    def read_ahead(self, number: int) -> None:
+        """Start reading what was kept before an activation, as far as there are buffers."""
         earlier = [other for other in reversed(self._kept.values()) if other.number < number and not other.taken]
         later = [other for other in self._kept.values() if other.number > number]
         for stored in earlier[: self._num_buffers - 1]:
@@ -411,18 +423,19 @@ class DiskBoundaries:
                     return
                 self._start_reading(stored)
 
-    def _start_reading(self, stored: _Stored) -> None:
+    def _start_reading(self, stored: StoredBoundary) -> None:
         try:
-            stored.transfer = self._scratch.read(stored.slot, stored.pages(), name=stored.name)
+            stored.transfer = self.fetch(stored)
         except BaseException:
-            self._take_buffer_from(stored)
+            self.take_buffer_from(stored)
             raise
 
-    def _clear(self, stored: _Stored) -> None:
-        self._take_buffer_from(stored)
+    def _clear(self, stored: StoredBoundary) -> None:
+        self.take_buffer_from(stored)
         self._scratch.give_back(stored.slot)
 
-    def _take_buffer_from(self, stored: _Stored) -> None:
+    def take_buffer_from(self, stored: StoredBoundary) -> None:
+        """Let others have an activation's buffer."""
         buffer, stored.buffer, stored.transfer, stored.taken = stored.buffer, None, None, False
         if buffer is not None:
             self._free.append(buffer)
@@ -430,17 +443,25 @@ class DiskBoundaries:
                 self._drop(self._free.pop())
 
     def _new_buffer(self, nbytes: int) -> StagingBuffer:
-        buffer = StagingBuffer(nbytes, pin=self._device.type == "cuda")
+        buffer = self.make_buffer(nbytes)
         self._num_existing += 1
         self.held_bytes += buffer.nbytes
         return buffer
 
+    def make_buffer(self, nbytes: int) -> StagingBuffer:
+        """A buffer for activations of up to so many bytes."""
+        return StagingBuffer(nbytes, in_children=False)
+
+    def close_buffer(self, buffer: StagingBuffer) -> None:
+        """Give a buffer's memory back; no transfer between it and the disk is under way."""
+        buffer.close()
+
     def _drop(self, buffer: StagingBuffer) -> None:
         self._num_existing -= 1
         self.held_bytes -= buffer.nbytes
-        buffer.close()
+        self.close_buffer(buffer)
 
-    def _shrink(self) -> None:
+    def shrink(self) -> None:
         """Let go of buffers that are far too large for what was kept since the last time that nothing was."""
         too_large = [buffer for buffer in self._free if buffer.nbytes > 2 * self._largest_bytes]
         for buffer in too_large:
@@ -449,7 +470,7 @@ class DiskBoundaries:
         self._largest_bytes = 0
 
 
-class _Stored:
+class StoredBoundary:
     """An activation in its slot on disk, in a buffer, or on the way between them."""
 
     def __init__(self, number: int, value: Tensor, *, slot: FileSlot) -> None:
@@ -496,11 +517,11 @@ class _Stored:
         return self.buffer.tensor[: self._nbytes].view(self._dtype).view(self._shape)
 
 
-class _OnDisk:
+class OnDisk:
     """An activation of the disk tier; a graph that is dropped without a backward gives its room back too."""
 
-    def __init__(self, stored: _Stored, tier: DiskBoundaries) -> None:
-        self._stored: _Stored | None = stored
+    def __init__(self, stored: StoredBoundary, tier: DiskBoundaries) -> None:
+        self._stored: StoredBoundary | None = stored
         self._tier = tier
 
     def take(self) -> Tensor:

@@ -1,19 +1,32 @@
-"""Which tier keeps boundary activations; and that of a GPU's in host RAM, copied both ways on a stream of its own.
+"""Which tier keeps boundary activations; and those of a GPU in RAM and on disk, copied on a stream of their own.
 
 The host waits for none of the copies. They are ordered by the device alone: each copy comes after what computed its
-source, and whatever computes from its result comes after the copy.
+source, and whatever computes from its result comes after the copy. Only what the disk does with a buffer is begun by a
+thread, which waits for the copy before it: writing what has come from the device, reading into what has been copied.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lowmem.streaming.boundary import BoundaryTier, Buffered, DeviceBoundaries, DiskBoundaries, HostBoundaries
-from offload import Scratch, StagingBuffer
+from lowmem.streaming.boundary import (
+    BoundaryTier,
+    Buffered,
+    DeviceBoundaries,
+    DiskBoundaries,
+    HostBoundaries,
+    StoredBoundary,
+)
+from offload import CopyStream, OffloadError, Scratch, StagingBuffer, Transfer, WorkerThread
 
 if TYPE_CHECKING:
     from offload import Trace
@@ -22,7 +35,8 @@ if TYPE_CHECKING:
 class GpuHostBoundaries(HostBoundaries):
     """`HostBoundaries` for activations of a GPU: page-locked buffers, and copies beside the computation.
 
-    Where the system does not page-lock memory, the copies are as exact and make the host wait.
+    Buffers are as long as the longest activation so far and serve shorter ones too: page-locking one takes longer than
+    copying it. Where the system does not page-lock memory, the copies are as exact and make the host wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,33 +46,22 @@ class GpuHostBoundaries(HostBoundaries):
             device: The GPU.
         """
         super().__init__(device)
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies = CopyStream(device)
+        self._longest_bytes = 0
+        self.most_wasteful = math.inf
 
     def keep(self, value: Tensor) -> Buffered:
         """Start copying an activation of any shape into a buffer; returns at once."""
         value = value.detach().contiguous()
         buffer = self._take_buffer(value.nbytes)
         kept = buffer.tensor[: value.nbytes].view(value.dtype).view(value.shape)
-        # The block that computes the activation may not have finished.
-        self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copies):
-            # A buffer that was given back before its copy was over is safe: all copies are on this one stream.
-            kept.copy_(value, non_blocking=True)
-        # The caller drops the activation; its memory must not be given out before it has been copied.
-        value.record_stream(self._copies)
+        # A buffer that was given back before its copy was over is safe: all copies are on this one stream.
+        self._copies.down(value, kept)
         return Buffered(kept, buffer, self)
 
     def on_device(self, kept: Tensor) -> Tensor:
         """A kept activation on the GPU, for whatever the current stream computes from now on; returns at once."""
-        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
-        current = torch.cuda.current_stream(self._device)
-        # Kernels that were launched before may still be using this memory for what it held last.
-        self._copies.wait_stream(current)
-        with torch.cuda.stream(self._copies):
-            value.copy_(kept, non_blocking=True)
-        # The block must not compute from an activation that is still arriving.
-        current.wait_stream(self._copies)
-        return value
+        return self._copies.up(kept)[0]
 
     def close(self) -> None:
         """Release the buffers that no activation is in, once no copy uses them."""
@@ -66,9 +69,103 @@ class GpuHostBoundaries(HostBoundaries):
         super().close()
 
     def _make_buffer(self, nbytes: int) -> StagingBuffer:
-        # Buffers of other lengths have been dropped: page-locked memory must not go while it is being copied.
+        # Shorter buffers have been dropped: page-locked memory must not go while it is being copied.
         self._copies.synchronize()
-        return StagingBuffer(nbytes, pin=True)
+        self._longest_bytes = max(self._longest_bytes, nbytes)
+        return StagingBuffer(self._longest_bytes, pin=True, in_children=False)
+
+
+class GpuDiskBoundaries(DiskBoundaries):
+    """`DiskBoundaries` for activations of a GPU, through page-locked buffers; only the disk is ever waited for."""
+
+    def __init__(self, device: torch.device, scratch: Scratch, *, num_buffers: int = 2) -> None:
+        """Begin with no buffers; see `DiskBoundaries`."""
+        super().__init__(device, scratch, num_buffers=num_buffers)
+        self._copies = CopyStream(device)
+        self._longest_bytes = 0
+        self._copied: dict[StagingBuffer, torch.cuda.Event] = {}
+        self._steps: SimpleQueue[_AfterCopy | None] = SimpleQueue()
+        self._follower = WorkerThread(target=_follow, args=(self._steps,), name="boundary-copies")
+        self._follower.start()
+        weakref.finalize(self, self._steps.put, None)
+
+    def send(self, stored: StoredBoundary, value: Tensor) -> Transfer:
+        """Start copying an activation into its buffer; the write begins once it is there."""
+        assert stored.buffer is not None
+        self._copied[stored.buffer] = self._copies.down(value.detach().contiguous(), stored.view())
+        return self._after_copy(stored, partial(self.write, stored))
+
+    def fetch(self, stored: StoredBoundary) -> Transfer:
+        """Start reading into a buffer, once what it held before has been copied to the device."""
+        return self._after_copy(stored, partial(super().fetch, stored))
+
+    def arrive(self, stored: StoredBoundary) -> Tensor:
+        """Start copying an activation to the device; another one may be read into its buffer behind that."""
+        assert stored.buffer is not None
+        value, self._copied[stored.buffer] = self._copies.up(stored.view())
+        if not stored.writing:
+            self.take_buffer_from(stored)
+        self.read_ahead(stored.number)
+        return value
+
+    def make_buffer(self, nbytes: int) -> StagingBuffer:
+        """A page-locked buffer, as long as the longest activation so far: locking takes longer than copying."""
+        self._longest_bytes = max(self._longest_bytes, nbytes)
+        return StagingBuffer(self._longest_bytes, pin=True, in_children=False)
+
+    def close_buffer(self, buffer: StagingBuffer) -> None:
+        """Give a buffer back once no copy uses it."""
+        copied = self._copied.pop(buffer, None)
+        if copied is not None:
+            copied.synchronize()
+        buffer.close()
+
+    def shrink(self) -> None:
+        """Keep the buffers: longer activations will come again."""
+
+    def close(self) -> None:
+        """See `DiskBoundaries.close`."""
+        self._steps.put(None)
+        self._follower.join()
+        super().close()
+
+    def _after_copy(self, stored: StoredBoundary, start: Callable[[], Transfer]) -> Transfer:
+        """What `start` begins, begun once the last copy of an activation's buffer is over."""
+        assert stored.buffer is not None
+        copied = self._copied.get(stored.buffer)
+        if copied is None:
+            return start()
+        pages = stored.pages()
+        whole = Transfer(stored.name, nbytes=pages.numel(), num_pieces=1, memory=pages)
+        self._steps.put(_AfterCopy(copied, start, whole))
+        return whole
+
+
+class _AfterCopy:
+    """Something that the disk is to do with a buffer, once a copy of it is over."""
+
+    def __init__(self, copied: torch.cuda.Event, start: Callable[[], Transfer], whole: Transfer) -> None:
+        self._copied, self._start, self._whole = copied, start, whole
+
+    def run(self) -> None:
+        """Wait for the copy, begin, and return; the whole ends with what was begun."""
+        try:
+            self._copied.synchronize()
+            begun = self._start()
+        # Whoever waits for the whole is told.
+        except (OffloadError, OSError, RuntimeError) as error:
+            self._whole.finish_piece(error)
+            return
+        whole = self._whole
+        begun.when_done(lambda: whole.finish_piece(begun.outcome()))
+
+
+def _follow(steps: SimpleQueue[_AfterCopy | None]) -> None:
+    """Body of the thread: does not refer to the tier, so that this can be collected."""
+    while (step := steps.get()) is not None:
+        step.run()
+        # Waiting for the next one, this frame must not keep the last buffer alive.
+        del step
 
 
 def tier_for(
@@ -95,7 +192,8 @@ def tier_for(
     if planned == "disk":
         if disk is None:
             raise ValueError("boundary activations on disk need a folder: give Budget.disk")
-        return DiskBoundaries(device, Scratch(disk, trace=trace), num_buffers=num_buffers)
+        kind = DiskBoundaries if device.type == "cpu" else GpuDiskBoundaries
+        return kind(device, Scratch(disk, trace=trace), num_buffers=num_buffers)
     if planned not in ("device", "host"):
         raise ValueError(f'planned: expected "device", "host" or "disk", got {planned!r}')
     if device.type == "cpu":

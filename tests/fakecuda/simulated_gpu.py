@@ -13,6 +13,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import threading
 import traceback
 import types
 from collections import Counter
@@ -36,7 +37,9 @@ simulator = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(simulator)
 
 places: Counter[tuple[str, str, str]] = Counter()
-"""(kind, what, place) of waits and races, while `watch` is on."""
+"""(kind, what, place) of waits and races, while `watch` is on. Kinds: "race"; "wait in a block", of the thread that
+trains while it computes a block; "wait", of that thread elsewhere; "wait in the background", of a thread that moves
+bytes."""
 
 _OUR_FOLDERS = ("lowmem", "offload")
 _CUDA = int(torch._C._autograd.DeviceType.CUDA)
@@ -231,9 +234,8 @@ def told_of(nbytes: int, pointer: int, *, writes: bool, who: str) -> None:
     simulator.host_access(pointer, nbytes, writes, who)
 
 
-def _place() -> str:
+def _place(frames: list[traceback.FrameSummary]) -> str:
     """The innermost of our own frames, else the innermost of anybody's."""
-    frames = [frame for frame in traceback.extract_stack() if "fakecuda" not in frame.filename]
     ours = [
         frame
         for frame in frames
@@ -245,10 +247,19 @@ def _place() -> str:
     return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno} {frame.name}"
 
 
+def _note(kind: str, what: str) -> None:
+    frames = [frame for frame in traceback.extract_stack() if "fakecuda" not in frame.filename]
+    if kind == "sync":
+        in_block = any(frame.filename.endswith("lowmem/streaming/block.py") for frame in frames)
+        moves_bytes = type(threading.current_thread()).__name__ == "WorkerThread"
+        kind = "wait in the background" if moves_bytes else "wait in a block" if in_block else "wait"
+    places[kind, what, _place(frames)] += 1
+
+
 def watch(on: bool = True) -> None:
     """Note in `places` where the host waits and where races are seen."""
     atexit.register(simulator.set_hook, None)  # no Python from C++ threads once the interpreter ends
-    simulator.set_hook((lambda kind, what: places.update([(kind, what, _place())])) if on else None)
+    simulator.set_hook(_note if on else None)
 
 
 def forget() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.streaming.boundary import Buffered
-from lowmem.streaming.boundary_tiers import GpuHostBoundaries
-from offload.device import CudaDevice
+from lowmem.streaming.boundary import DiskBoundaries, StoredBoundary
+from lowmem.streaming.boundary_tiers import GpuDiskBoundaries
+from offload.device import CopyStream, CudaDevice
 from offload.pipeline import Pipeline
+from offload.transfer import Transfer
 from tests.fakecuda.steps import Step, run
 from tests.zoo.architectures import build
 
@@ -48,7 +49,7 @@ def visits_wait_on_the_copies_own_stream(patch: pytest.MonkeyPatch) -> None:
 
 def copies_do_not_wait_for_the_slots_last_visit(patch: pytest.MonkeyPatch) -> None:
     copy = CudaDevice.copy
-    patch.setattr(CudaDevice, "copy", lambda self, source, *, into, after: copy(self, source, into=into, after=None))
+    patch.setattr(CudaDevice, "copy", lambda self, source, **how: copy(self, source, **(how | {"after": None})))
 
 
 def a_freed_slot_is_not_marked(patch: pytest.MonkeyPatch) -> None:
@@ -73,6 +74,9 @@ class _SaidToBeDone:
     def done(self) -> bool:
         return True
 
+    def wait(self) -> None:
+        return
+
     def times_ns(self) -> tuple[int, int]:
         return 0, 0
 
@@ -82,7 +86,7 @@ def staging_memory_is_read_into_while_it_is_copied(patch: pytest.MonkeyPatch) ->
     patch.setattr(
         CudaDevice,
         "copy",
-        lambda self, source, *, into, after: _SaidToBeDone(copy(self, source, into=into, after=after)),
+        lambda self, source, **how: _SaidToBeDone(copy(self, source, **how)),
     )
     patch.setattr(CudaDevice, "wait_for", lambda self, copy: torch.cuda.current_stream().wait_event(copy.end))
 
@@ -116,69 +120,103 @@ def test_a_fault_is_reported(
     assert seen_races(folder, Step(placement=placement), tmp_path)
 
 
-def boundaries_are_copied_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:
-    def keep(self: GpuHostBoundaries, value: torch.Tensor) -> Buffered:
-        value = value.detach().contiguous()
-        buffer = self._take_buffer(value.nbytes)
-        kept = buffer.tensor[: value.nbytes].view(value.dtype).view(value.shape)
-        with torch.cuda.stream(self._copies):
-            kept.copy_(value, non_blocking=True)
-        value.record_stream(self._copies)
-        return Buffered(kept, buffer, self)
+def values_are_copied_down_before_they_are_computed(patch: pytest.MonkeyPatch) -> None:
+    def down(self: CopyStream, value: torch.Tensor, into: torch.Tensor) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            into.copy_(value, non_blocking=True)
+            event.record(self._stream)
+        value.record_stream(self._stream)
+        return event
 
-    patch.setattr(GpuHostBoundaries, "keep", keep)
+    patch.setattr(CopyStream, "down", down)
 
 
-def the_memory_of_boundaries_is_given_out_while_they_are_copied(patch: pytest.MonkeyPatch) -> None:
+def memory_is_given_out_while_it_is_copied_down(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
 
 
-def boundaries_come_back_into_memory_in_use(patch: pytest.MonkeyPatch) -> None:
-    def on_device(self: GpuHostBoundaries, kept: torch.Tensor) -> torch.Tensor:
-        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
-        with torch.cuda.stream(self._copies):
+def values_come_back_into_memory_in_use(patch: pytest.MonkeyPatch) -> None:
+    def up(self: CopyStream, kept: torch.Tensor, *, into: torch.Tensor | None = None) -> Any:
+        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device) if into is None else into
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
             value.copy_(kept, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(self._copies)
-        return value
+            event.record(self._stream)
+        torch.cuda.current_stream().wait_event(event)
+        return value, event
 
-    patch.setattr(GpuHostBoundaries, "on_device", on_device)
+    patch.setattr(CopyStream, "up", up)
 
 
-def blocks_compute_from_boundaries_that_have_not_come(patch: pytest.MonkeyPatch) -> None:
-    def on_device(self: GpuHostBoundaries, kept: torch.Tensor) -> torch.Tensor:
-        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
-        self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
+def blocks_compute_from_values_that_have_not_come(patch: pytest.MonkeyPatch) -> None:
+    def up(self: CopyStream, kept: torch.Tensor, *, into: torch.Tensor | None = None) -> Any:
+        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device) if into is None else into
+        self._stream.wait_stream(torch.cuda.current_stream())
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
             value.copy_(kept, non_blocking=True)
-        return value
+            event.record(self._stream)
+        return value, event
 
-    patch.setattr(GpuHostBoundaries, "on_device", on_device)
+    patch.setattr(CopyStream, "up", up)
 
 
-HOST_FAULTS: list[Break] = [
-    boundaries_are_copied_before_they_are_computed,
-    the_memory_of_boundaries_is_given_out_while_they_are_copied,
-    boundaries_come_back_into_memory_in_use,
-    blocks_compute_from_boundaries_that_have_not_come,
+COPY_FAULTS: list[Break] = [
+    values_are_copied_down_before_they_are_computed,
+    memory_is_given_out_while_it_is_copied_down,
+    values_come_back_into_memory_in_use,
+    blocks_compute_from_values_that_have_not_come,
 ]
 
 
-@pytest.mark.parametrize("fault", HOST_FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_of_boundaries_on_the_host_is_reported(
+@pytest.mark.parametrize("fault", COPY_FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("boundary", ["host", "disk"])
+def test_a_fault_of_boundaries_off_the_device_is_reported(
+    fault: Break, boundary: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    assert seen_races(folder, Step(boundary=boundary), tmp_path)
+
+
+def the_disk_writes_what_has_not_come_from_the_device(patch: pytest.MonkeyPatch) -> None:
+    def send(self: GpuDiskBoundaries, stored: StoredBoundary, value: torch.Tensor) -> Transfer:
+        assert stored.buffer is not None
+        self._copied[stored.buffer] = self._copies.down(value.detach().contiguous(), stored.view())
+        return self.write(stored)
+
+    patch.setattr(GpuDiskBoundaries, "send", send)
+
+
+def the_disk_reads_into_what_is_being_copied(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GpuDiskBoundaries, "fetch", DiskBoundaries.fetch)
+
+
+DISK_FAULTS: list[Break] = [
+    the_disk_writes_what_has_not_come_from_the_device,
+    the_disk_reads_into_what_is_being_copied,
+]
+
+
+@pytest.mark.parametrize("fault", DISK_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_between_disk_and_device_is_reported(
     fault: Break, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault(monkeypatch)
-    assert seen_races(folder, Step(boundary="host"), tmp_path)
+    assert seen_races(folder, Step(boundary="disk"), tmp_path)
 
 
 def test_nothing_is_reported_of_what_is_right(folder: Path, tmp_path: Path) -> None:
     assert not seen_races(folder, Step(), tmp_path)
 
 
-def test_boundaries_on_the_host_make_it_wait_for_nothing(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("boundary", ["host", "disk"])
+def test_boundaries_off_the_device_make_the_host_wait_for_no_copy(boundary: str, folder: Path, tmp_path: Path) -> None:
     from tests.fakecuda import simulated_gpu
 
-    assert not seen_races(folder, Step(boundary="host"), tmp_path)
-    waits = [place for kind, _, place in simulated_gpu.places if kind == "sync" and "streaming/boundary" in place]
-    # Where a buffer of another length is made, page-locked memory may go: once per length.
-    assert all("_make_buffer" in place for place in waits), waits
+    assert not seen_races(folder, Step(boundary=boundary), tmp_path)
+    waits = [place for kind, _, place in simulated_gpu.places if kind.startswith("wait") and "boundary" in place]
+    # Where a longer buffer is made, and where they go at the end, page-locked memory may be in use; on disk, a thread
+    # of its own waits before it writes.
+    allowed = ("_make_buffer", "close_buffer", "run", "synchronize")
+    assert all(place.split()[-1] in allowed for place in waits), waits

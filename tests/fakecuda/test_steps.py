@@ -47,6 +47,8 @@ FAMILIES = [
     )
     for split in (SPLITS[0], other)
 ]
+# Their expert stacks are used where they lie, by a grouped product that refuses addresses that are not aligned.
+STACKED = [Step(arch=arch, dtype="bfloat16", placement="mixed") for arch in ("gpt_oss", "granitemoe")]
 TASKS = [
     Step(task=task, boundary=boundary, placement="mixed")
     for task, boundary in product(("dpo", "kto", "reward", "grpo", "rloo"), TIERS)
@@ -73,6 +75,15 @@ def on_the_cpu(step: Step, root: Path) -> tuple[dict[str, float], ...]:
     return tuple(run(checkpoint(step.arch, root), step, root / "cpu", device="cpu"))
 
 
+def waits_in_blocks() -> list[tuple[str, str]]:
+    """What made the training thread wait for the GPU while it computed a block; nothing is known of a real one."""
+    if torch.cuda.get_device_name() != "Simulated GPU":
+        return []
+    from tests.fakecuda import simulated_gpu
+
+    return [(what, place) for kind, what, place in simulated_gpu.places if kind == "wait in a block"]
+
+
 def check(step: Step, root: Path, output: Path) -> None:
     # Where blocks and boundaries lie on a CPU changes no bit; one run serves all.
     reference = replace(step, placement="streamed", boundary="device")
@@ -92,9 +103,10 @@ def check(step: Step, root: Path, output: Path) -> None:
                 assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (name, ours, theirs)
 
 
-@pytest.mark.parametrize("step", [*PLACED, *TYPED, *FAMILIES, *TASKS, *OPTIMIZERS], ids=str)
+@pytest.mark.parametrize("step", [*PLACED, *TYPED, *FAMILIES, *STACKED, *TASKS, *OPTIMIZERS], ids=str)
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(step: Step, root: Path, tmp_path: Path) -> None:
     check(step, root, tmp_path)
+    assert not waits_in_blocks()
 
 
 @pytest.fixture
@@ -105,6 +117,7 @@ def driver_that_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("driver_that_pins_nothing")
+@pytest.mark.filterwarnings("ignore:the driver did not page-lock")
 @pytest.mark.parametrize("step", UNPINNED, ids=str)
 def test_a_step_without_page_locked_memory_is_slower_and_the_same(step: Step, root: Path, tmp_path: Path) -> None:
     check(step, root, tmp_path)

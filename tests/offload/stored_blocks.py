@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload.blocks import BlockSpec, TensorSpec, lay_out
+from offload.blocks import BlockSpec, DeviceCopy, TensorSpec, lay_out
 from offload.buffers import StagingBuffer
-from offload.device import Copy, Device
+from offload.device import Copy, Device, copied_parts
 from offload.files.file_io import FileIO
 from offload.placement import PlacementPlan, place_blocks
 from offload.scheduler import Scheduler
@@ -128,14 +128,27 @@ class SlowReads:
         return os.preadv(fd, buffers, offset)
 
 
+class Mark:
+    """A point in the visiting thread's program."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 class DelayedDevice:
-    """A device with memory of its own, whose copies run late, in order, on a thread: a stream without a GPU."""
+    """A device with memory of its own, whose copies run late, in order, on a thread: a stream without a GPU.
+
+    A slot is NaN from the start of a copy until it has arrived, and may be overwritten only with a mark that was made
+    after its last visit had begun.
+    """
 
     def __init__(self, *, delay_s: float) -> None:
         self.torch_device = torch.device("cpu")
         self.is_host = False
         self._delay_s = delay_s
         self._stream = ThreadPoolExecutor(max_workers=1)
+        self._num_marks = 0
+        self._visited: dict[int, int] = {}
         self.num_copies = 0
         self.fail: Callable[[], None] | None = None
 
@@ -145,35 +158,48 @@ class DelayedDevice:
     def slot(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
-    def mark(self) -> None:
-        return None
+    def mark(self) -> torch.cuda.Event:
+        self._num_marks += 1
+        return Mark(self._num_marks)  # type: ignore[return-value]
 
-    def copy(self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None) -> Copy:
+    def copy(
+        self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None, parts: Sequence[DeviceCopy] | None = None
+    ) -> Copy:
         if self.fail is not None:
             self.fail()
         self.num_copies += 1
-        return DelayedCopy(self._stream.submit(self._copy, source, into))
+        assert isinstance(after, Mark), "the slot's last use was not marked"
+        visited = self._visited.get(into.data_ptr(), 0)
+        assert after.number > visited, "a slot is overwritten without a mark that was made after its last visit began"
+        into.fill_(0xFF)
+        copy = self._stream.submit(self._copy, source, into, parts)
+        return DelayedCopy(copy, into)
 
     def wait_for(self, copy: Copy) -> None:
         assert isinstance(copy, DelayedCopy)
+        self._visited[copy.into.data_ptr()] = self._num_marks
         copy.future.result(timeout=20)
 
     def synchronize(self) -> None:
         self._stream.submit(int).result(timeout=20)
 
-    def _copy(self, source: Tensor, into: Tensor) -> tuple[int, int]:
+    def _copy(self, source: Tensor, into: Tensor, parts: Sequence[DeviceCopy] | None) -> tuple[int, int]:
         start_ns = time.perf_counter_ns()
         time.sleep(self._delay_s)
-        into.copy_(source)
+        for target, part in copied_parts(source, into, parts):
+            target.copy_(part)
         return start_ns, time.perf_counter_ns()
 
 
 class DelayedCopy:
-    def __init__(self, future: "Future[tuple[int, int]]") -> None:
-        self.future = future
+    def __init__(self, future: "Future[tuple[int, int]]", into: Tensor) -> None:
+        self.future, self.into = future, into
 
     def done(self) -> bool:
         return self.future.done()
+
+    def wait(self) -> None:
+        self.future.result(timeout=20)
 
     def times_ns(self) -> tuple[int, int]:
         return self.future.result()

@@ -97,3 +97,48 @@ def test_impossible_alignment_is_refused() -> None:
             lay_out(block_of(), page)
     with pytest.raises(ValueError, match="max_gap_bytes must be 0 or more, got -1"):
         lay_out(block_of(), max_gap_bytes=-1)
+
+
+def random_block(chance: random.Random) -> BlockSpec:
+    """Tensors of odd and even sizes close together, as in a file whose header has an odd length."""
+    places = []
+    for file in ("/a", "/b"):
+        position = chance.choice((0, 8, 77, 5000))
+        for _ in range(chance.randrange(1, 8)):
+            nbytes = chance.choice((0, 1, 6, 16, 64, 100, 4096, 5000, 70_000))
+            places.append((file, position, nbytes))
+            position += nbytes + chance.choice((0, 0, 0, 3, 9000))
+    return block_of(*places)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_tensors_lie_aligned_on_a_device_and_are_the_bytes_of_the_file(seed: int) -> None:
+    chance = random.Random(seed)
+    block = random_block(chance)
+    layout = lay_out(block)
+    staging = torch.frombuffer(bytearray(chance.randbytes(max(layout.buffer_bytes, 1))), dtype=torch.uint8)
+    slot = torch.zeros(max(layout.buffer_bytes, 1), dtype=torch.uint8)
+    for copy in layout.copies:
+        source = staging[copy.source_offset_bytes : copy.source_offset_bytes + copy.nbytes]
+        slot[copy.offset_bytes : copy.offset_bytes + copy.nbytes] = source
+    ends = [copy.offset_bytes + copy.nbytes for copy in layout.copies]
+    assert all(end <= copy.offset_bytes for end, copy in zip(ends, layout.copies[1:], strict=False))
+    assert max(ends, default=0) <= layout.buffer_bytes
+    for spec in block.tensors:
+        there, here = layout.device_offsets[spec.name], layout.tensor_offsets[spec.name]
+        assert torch.equal(slot[there : there + spec.nbytes], staging[here : here + spec.nbytes])
+        assert there % 16 == 0
+    assert sum(copy.offset_bytes % 256 == 0 for copy in layout.copies) >= len(layout.extents)
+
+
+def test_even_tensors_are_one_copy_whatever_the_length_of_the_header() -> None:
+    layout = lay_out(block_of(("/a", 5008, 4096), ("/a", 5008 + 4096, 32)))
+    assert [(copy.nbytes, copy.offset_bytes) for copy in layout.copies] == [(4128, 0)]
+    assert layout.device_offsets == {"t0": 0, "t1": 4096}
+
+
+def test_a_slot_is_no_larger_than_a_staging_buffer_even_if_nothing_in_it_is_aligned() -> None:
+    layout = lay_out(block_of(*(("/a", 3 * i, 3) for i in range(1000))))
+    assert len(layout.copies) == 1
+    assert layout.copied_bytes == 3000
+    assert layout.buffer_bytes == PAGE

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload.blocks import lay_out
 from offload.buffers import StagingBuffer
 from offload.device import CpuDevice, Device
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
@@ -242,7 +243,7 @@ def test_transfers_and_waits_are_traced(stored: StoredBlocks, reads: SlowReads, 
     totals = trace.totals()
     assert {span.name for span in trace.spans()} == {"block 3"}
     assert totals["disk"].nbytes == counters.bytes_read > 0
-    assert totals["copy"].nbytes == stored.buffer_bytes[3]
+    assert totals["copy"].nbytes == lay_out(stored.blocks[3]).copied_bytes
     assert totals["copy"].busy_s >= 0.002
     assert totals["stall"].busy_s == pytest.approx(counters.stall_s)
     assert counters.stall_s >= 0.02

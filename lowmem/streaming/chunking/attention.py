@@ -11,6 +11,7 @@ the kernels as lower-right aligned causal ones, without a mask tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -31,7 +32,7 @@ from lowmem.internals.attention import (
 from lowmem.internals.transformers import collected_keys
 from lowmem.models.blocks import IMPLEMENTATIONS, can_chunk
 from lowmem.streaming.chunking.carrier import KVCarrier, Prefix
-from lowmem.streaming.chunking.mask import CausalMask, MaskRule, is_causal
+from lowmem.streaming.chunking.mask import CausalMask, MaskRule, find_tiles, is_causal
 from lowmem.streaming.chunking.parts import AttentionJob, PartwiseAttention
 
 _HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -225,7 +226,7 @@ def attend(
     mask = attention_mask
     if implementation == "sdpa" and mask.rule.plain:
         return shipped(module, query, key, value, None, **kwargs)
-    if mask.rows.shape[0] * mask.num_tokens**2 <= _DENSE_BYTES:
+    if _is_dense(mask):
         dense = mask.dense() if implementation == "sdpa" else _additive_mask(mask, query.dtype)
         return shipped(module, query, key, value, dense, **kwargs)
     if implementation == "eager" and "attentions" in collected_keys():
@@ -235,6 +236,34 @@ def attend(
             instead="shorter sequences or a smaller micro_batch",
         )
     return _by_parts(query, key, value, mask, 0, None, kwargs), None
+
+
+def find_mask_tiles(masks: Iterable[CausalMask], rows: Sequence[slice], *, chunk_tokens: int | None) -> None:
+    """Find the tiles that attention by parts will ask for, with one question to the device.
+
+    Args:
+        masks: Of one call of a block.
+        rows: Sequences of each micro-batch.
+        chunk_tokens: Tokens that go through the block at a time; None for whole sequences.
+    """
+    wanted = []
+    for mask in masks:
+        if mask.rule.plain:
+            continue
+        step = chunk_tokens or mask.num_tokens
+        for some in rows:
+            part = CausalMask(mask.rule, mask.rows[some])
+            if chunk_tokens is None and _is_dense(part):
+                continue
+            spans = ((start, min(start + step, mask.num_tokens)) for start in range(0, mask.num_tokens, step))
+            wanted += [(part, start, end) for start, end in spans if not part.has_tiles(start, end)]
+    if wanted:
+        find_tiles(wanted)
+
+
+def _is_dense(mask: CausalMask) -> bool:
+    """Whether the mask of whole sequences is built, to be given to the implementation stood in for."""
+    return mask.rows.shape[0] * mask.num_tokens**2 <= _DENSE_BYTES
 
 
 def _additive_mask(mask: CausalMask, dtype: torch.dtype) -> Tensor:

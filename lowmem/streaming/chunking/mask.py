@@ -7,7 +7,7 @@ of the mask tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -68,6 +68,8 @@ class MaskRule:
     """Whether this is nothing but a causal mask."""
 
     device: torch.device
+    rows: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """Numbers of sequences on the device, (sequences, 1, 1, 1)."""
     tiles: dict[tuple[tuple[int, ...], int, int], tuple[QueryTile, ...]] = field(default_factory=dict)
     dense: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
@@ -95,7 +97,7 @@ class CausalMask:
     def evaluate(self, queries: range, keys: range) -> Tensor:
         """The mask of a tile: bool, (sequences, 1, queries, keys), True where a query sees a key."""
         device = self.rule.device
-        batch = self.rows.to(device).view(-1, 1, 1, 1)
+        batch = self._rows_on_device()
         query = torch.arange(queries.start, queries.stop, device=device).view(1, 1, -1, 1)
         key = torch.arange(keys.start, keys.stop, device=device).view(1, 1, 1, -1)
         seen = self.rule.allowed(batch, torch.zeros_like(batch[:1]), query, key)
@@ -117,34 +119,77 @@ class CausalMask:
     def tiles(self, start: int, end: int) -> tuple[QueryTile, ...]:
         """The queries [start, end) in tiles with the keys they see. Found once for all blocks of a pass."""
         key = (self._rows_key(), start, end)
-        found = self.rule.tiles.get(key)
-        if found is None:
-            step = end - start if self.rule.plain else _QUERY_TOKENS
-            found = tuple(self._tile(first, min(first + step, end)) for first in range(start, end, step))
-            self.rule.tiles[key] = found
-        return found
+        if key not in self.rule.tiles:
+            find_tiles([(self, start, end)])
+        return self.rule.tiles[key]
+
+    def has_tiles(self, start: int, end: int) -> bool:
+        """Whether the tiles of these queries have been found."""
+        return (self._rows_key(), start, end) in self.rule.tiles
+
+    def note_tiles(self, start: int, end: int, tiles: tuple[QueryTile, ...]) -> None:
+        """Keep the tiles of some queries."""
+        self.rule.tiles[self._rows_key(), start, end] = tiles
+
+    def lowest_key(self, query: int) -> int:
+        """No query from this one on sees a key before it, whatever the rule says of those after."""
+        return 0 if self.rule.window is None else max(0, query - self.rule.window + 1)
 
     def _rows_key(self) -> tuple[int, ...]:
         return tuple(self.rows.flatten().tolist())
 
-    def _tile(self, start: int, end: int) -> QueryTile:
-        if self.rule.plain:
-            prefix = (KeyPart(start=0, end=start, kind=PartKind.FULL),) if start else ()
-            return QueryTile(start=start, end=end, parts=(*prefix, KeyPart(start=start, end=end, kind=PartKind.CAUSAL)))
-        lowest = 0 if self.rule.window is None else max(0, start - self.rule.window + 1)
-        # Monotone: no query of the tile sees a key before the first that its first query sees, ...
-        first_row = self.evaluate(range(start, start + 1), range(lowest, start)).any(0).flatten()
-        first = lowest + int(first_row.int().argmax()) if bool(first_row.any()) else start
-        # ... and all of them see a key if the last one does.
-        last_row = self.evaluate(range(end - 1, end), range(first, end)).all(0).flatten()
-        hidden = (~last_row[: start - first]).nonzero()
-        full = first + (int(hidden[-1]) + 1 if hidden.numel() else 0)
-        parts = [KeyPart(start=first, end=full, kind=PartKind.MASKED)] if full > first else []
-        if start > full:
-            parts.append(KeyPart(start=full, end=start, kind=PartKind.FULL))
-        causal = bool(last_row[start - first :].all())
-        parts.append(KeyPart(start=start, end=end, kind=PartKind.CAUSAL if causal else PartKind.MASKED))
-        return QueryTile(start=start, end=end, parts=tuple(parts))
+    def _rows_on_device(self) -> Tensor:
+        key, kept = self._rows_key(), self.rule.rows
+        if key not in kept:
+            rows = self.rows.flatten()
+            if self.rule.device.type == "cuda":
+                # Page-locked, so that the host does not wait for the copy; torch keeps it until that is over.
+                rows = rows.pin_memory().to(self.rule.device, non_blocking=True)
+            kept[key] = rows.to(self.rule.device).view(-1, 1, 1, 1)
+        return kept[key]
+
+
+def find_tiles(wanted: Iterable[tuple[CausalMask, int, int]]) -> None:
+    """Find the tiles of queries [start, end) of masks whose rules are on one device; its answer is waited for once."""
+    bounds: list[tuple[CausalMask, int, int, list[tuple[int, int]]]] = []
+    seen: list[Tensor] = []
+    for mask, start, end in wanted:
+        step = end - start if mask.rule.plain else _QUERY_TOKENS
+        tiles = [(first, min(first + step, end)) for first in range(start, end, step)]
+        bounds.append((mask, start, end, tiles))
+        for first, last in () if mask.rule.plain else tiles:
+            lowest = mask.lowest_key(first)
+            # Monotone: no query of the tile sees a key before the first that its first query sees, and all of them see
+            # a key if the last one does.
+            seen.append(mask.evaluate(range(first, first + 1), range(lowest, first)).any(0).flatten())
+            seen.append(mask.evaluate(range(last - 1, last), range(lowest, last)).all(0).flatten())
+    lengths = [row.numel() for row in seen]
+    rows = iter(torch.split(torch.cat(seen).cpu(), lengths) if seen else ())
+    for mask, start, end, tiles in bounds:
+        if mask.rule.plain:
+            mask.note_tiles(start, end, (_plain_tile(start, end),))
+            continue
+        found = [_tile(first, last, mask.lowest_key(first), next(rows), next(rows)) for first, last in tiles]
+        mask.note_tiles(start, end, tuple(found))
+
+
+def _plain_tile(start: int, end: int) -> QueryTile:
+    prefix = (KeyPart(start=0, end=start, kind=PartKind.FULL),) if start else ()
+    return QueryTile(start=start, end=end, parts=(*prefix, KeyPart(start=start, end=end, kind=PartKind.CAUSAL)))
+
+
+def _tile(start: int, end: int, lowest: int, first_row: Tensor, last_row: Tensor) -> QueryTile:
+    """A tile from what its first query sees before itself, from `lowest` on, and its last one up to itself."""
+    first = lowest + int(first_row.int().argmax()) if bool(first_row.any()) else start
+    last_row = last_row[first - lowest :]
+    hidden = (~last_row[: start - first]).nonzero()
+    full = first + (int(hidden[-1]) + 1 if hidden.numel() else 0)
+    parts = [KeyPart(start=first, end=full, kind=PartKind.MASKED)] if full > first else []
+    if start > full:
+        parts.append(KeyPart(start=full, end=start, kind=PartKind.FULL))
+    causal = bool(last_row[start - first :].all())
+    parts.append(KeyPart(start=start, end=end, kind=PartKind.CAUSAL if causal else PartKind.MASKED))
+    return QueryTile(start=start, end=end, parts=tuple(parts))
 
 
 def split_part(part: KeyPart, *, at: int, num_keys: int) -> Iterator[KeyPart]:

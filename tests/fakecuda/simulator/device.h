@@ -8,6 +8,8 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <thread>
+
 #include "memory.h"
 
 namespace fakecuda {
@@ -103,6 +105,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (!v->done || !W.streams[id].queue.empty()) {
       Op op{Op::Wait};
       op.version = v;
+      op.due_ns = v->due_ns;
       W.streams[id].queue.push_back(op);
     }
   }
@@ -115,13 +118,29 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     merge(W.host, v->clock);
     return true;
   }
+  // The host sleeps until the event is due, without the lock: what it waits for stays late for everybody else.
   void synchronizeEvent(void* e) const override {
-    Hold held;
-    if (!e || !((Event*)e)->version) return;
-    auto v = ((Event*)e)->version;
-    if (!v->done) drain(v->stream, v.get());
-    merge(W.host, v->clock);
-    count_wait("event.synchronize");
+    std::shared_ptr<Version> v;
+    {
+      Hold held;
+      if (!e || !((Event*)e)->version) return;
+      v = ((Event*)e)->version;
+      count_wait("event.synchronize");
+    }
+    for (bool over = false; !over;) {
+      int64_t left_ns;
+      {
+        Hold held;
+        left_ns = v->due_ns - now_ns();
+        over = v->done || left_ns <= 0;
+        if (over) {
+          if (!v->done) drain(v->stream, v.get());
+          merge(W.host, v->clock);
+        }
+      }
+      if (!over) std::this_thread::sleep_for(std::chrono::nanoseconds(left_ns));
+    }
+    call_hook("sync", "event.synchronize");
   }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   bool queryStream(const c10::Stream& s) const override {
@@ -129,14 +148,20 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return W.streams[s.id()].queue.empty();
   }
   void synchronizeStream(const c10::Stream& s) const override {
-    Hold held;
-    host_waits_for((int)s.id());
-    count_wait("stream.synchronize");
+    {
+      Hold held;
+      host_waits_for((int)s.id());
+      count_wait("stream.synchronize");
+    }
+    call_hook("sync", "stream.synchronize");
   }
   void synchronizeDevice(const c10::DeviceIndex) const override {
-    Hold held;
-    for (int s = 0; s < W.num_streams; s++) host_waits_for(s);
-    count_wait("device.synchronize");
+    {
+      Hold held;
+      for (int s = 0; s < W.num_streams; s++) host_waits_for(s);
+      count_wait("device.synchronize");
+    }
+    call_hook("sync", "device.synchronize");
   }
   void recordDataPtrOnStream(const c10::DataPtr& p, const c10::Stream& s) const override {
     Hold held;
