@@ -93,7 +93,7 @@ def from_pretrained(
         resolve(model, revision=revision),
         name=str(model),
         device=pick_device(device),
-        dtype=dtype,
+        dtype=dtype or _default_dtype(tuning),
         num_labels=num_labels,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
@@ -111,6 +111,11 @@ def from_pretrained(
     except BaseException:
         opened.source.close()
         raise
+
+
+def _default_dtype(tuning: str) -> torch.dtype | None:
+    """What blocks compute in if nobody says: every weight is trained in fp32; else the device decides."""
+    return torch.float32 if tuning == "full" else None
 
 
 def _refuse_other_types(model: object, plan: object = None, **sizes: object) -> None:
@@ -196,7 +201,7 @@ def plan(
         resolve(model, revision=revision),
         name=str(model),
         device=device,
-        dtype=dtype,
+        dtype=dtype or _default_dtype(tuning),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )

@@ -1,6 +1,5 @@
 """Moves bytes and tensors between disk, host memory and a compute device. Knows nothing of models."""
 
-
 import sys
 
 if sys.platform != "linux":

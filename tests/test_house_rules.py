@@ -42,6 +42,7 @@ FACES = {"lowmem", "lowmem.__main__"}
 MAX_FILES = 125
 # What is counted apart from these, and why.
 COUNTED_APART = {
+    "lowmem/full/gpu_tier.py": "state of full tuning behind a GPU: no other file has anything to do with one",
     "lowmem/quantization": "a room of its own: one file for each format in which weights are packed",
     "lowmem/internals/bitsandbytes.py": "the kernels of that room",
     "lowmem/experts": "a room of its own: experts of a mixture are taken apart only where they are packed",

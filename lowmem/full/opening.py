@@ -23,6 +23,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning
 from lowmem.full.flat import UnitLayout, lay_out_unit
+from lowmem.full.gpu_tier import GpuMemoryTier
 from lowmem.full.optimizer_engine import OptimizerEngine, tell_engine
 from lowmem.full.saving import StoredNames, install_saving
 from lowmem.full.tier import MemoryTier, StateTier
@@ -167,7 +168,8 @@ class Masters:
         Raises:
             Closed: The model is gone.
         """
-        return self._engine(key).read(key)
+        full = self._engine(key)
+        return full.read(key).to(full.params[key].param.device)
 
     def store(self, key: str, value: Tensor) -> None:
         """Set a weight.
@@ -217,17 +219,11 @@ def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dt
     Raises:
         UnsupportedError: Names the option or architecture, the reason and what to use instead.
     """
-    if device.type != "cpu":
-        raise UnsupportedError(
-            f"tuning='full' on {device.type}",
-            reason="master weights are used in place so far, which only a processor can",
-            instead="device='cpu', or tuning='adapter'",
-        )
     if dtype != torch.float32:
         raise UnsupportedError(
             f"tuning='full' with dtype={dtype}",
-            reason="blocks compute from the fp32 master weights themselves",
-            instead="dtype=torch.float32",
+            reason="blocks compute from the fp32 master weights, or from copies of them",
+            instead="dtype=torch.float32, the default for it; on a GPU, the trainer's bf16=True multiplies in bf16",
         )
     for recipe in (*built.resident, *(recipe for block in built.blocks for recipe in block.recipes)):
         if recipe.formats:
@@ -281,7 +277,7 @@ def open_full(
     if plan.choice.state_tier == "disk":
         tier: StateTier = _disk_tier(layouts, live, base, opened, plan=plan, trace=trace)
     else:
-        tier = MemoryTier(layouts, live=live)
+        tier = _memory_tier(layouts, live, opened, plan=plan, trace=trace)
         for index in range(len(blocks)):
             base.load(index, tier.weight(index))
         base.release()
@@ -294,6 +290,22 @@ def open_full(
         give_to_engine(entry.param, engine)
     install_saving(model, full, StoredNames(by_key=_stored_names(full, built)), source=opened.folder)
     return MasterWeights(full, engine)
+
+
+def _memory_tier(
+    layouts: list[UnitLayout], live: Mapping[int, Tensor], opened: Opened, *, plan: Plan, trace: Trace
+) -> MemoryTier:
+    if opened.device.type == "cpu":
+        return MemoryTier(layouts, live=live)
+    return GpuMemoryTier(
+        layouts,
+        live=live,
+        num_blocks=len(opened.built.blocks),
+        device=opened.device,
+        num_slots=plan.placement.num_slots,
+        num_passes=plan.placement.num_passes,
+        trace=trace,
+    )
 
 
 def _disk_tier(

@@ -55,6 +55,14 @@ NUM_CHUNK_BUFFERS = 4
 """Chunks of state on disk that are in memory: one is updated while others are read and written."""
 
 
+NUM_MASTER_STAGING = 2
+"""Page-locked buffers through which a block's master weights go to a GPU: one is filled while another is copied."""
+
+
+NUM_LANDING_BLOCKS = 2
+"""Blocks whose weights' gradients come down from a GPU at a time; a further one waits until some are added up."""
+
+
 _LARGEST_STATE_CHUNK_BYTES = 16 << 20
 """Larger ones move no faster."""
 

@@ -178,6 +178,8 @@ class Room:
             return (self.loaded.state_tier,)
         if self.job.tuning != "full":
             return ("device",)
+        if self.job.device != "cpu":
+            return ("host",)
         return ("device", "host", "disk") if self.has_disk else ("device", "host")
 
     def _draft(self, choice: Choice) -> Draft | None:
@@ -274,7 +276,7 @@ def place_masters(sizes: Sequence[int], *, tier: Tier, ring: int, job: Job) -> P
         block_bytes=tuple(sizes),
         device_is_host=job.device == "cpu",
         num_staging=ring if tier == "disk" else 0,
-        num_slots=0,
+        num_slots=0 if job.device == "cpu" else ring,
         num_passes=job.num_passes,
     )
 

@@ -17,7 +17,14 @@ from lowmem.planning.block_memory import (
     heap_bytes,
 )
 from lowmem.planning.job import Job
-from lowmem.planning.limits import DENSE_MASK_BYTES, NUM_CHUNK_BUFFERS, HeadTiles, state_chunk_bytes
+from lowmem.planning.limits import (
+    DENSE_MASK_BYTES,
+    NUM_CHUNK_BUFFERS,
+    NUM_LANDING_BLOCKS,
+    NUM_MASTER_STAGING,
+    HeadTiles,
+    state_chunk_bytes,
+)
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
 from offload import PAGE_BYTES, ceil_div
 
@@ -137,7 +144,7 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
     yield _device("head", shapes.head_bytes)
     yield _device("norms and buffers", shapes.other_bytes)
     if job.tuning == "full":
-        yield from full_state(shapes, choice)
+        yield from full_state(shapes, choice, on_gpu=job.device != "cpu")
         return
     yield _device("adapters", shapes.adapter_bytes)
     if job.trains:
@@ -146,17 +153,24 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
         yield _device("optimizer state", 2 * shapes.adapter_bytes)
 
 
-def full_state(shapes: ModelShapes, choice: Choice) -> Iterable[RoleBytes]:
+def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> Iterable[RoleBytes]:
     """Gradients and AdamW's moments of every weight, in fp32; the master weights are the decoder blocks themselves.
 
     Gradients of what is outside the blocks are ordinary ones, on the device; of a block's weights, one has a gradient
-    of its own at a time.
+    of its own at a time. On a GPU those of a whole block may be on their way down, what is outside the blocks has its
+    master weights on the host, and weights and gradients pass page-locked memory.
     """
     outer_bytes = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
     widest_bytes = max(block.buffer_bytes for block in shapes.blocks)
     yield _device("gradients", outer_bytes)
-    yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
     tier = choice.state_tier
+    if on_gpu:
+        yield _device("weight gradients", widest_bytes, phase="block")
+        yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=outer_bytes)
+        passing = (NUM_MASTER_STAGING + NUM_LANDING_BLOCKS) * widest_bytes
+        yield RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=passing)
+    else:
+        yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
     yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.stored_bytes)
     for moment in ("exp_avg", "exp_avg_sq"):
         yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)

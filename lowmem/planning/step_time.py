@@ -275,7 +275,9 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
             # The gradient of each product's weight.
             backward += 2.0 * shapes.num_active_params * job.num_tokens + head
         disk = on_disk + state.gradient_bytes / job.num_backwards
-        yield _Passes(count=job.num_backwards, flops=backward, copy_bytes=boundary, disk_bytes=disk)
+        # Down to the host, in the blocks' own dtype; copies both ways share what a measurement of one way gave.
+        gradients = shapes.stored_bytes if job.tuning == "full" else 0
+        yield _Passes(count=job.num_backwards, flops=backward, copy_bytes=boundary + gradients, disk_bytes=disk)
     if job.num_decodes:
         num = job.num_generated
         first = _forward_flops(shapes, num_sequences=num, seq_len=max(1, job.num_prompt_tokens))

@@ -9,9 +9,24 @@ from tests.fakecuda import simulated_gpu
 
 
 def watch_host_memory() -> None:
-    """Note every read of blocks from disk, and every read and write of scratch space, as an access of the host."""
+    """Note reads of blocks from disk, reads and writes of scratch space, and what full tuning does, as the host's."""
+    from lowmem.full.gpu_tier import MasterLifts
+    from lowmem.full.tier import Contribution
     from offload import FileIO, Scratch
 
+    add_to, start = Contribution.add_to, MasterLifts.start
+
+    def noted_adding(self: Contribution, kept: Any) -> None:
+        if self.value.device.type == "cpu":
+            simulated_gpu.told_of(self.value.nbytes, self.value.data_ptr(), writes=False, who="Contribution.add_to")
+        add_to(self, kept)
+
+    def noted_lifting(self: MasterLifts, name: str, run: Any, *, memory: Any) -> Any:
+        simulated_gpu.told_of(memory.numel(), memory.data_ptr(), writes=True, who="MasterLifts.start")
+        return start(self, name, run, memory=memory)
+
+    Contribution.add_to = noted_adding  # type: ignore[method-assign]
+    MasterLifts.start = noted_lifting  # type: ignore[method-assign]
     FileIO.read = _noted(FileIO.read, writes=True, who="FileIO.read")  # type: ignore[method-assign]
     for name, writes in (("read", True), ("write", False)):
         setattr(Scratch, name, _noted(getattr(Scratch, name), writes=writes, who=f"Scratch.{name}"))

@@ -250,7 +250,9 @@ def _place(frames: list[traceback.FrameSummary]) -> str:
 def _note(kind: str, what: str) -> None:
     frames = [frame for frame in traceback.extract_stack() if "fakecuda" not in frame.filename]
     if kind == "sync":
-        in_block = any(frame.filename.endswith("lowmem/streaming/block.py") for frame in frames)
+        # What is asked before a visit is asked in the same file.
+        names = {frame.name for frame in frames if frame.filename.endswith("lowmem/streaming/block.py")}
+        in_block = bool(names) and "_prepare_masks" not in names
         moves_bytes = type(threading.current_thread()).__name__ == "WorkerThread"
         kind = "wait in the background" if moves_bytes else "wait in a block" if in_block else "wait"
     places[kind, what, _place(frames)] += 1

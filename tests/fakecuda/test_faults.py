@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.streaming.boundary import DiskBoundaries, StoredBoundary
-from lowmem.streaming.boundary_tiers import GpuDiskBoundaries
+from lowmem.streaming.boundary import DiskBoundaries, HostBoundaries, StoredBoundary
+from lowmem.streaming.boundary_tiers import GpuDiskBoundaries, GpuHostBoundaries
 from offload.device import CopyStream, CudaDevice
 from offload.pipeline import Pipeline
 from offload.transfer import Transfer
@@ -204,6 +204,21 @@ def test_a_fault_between_disk_and_device_is_reported(
 ) -> None:
     fault(monkeypatch)
     assert seen_races(folder, Step(boundary="disk"), tmp_path)
+
+
+def buffers_go_while_they_are_copied(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GpuHostBoundaries, "close", HostBoundaries.close)
+    patch.setattr(CopyStream, "synchronize", lambda self: None)
+
+
+def test_page_locked_memory_that_goes_while_it_is_copied_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.fakecuda import simulated_gpu
+
+    buffers_go_while_they_are_copied(monkeypatch)
+    tier = GpuHostBoundaries(torch.device("cuda"))
+    tier.keep(torch.ones(64, device="cuda")).release()
+    tier.keep(torch.ones(4096, device="cuda"))
+    assert simulated_gpu.simulator.races()
 
 
 def test_nothing_is_reported_of_what_is_right(folder: Path, tmp_path: Path) -> None:

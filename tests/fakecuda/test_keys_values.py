@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowmem.generation.cache import GrowingLayer
+from lowmem.generation.cache import GrowingLayer, _PinnedMemory
 from tests.fakecuda import test_faults as faults
 
 pytestmark = pytest.mark.gpu
@@ -69,7 +69,12 @@ def test_the_host_waits_only_where_memory_is_replaced() -> None:
 
 
 # What is appended is brought back at once on the same stream, which orders the rest of what could go wrong.
+def memory_is_replaced_while_it_is_copied(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_PinnedMemory, "wait", lambda self: None)
+
+
 KEY_VALUE_FAULTS = [
+    memory_is_replaced_while_it_is_copied,
     faults.values_are_copied_down_before_they_are_computed,
     faults.blocks_compute_from_values_that_have_not_come,
 ]
@@ -85,7 +90,7 @@ def test_a_fault_of_keys_and_values_on_the_host_is_reported(
 
     fault(monkeypatch)
     layer = GrowingLayer(max_tokens=700, on_host=True)
-    for _ in range(3):
-        keys, _ = layer.update(*(torch.randn(3, 2, 8, 4, device="cuda") * 2 for _ in range(2)))
+    for num_tokens in (8, 8, 300):
+        keys, _ = layer.update(*(torch.randn(3, 2, num_tokens, 4, device="cuda") * 2 for _ in range(2)))
         keys.sum()
     assert simulated_gpu.simulator.races()

@@ -97,7 +97,7 @@ class CausalMask:
     def evaluate(self, queries: range, keys: range) -> Tensor:
         """The mask of a tile: bool, (sequences, 1, queries, keys), True where a query sees a key."""
         device = self.rule.device
-        batch = self._rows_on_device()
+        batch = self.rows_on_device()
         query = torch.arange(queries.start, queries.stop, device=device).view(1, 1, -1, 1)
         key = torch.arange(keys.start, keys.stop, device=device).view(1, 1, 1, -1)
         seen = self.rule.allowed(batch, torch.zeros_like(batch[:1]), query, key)
@@ -138,7 +138,8 @@ class CausalMask:
     def _rows_key(self) -> tuple[int, ...]:
         return tuple(self.rows.flatten().tolist())
 
-    def _rows_on_device(self) -> Tensor:
+    def rows_on_device(self) -> Tensor:
+        """Numbers of its sequences on the device, (sequences, 1, 1, 1); the host does not wait for it."""
         key, kept = self._rows_key(), self.rule.rows
         if key not in kept:
             rows = self.rows.flatten()
@@ -215,7 +216,7 @@ def is_causal(mask: CausalMask) -> bool:
         return True
     device = mask.rule.device
     query = torch.arange(mask.num_tokens - 1, device=device).view(1, 1, -1, 1)
-    batch = mask.rows.to(device).view(-1, 1, 1, 1)
+    batch = mask.rows_on_device()
     return not bool(mask.rule.allowed(batch, torch.zeros_like(batch[:1]), query, query + 1).any())
 
 

@@ -81,7 +81,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("limit_bytes", [] { Hold held; return W.limit_bytes; }, no_gil);
   m.def("reset_peak", [] { Hold held; W.peak_bytes = W.allocated_bytes; }, no_gil);
   m.def("host_register", [](uintptr_t p, size_t nbytes) { Hold held; W.pinned[(char*)p] = nbytes; return 0; }, no_gil);
-  m.def("host_unregister", [](uintptr_t p) { Hold held; return W.pinned.erase((char*)p) ? 0 : 713; }, no_gil);
+  m.def("host_unregister", [](uintptr_t p) {
+    size_t nbytes = 0;
+    {
+      Hold held;
+      auto found = W.pinned.find((char*)p);
+      if (found == W.pinned.end()) return 713;
+      nbytes = found->second;
+      W.pinned.erase(found);
+    }
+    // Whoever gives memory back may write to it next.
+    host_access((char*)p, nbytes, true, "cudaHostUnregister");
+    return 0;
+  }, no_gil);
 
   // Random numbers and streams.
   m.def("default_generator", [] { return default_generator(); });

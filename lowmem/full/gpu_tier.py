@@ -1,0 +1,355 @@
+"""State of full tuning in RAM, blocks computed on a GPU: weights go up through its ring, gradients come down as made.
+
+The fp32 masters, moments and accumulated gradients are the host's. A block's weights are copied into page-locked memory
+and from there into a slot on the device, ahead of its visit, by the scheduler that streams frozen blocks. A weight's
+gradient is copied down while autograd goes on, through page-locked memory that holds those of two blocks, and a thread
+adds it to what is accumulated. Updates run on the processor, unit by unit; a block's next fetch follows its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from lowmem.full.chunks import NewestBlocks, block_spec
+from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, UnitLayout
+from lowmem.full.tier import WEIGHT, Contribution, MemoryTier
+from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING
+from offload import (
+    CopyStream,
+    Placement,
+    PlacementPlan,
+    Scheduler,
+    StagingBuffer,
+    Trace,
+    Transfer,
+    WorkerThread,
+    open_device,
+    round_up,
+)
+
+_ALIGN_BYTES = 256
+
+
+class GpuMemoryTier(MemoryTier):
+    """Keeps state in RAM for blocks that a GPU computes.
+
+    Args:
+        layouts: The units, blocks first.
+        live: Flat views of the weights that the model itself holds on the device, by unit.
+        num_blocks: How many of the units are blocks.
+        device: The GPU.
+        num_slots: Blocks that are on the device at a time.
+        num_passes: Visits of each block in one optimizer step.
+        trace: Where copies and stalls are recorded.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[UnitLayout],
+        *,
+        live: Mapping[int, Tensor],
+        num_blocks: int,
+        device: torch.device,
+        num_slots: int,
+        num_passes: int,
+        trace: Trace,
+    ) -> None:
+        super().__init__(layouts, live={})
+        self._on_device = dict(live)
+        self._num_blocks = num_blocks
+        for index, weight in live.items():
+            self.weight(index)[: weight.numel()].copy_(weight)
+        blocks = self.layouts[:num_blocks]
+        block_bytes = tuple(ELEMENT_BYTES * layout.numel for layout in blocks)
+        self._landing = GradientLanding(device, nbytes=NUM_LANDING_BLOCKS * max(block_bytes))
+        self._lifts = MasterLifts()
+        self._scheduler = Scheduler(
+            # No file has this name: what the scheduler reads are the masters.
+            [block_spec(layout, Path("/masters")) for layout in blocks],
+            plan=PlacementPlan(
+                placements=(Placement.STREAMED,) * num_blocks,
+                block_bytes=block_bytes,
+                device_is_host=False,
+                num_staging=NUM_MASTER_STAGING,
+                num_slots=num_slots,
+                num_passes=num_passes,
+            ),
+            reader=NewestBlocks(blocks, self._lift),
+            device=open_device(device),
+            trace=trace,
+        )
+
+    @contextmanager
+    def lend(self, index: int) -> Iterator[Tensor]:
+        """See `StateTier.lend`: a slot of the device's ring."""
+        with self._scheduler.resident(index) as tensors:
+            yield tensors[WEIGHT]
+
+    def expect(self, order: Sequence[int]) -> None:
+        self._scheduler.expect(order)
+
+    @contextmanager
+    def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
+        """See `StateTier.accumulating`. Gradients of the device land later; whoever needs them waits."""
+        with super().accumulating(index, adds=adds, stays=stays) as keep:
+
+            def take(one: Contribution) -> None:
+                if one.value.device.type == "cpu":
+                    self._landing.finish()
+                    keep(one)
+                else:
+                    self._landing.put(one, keep)
+
+            yield take
+
+    def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
+        self._landing.finish()
+        return super().read_gradient(index, place)
+
+    def gradient_norm(self, index: int, place: ParamPlace) -> Tensor:
+        self._landing.finish()
+        return super().gradient_norm(index, place)
+
+    def clear_gradient(self, index: int, place: ParamPlace) -> None:
+        self._landing.finish()
+        super().clear_gradient(index, place)
+
+    def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
+        """See `StateTier.update`: at once, on the processor; what the device has of the unit is replaced."""
+        self._landing.finish()
+        if gradient is not None:
+            down = torch.zeros(self.layouts[index].numel)
+            down[: gradient.numel()].copy_(gradient)
+            gradient = down
+        super().update(index, segments, gradient)
+        self._replace(index)
+
+    def change(
+        self,
+        index: int,
+        place: ParamPlace,
+        run: Callable[[Tensor, Tensor], None],
+        *,
+        gradient: Tensor | None,
+        scales: Sequence[float],
+        upcoming: tuple[int, ParamPlace] | None,
+    ) -> None:
+        self._landing.finish()
+        down = None if gradient is None else gradient.to(device="cpu", dtype=torch.float32)
+        super().change(index, place, run, gradient=down, scales=scales, upcoming=upcoming)
+        self._replace(index)
+
+    def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
+        super().write(index, field, place, value)
+        if field == WEIGHT:
+            self._replace(index)
+
+    def reset(self) -> None:
+        self._scheduler.reset()
+
+    def memory(self) -> dict[str, int]:
+        return {
+            **super().memory(),
+            **self._scheduler.memory(),
+            "gradient_buffer_bytes": self._landing.held_bytes,
+        }
+
+    def close(self) -> None:
+        """Stop the transfers and release all buffers."""
+        self._scheduler.close()
+        self._lifts.close()
+        self._landing.close()
+        self._on_device.clear()
+        super().close()
+
+    def _replace(self, index: int) -> None:
+        """Bring a unit's newest weight to the device: now, or for a block when it is visited next."""
+        if index < self._num_blocks:
+            # After the master has changed: what is being read of it meanwhile is dropped.
+            self._scheduler.invalidate((index,))
+        elif index in self._on_device:
+            weight = self._on_device[index]
+            weight.copy_(self.weight(index)[: weight.numel()])
+
+    def _lift(self, index: int, into: Tensor) -> Transfer:
+        """Start copying a block's master weight into a staging buffer; called by the scheduler's thread."""
+        master = self.weight(index)
+        target = into.view(torch.float32)[: master.numel()]
+        return self._lifts.start(self.layouts[index].name, partial(target.copy_, master), memory=into)
+
+
+class MasterLifts:
+    """A thread that copies masters into staging buffers, one after the other."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[Transfer, Callable[[], object]] | None] = SimpleQueue()
+        self._thread = WorkerThread(target=_carry_out, args=(self._queue,), name="master-lifts")
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, self._queue.put, None)
+
+    def start(self, name: str, run: Callable[[], object], *, memory: Tensor) -> Transfer:
+        """Have something done in the thread."""
+        transfer = Transfer(name, nbytes=memory.numel(), num_pieces=1, memory=memory)
+        self._queue.put((transfer, run))
+        return transfer
+
+    def close(self) -> None:
+        """End the thread once all has been done. Twice is fine."""
+        self._finalizer()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+def _carry_out(queue: SimpleQueue[tuple[Transfer, Callable[[], object]] | None]) -> None:
+    """Body of a thread that carries out transfers within memory."""
+    while (item := queue.get()) is not None:
+        transfer, run = item
+        error: BaseException | None = None
+        transfer.begin_piece()
+        try:
+            run()
+        # Whatever it is belongs to the thread that waits.
+        except BaseException as caught:  # noqa: BLE001
+            error = caught
+        transfer.finish_piece(error)
+        # Waiting for the next one, this frame must not keep a buffer alive.
+        del item, transfer, run, error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Landed:
+    """A gradient that has come down, or is coming."""
+
+    copied: torch.cuda.Event
+    one: Contribution
+    keep: Callable[[Contribution], None]
+    end: int
+
+
+class GradientLanding:
+    """Brings weights' gradients down while autograd goes on, and has a thread add them up in the order they came.
+
+    Args:
+        device: The GPU.
+        nbytes: Size of the page-locked memory that they pass; at least that of any two.
+    """
+
+    def __init__(self, device: torch.device, *, nbytes: int) -> None:
+        self._device, self._nbytes = device, nbytes
+        self._state = _LandingState()
+        self._buffer: StagingBuffer | None = None
+        self._copies: CopyStream | None = None
+        self._start = 0
+        self._thread = WorkerThread(target=_land, args=(self._state,), name="gradient-landing")
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, self._state.queue.put, None)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of page-locked memory; none before the first gradient."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def put(self, one: Contribution, keep: Callable[[Contribution], None]) -> None:
+        """Start copying a gradient; returns at once where there is room.
+
+        Args:
+            one: Its value is on the device and may be dropped.
+            keep: Called with the same on the host, in the thread.
+
+        Raises:
+            Exception: An earlier one could not be kept.
+        """
+        if self._buffer is None or self._copies is None:
+            self._buffer = StagingBuffer(self._nbytes, pin=True, in_children=False)
+            self._copies = CopyStream(self._device)
+        value = one.value.detach().contiguous()
+        place = self._room(value.nbytes)
+        bounce = self._buffer.tensor[place : place + value.nbytes].view(value.dtype).view(value.shape)
+        copied = self._copies.down(value, bounce)
+        landed = _Landed(copied=copied, one=replace(one, value=bounce), keep=keep, end=self._start)
+        with self._state.changed:
+            self._state.on_the_way.append(landed.end)
+        self._state.queue.put(landed)
+
+    def finish(self) -> None:
+        """Wait until everything has been kept.
+
+        Raises:
+            Exception: Something could not be kept.
+        """
+        with self._state.changed:
+            while self._state.on_the_way:
+                self._state.changed.wait()
+            self._state.raise_error()
+
+    def close(self) -> None:
+        """Wait for what is on its way, then give the memory back. Twice is fine."""
+        self._finalizer()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        if self._buffer is not None:
+            self._buffer.close()
+
+    def _room(self, nbytes: int) -> int:
+        """Where the next bytes go: behind the last ones, or at the beginning once these are free."""
+        wanted = round_up(nbytes, _ALIGN_BYTES)
+        if wanted > self._nbytes:
+            raise ValueError(f"a gradient of {nbytes} bytes does not fit into {self._nbytes} bytes")
+        place = self._start % self._nbytes
+        if place + wanted > self._nbytes:
+            # Positions only grow; what is left at the end is skipped.
+            self._start += self._nbytes - place
+            place = 0
+        self._start += wanted
+        with self._state.changed:
+            while self._start - self._state.freed > self._nbytes and self._state.on_the_way:
+                self._state.changed.wait()
+            self._state.raise_error()
+        return place
+
+
+class _LandingState:
+    """What the thread shares with its owner; does not refer to the owner, so that this can be collected."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.queue: SimpleQueue[_Landed | None] = SimpleQueue()
+        self.on_the_way: deque[int] = deque()
+        self.freed = 0
+        """Position up to which memory is free."""
+        self.error: BaseException | None = None
+
+    def raise_error(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+
+def _land(state: _LandingState) -> None:
+    """Body of the thread that adds gradients up."""
+    while (landed := state.queue.get()) is not None:
+        error: BaseException | None = None
+        try:
+            landed.copied.synchronize()
+            landed.keep(landed.one)
+        # Whatever it is belongs to the thread that trains.
+        except BaseException as caught:  # noqa: BLE001
+            error = caught
+        with state.changed:
+            state.error = state.error or error
+            state.on_the_way.popleft()
+            state.freed = landed.end
+            state.changed.notify_all()
+        # Waiting for the next one, this frame must not keep the model's buffers alive.
+        del landed, error

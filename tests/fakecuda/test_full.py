@@ -1,0 +1,196 @@
+"""Every weight trained with the blocks computed on a GPU: against torch's fused AdamW on the model as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
+
+import lowmem
+from lowmem.full.gpu_tier import GradientLanding
+from lowmem.streaming.runtime import runtime_of
+from offload.device import CopyStream, CudaCopy
+from tests.fakecuda import test_faults as faults
+from tests.lowmem.full_training import backward, batches, weights
+from tests.zoo.architectures import build
+
+pytestmark = [
+    pytest.mark.gpu,
+    # torch, of schedulers that are made anew for a resumed optimizer.
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning"),
+]
+NUM_STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("full")
+
+
+def checkpoint(arch: str, root: Path) -> Path:
+    return root / arch if (root / arch).exists() else build(arch, root / arch)
+
+
+def on_gpu(folder: Path) -> PreTrainedModel:
+    budget = lowmem.Budget(device="64MiB", host="64MiB")
+    return lowmem.from_pretrained(folder, tuning="full", budget=budget, device="cuda").train()
+
+
+def groups(model: PreTrainedModel) -> list[dict[str, Any]]:
+    params = list(model.named_parameters())
+    return [
+        {"params": [param for _, param in params if param.ndim > 1], "weight_decay": 0.1},
+        {"params": [param for _, param in params if param.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, parts: int, steps: range) -> list[float]:
+    """Clipped at 0.5, a cosine schedule, `parts` micro-steps for each step; the losses."""
+    schedule = get_cosine_schedule_with_warmup(optimizer, 3, NUM_STEPS)
+    for _ in range(steps.start):
+        schedule.step()
+    data, losses = batches(NUM_STEPS * parts), []
+    for step in steps:
+        for ids in data[step * parts : (step + 1) * parts]:
+            losses.append(backward(model, ids.to(model.device), parts=parts))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_twenty_steps_are_those_of_a_resident_model(arch: str, parts: int, root: Path) -> None:
+    if arch != "llama" and parts != 1:
+        pytest.skip("accumulation knows nothing of architectures")
+    folder = checkpoint(arch, root)
+    ours = on_gpu(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to("cuda")
+    found = train(ours, lowmem.optim.AdamW(groups(ours), lr=3e-3), parts=parts, steps=range(NUM_STEPS))
+    wanted = train(theirs, torch.optim.AdamW(groups(theirs), lr=3e-3, fused=True), parts=parts, steps=range(NUM_STEPS))
+    assert found == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    expected = weights(theirs)
+    for name, value in weights(ours).items():
+        torch.testing.assert_close(value.cpu(), expected[name].cpu(), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(root: Path, tmp_path: Path) -> None:
+    folder = checkpoint("llama", root)
+
+    def optimizer_of(model: PreTrainedModel) -> torch.optim.Optimizer:
+        return lowmem.optim.AdamW(groups(model), lr=3e-3)
+
+    whole = on_gpu(folder)
+    train(whole, optimizer_of(whole), parts=1, steps=range(6))
+    first = on_gpu(folder)
+    optimizer = optimizer_of(first)
+    train(first, optimizer, parts=1, steps=range(3))
+    first.save_pretrained(tmp_path / "saved")
+    state = optimizer.state_dict()
+    second = on_gpu(tmp_path / "saved")
+    resumed = optimizer_of(second)
+    resumed.load_state_dict(state)
+    train(second, resumed, parts=1, steps=range(3, 6))
+    expected = weights(whole)
+    for name, value in weights(second).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_gradients_and_weights_are_read_and_written_as_those_of_any_model(root: Path) -> None:
+    model = on_gpu(checkpoint("llama", root))
+    name, param = next((name, param) for name, param in model.named_parameters() if "q_proj" in name)
+    backward(model, batches(1)[0].cuda())
+    assert param.grad is not None
+    assert param.grad.device == param.device == model.device
+    norm = torch.linalg.vector_norm(param.grad)
+    assert torch.allclose(norm, param.grad.clone().norm())
+    with torch.no_grad():
+        param.mul_(0)
+    assert not param.detach().clone().any()
+    changed = backward(model, batches(1)[0].cuda())
+    memory = runtime_of(model).memory()
+    assert memory["gradient_buffer_bytes"] > 0
+    assert changed == changed
+    assert name in dict(model.named_parameters())
+
+
+def test_the_host_waits_for_no_gradient_inside_a_block(root: Path) -> None:
+    if torch.cuda.get_device_name() != "Simulated GPU":
+        pytest.skip("a real GPU does not count waits")
+    from tests.fakecuda import simulated_gpu
+
+    model = on_gpu(checkpoint("llama", root))
+    train(model, lowmem.optim.AdamW(groups(model), lr=1e-3), parts=2, steps=range(2))
+    assert not [place for kind, *place in simulated_gpu.places if kind == "wait in a block"]
+
+
+@pytest.fixture
+def _late() -> Iterator[None]:
+    if torch.cuda.get_device_name() != "Simulated GPU":
+        pytest.skip("a real GPU does not report races")
+    from tests.fakecuda import simulated_gpu
+
+    before = simulated_gpu.set_lag(10.0)
+    yield
+    torch.cuda.synchronize()
+    simulated_gpu.set_lag(before)
+
+
+class _Nothing:
+    def synchronize(self) -> None:
+        return
+
+
+def gradients_are_added_before_they_have_come(patch: pytest.MonkeyPatch) -> None:
+    down = CopyStream.down
+
+    def at_once(self: CopyStream, value: torch.Tensor, into: torch.Tensor) -> Any:
+        down(self, value, into)
+        return _Nothing()
+
+    patch.setattr(CopyStream, "down", at_once)
+
+
+def gradients_come_into_memory_that_is_added_up(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GradientLanding, "_room", lambda self, nbytes: 0)
+
+
+def weights_are_lifted_into_what_is_being_copied(patch: pytest.MonkeyPatch) -> None:
+    # A staging buffer is free again as soon as its copy was begun.
+    patch.setattr(CudaCopy, "done", lambda self: True)
+    patch.setattr(CudaCopy, "times_ns", lambda self: (0, 0))
+
+
+FULL_FAULTS: list[faults.Break] = [
+    gradients_are_added_before_they_have_come,
+    gradients_come_into_memory_that_is_added_up,
+    weights_are_lifted_into_what_is_being_copied,
+    faults.values_are_copied_down_before_they_are_computed,
+    faults.memory_is_given_out_while_it_is_copied_down,
+    faults.visits_do_not_wait_for_their_copy,
+]
+
+
+@pytest.mark.racy
+@pytest.mark.usefixtures("_late")
+@pytest.mark.parametrize("fault", FULL_FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_of_full_tuning_is_reported(fault: faults.Break, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.fakecuda import simulated_gpu
+
+    fault(monkeypatch)
+    model = on_gpu(checkpoint("llama", root))
+    # What came wrong may be no number at all; that it came wrong is what is looked for.
+    train(model, lowmem.optim.AdamW(groups(model), lr=1e-3), parts=1, steps=range(2))
+    assert simulated_gpu.simulator.races()
+
+
+@pytest.mark.usefixtures("_late")
+def test_nothing_is_reported_of_full_tuning_as_it_is(root: Path) -> None:
+    model = on_gpu(checkpoint("llama", root))
+    train(model, lowmem.optim.AdamW(groups(model), lr=1e-3), parts=2, steps=range(2))
