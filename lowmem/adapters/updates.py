@@ -110,7 +110,7 @@ class LowRank(Update):
         """Sum up the norms of the columns."""
         squares = torch.zeros(self._right.shape[-1], dtype=torch.float64)
         for start, tile in tiles:
-            squares += self._add(tile, start).double().square().sum(dim=0)
+            squares += self._add(tile, start).double().square_().sum(dim=0)
         self._column_norms = squares.sqrt()
 
     def apply(self, tile: Tensor, start: int) -> Tensor:

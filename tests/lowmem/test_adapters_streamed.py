@@ -405,15 +405,7 @@ def test_a_reference_is_never_the_policy_where_peft_keeps_its_flags_elsewhere(
     assert trainer.state.global_step == 1
 
 
-@pytest.mark.parametrize(
-    "on_disk",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(raises=UnsupportedError, strict=False, reason="resizing is refused")
-        ),
-    ],
-)
+@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("saves", [["embed_tokens", "lm_head"], None])
 def test_tokens_added_for_an_adapter_are_trained_saved_and_merged(
     saves: list[str] | None, on_disk: bool, checkpoint: Callable[[str], Path], tmp_path: Path
