@@ -149,14 +149,14 @@ def _compare(model: PreTrainedModel, folder: Path, scratch: Path) -> None:
 
 
 def _in_one_file(folder: Path, target: Path) -> Path:
-    """The same configuration, and the tensors that the index names."""
+    """The same configuration, and the tensors that the index names; a stranger beside them is none of the model's."""
     target.mkdir()
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
     index = folder / "model.safetensors.index.json"
-    shards = sorted(folder.glob("*.safetensors"))
     named = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
+    shards = [folder / file for file in sorted({*named.values()} or {"model.safetensors"})]
     tensors = {
         name: value
         for shard in shards

@@ -309,7 +309,9 @@ def damage_entry(file: Path, rng: random.Random) -> str:
     kind = rng.choice(
         ("remove", "rename", "folder", "fifo", "socket", "link", "loop", "empty", "sparse", "exchange", "linked copy")
     )
-    others = [other for other in file.parent.iterdir() if other != file and other.suffix == file.suffix]
+    # An earlier damage may have left a folder or a FIFO.
+    of_suffix = (other for other in file.parent.iterdir() if other != file and other.suffix == file.suffix)
+    others = [other for other in of_suffix if stat.S_ISREG(other.lstat().st_mode)]
     if kind == "exchange" and others:
         other = rng.choice(sorted(others))
         kept = file.read_bytes()
