@@ -211,13 +211,8 @@ def plan(
 
 
 _PLACES_ITSELF = "weights are placed block by block, within a budget"
-
-
 _QUANTIZES = "packed weights cannot be streamed yet"
-
-
 _HUB = "files come through huggingface_hub, which reads its settings from the environment"
-
 
 # What scripts pass to transformers, why it has no meaning here, and what to write instead.
 _OTHERS = {

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _FAILED = 2
 """Exit status where something was refused or went wrong; 1 is for answers of "no" (`plan`, `doctor`)."""
 
-
 app = typer.Typer(
     help="Fine-tune a model that fits in neither device memory nor RAM.",
     add_completion=True,
@@ -47,20 +46,10 @@ def _options(
 
 
 Model = Annotated[str, typer.Argument(help="Local folder, or hub id, of a safetensors checkpoint.")]
-
-
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
-
-
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")]
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
 ComputeOn = Annotated[str | None, typer.Option(help="Compute device: cpu or cuda; the GPU if there is one.")]
-
-
 ComputeIn = Annotated[str | None, typer.Option(help="Compute dtype; float32 on a CPU.")]
 
 

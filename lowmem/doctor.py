@@ -77,11 +77,7 @@ def probe_lines(files: Sequence[Path], *, device: torch.device, dtype: torch.dty
 
 
 _NEEDED_TO_TRAIN = ("torch", "safetensors", "transformers", "peft", "trl", "accelerate", "datasets")
-
-
 _SMALL_RAM_BYTES = 1 << 30
-
-
 _SLOW_DISK_BYTES_PER_S = 3e8
 
 

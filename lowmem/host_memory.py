@@ -26,8 +26,6 @@ from torch.overrides import TorchFunctionMode
 from offload import StagingBuffer
 
 _LARGE_BYTES = 1 << 20
-
-
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -105,8 +103,6 @@ def give_back_freed() -> None:
 
 # A single row is a product with a vector, which uses all cores.
 _FEWEST_ROWS, _MOST_ROWS = 2, 128
-
-
 _FEWEST_WEIGHTS = 1 << 20
 
 

@@ -29,7 +29,6 @@ from lowmem.internals.peft import embed, embed_scale
 # Converted weight held at a time where the weight is not stored in the type that the norm is computed in.
 _TILE_BYTES = 16 << 20
 
-
 # A squared norm below this part of its positive terms has lost digits to cancellation: compute that row directly.
 _CANCELLED = 1 / 16
 

@@ -46,24 +46,17 @@ _TILE_BYTES = 2 << 20
 # the same (fp32 matrices of 28672 columns).
 _TILE_ROWS = 32
 
-
 _QUIET_S = 5.0
 """Seconds after which a merge shows how far it is."""
-
 
 _TOLD_LOSS = 0.01
 """Part of the adapter's change that may be lost to rounding without a word."""
 
-
 _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
-
-
 _ADAPTER_CONFIG = "adapter_config.json"
-
 
 # What names code of the repository in the configurations of models, tokenizers and pipelines.
 _CODE_FIELDS = ("auto_map", "custom_pipelines")
-
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -42,10 +42,7 @@ if TYPE_CHECKING:
 
 
 _ADAPTER = "default"
-
-
 _TILED_TYPES = frozenset({"LORA", "LN_TUNING", "TRAINABLE_TOKENS"})
-
 
 # PEFT's own merge of one whole layer is used for these. Each is compared with merge_and_unload in the tests.
 _WHOLE_LAYER_TYPES = words(
@@ -53,26 +50,15 @@ _WHOLE_LAYER_TYPES = words(
     SHIRA SUPERTUNING UNILORA VBLORA VERA WAVEFT"""
 )
 
-
 _RESIDENT = "PEFT's merge_and_unload on a model that is in memory"
-
-
 _CONFIG_NAME, _WEIGHTS_NAME, _PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-
-
 _MAX_CONFIG_BYTES = 16 << 20
-
-
 _PART_ELEMENTS = 1 << 20
-
 
 # Words in the names of numbers that are no sizes, and a size that no adapter's file needs to vouch for.
 _NO_SIZES = ("seed", "prng", "step", "tinit", "tfinal", "alpha")
 _ANY_SIZE = 1 << 16
-
-
 _SAVE_AGAIN = "save the adapter again, or download it again"
-
 
 # What PEFT raises for values of a configuration that it did not expect, and for tensors that do not fit.
 _RAW_ERRORS = (

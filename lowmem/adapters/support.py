@@ -35,7 +35,6 @@ _EXACT_TYPES = words(
     VERA WAVEFT"""
 )
 
-
 _LORA = "LoraConfig, with use_dora or use_rslora if wanted"
 
 
@@ -46,13 +45,8 @@ class _Refusal:
 
 
 _CHANGES_BASE = "it replaces the base weights by what is left of them, and streamed base weights are never written"
-
-
 _LOST_HOOKS = "it reaches the layers through hooks that are gone when backward computes a block again"
-
-
 _PREFIX = "it puts trained keys and values before the sequence, whose gradient would be lost between blocks"
-
 
 _REFUSED_TYPES: Mapping[str, _Refusal] = {
     "PREFIX_TUNING": _Refusal(reason=_PREFIX, instead=f"PromptTuningConfig, or {_LORA}"),
@@ -63,7 +57,6 @@ _REFUSED_TYPES: Mapping[str, _Refusal] = {
     "POLY": _Refusal(reason=_LOST_HOOKS, instead=_LORA),
 }
 
-
 # Every value of these is exact.
 _FREE_LORA_FIELDS = words(
     """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
@@ -71,7 +64,6 @@ _FREE_LORA_FIELDS = words(
     rank_pattern alpha_pattern megatron_core trainable_token_indices eva_config corda_config lora_ga_config loftq_config
     qalora_group_size use_dora lora_bias target_parameters use_bdlora ensure_weight_tying"""
 )
-
 
 # These must keep their default.
 _REFUSED_LORA_FIELDS: Mapping[str, _Refusal] = {
@@ -100,13 +92,9 @@ _REFUSED_LORA_FIELDS: Mapping[str, _Refusal] = {
     "megatron_config": _Refusal(reason="it is for Megatron's parallel layers", instead="leave it out"),
 }
 
-
 # Initialisations that take the adapter's first value away from the base weights.
 CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
 _EXACT_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
-
 
 _INIT_INSTEAD = (
     "init_lora_weights=True, 'orthogonal', 'eva' or 'mica', which leave the base weights alone; or start from a "

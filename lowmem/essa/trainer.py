@@ -79,7 +79,6 @@ class ESSAConfig:
 
 Row = dict[str, object]
 
-
 RewardFunction = Callable[..., Sequence[float | None]]
 """As in TRL: called with prompts, completions, completion_ids and the data set's columns, by keyword."""
 

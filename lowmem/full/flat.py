@@ -20,10 +20,8 @@ from offload import round_up
 ELEMENT_BYTES = 4
 """All buffers are fp32."""
 
-
 _ALIGN_ELEMENTS = 16
 """A cache line of fp32: vector instructions cover a parameter from its first element on."""
-
 
 PAGE_ELEMENTS = 1024
 """A page of fp32: buffers end on one, so that they can be read and written past the page cache."""

@@ -12,8 +12,6 @@ from lowmem.full.tier import Contribution, StateTier
 from lowmem.internals.stand_in import Operator, StandIn
 
 _SCALING = frozenset(("mul_", "_foreach_mul_"))
-
-
 _NORMS = frozenset(("linalg_vector_norm", "_foreach_norm"))
 
 

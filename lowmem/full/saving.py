@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 FOLDER = "optimizer_state"
 """Name of the folder in a checkpoint that holds a folder of moments, by its identifier, for each saved state."""
 
-
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 _IDENTIFIER = re.compile(r"[0-9a-f]{32}")
 _BESIDE = ".saving-"

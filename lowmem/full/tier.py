@@ -18,7 +18,6 @@ from offload import StagingBuffer
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 
-
 FIELDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 """What a unit keeps from step to step, each a flat fp32 buffer. The gradient is a fourth, within a step."""
 

@@ -20,8 +20,6 @@ from lowmem.streaming.chunking.chunks import InChunks, NotChunkable
 from lowmem.streaming.runtime import ActiveRows
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
 _FUNCTIONAL = ("attention_dropout", "attn_dropout", "hidden_dropout", "activation_dropout", "layerdrop")
 
 

@@ -27,17 +27,11 @@ if TYPE_CHECKING:
 Flags = tuple[bool, str | tuple[str, ...]]
 """Of one adapted module: whether its adapters are disabled, and which are active."""
 
-
 BlockFlags = tuple[Flags, ...]
 """Of a block's adapted modules in `modules()` order."""
 
-
 _DISABLED, _ACTIVE = "_disable_adapters", "_active_adapter"
-
-
 _ASKS = "lowmem_asks_first"
-
-
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

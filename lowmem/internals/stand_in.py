@@ -22,7 +22,6 @@ from lowmem.internals.torch import tree_leaves, tree_map, tree_map_only
 Operator = OpOverload
 """One overload of one of torch's operators, with its schema."""
 
-
 # Their results have the first argument's shape and dtype, and none of its values.
 _NEEDS_NO_VALUES = frozenset(
     """
@@ -31,10 +30,8 @@ _NEEDS_NO_VALUES = frozenset(
     """.split()  # noqa: SIM905 - a table is easier to read than 12 quoted lines
 )
 
-
 # They read a tensor's memory, or would hand it out as it is, without the dispatcher.
 _READS_MEMORY = frozenset(("numpy", "tolist", "__array__", "__dlpack__", "contiguous"))
-
 
 # Of one element of memory that each tensor has to itself.
 _ASKED_OF_REAL_MEMORY = frozenset(("data_ptr", "storage", "is_pinned"))

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "_ChunkedLogProbFunction"
 _HASH = "hash_module"
-
-
 HeadOutputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 

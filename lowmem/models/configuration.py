@@ -25,32 +25,22 @@ if TYPE_CHECKING:
 
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-
-
 _AGAIN = "download the file again"
-
 
 QUANTIZATION = "quantization_config"
 """The field of config.json that says how weights are packed."""
 
-
 _MOST_BYTES = 64 << 20
 """The largest file; that of 200,000 labels has 10 MB."""
-
 
 _MOST_NESTED = 32
 """Objects in objects; transformers copies a configuration recursively."""
 
-
 _MOST_MODULES = 100_000
 """Bounds what is counted out in Python objects before the weights can be looked at."""
 
-
 _COUNTED_OUT = re.compile(r"(?:num|n)_(?:\w+_)?(?:layers?|blocks|heads|experts|labels)")
-
-
 _OBJECTS = re.compile(r"(?:\w+_config|id2label|label2id|auto_map|rope_scaling|rope_parameters|per_layer_config)")
-
 
 _AT_LEAST_ONE = (
     "hidden_size",
@@ -62,9 +52,7 @@ _AT_LEAST_ONE = (
     "vocab_size",
 )
 
-
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
 
 _TOLD_BY = {"Padding_idx": "pad_token_id", "attn_implementation=": "attn_implementation"}
 """Words of torch and transformers about a value, and the field that it comes from."""

@@ -25,7 +25,6 @@ from offload import format_bytes
 
 EVERY_S = 0.5
 
-
 EVERY_S_IN_FILES = 30.0
 """A log file keeps every line."""
 
@@ -35,17 +34,12 @@ def writes_to_file() -> bool:
     # tqdm.auto draws with `notebook_tqdm`, which is the terminal's class outside of notebooks.
     return notebook_tqdm is terminal_tqdm and not sys.stderr.isatty()
 
-
 RATE_WINDOW_S = 3.0
-
 
 BACKWARD_PER_FORWARD = 2.5
 """Guess for the first step: recomputing and two gradients take 3 forwards, waiting for weights as long as 1."""
 
-
 PHASES = ("no_grad", "forward", "backward")
-
-
 PHASE_WORDS = {"no_grad": "no grad", "forward": "forward", "backward": "backward"}
 
 

@@ -111,30 +111,17 @@ def _step_starts(spans: tuple[Span, ...]) -> Iterator[int]:
 
 
 LANE_COLOURS = {"disk": "#4f9d69", "copy": "#9a7bb0", "stall": "#d1495b"}
-
-
 PHASE_COLOURS = {"forward": "#4f7cac", "backward": "#e39b3a", "no_grad": "#8ab6c4"}
-
-
 PHASE_LABELS = {"forward": "forward", "backward": "backward", "no_grad": "forward without gradients"}
-
-
 OTHER_COLOUR = "#aaa49b"
-
-
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 12.0, 3.9, 150
-
-
 MAX_EDGED_BARS = 100
-
 
 LANE_INCHES = 10.7
 """Width of the lanes without their labels, about."""
 
-
 LABEL_POINTS = 7
 """Size of the block numbers."""
-
 
 NAMED_PASS = re.compile(r"(forward|backward|no_grad)\D*(\d+)")
 

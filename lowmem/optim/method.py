@@ -6,39 +6,20 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Projector = Literal["svd", "rsvd", "warm", "gaussian", "columns", "rows", "block"]
-
-
 Inner = Literal["adamw", "adamw8bit", "adafactor", "sgd"]
-
-
 Side = Literal["std", "reverse_std", "left", "right"]
-
-
 AtRefresh = Literal["keep", "reset", "rotate"]
-
-
 Residual = Literal["none", "sign", "sgd", "fira"]
-
-
 ScaleGradient = Literal["none", "channel", "tensor"]
-
-
 Limiter = Literal["none", "norm_growth", "update_rms"]
-
-
 Writer = Literal["fp32", "stochastic", "kahan", "nearest"]
-
-
 BlockOrder = Literal["random", "sample", "ascending", "descending", "fixed"]
-
 
 # Projectors whose basis is read off the gradient and kept; the others follow from a seed.
 FROM_GRADIENT = ("svd", "rsvd", "warm")
 
-
 # Projectors that pick a fraction of coordinates or blocks instead of a rank.
 BY_DENSITY = ("columns", "rows", "block")
-
 
 _CHOICES = {
     "projector": get_args(Projector),

@@ -23,8 +23,6 @@ from lowmem.optim.rule import Hyper, Place, Rule, State
 
 # "model.layers.3.": everything up to the first number in a parameter's name.
 _BLOCK = re.compile(r"^(?:[^.]+\.)*?\d+\.")
-
-
 Group = dict[str, object]
 
 

@@ -36,11 +36,7 @@ def round_to_bf16(values: Tensor, source: torch.Generator) -> Tensor:
 
 
 BLOCK_VALUES = 256
-
-
 _SIGNED_LEVELS = 127
-
-
 _UNSIGNED_LEVELS = 255
 
 
@@ -81,8 +77,6 @@ def _blocks(flat: Tensor) -> Tensor:
 
 # Below this, 8 bits would save nothing worth its error.
 SMALLEST_8BIT_VALUES = 4096
-
-
 STATE_DTYPES = ("fp32", "bf16", "8bit")
 
 
@@ -119,8 +113,6 @@ def write_moment(state: State, name: str, value: Tensor, *, seed: int) -> None:
 
 
 WRITERS = ("fp32", "stochastic", "kahan", "nearest")
-
-
 _SALT = 0x57
 
 

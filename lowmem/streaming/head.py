@@ -24,7 +24,6 @@ from lowmem.streaming.recompute import sum_dtype
 
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
-
 _FEW_ROWS = 32
 """Rows whose product may have memory of its own, at most 2 MiB of it."""
 
@@ -146,7 +145,6 @@ class TileBuffers:
 
 _ARGMAX_ROWS = 16
 """Rows that are copied at a time to find their maximum's place."""
-
 
 _LOGGED = ("log_sum_sq_probs", "mean_logits", "is_top1")
 

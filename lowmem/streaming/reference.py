@@ -212,10 +212,8 @@ def _placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
 _REMEMBERED = 4
 """Forwards among which one over the same inputs is looked for."""
 
-
 _COLLECTED_BY_LEAD = frozenset({"router_logits"})
 """What a forward may collect and lead another one, which does not; replayed forwards collect nothing."""
-
 
 _MOST_MISSED = 2
 """So often may a second forward run and not be asked for before it always has a pass of its own."""

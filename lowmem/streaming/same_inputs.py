@@ -60,10 +60,8 @@ class ForwardState:
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
-
 _WITHOUT_EFFECT = (*CACHE_NAMES, "use_cache", "output_router_logits")
 """Arguments that change nothing in what a block without a cache computes."""
-
 
 _MAX_DEPTH = 8
 

@@ -116,8 +116,6 @@ def joined_attention(query: Tensor, key: Tensor, value: Tensor, job: AttentionJo
 
 # Bytes of the largest mask that is built whole, to give the very results of the implementation stood in for.
 _DENSE_BYTES = 4 * 1024**2
-
-
 AttentionOutput = tuple[Tensor, Tensor | None]
 
 

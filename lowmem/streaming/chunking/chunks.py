@@ -31,7 +31,6 @@ RunBlock = Callable[[CallArguments], object]
 InChunks = Callable[[RunBlock, CallArguments], object]
 """Runs a block on whole sequences chunk by chunk, handing it a carrier in the cache's place."""
 
-
 # Arguments with one entry per token.
 _PER_TOKEN = frozenset({"position_ids", "position_embeddings", "cache_position", "attention_scaling"})
 

@@ -19,7 +19,6 @@ from lowmem.planning.limits import DENSE_MASK_BYTES
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-
 # Queries of a tile where the rule has to be evaluated: few enough that a tile is skipped or whole more often than not.
 _QUERY_TOKENS = 512
 
