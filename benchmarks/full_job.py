@@ -22,6 +22,7 @@ import lowmem
 from benchmarks.memory_limit import peak_rss_bytes
 from benchmarks.sft_job import StepMeter
 from lowmem.full import update_in_backward
+from lowmem.monitoring.timeline import StepTimeline
 from lowmem.streaming.runtime import runtime_of
 
 Mode = Literal["plain", "host", "disk"]
@@ -83,7 +84,10 @@ def run(job: FullJob, *, lockstep: bool = False) -> dict[str, object]:
     if plan is not None:
         runtime = runtime_of(model)
         report["memory"] = runtime.memory()
-        report["lanes_s"] = {lane: total.busy_s for lane, total in runtime.trace.totals().items()}
+        spans = runtime.trace.spans()
+        start_ns, end_ns = spans[0].start_ns, max(span.end_ns for span in spans)
+        whole_run = StepTimeline(step=0, start_ns=start_ns, end_ns=end_ns, spans=spans, passes=())
+        report["lanes_s"] = {lane: whole_run.busy_s(lane) for lane in sorted({span.lane for span in spans})}
         runtime.close()
     return report
 

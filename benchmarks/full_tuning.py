@@ -30,6 +30,7 @@ from benchmarks.memory_limit import LimitUnavailable
 from benchmarks.raw_disk import best_setting, read_raw, write_raw
 from lowmem.full.flat import ParamUpdate, Segment, lay_out_unit
 from lowmem.full.tier import MemoryTier
+from lowmem.optim.rule import Hyper
 from offload.budget import parse_bytes
 
 BENCHMARK = "full_tuning"
@@ -198,7 +199,7 @@ def update(arguments: argparse.Namespace) -> None:
     ]
     numel = sum(layout.numel for layout in layouts)
     tier = MemoryTier(layouts, live={})
-    settings = {"lr": 1e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "step": 10}
+    hyper = Hyper(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clock=9)
     flat = [torch.zeros(numel).uniform_(-1, 1) for _ in range(4)]
     flat[3].abs_()
     for index, layout in enumerate(layouts):
@@ -212,7 +213,7 @@ def update(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
 
     def tiered(scales: tuple[float, ...]) -> None:
-        change = ParamUpdate(**settings, scales=scales)  # type: ignore[arg-type]
+        change = ParamUpdate(hyper=hyper, step=10, scales=scales)
         for index, layout in enumerate(layouts):
             tier.update(index, [Segment(start=0, stop=layout.numel, update=change)], None)
 

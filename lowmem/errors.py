@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 
 class UnsupportedError(ValueError):
     """An option, architecture or file that is not supported, said before anything loads.
@@ -17,3 +19,14 @@ class UnsupportedError(ValueError):
         self.option = option
         self.reason = reason
         self.instead = instead
+
+
+def untested(package: str, reason: str) -> UnsupportedError:
+    """The refusal of another package's installed version, in which something that is needed is otherwise.
+
+    Args:
+        package: Its name on PyPI.
+        reason: What is otherwise, and what would go wrong.
+    """
+    instead = f"a version of {package} that README names as tested"
+    return UnsupportedError(f"{package} {version(package)}", reason=reason, instead=instead)

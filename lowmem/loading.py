@@ -34,7 +34,7 @@ from lowmem.internals.trl import hash_by_fingerprint, trainers_are_imported
 from lowmem.internals.trl import install as install_head
 from lowmem.models.absent import GatheredEmbedding, read_now
 from lowmem.models.blocks import can_chunk
-from lowmem.models.build import Skeleton, StreamedBlock, Unpacker, fill
+from lowmem.models.build import Skeleton, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding
 from lowmem.models.whole import install_resizing
 from lowmem.planning.planner import bare_shapes
@@ -142,7 +142,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         )
         stack.callback(reader.close)
         trace = Trace()
-        tables = _Weights(built.blocks, built, reader=reader, device=device)
+        tables = _Weights(built, reader=reader, device=device)
         masters = Masters() if plan.job.tuning == "full" else None
         gathered = gatherable_embedding(built) if plan.embedding_on_disk else None
         model = fill(
@@ -355,11 +355,9 @@ class _FrozenExperts:
 class _Weights:
     """Reads one parameter's true values, for code that looks at an absent weight outside a visit."""
 
-    def __init__(
-        self, blocks: tuple[StreamedBlock, ...], built: Skeleton, *, reader: FileIO, device: torch.device
-    ) -> None:
+    def __init__(self, built: Skeleton, *, reader: FileIO, device: torch.device) -> None:
         self._recipes = built.mapping.recipes
-        self._dtypes = {slot.key: slot.dtype for streamed in blocks for slot in streamed.slots}
+        self._dtypes = {slot.key: slot.dtype for streamed in built.blocks for slot in streamed.slots}
         self._default = built.model.dtype
         self._reader, self._device = reader, device
 

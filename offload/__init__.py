@@ -41,7 +41,7 @@ from offload.errors import (
     TierFull,
     WriteError,
 )
-from offload.files.checkpoint_swap import listed_weights, replacing_checkpoint
+from offload.files.checkpoint_swap import listed_weights, replacing_checkpoint, unfinished_folder
 from offload.files.file import NO_ROOM, open_regular, open_source, sync_folder
 from offload.files.file_io import FileIO
 from offload.files.folder import Folder
@@ -128,6 +128,7 @@ __all__ = [
     "round_up",
     "split_into_shards",
     "sync_folder",
+    "unfinished_folder",
     "unregister_host_memory",
     "verify_store",
     "view_tensor",

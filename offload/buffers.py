@@ -5,18 +5,16 @@ from __future__ import annotations
 import mmap
 import warnings
 import weakref
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from offload.blocks import ALIGNMENT_BYTES, PAGE_BYTES, TensorSpec, round_up
 from offload.budget import format_bytes
-from offload.errors import Closed
+from offload.errors import Closed, ClosedAfterwards
 
 
-class StagingBuffer:
+class StagingBuffer(ClosedAfterwards):
     """Host memory of an exact size, page-aligned, in huge pages if the system has them, pinned if asked and possible.
 
     It is its own mapping rather than torch's: torch rounds pinned allocations up to powers of two and keeps them. The
@@ -91,14 +89,6 @@ class StagingBuffer:
         self._pinned = False
         if self._finalizer is not None:
             self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def view_tensor(buffer: Tensor, offset: int, *, spec: TensorSpec) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 
 class OffloadError(RuntimeError):
@@ -41,27 +44,26 @@ class SourceChanged(OffloadError):
         self.file = file
 
 
-class ReadError(OffloadError):
-    """The operating system could not read a range of a file.
+class _RangeError(OffloadError):
+    """The operating system refused a range of a file."""
 
-    Args:
-        file: The file in question.
-        offset_bytes: Where in the file the failing request began.
-        nbytes: How many bytes it asked for.
-        reason: What the operating system said.
-    """
+    _doing = _remedy = ""
 
     def __init__(self, file: Path, *, offset_bytes: int, nbytes: int, reason: str) -> None:
-        super().__init__(
-            f"{file}: reading {nbytes} bytes at offset {offset_bytes} failed: {reason}; "
-            "check the disk (dmesg, smartctl), then resume from the last checkpoint"
-        )
+        what = f"{self._doing} {nbytes} bytes at offset {offset_bytes} failed"
+        super().__init__(f"{file}: {what}: {reason}; check the disk (dmesg, smartctl){self._remedy}")
         self.file = file
         self.offset_bytes = offset_bytes
         self.nbytes = nbytes
 
 
-class WriteError(OffloadError):
+class ReadError(_RangeError):
+    """The operating system could not read a range of a file; arguments as `WriteError`."""
+
+    _doing, _remedy = "reading", ", then resume from the last checkpoint"
+
+
+class WriteError(_RangeError):
     """The operating system could not write a range of a file, or could not bring it to the disk.
 
     Args:
@@ -71,14 +73,7 @@ class WriteError(OffloadError):
         reason: What the operating system said.
     """
 
-    def __init__(self, file: Path, *, offset_bytes: int, nbytes: int, reason: str) -> None:
-        super().__init__(
-            f"{file}: writing {nbytes} bytes at offset {offset_bytes} failed: {reason}; "
-            "check the disk (dmesg, smartctl) or write to another one (Budget.disk)"
-        )
-        self.file = file
-        self.offset_bytes = offset_bytes
-        self.nbytes = nbytes
+    _doing, _remedy = "writing", " or write to another one (Budget.disk)"
 
 
 class BudgetError(OffloadError):
@@ -115,3 +110,19 @@ class FolderInUse(OffloadError):
 
 class Closed(OffloadError):
     """The reader, scheduler or buffer was closed before or while this was asked of it."""
+
+
+class ClosedAfterwards(ABC):
+    """Something that is closed at the end of its ``with``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back; whoever waits for it gets `Closed`. May be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -11,15 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
 from offload.blocks import BlockLayout, BlockSpec, lay_out
 from offload.buffers import view_tensor
 from offload.device import Copy, Device
-from offload.errors import Closed, OffloadError
+from offload.errors import Closed, ClosedAfterwards, OffloadError
 from offload.pipeline import BlockReader, Pipeline, Slot
 from offload.placement import Placement, PlacementPlan
 from offload.trace import Trace
@@ -281,7 +279,7 @@ class Counters:
     """Seconds that the other visits have waited."""
 
 
-class Scheduler:
+class Scheduler(ClosedAfterwards):
     """Lends blocks to visits, fetching them ahead in the order that it is told to expect.
 
     One thread reads and copies while the visitor computes. Resident and host-cached blocks are read once. The others
@@ -427,14 +425,6 @@ class Scheduler:
         A visit that is waiting gets `Closed`. Tensors of a visit that is going on stay as they are.
         """
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _check_plan(plan: PlacementPlan, layouts: Sequence[BlockLayout], device: Device) -> None:

@@ -10,7 +10,6 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -36,23 +35,11 @@ class Span(NamedTuple):
     """Bytes moved; 0 where nothing moves."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaneTotal:
-    """One lane's spans summed up."""
-
-    num_spans: int
-    """Number of spans."""
-    nbytes: int
-    """Bytes that they moved."""
-    busy_s: float
-    """Seconds in which at least one span was open: overlapping spans count once."""
-
-
 class Trace:
-    """The newest spans of a run, bounded in number, and the totals of all. Any thread may add and read.
+    """The newest spans of a run, bounded in number. Any thread may add and read.
 
     Args:
-        capacity: Spans that are kept, at 40 bytes each; older ones are dropped, and count in the totals only.
+        capacity: Spans that are kept, at 40 bytes each; older ones are dropped.
     """
 
     def __init__(self, capacity: int = 65_536) -> None:
@@ -64,7 +51,6 @@ class Trace:
         self._names: list[str] = []
         self._numbers = array("q")  # start_ns, end_ns and nbytes of each
         self._oldest = 0
-        self._sums: dict[str, _LaneSum] = {}
         self._lock = threading.Lock()
         # Replaced, never changed: add() reads it without the lock.
         self._listeners: tuple[Callable[[Span], None], ...] = ()
@@ -90,10 +76,6 @@ class Trace:
                 self._lanes[at], self._names[at] = lane, name
                 self._numbers[3 * at], self._numbers[3 * at + 1], self._numbers[3 * at + 2] = numbers
                 self._oldest = (at + 1) % self._capacity
-            total = self._sums.get(lane)
-            if total is None:
-                total = self._sums[lane] = _LaneSum()
-            total.add(*numbers)
         for listener in self._listeners:
             listener(Span(lane, name, start_ns, end_ns, nbytes))
 
@@ -128,11 +110,6 @@ class Trace:
                 if since_ns is None or numbers[3 * at + 1] > since_ns
             )
 
-    def totals(self) -> dict[str, LaneTotal]:
-        """All spans so far summed up by lane, also those that are no longer kept."""
-        with self._lock:
-            return {lane: total.so_far() for lane, total in self._sums.items()}
-
     def save(
         self,
         path: str | os.PathLike[str],
@@ -159,43 +136,6 @@ class Trace:
             document["otherData"] = dict(notes)
         with Folder.open(target.parent) as folder:
             folder.put(target.name, json.dumps(document).encode(), mode=0o666)
-
-
-class _LaneSum:
-    """A lane's total, kept up to date span by span in bounded memory."""
-
-    _MOST_INTERVALS = 64
-
-    def __init__(self) -> None:
-        self._num_spans = self._nbytes = self._settled_ns = 0
-        # The newest busy intervals, apart from each other, by time. Spans come by their ends, those of parallel
-        # requests nearly so: what lies before these is over, and only its length is kept.
-        self._recent: list[tuple[int, int]] = []
-        self._settled_to_ns: int | None = None
-
-    def add(self, start_ns: int, end_ns: int, nbytes: int) -> None:
-        self._num_spans += 1
-        self._nbytes += nbytes
-        if self._settled_to_ns is not None:
-            start_ns = max(start_ns, self._settled_to_ns)
-        if end_ns <= start_ns:
-            return
-        recent = self._recent
-        first = len(recent)
-        while first and recent[first - 1][1] >= start_ns:
-            first -= 1
-        last = first
-        while last < len(recent) and recent[last][0] <= end_ns:
-            start_ns, end_ns = min(start_ns, recent[last][0]), max(end_ns, recent[last][1])
-            last += 1
-        recent[first:last] = [(start_ns, end_ns)]
-        if len(recent) > self._MOST_INTERVALS:
-            old_start_ns, self._settled_to_ns = recent.pop(0)
-            self._settled_ns += self._settled_to_ns - old_start_ns
-
-    def so_far(self) -> LaneTotal:
-        busy_ns = self._settled_ns + sum(end_ns - start_ns for start_ns, end_ns in self._recent)
-        return LaneTotal(num_spans=self._num_spans, nbytes=self._nbytes, busy_s=busy_ns / 1e9)
 
 
 class _Running:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import glob
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +31,7 @@ from offload import (
     parse_bytes,
     split_into_shards,
     sync_folder,
+    unfinished_folder,
     write_index,
 )
 
@@ -157,17 +155,11 @@ def _check_output(target: Path, base: Path) -> None:
 def _taking_the_place_of(target: Path) -> Iterator[Path]:
     """A new folder, which has the target's name once the `with` is left without an error; else nothing is left.
 
-    It lies in a private folder with a name that cannot be guessed, next to the target. A merge that was killed leaves
-    that; the next one with the same target removes it. Who holds its lock is at work in it.
+    It lies in a private folder next to the target. A merge that was killed leaves that; the next one with the same
+    target removes it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.unfinished-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        _remove_if_left(left)
-    private = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    lock = os.open(private, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with unfinished_folder(target.parent, prefix=f".{target.name}.unfinished-") as private:
         folder = private / "merged"
         folder.mkdir()
         yield folder
@@ -179,24 +171,6 @@ def _taking_the_place_of(target: Path) -> Iterator[Path]:
                 raise FileExistsError(f"output: {target} was made by somebody else meanwhile") from error
             raise
         sync_folder(target.parent)
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_if_left(folder: Path) -> None:
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_uid == os.geteuid():
-            shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(lock)
 
 
 def _check_room(target: Path, needed_bytes: int) -> None:

@@ -467,7 +467,8 @@ class _Collected:
         self._consume(layer)
         base_params = dict(layer.get_base_layer().named_parameters(recurse=False))
         reason = ""
-        if any(bool(value.isnan().any()) for value in (*_adapter_params(layer), *layer.buffers())):
+        own = [value for value in (*layer.parameters(), *layer.buffers()) if not isinstance(value, AbsentParameter)]
+        if any(bool(value.isnan().any()) for value in own):
             reason = "its file lacks values that were computed from the base weights"
         elif not all(isinstance(param, AbsentParameter) for param in base_params.values()):
             reason = "its file holds base weights, of resized embeddings"
@@ -492,10 +493,6 @@ class _Collected:
                 reason="there is no rule for it",
                 instead=_RESIDENT,
             )
-
-
-def _adapter_params(layer: nn.Module) -> Iterator[Tensor]:
-    return (param for param in layer.parameters() if not isinstance(param, AbsentParameter))
 
 
 def _layer_update(layer: LoraLayer, name: str, *, dora: bool) -> LowRank:

@@ -14,10 +14,10 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.full.chunks import Chunk, ChunkFiles, NewestBlocks, block_spec, chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
-from lowmem.full.disk_updates import ChunkBuffers, UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
-from lowmem.full.flat import ParamPlace, Segment, UnitLayout
-from lowmem.full.rules import RuleStream, Upcoming
-from lowmem.full.tier import WEIGHT, Contribution, StateTier
+from lowmem.full.disk_updates import UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
+from lowmem.full.flat import FlatBuffers, ParamPlace, Segment, UnitLayout
+from lowmem.full.rules import RuleStream
+from lowmem.full.tier import WEIGHT, Contribution, Edit, StateTier
 from offload import JsonObject, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
 
 
@@ -167,25 +167,17 @@ class DiskTier(StateTier):
         # What the scheduler has fetched of it, or is fetching, is out of date now; from here on it gets the update.
         self._scheduler.invalidate((index,))
 
-    def change(
-        self,
-        index: int,
-        place: ParamPlace,
-        run: Callable[[Tensor, Tensor], None],
-        *,
-        gradient: Tensor | None,
-        scales: Sequence[float],
-        upcoming: Upcoming | None,
-    ) -> None:
+    def change(self, edit: Edit) -> None:
         """See `StateTier.change`. What the rule takes has the room of the gradients' buffer."""
         self.begin_updates()
         self._gradients.rest()
-        if gradient is not None:
-            run(self._live[index][place.start : place.stop].view(place.shape), gradient)
-            self._changed_live.add(index)
+        if edit.gradient is not None:
+            place = edit.place
+            edit.run(self._live[edit.unit][place.start : place.stop].view(place.shape), edit.gradient)
+            self._changed_live.add(edit.unit)
             return
-        self._rules.run(index, place, run, scales=scales, upcoming=upcoming)
-        self._edited.add(index)
+        self._rules.run(edit)
+        self._edited.add(edit.unit)
 
     def end_step(self, step: int, record: dict[str, object]) -> None:
         """See `StateTier.end_step`. Waits for the weights that the model itself holds."""
@@ -325,7 +317,7 @@ class DiskTier(StateTier):
         self,
         index: int,
         *,
-        change: Callable[[Chunk, ChunkBuffers], None] | None,
+        change: Callable[[Chunk, FlatBuffers], None] | None,
         weight: bool = True,
         moments: bool = False,
     ) -> UpdateJob:

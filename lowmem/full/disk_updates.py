@@ -13,24 +13,10 @@ from torch import Tensor
 
 from lowmem.full.chunks import Chunk, ChunkFiles, parts
 from lowmem.full.disk_gradients import DiskGradients
-from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, update_run
+from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, update_run
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from lowmem.planning.limits import NUM_CHUNK_BUFFERS
 from offload import Closed, StagingBuffer, Transfer, WorkerThread
-
-
-@dataclass(kw_only=True)
-class ChunkBuffers:
-    """One chunk in memory: flat fp32 tensors of its length."""
-
-    weight: Tensor
-    """Its weight."""
-    exp_avg: Tensor
-    """First moments."""
-    exp_avg_sq: Tensor
-    """Second moments."""
-    gradient: Tensor
-    """Its accumulated gradient."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,7 +35,7 @@ class UpdateJob:
     """Whether the moments are read and written."""
     reads_gradient: bool = False
     """Whether the accumulated gradient is read."""
-    change: Callable[[Chunk, ChunkBuffers], None] | None = None
+    change: Callable[[Chunk, FlatBuffers], None] | None = None
     """Changes a chunk in place; None where weights are only fetched."""
     into: Tensor | None = None
     """Gets the new weight: flat fp32, or None."""
@@ -67,29 +53,22 @@ class UpdateJob:
         self.done = Transfer(self.name, nbytes=nbytes, num_pieces=1, memory=torch.empty(0, dtype=torch.uint8))
 
 
-def update_chunk(segments: Sequence[Segment], chunk: Chunk, at: ChunkBuffers) -> None:
+def update_chunk(segments: Sequence[Segment], chunk: Chunk, at: FlatBuffers) -> None:
     """The change of an AdamW step."""
     for segment in segments:
         start, stop = max(segment.start, chunk.start), min(segment.stop, chunk.stop)
         if start < stop:
-            run = slice(start - chunk.start, stop - chunk.start)
-            update_run(
-                segment.update,
-                weight=at.weight[run],
-                gradient=at.gradient[run],
-                exp_avg=at.exp_avg[run],
-                exp_avg_sq=at.exp_avg_sq[run],
-            )
+            update_run(segment.update, at, start=start - chunk.start, stop=stop - chunk.start)
 
 
-def put_values(field: str, place: ParamPlace, value: Tensor, chunk: Chunk, at: ChunkBuffers) -> None:
+def put_values(field: str, place: ParamPlace, value: Tensor, chunk: Chunk, at: FlatBuffers) -> None:
     """The change that sets a parameter's weight or moment."""
     flat = {WEIGHT: at.weight, EXP_AVG: at.exp_avg, EXP_AVG_SQ: at.exp_avg_sq}[field]
     for _, here, there in parts((chunk,), place):
         flat[here].copy_(value.detach().reshape(-1)[there])
 
 
-def keep_as_it_is(chunk: Chunk, at: ChunkBuffers) -> None:
+def keep_as_it_is(chunk: Chunk, at: FlatBuffers) -> None:
     """The change of a weight that the model holds and that only has to be written."""
 
 
@@ -102,9 +81,9 @@ class _Set:
     gradient: Tensor
     writes: list[Transfer] = field(default_factory=list)
 
-    def views(self, numel: int) -> ChunkBuffers:
+    def views(self, numel: int) -> FlatBuffers:
         moments = self.moments.view(torch.float32)
-        return ChunkBuffers(
+        return FlatBuffers(
             weight=self.weight.view(torch.float32)[:numel],
             exp_avg=moments[:numel],
             exp_avg_sq=moments[numel : 2 * numel],

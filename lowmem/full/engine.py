@@ -15,7 +15,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.flat import ParamPlace, ParamUpdate, segments_of
 from lowmem.full.gradient import OffloadedGradient
-from lowmem.full.tier import WEIGHT, Contribution, StateTier
+from lowmem.full.tier import WEIGHT, Contribution, Edit, StateTier
 from lowmem.models.absent import AbsentParameter
 from offload import JsonObject
 
@@ -236,14 +236,9 @@ class FullTuning:
         grad = entry.param.grad
         scales = tuple(grad.scales) if isinstance(grad, OffloadedGradient) else ()
         after = None if upcoming is None else self._params[upcoming]
-        self.tier.change(
-            entry.unit,
-            entry.place,
-            run,
-            gradient=gradient,
-            scales=scales,
-            upcoming=None if after is None else (after.unit, after.place),
-        )
+        following = None if after is None else (after.unit, after.place)
+        edit = Edit(unit=entry.unit, place=entry.place, run=run, gradient=gradient, scales=scales, upcoming=following)
+        self.tier.change(edit)
         if isinstance(grad, OffloadedGradient):
             grad.scales.clear()
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from lowmem.optim.plain import adamw_step
+from lowmem.optim.rule import Hyper
 from offload import round_up
 
 ELEMENT_BYTES = 4
@@ -82,14 +83,8 @@ SCALED_ELEMENTS = 1 << 21
 class ParamUpdate:
     """The settings of one parameter's update."""
 
-    lr: float
-    """Learning rate."""
-    betas: tuple[float, float]
-    """Decay rates of the moments."""
-    eps: float
-    """Added to the denominator."""
-    weight_decay: float
-    """Decoupled decay."""
+    hyper: Hyper
+    """Those of its group."""
     step: int
     """Number of this update, 1 for the first."""
     scales: tuple[float, ...] = ()
@@ -133,45 +128,35 @@ def segments_of(layout: UnitLayout, updates: Mapping[str, ParamUpdate]) -> tuple
     return tuple(runs)
 
 
-def update_run(
-    update: ParamUpdate,
-    *,
-    weight: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scaled: Tensor | None = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FlatBuffers:
+    """A unit, or a chunk of one, in memory: flat fp32 tensors of one length, all on one device."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    """First moments."""
+    exp_avg_sq: Tensor
+    """Second moments."""
+    gradient: Tensor
+    """As accumulated."""
+
+
+def update_run(update: ParamUpdate, at: FlatBuffers, *, start: int, stop: int, scaled: Tensor | None = None) -> None:
     """Update a run of elements in place.
 
     Args:
         update: Its settings.
-        weight: Flat fp32 tensor; so are the others, of the same length, all on one device.
-        gradient: Gradient as accumulated; left as it is, or multiplied with the scales.
-        exp_avg: First moment.
-        exp_avg_sq: Second moment.
+        at: Has the run; the gradient is left as it is, or multiplied with the scales.
+        start: First element.
+        stop: One past the last.
         scaled: Room for `SCALED_ELEMENTS` of a scaled gradient, which stay in the cache; scaled in place if not given.
     """
-    size = SCALED_ELEMENTS if update.scales else weight.numel()
-    for start in range(0, weight.numel(), size):
-        piece = slice(start, start + size)
-        part = gradient[piece]
+    size = SCALED_ELEMENTS if update.scales else stop - start
+    for first in range(start, stop, size):
+        piece = slice(first, min(first + size, stop))
+        part = at.gradient[piece]
         for scale in update.scales:
             part = part.mul_(scale) if scaled is None else torch.mul(part, scale, out=scaled[: part.numel()])
-        adamw(
-            [weight[piece]],
-            [part],
-            [exp_avg[piece]],
-            [exp_avg_sq[piece]],
-            [],
-            # It counts the step itself.
-            [torch.tensor(float(update.step - 1), device=weight.device)],
-            fused=True,
-            lr=update.lr,
-            beta1=update.betas[0],
-            beta2=update.betas[1],
-            weight_decay=update.weight_decay,
-            eps=update.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        # It counts the step itself.
+        step = torch.tensor(float(update.step - 1), device=part.device)
+        adamw_step(at.weight[piece], part, at.exp_avg[piece], at.exp_avg_sq[piece], step, hyper=update.hyper)

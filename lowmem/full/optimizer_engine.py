@@ -90,8 +90,7 @@ class OptimizerEngine:
         Raises:
             RuntimeError: Another optimizer has taken the model over.
         """
-        if self._optimizer is None or self._optimizer() is not optimizer:
-            raise RuntimeError("a later optimizer has taken over this model's weights; step that one")
+        self._check_serves(optimizer)
         updates: dict[str, ParamUpdate] = {}
         others: list[_RuleCall] = []
         for group in optimizer.param_groups:
@@ -104,10 +103,14 @@ class OptimizerEngine:
                 # A gradient that is used up has done its work in the backward.
                 elif param.grad is not None and not getattr(param.grad, "is_used_up", False):
                     self._steps[key] = self._steps.get(key, 0) + 1
-                    updates[key] = _update(hyper, step=self._steps[key])
+                    updates[key] = ParamUpdate(hyper=hyper, step=self._steps[key])
         self._run_rules(others)
         self._num_steps += 1
         self._full.step(updates, number=self._num_steps, record=self._record(optimizer))
+
+    def _check_serves(self, optimizer: RuleOptimizer) -> None:
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            raise RuntimeError("a later optimizer has taken over this model's weights; step that one")
 
     def save(self, state_dict: StateDict) -> StateDict:
         """Complete pending updates and add what a resumed run needs.
@@ -191,18 +194,8 @@ class OptimizerEngine:
         return [found / FOLDER for found in (self._resumed, last, self._opened_from) if found is not None]
 
     def resume(self, optimizer: RuleOptimizer) -> int:
-        """Go on from the last step whose state is on disk: weights, moments, settings of the groups.
-
-        Returns:
-            The number of steps that have been taken.
-
-        Raises:
-            UnsupportedError: State is in memory, or the optimizer keeps state there.
-            SourceError: No step has been committed.
-            ValueError: The optimizer has other groups.
-        """
-        flat = [_is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"]]
-        if not all(flat) and not self._keeps_states_on_disk:
+        """As `resume_last_step`."""
+        if not _are_flat(optimizer) and not self._keeps_states_on_disk:
             raise UnsupportedError(
                 f"resuming {type(optimizer).__name__} from state on disk",
                 reason="it keeps state in memory, which a killed run has lost",
@@ -225,14 +218,8 @@ class OptimizerEngine:
         return self._num_steps
 
     def state_on_disk(self, optimizer: RuleOptimizer) -> None:
-        """Keep the state of rules on disk from now on.
-
-        Raises:
-            UnsupportedError: The weights are in memory.
-            RuntimeError: Another optimizer has taken the model over, or a step has been taken.
-        """
-        if self._optimizer is None or self._optimizer() is not optimizer:
-            raise RuntimeError("a later optimizer has taken over this model's weights")
+        """As the function of this name."""
+        self._check_serves(optimizer)
         tier = self._full.tier
         if not isinstance(tier, DiskTier):
             raise UnsupportedError(
@@ -251,16 +238,9 @@ class OptimizerEngine:
         return isinstance(self._states, DiskStates)
 
     def update_in_backward(self, optimizer: RuleOptimizer) -> None:
-        """Update each block within its backward from now on.
-
-        Raises:
-            UnsupportedError: State is in memory, or the optimizer is not AdamW in fp32.
-            RuntimeError: Another optimizer has taken the model over.
-        """
-        if self._optimizer is None or self._optimizer() is not optimizer:
-            raise RuntimeError("a later optimizer has taken over this model's weights")
-        flat = [_is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"]]
-        if not isinstance(self._full.tier, DiskTier) or not all(flat):
+        """As the function of this name."""
+        self._check_serves(optimizer)
+        if not isinstance(self._full.tier, DiskTier) or not _are_flat(optimizer):
             raise UnsupportedError(
                 "update_in_backward",
                 reason="it saves the traffic of gradients to and from disk; there is none where state is in memory",
@@ -278,7 +258,7 @@ class OptimizerEngine:
             hyper = optimizer.hyper(group)
             for key in wanted.intersection(self._group_keys(group)):
                 self._steps[key] = self._steps.get(key, 0) + 1
-                updates[key] = _update(hyper, step=self._steps[key])
+                updates[key] = ParamUpdate(hyper=hyper, step=self._steps[key])
         return updates
 
     def _takes_part(self, key: str, rule: Rule, hyper: Hyper) -> bool:
@@ -373,8 +353,8 @@ def _is_flat(rule: Rule) -> bool:
     )
 
 
-def _update(hyper: Hyper, *, step: int) -> ParamUpdate:
-    return ParamUpdate(lr=hyper.lr, betas=hyper.betas, eps=hyper.eps, weight_decay=hyper.weight_decay, step=step)
+def _are_flat(optimizer: RuleOptimizer) -> bool:
+    return all(_is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"])
 
 
 def resume_last_step(optimizer: torch.optim.Optimizer) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowmem.full.chunks import Chunk, ChunkFiles, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace
+from lowmem.full.tier import Edit
 from lowmem.optim.rule import State
 from offload import ObjectLayout, StagingBuffer, Transfer, lay_out_object
 
@@ -161,10 +162,6 @@ def _copy_unless_same(value: Tensor, view: Tensor) -> None:
         view.copy_(value.detach().to(torch.device("cpu")))
 
 
-Upcoming = tuple[int, ParamPlace]
-"""A unit's number and a parameter in it."""
-
-
 class RuleStream:
     """Lends weight and gradient of one parameter after the other to a rule that changes the weight.
 
@@ -192,34 +189,18 @@ class RuleStream:
         self._settle, self._changed = settle, changed
         self._windows: dict[int, _Window] = {}
 
-    def run(
-        self,
-        index: int,
-        place: ParamPlace,
-        rule: Callable[[Tensor, Tensor], None],
-        *,
-        scales: Sequence[float],
-        upcoming: Upcoming | None,
-    ) -> None:
-        """Run a rule on a parameter. After an error nothing is in memory, and what was not written is lost.
-
-        Args:
-            index: The unit.
-            place: The parameter.
-            rule: Called with weight and gradient.
-            scales: What the gradient is multiplied with first.
-            upcoming: What is changed next, to be read meanwhile.
-        """
+    def run(self, edit: Edit) -> None:
+        """Run a rule on a parameter. After an error nothing is in memory, and what was not written is lost."""
+        upcoming = edit.upcoming
         try:
-            window = self._bring(index, place)
-            weight, gradient = window.lend(place)
+            weight, gradient = self._bring(edit.unit, edit.place).lend(edit.place)
             # Only now is there room for the next: what the last one wrote from is given back first.
             self._finish_writes()
             if upcoming is not None:
                 self._bring(*upcoming)
-            for scale in scales:
+            for scale in edit.scales:
                 gradient.mul_(scale)
-            rule(weight, gradient)
+            edit.run(weight, gradient)
             for number, other in self._windows.items():
                 other.start_writes(keep=upcoming[1] if upcoming is not None and upcoming[0] == number else None)
         except BaseException:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 import weakref
 import zlib
 from collections.abc import Collection, Iterable, Mapping
@@ -43,6 +42,7 @@ from offload import (
     replacing_checkpoint,
     split_into_shards,
     sync_folder,
+    unfinished_folder,
     verify_store,
     write_index,
 )
@@ -108,7 +108,11 @@ class SavedState:
         states: dict[str, State] = {}
         for key in (found := fields.inner("states")):
             state = found.members[key]
-            if not _is_param(key, params) or not isinstance(state, dict) or not _are_tensors(state.values()):
+            if (
+                not _is_param(key, params)
+                or not isinstance(state, dict)
+                or not all(map(torch.is_tensor, state.values()))
+            ):
                 found.refuse(str(key), "expected tensors that belong to a parameter of this model")
             states[key] = state
         is_on_disk, folder, moments = fields.members.get("states_on_disk"), fields.members.get("folder"), None
@@ -135,10 +139,6 @@ class SavedState:
             weights=fields.text("weights") if "weights" in fields.members else None,
             folder=Path(folder) if isinstance(folder, str) else None,
         )
-
-
-def _are_tensors(values: Iterable[object]) -> bool:
-    return all(isinstance(value, Tensor) for value in values)
 
 
 def _is_param(key: object, params: Collection[str] | None) -> bool:
@@ -177,11 +177,8 @@ def save_moments(full: FullTuning) -> SavedMoments:
         )
     folder = full.saved.folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_BESIDE}*"):
-        shutil.rmtree(left, ignore_errors=True)
     identifier = token_hex(16)
-    beside = Path(tempfile.mkdtemp(prefix=_BESIDE, dir=folder))
-    try:
+    with unfinished_folder(folder, prefix=_BESIDE) as beside:
         checksums = {}
         if isinstance(full.tier, DiskTier):
             full.tier.save_to(beside)
@@ -190,8 +187,6 @@ def save_moments(full: FullTuning) -> SavedMoments:
         sync_folder(beside)
         beside.rename(folder / identifier)
         sync_folder(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     earlier = [found for found in folder.iterdir() if _IDENTIFIER.fullmatch(found.name) and found.name != identifier]
     for old in sorted(earlier, key=lambda found: found.stat().st_mtime_ns)[:-1]:
         shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowmem.full.flat import ELEMENT_BYTES, SCALED_ELEMENTS, ParamPlace, Segment, UnitLayout, update_run
+from lowmem.full.flat import ELEMENT_BYTES, SCALED_ELEMENTS, FlatBuffers, ParamPlace, Segment, UnitLayout, update_run
 from offload import StagingBuffer
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
@@ -41,6 +41,24 @@ class Contribution:
         for scale in self.earlier_scales:
             kept.mul_(scale)
         kept.add_(self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A change that a rule makes to one parameter's weight."""
+
+    unit: int
+    """Number of the parameter's unit."""
+    place: ParamPlace
+    """The parameter."""
+    run: Callable[[Tensor, Tensor], None]
+    """Called with weight and gradient, of the parameter's shape."""
+    gradient: Tensor | None
+    """The gradient of a parameter outside the blocks; None for a block's, which was accumulated."""
+    scales: Sequence[float]
+    """What the accumulated gradient is multiplied with first."""
+    upcoming: tuple[int, ParamPlace] | None
+    """Unit and parameter of the accumulated gradient that is used next, to be read meanwhile."""
 
 
 class StateTier(Protocol):
@@ -90,26 +108,8 @@ class StateTier(Protocol):
             gradient: The flat gradient of a parameter outside the blocks; None for a block, whose was accumulated.
         """
 
-    def change(
-        self,
-        index: int,
-        place: ParamPlace,
-        run: Callable[[Tensor, Tensor], None],
-        *,
-        gradient: Tensor | None,
-        scales: Sequence[float],
-        upcoming: tuple[int, ParamPlace] | None,
-    ) -> None:
-        """Let `run` change one parameter's weight in place, now.
-
-        Args:
-            index: The unit.
-            place: The parameter.
-            run: Called with weight and gradient.
-            gradient: The gradient of a parameter outside the blocks; None for a block's, which was accumulated.
-            scales: What the accumulated gradient is multiplied with first.
-            upcoming: Unit and parameter of the accumulated gradient that is used next, to be read meanwhile.
-        """
+    def change(self, edit: Edit) -> None:
+        """Let a rule change one parameter's weight in place, now."""
 
     def end_step(self, step: int, record: dict[str, object]) -> None:
         """Note that all updates of a step have been asked for.
@@ -188,34 +188,23 @@ class MemoryTier(StateTier):
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
         """See `StateTier.update`: at once."""
-        flat_gradient = self._flat(index, _GRADIENT) if gradient is None else gradient
+        unit = FlatBuffers(
+            weight=self._flat(index, WEIGHT),
+            exp_avg=self._flat(index, EXP_AVG),
+            exp_avg_sq=self._flat(index, EXP_AVG_SQ),
+            gradient=self._flat(index, _GRADIENT) if gradient is None else gradient,
+        )
+        scaled = self._scaled.tensor.view(torch.float32)
         for segment in segments:
-            run = slice(segment.start, segment.stop)
-            update_run(
-                segment.update,
-                weight=self._flat(index, WEIGHT)[run],
-                gradient=flat_gradient[run],
-                exp_avg=self._flat(index, EXP_AVG)[run],
-                exp_avg_sq=self._flat(index, EXP_AVG_SQ)[run],
-                scaled=self._scaled.tensor.view(torch.float32),
-            )
+            update_run(segment.update, unit, start=segment.start, stop=segment.stop, scaled=scaled)
 
-    def change(
-        self,
-        index: int,
-        place: ParamPlace,
-        run: Callable[[Tensor, Tensor], None],
-        *,
-        gradient: Tensor | None,
-        scales: Sequence[float],
-        upcoming: tuple[int, ParamPlace] | None,
-    ) -> None:
-        del upcoming
+    def change(self, edit: Edit) -> None:
+        gradient = edit.gradient
         if gradient is None:
-            gradient = _view(self._flat(index, _GRADIENT), place)
-            for scale in scales:
+            gradient = _view(self._flat(edit.unit, _GRADIENT), edit.place)
+            for scale in edit.scales:
                 gradient.mul_(scale)
-        run(_view(self._flat(index, WEIGHT), place), gradient)
+        edit.run(_view(self._flat(edit.unit, WEIGHT), edit.place), gradient)
 
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
         return _view(self._flat(index, field), place).clone()

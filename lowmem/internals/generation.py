@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
-from lowmem.errors import UnsupportedError
+from lowmem.errors import UnsupportedError, untested
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,10 +54,9 @@ def extend_generate(model: PreTrainedModel, *, cache_made: CacheHook, criteria_m
     for name, parameters in _PARAMETERS.items():
         method = getattr(GenerationMixin, name, None)
         if method is None or (parameters and tuple(inspect.signature(method).parameters) != parameters):
-            raise UnsupportedError(
-                f"transformers {version('transformers')}",
-                reason=f"its GenerationMixin.{name} is not the one that generating with streamed models extends",
-                instead="a version of transformers that README names as tested",
+            raise untested(
+                "transformers",
+                f"its GenerationMixin.{name} is not the one that generating with streamed models extends",
             )
     kind, held = type(model), weakref.ref(model)
 

@@ -12,13 +12,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import UnsupportedError
+from lowmem.errors import UnsupportedError, untested
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -53,11 +52,7 @@ def _adapted(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _unknown(reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"peft {version('peft')}",
-        reason=f"{reason}, so that a run without the adapter would silently be one with it",
-        instead="a version of PEFT that README names as tested",
-    )
+    return untested("peft", f"{reason}, so that a run without the adapter would silently be one with it")
 
 
 def _flags_of(module: nn.Module) -> Flags:
@@ -151,11 +146,10 @@ def ask_first(*, adding: Callable[[nn.Module, PeftConfig], None], merging: Calla
     ):
         shipped = getattr(owner, name, None)
         if shipped is None:
-            raise UnsupportedError(
-                f"peft {version('peft')}",
-                reason=f"its {owner.__name__} has no {name}, so that a streamed model would be half changed before "
+            raise untested(
+                "peft",
+                f"its {owner.__name__} has no {name}, so that a streamed model would be half changed before "
                 "it is refused",
-                instead="a version of PEFT that README names as tested",
             )
         if not hasattr(shipped, _ASKS):
             setattr(owner, name, _asking(shipped, ask))

@@ -13,18 +13,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-# One place to change where torch makes these modules public.
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import (
-    TreeSpec,
-    register_pytree_node,
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-    tree_map_only,
-    tree_unflatten,
-)
+# One place to change where torch makes these modules public; `as` says that others import them from here.
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import TreeSpec as TreeSpec
+from torch.utils._pytree import register_pytree_node as register_pytree_node
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from offload import PAGE_BYTES
 
@@ -259,31 +257,3 @@ def quiet_fake_tensors() -> Iterator[None]:
         yield
     finally:
         logger.disabled = was_disabled
-
-
-__all__ = [
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "TreeSpec",
-    "buffer_table",
-    "call_before_apply",
-    "change_class",
-    "cpu_attention",
-    "cpu_attention_backward",
-    "has_fast_bf16",
-    "hold_parameter",
-    "is_grouped_product",
-    "is_sole_owner",
-    "parameter_table",
-    "put_parameter",
-    "quiet_fake_tensors",
-    "register_pytree_node",
-    "storage_key",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map",
-    "tree_map_only",
-    "tree_unflatten",
-    "version_of",
-    "without_gradient_hooks",
-]

@@ -22,13 +22,12 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import UnsupportedError
+from lowmem.errors import UnsupportedError, untested
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -48,10 +47,9 @@ def _collector() -> _Collector:
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError as error:
-        raise UnsupportedError(
-            f"transformers {version('transformers')}",
-            reason="it collects outputs from inside the blocks in another way, and their gradients would be lost",
-            instead="a version of transformers that README names as tested",
+        raise untested(
+            "transformers",
+            "it collects outputs from inside the blocks in another way, and their gradients would be lost",
         ) from error
     collector: _Collector = _active_collector
     return collector
@@ -155,11 +153,10 @@ def add_default_callback(callback: type[TrainerCallback]) -> None:
 
     callbacks = getattr(trainer, _CALLBACKS, None)
     if not isinstance(callbacks, list) or _CALLBACKS not in trainer.Trainer.__init__.__code__.co_names:
-        raise UnsupportedError(
-            f"transformers {version('transformers')}",
-            reason=f"its Trainer does not begin with transformers.trainer.{_CALLBACKS}, so options that a streamed "
+        raise untested(
+            "transformers",
+            f"its Trainer does not begin with transformers.trainer.{_CALLBACKS}, so options that a streamed "
             "model cannot honour would pass",
-            instead="a version of transformers that this one of lowmem names in its metadata",
         )
     if callback not in callbacks:
         callbacks.append(callback)
@@ -273,11 +270,7 @@ def _left_alone(model: PreTrainedModel) -> Iterator[None]:
     now = model.state_dict(keep_vars=True)
     for name, (tensor, num_changes) in marked.items():
         if now.get(name) is not tensor or tensor._version != num_changes:
-            raise UnsupportedError(
-                f"transformers {version('transformers')}",
-                reason=f"it initialises {name} anew, which was read from the checkpoint",
-                instead="a version of transformers that README names as tested",
-            )
+            raise untested("transformers", f"it initialises {name} anew, which was read from the checkpoint")
 
 
 def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
@@ -291,10 +284,6 @@ def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
     model.hf_device_map = {model.base_model_prefix: twice[0], head or "lm_head": twice[1]}
 
 
-_RESUMES = "_load_optimizer_and_scheduler"
-_BEGINS_TO_RESUME = "_load_from_checkpoint"
-
-
 def before_resume(check: Callable[[nn.Module, str], None]) -> None:
     """Have every Trainer call a function before it reads anything of the checkpoint that it resumes from.
 
@@ -306,25 +295,9 @@ def before_resume(check: Callable[[nn.Module, str], None]) -> None:
     Raises:
         UnsupportedError: This Trainer begins to resume in another way.
     """
-    from transformers import Trainer
-
-    resume = getattr(Trainer, _BEGINS_TO_RESUME, None)
-    if getattr(resume, "lowmem_checks", None) is check:
-        return
-    if resume is None or list(inspect.signature(resume).parameters) != ["self", "resume_from_checkpoint", "model"]:
-        raise UnsupportedError(
-            f"transformers {version('transformers')}",
-            reason=f"its Trainer has no {_BEGINS_TO_RESUME}(folder, model), so no checkpoint would be looked at first",
-            instead="a version of transformers that this one of lowmem names in its metadata",
-        )
-
-    @wraps(resume)
-    def checking(self: Trainer, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check(self.model, resume_from_checkpoint)
-        resume(self, resume_from_checkpoint, model)
-
-    checking.lowmem_checks = check  # type: ignore[attr-defined]
-    setattr(Trainer, _BEGINS_TO_RESUME, checking)
+    _call_before(
+        "_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"], check, "would be looked at first"
+    )
 
 
 def on_optimizer_resume(tell: Callable[[nn.Module, str], None]) -> None:
@@ -339,23 +312,25 @@ def on_optimizer_resume(tell: Callable[[nn.Module, str], None]) -> None:
     Raises:
         UnsupportedError: This Trainer loads the optimizer's state in another way.
     """
+    _call_before("_load_optimizer_and_scheduler", ["self", "checkpoint"], tell, "would be found after it was moved")
+
+
+def _call_before(name: str, parameters: list[str], call: Callable[[nn.Module, str], None], otherwise: str) -> None:
+    """Have a method of Trainer, whose first argument is a checkpoint's folder or None, begin with a call of ours."""
     from transformers import Trainer
 
-    resume = getattr(Trainer, _RESUMES, None)
-    if getattr(resume, "lowmem_tells", None) is tell:
+    resume = getattr(Trainer, name, None)
+    if getattr(resume, "lowmem_calls", None) is call:
         return
-    if resume is None or list(inspect.signature(resume).parameters) != ["self", "checkpoint"]:
-        raise UnsupportedError(
-            f"transformers {version('transformers')}",
-            reason=f"its Trainer has no {_RESUMES}(checkpoint), so a moved checkpoint would not be found",
-            instead="a version of transformers that this one of lowmem names in its metadata",
-        )
+    if resume is None or list(inspect.signature(resume).parameters) != parameters:
+        what = f"{name}({', '.join(parameters[1:])})"
+        raise untested("transformers", f"its Trainer has no {what}, so no checkpoint {otherwise}")
 
     @wraps(resume)
-    def telling(self: Trainer, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            tell(self.model, checkpoint)
-        resume(self, checkpoint)
+    def resuming(self: Trainer, folder: str | None, *others: object, **named: object) -> None:
+        if folder is not None:
+            call(self.model, folder)
+        resume(self, folder, *others, **named)
 
-    telling.lowmem_tells = tell  # type: ignore[attr-defined]
-    setattr(Trainer, _RESUMES, telling)
+    resuming.lowmem_calls = call  # type: ignore[attr-defined]
+    setattr(Trainer, name, resuming)

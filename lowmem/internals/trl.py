@@ -16,14 +16,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, MutableMapping
 from hashlib import sha256
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import UnsupportedError
+from lowmem.errors import untested
 from lowmem.internals.stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -35,24 +34,6 @@ _HASH = "hash_module"
 HeadOutputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-class Head(Protocol):
-    """TRL's Function, as far as it is used."""
-
-    def apply(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ...,
-    ) -> HeadOutputs:
-        """Log-probabilities, entropies and what else is asked for, of tokens by vocabulary."""
-
-
 class HeadDispatch:
     """Stands in TRL's module for its Function and hands each call to the head that the weight's model has.
 
@@ -61,7 +42,7 @@ class HeadDispatch:
         head: Takes the arguments of its `apply`, by position, for the registered ones.
     """
 
-    def __init__(self, shipped: Head, *, head: Callable[..., HeadOutputs]) -> None:
+    def __init__(self, shipped: Any, *, head: Callable[..., HeadOutputs]) -> None:
         self.shipped, self.head = shipped, head
         # Held weakly: a model that its user drops must not live on here.
         self._models: WeakSet[nn.Module] = WeakSet()
@@ -74,22 +55,10 @@ class HeadDispatch:
         """Whether a registered model has this very tensor as the weight of its head now."""
         return any(_head_weight(model) is weight for model in self._models)
 
-    def apply(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ) -> HeadOutputs:
-        """TRL's `_ChunkedLogProbFunction.apply`: hidden [N, H], weight [V, H], targets [N]; outputs are [N] each."""
+    def apply(self, hidden: Tensor, weight: Tensor, *others: object) -> HeadOutputs:
+        """TRL's `_ChunkedLogProbFunction.apply`: hidden [N, H], weight [V, H], and the rest; outputs [N] each."""
         compute = self.head if self.is_registered(weight) else self.shipped.apply
-        options = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
-        return compute(hidden, weight, bias, targets, *options)
+        return compute(hidden, weight, *others)
 
 
 def _head_weight(model: nn.Module) -> Tensor | None:
@@ -117,12 +86,8 @@ def install(head: Callable[..., HeadOutputs]) -> HeadDispatch:
 
     for name in (_ATTRIBUTE, _HASH):
         if not hasattr(trl_utils, name):
-            raise UnsupportedError(
-                f"trl {version('trl')}",
-                reason=f"trl.trainer.utils has no {name}",
-                instead="a version of TRL that README names as tested",
-            )
-    current: Head = getattr(trl_utils, _ATTRIBUTE)
+            raise untested("trl", f"trl.trainer.utils has no {name}")
+    current = getattr(trl_utils, _ATTRIBUTE)
     if isinstance(current, HeadDispatch):
         return current
     dispatch = HeadDispatch(current, head=head)

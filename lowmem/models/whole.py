@@ -7,7 +7,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import UnsupportedError
+from lowmem.errors import UnsupportedError, untested
 from lowmem.internals.stand_in import StandIn, keeping_last_read
 from lowmem.internals.torch import call_before_apply, parameter_table, put_parameter
 from lowmem.models.absent import AbsentParameter
@@ -206,10 +205,8 @@ def install_bounded_saving() -> None:
     if hasattr(shipped, "lowmem"):
         return
     if tuple(signature(shipped).parameters) != _SAVE_PARAMETERS:
-        raise UnsupportedError(
-            f"accelerate {version('accelerate')}",
-            reason=f"Accelerator.save_model has other parameters than {', '.join(_SAVE_PARAMETERS[1:])}",
-            instead="a version of accelerate that README names as tested",
+        raise untested(
+            "accelerate", f"Accelerator.save_model has other parameters than {', '.join(_SAVE_PARAMETERS[1:])}"
         )
     Accelerator.save_model = _bounded(shipped)
 

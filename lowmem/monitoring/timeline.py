@@ -166,14 +166,14 @@ class StepTimeline:
         """Bytes moved by the transfers of `lane` that ended within the step."""
         return sum(span.nbytes for span in self.spans if span.lane == lane and span.end_ns <= self.end_ns)
 
-    def busy_ns(self, lane: str) -> list[tuple[int, int]]:
-        """The stretches of the step in which `lane` was busy, apart from each other and by their start."""
+    def busy_ns(self, lane: str, *, gap_ns: int = 0) -> list[tuple[int, int]]:
+        """Beginning and end of each time in which `lane` was busy; those at most `gap_ns` apart run together."""
         inside = (
             (max(span.start_ns, self.start_ns), min(span.end_ns, self.end_ns))
             for span in self.spans
             if span.lane == lane
         )
-        return merged(inside, gap_ns=0)
+        return merged(inside, gap_ns=gap_ns)
 
 
 def merged(intervals: Iterable[tuple[int, int]], *, gap_ns: int) -> list[tuple[int, int]]:
@@ -245,20 +245,15 @@ def draw_timeline(timeline: StepTimeline, path: Path) -> None:
 
 
 def _draw_lane(axes: Axes, timeline: StepTimeline, lane: str, *, row: int) -> None:
-    """Draw one lane's bars, those of one colour as one collection; bars nearer than a third of a pixel run together."""
+    """Draw one lane's bars as one collection; bars nearer than a third of a pixel run together."""
     unit_s, _ = _time_unit(timeline)
     gap_ns = int((timeline.end_ns - timeline.start_ns) / (WIDTH_INCHES * DOTS_PER_INCH * 3))
-    by_colour: dict[str, list[tuple[int, int]]] = {}
-    for span in timeline.spans:
-        if span.lane == lane:
-            inside = (max(span.start_ns, timeline.start_ns), min(span.end_ns, timeline.end_ns))
-            by_colour.setdefault(LANE_COLOURS.get(lane, OTHER_COLOUR), []).append(inside)
-    for colour, intervals in by_colour.items():
-        bars = [
-            ((start_ns - timeline.start_ns) / 1e9 / unit_s, (end_ns - start_ns) / 1e9 / unit_s)
-            for start_ns, end_ns in merged(intervals, gap_ns=gap_ns)
-        ]
-        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=colour, linewidth=0)
+    bars = [
+        ((start_ns - timeline.start_ns) / 1e9 / unit_s, (end_ns - start_ns) / 1e9 / unit_s)
+        for start_ns, end_ns in timeline.busy_ns(lane, gap_ns=gap_ns)
+    ]
+    if bars:
+        axes.broken_barh(bars, (row - 0.36, 0.72), facecolors=LANE_COLOURS.get(lane, OTHER_COLOUR), linewidth=0)
 
 
 def _draw_compute(axes: Axes, timeline: StepTimeline, works: Sequence[BlockPass], *, row: int) -> None:

@@ -23,17 +23,13 @@ class BAdam(MethodOptimizer):
 
     Args:
         params: A model or named parameters.
-        lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled.
         switch_block_every: Steps per block.
         switch_mode: random (all in a new random order each round), ascending, descending or fixed.
         include_embedding: Train the embedding too.
         include_lm_head: Train the head too.
         inner: adamw, adamw8bit or sgd.
         writer: "fp32" keeps a master of the block in training, as the paper does.
-        seed: Of the order and of roundings.
+        lr and the others: As in `GaLore`.
     """
 
     method_name: ClassVar[str] = "BAdam"
@@ -77,15 +73,10 @@ class LISA(MethodOptimizer):
 
     Args:
         params: A model or named parameters.
-        lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled.
         activated_layers: Blocks at a time.
         interval_steps: Steps between two draws; moments of blocks start from zero.
         inner: adamw, adamw8bit or sgd, for blocks.
-        writer: How bf16 weights are written.
-        seed: Of the draws and of roundings.
+        lr and the others: As in `GaLore`.
     """
 
     method_name: ClassVar[str] = "LISA"

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
@@ -50,6 +50,8 @@ class MethodOptimizer(RuleOptimizer):
 
     _words: ClassVar[Mapping[str, str]] = {}
     """Group fields by the names that the method's own code gives them, and the fields of `Method` that they are."""
+    _values: ClassVar[Mapping[str, Mapping[Any, str]]] = {}
+    """What may be given for some of these, and what it means for `Method`."""
     _parts: ClassVar[Mapping[str, object]] = {}
     """What the method is made of, whatever its options."""
 
@@ -62,7 +64,12 @@ class MethodOptimizer(RuleOptimizer):
     @classmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
         """What a group's fields, in the words of the method's paper, mean."""
-        given = {cls._words.get(name, name): value for name, value in group.items()}
+        given = dict(group)
+        for name, meanings in cls._values.items():
+            if group[name] not in meanings:
+                raise ValueError(f"{name}={group[name]!r}: expected one of {', '.join(map(str, meanings))}")
+            given[name] = meanings[group[name]]
+        given = {cls._words.get(name, name): value for name, value in given.items()}
         if given.get("side") == "full":
             raise UnsupportedError(
                 "proj_type='full'",
@@ -133,25 +140,7 @@ class Projected(MethodOptimizer):
         super().__init__(**{**given, **asdict(given.pop("method"))})
 
 
-def check_has_rank(projector: str) -> None:
-    """Refuse a projector that picks coordinates or blocks.
-
-    Raises:
-        ValueError: It has no rank.
-    """
-    if projector in BY_DENSITY:
-        raise ValueError(f"projector={projector!r}: expected one that has a rank: svd, rsvd, warm or gaussian")
-
-
-def one_of(meanings: Mapping[str, str], name: str, group: Mapping[str, Any]) -> str:
-    """What a field's value means.
-
-    Raises:
-        ValueError: It is none of those that there are.
-    """
-    if group[name] not in meanings:
-        raise ValueError(f"{name}={group[name]!r}: expected one of {', '.join(meanings)}")
-    return meanings[group[name]]
+_WITH_RANK = {name: name for name in get_args(Projector) if name not in BY_DENSITY}
 
 
 class GaLore(MethodOptimizer):
@@ -179,6 +168,7 @@ class GaLore(MethodOptimizer):
 
     method_name: ClassVar[str] = "GaLore"
     _words: ClassVar = {"update_proj_gap": "update_gap", "proj_type": "side"}
+    _values: ClassVar = {"projector": _WITH_RANK}
 
     def __init__(
         self,
@@ -202,38 +192,19 @@ class GaLore(MethodOptimizer):
     ) -> None:
         super().__init__(**arguments(locals()))
 
-    @classmethod
-    def method_of(cls, group: Mapping[str, Any]) -> Method:
-        """No residual, no limiter."""
-        check_has_rank(group["projector"])
-        return super().method_of(group)
-
 
 class Fira(MethodOptimizer):
     """Fira (arXiv 2410.01623): GaLore's update plus G - P R, each column scaled by ||N_j|| / ||R_j||.
 
     Args:
-        params: As `RuleOptimizer`.
-        lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled.
-        rank: Columns of P.
-        update_proj_gap: Steps between two refreshes of P.
         alpha: Factor of the whole update.
-        proj_type: std, reverse_std, left or right.
         gamma: Largest growth of the residual's norm from step to step.
-        projector: As `GaLore`.
-        inner: As `GaLore`.
-        at_refresh: As `GaLore`.
-        writer: How bf16 weights are written.
-        stagger: Spread refreshes over steps.
-        seed: Of random bases and roundings.
-        project_embeddings: Project embeddings and head as well.
+        lr and the others: As in `GaLore`.
     """
 
     method_name: ClassVar[str] = "Fira"
     _words: ClassVar = {"update_proj_gap": "update_gap", "proj_type": "side", "alpha": "scale", "gamma": "limit"}
+    _values: ClassVar = {"projector": _WITH_RANK}
     _parts: ClassVar = {"residual": "fira", "limiter": "norm_growth"}
 
     def __init__(
@@ -261,8 +232,7 @@ class Fira(MethodOptimizer):
 
     @classmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
-        """Fira's residual, its norm growth limited."""
-        check_has_rank(group["projector"])
+        """As the class says; its factor is the residual's too."""
         return super().method_of({**group, "residual_scale": group["alpha"]})
 
 
@@ -272,28 +242,25 @@ class APOLLO(MethodOptimizer):
     W <- W - lr * sqrt(scale) * G diag(||N_j|| / ||R_j||), the update's norm growing by at most 1.01 per step.
 
     Args:
-        params: As `RuleOptimizer`.
-        lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled.
-        rank: Columns of P.
-        update_proj_gap: Steps between two bases.
         scale: Its square root is the update's factor.
         scale_type: channel or tensor.
         proj: "random", a Gaussian basis made again from its seed at every step and never stored; or "svd".
-        proj_type: std, reverse_std, left or right.
         gamma: Largest growth of the update's norm from step to step.
-        inner: As `GaLore`.
-        at_refresh: As `GaLore`.
-        writer: How bf16 weights are written.
-        stagger: Spread refreshes over steps.
-        seed: Of random bases and roundings.
-        project_embeddings: Scale the gradients of embeddings and head so as well.
+        lr and the others: As in `GaLore`.
     """
 
     method_name: ClassVar[str] = "APOLLO"
-    _words: ClassVar = {"update_proj_gap": "update_gap", "proj_type": "side", "gamma": "limit"}
+    _words: ClassVar = {
+        "update_proj_gap": "update_gap",
+        "proj_type": "side",
+        "gamma": "limit",
+        "proj": "projector",
+        "scale_type": "scale_gradient",
+    }
+    _values: ClassVar = {
+        "proj": {"random": "gaussian", "svd": "svd"},
+        "scale_type": {"channel": "channel", "tensor": "tensor"},
+    }
     _parts: ClassVar = {"limiter": "norm_growth"}
 
     def __init__(
@@ -322,12 +289,8 @@ class APOLLO(MethodOptimizer):
 
     @classmethod
     def method_of(cls, group: Mapping[str, Any]) -> Method:
-        """The scaled gradient, its norm growth limited."""
-        projector = one_of({"random": "gaussian", "svd": "svd"}, "proj", group)
-        per = one_of({"channel": "channel", "tensor": "tensor"}, "scale_type", group)
-        return super().method_of(
-            {**group, "projector": projector, "scale_gradient": per, "scale": group["scale"] ** 0.5}
-        )
+        """As the class says; the factor is given squared."""
+        return super().method_of({**group, "scale": group["scale"] ** 0.5})
 
 
 class APOLLOMini(APOLLO):
@@ -360,11 +323,6 @@ class FRUGAL(MethodOptimizer):
     """FRUGAL (arXiv 2411.07837): Adam on a share of the gradient, sign descent on the rest.
 
     Args:
-        params: As `RuleOptimizer`.
-        lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the denominator.
-        weight_decay: Decoupled.
         density: Share of each matrix (or, for the projector block, of the blocks) that has moments.
         update_gap: Steps between two choices.
         proj_params_lr_scale: Factor of the Adam part.
@@ -374,15 +332,21 @@ class FRUGAL(MethodOptimizer):
         projector: columns, rows, block, or a basis of `density` times the projected side.
         proj_side: std, reverse_std, left or right, for bases.
         block_order: random, ascending or descending, for the projector block.
-        inner: As `GaLore`.
-        writer: How bf16 weights are written.
-        stagger: Spread choices over steps.
-        seed: Of choices and roundings.
-        project_embeddings: Treat embeddings and head so as well.
+        lr and the others: As in `GaLore`.
     """
 
     method_name: ClassVar[str] = "FRUGAL"
-    _words: ClassVar = {"proj_params_lr_scale": "scale", "inactive_lr_scale": "residual_scale", "proj_side": "side"}
+    _words: ClassVar = {
+        "proj_params_lr_scale": "scale",
+        "inactive_lr_scale": "residual_scale",
+        "proj_side": "side",
+        "inactive_update_rule": "residual",
+        "reset_statistics": "at_refresh",
+    }
+    _values: ClassVar = {
+        "inactive_update_rule": {"no": "none", "sgd": "sgd", "sign_sgd": "sign"},
+        "reset_statistics": {True: "reset", False: "keep"},
+    }
     _parts: ClassVar = {"rank": None}
 
     def __init__(
@@ -409,10 +373,3 @@ class FRUGAL(MethodOptimizer):
         project_embeddings: bool = False,
     ) -> None:
         super().__init__(**arguments(locals()))
-
-    @classmethod
-    def method_of(cls, group: Mapping[str, Any]) -> Method:
-        """A share with Adam, a residual of its own size."""
-        residual = one_of({"no": "none", "sgd": "sgd", "sign_sgd": "sign"}, "inactive_update_rule", group)
-        at_refresh = "reset" if group["reset_statistics"] else "keep"
-        return super().method_of({**group, "residual": residual, "at_refresh": at_refresh})

@@ -189,9 +189,9 @@ class RuleOptimizer(Optimizer):
         for engine in self._engines():
             engine.adopt(self)
 
-    @abstractmethod
     def _groups_of(self, model: nn.Module) -> ParamsT:
         """The groups of a model's trainable parameters."""
+        return groups_of_module(model)
 
     @abstractmethod
     def _rule(self, group: Mapping[str, Any], place: Place, param: Tensor) -> Rule:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from lowmem.optim.optimizer import RuleOptimizer, groups_of_module
+from lowmem.optim.optimizer import RuleOptimizer
 from lowmem.optim.projected import limit_update_rms, norm_of_matrices
 from lowmem.optim.rule import Hyper, Place, Rule, State, counter, mix
 from lowmem.optim.state import (
@@ -31,6 +31,36 @@ from lowmem.optim.state import (
     write_moment,
     write_weight,
 )
+
+
+def adamw_step(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    hyper: Hyper,
+    fused: bool = True,
+) -> None:
+    """Update a weight and its moments in place, as torch does; `step` counts the steps before this one, and goes up."""
+    adamw(
+        [weight],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        foreach=False,
+        fused=fused,
+        amsgrad=False,
+        beta1=hyper.betas[0],
+        beta2=hyper.betas[1],
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        maximize=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +109,7 @@ class AdamWRule(Rule):
         # torch's fused kernel wants the counter where the weights are; a copy is a launch, the counter stays on the
         # CPU.
         step = state["step"].to(weight.device) if self.fused else state["step"]
-        adamw(
-            [weight],
-            [gradient],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [step],
-            foreach=False,
-            fused=self.fused,
-            amsgrad=False,
-            beta1=hyper.betas[0],
-            beta2=hyper.betas[1],
-            lr=hyper.lr,
-            weight_decay=hyper.weight_decay,
-            eps=hyper.eps,
-            maximize=False,
-        )
+        adamw_step(weight, gradient, exp_avg, exp_avg_sq, step, hyper=hyper, fused=self.fused)
         if step is not state["step"]:
             state["step"].add_(1)
 
@@ -191,9 +205,6 @@ class AdamW(RuleOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, {**defaults, "fused": fused, "state_dtype": state_dtype, "writer": writer})
 
-    def _groups_of(self, model: nn.Module) -> ParamsT:
-        return groups_of_module(model)
-
     def _rule(self, group: Mapping[str, Any], place: Place, param: Tensor) -> Rule:
         return AdamWRule(
             state_dtype=group["state_dtype"], writer=group["writer"], fused=group["fused"], seed=place.own_seed
@@ -238,16 +249,7 @@ class AdaLomo(RuleOptimizer):
 
     def hyper(self, group: Mapping[str, Any]) -> Hyper:
         """There are no betas, and eps belongs to the rule."""
-        return Hyper(
-            lr=float(group["lr"]),
-            betas=(0.0, 0.0),
-            eps=0.0,
-            weight_decay=float(group["weight_decay"]),
-            clock=int(group["clock"]),
-        )
-
-    def _groups_of(self, model: nn.Module) -> ParamsT:
-        return groups_of_module(model)
+        return super().hyper({**group, "betas": (0.0, 0.0), "eps": 0.0})
 
     def _rule(self, group: Mapping[str, Any], place: Place, param: Tensor) -> Rule:
         return AdaLomoRule(

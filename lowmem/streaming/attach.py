@@ -101,14 +101,10 @@ def attach(model: torch.nn.Module, runtime: Runtime, *, before_first: Sequence[C
     path = runtime.blocks[0].block.name.rpartition(".")[0]
     for owner in (model, model.get_submodule(path)):
         give_runtime(owner, runtime)
-    object.__setattr__(model, "enable_input_require_grads", _do_nothing)
+    object.__setattr__(model, "enable_input_require_grads", lambda: None)
     streamed = StreamedForward(runtime, before_first=before_first)
     for index, module in enumerate(runtime.modules):
         module.forward = _forward_of(streamed, index)
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def _forward_of(streamed: StreamedForward, index: int) -> Callable[..., object]:

@@ -36,18 +36,17 @@ from lowmem.streaming.chunking.chunks import (
 )
 from lowmem.streaming.chunking.mask import CausalMask
 from lowmem.streaming.recompute import (
+    Gradients,
     GradientSums,
     RandomState,
     RandomTape,
+    Sought,
     TakeGradient,
     differentiate,
     restore,
     restored,
 )
 from lowmem.streaming.runtime import Phase, Runtime, TrainingPass
-
-Gradients = tuple[list[Tensor | None], list[Tensor | None]]
-"""Of the inputs, and of the parameters."""
 
 
 class WholeRows:
@@ -62,32 +61,16 @@ class WholeRows:
         self._random = self._tape.note()
         return run(arguments)
 
-    def backward(
-        self,
-        run: RunBlock,
-        arguments: CallArguments,
-        *,
-        inputs: Sequence[Tensor],
-        wanted: Sequence[bool],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        into: Tensor | None = None,
-        take: TakeGradient | None = None,
-    ) -> Gradients:
+    def backward(self, run: RunBlock, arguments: CallArguments, sought: Sought) -> Gradients:
         """Run them again, with a graph, and differentiate them.
 
         Args:
             run: Runs the block.
-            arguments: As in the forward; `inputs` are among them.
-            inputs: The tensors that autograd knows, the hidden states (sequences, tokens, hidden) first.
-            wanted: For each input, whether its gradient is needed.
-            params: The block's trainable parameters.
-            grads: Gradient of each tensor of the output, or None.
-            into: Where the first input's gradient may be written, to save memory; chunks do.
-            take: Gets the parameters' gradients, which are not returned then.
+            arguments: As in the forward; the inputs are among them.
+            sought: What they are differentiated for.
         """
-        del into
         assert self._random is not None
+        inputs, wanted, params = sought.inputs, sought.wanted, sought.params
         for value, want in zip(inputs, wanted, strict=True):
             value.requires_grad_(want)
         with torch.enable_grad(), restored(self._random, self._tape.device):
@@ -97,16 +80,16 @@ class WholeRows:
         del output
         pairs = [
             (value, grad)
-            for value, grad in zip(outputs, grads, strict=True)
+            for value, grad in zip(outputs, sought.grads, strict=True)
             if grad is not None and value.requires_grad
         ]
         del outputs
         if not pairs:
             return [None] * len(inputs), [None] * len(params)
-        sought = [value for value, want in zip(inputs, wanted, strict=True) if want]
+        leaves = [value for value, want in zip(inputs, wanted, strict=True) if want]
         values, arrived = [value for value, _ in pairs], [grad for _, grad in pairs]
         del pairs
-        found, param_grads = differentiate(values, arrived, inputs=sought, params=params, take=take)
+        found, param_grads = differentiate(values, arrived, inputs=leaves, params=params, take=sought.take)
         gradients = iter(found)
         return [next(gradients) if want else None for want in wanted], param_grads
 
@@ -158,36 +141,18 @@ class ChunkedRows:
             self._keys_values = [(self._keep(key), self._keep(value)) for key, value in forward.keys_values]
         return forward.output
 
-    def backward(
-        self,
-        run: RunBlock,
-        arguments: CallArguments,
-        *,
-        inputs: Sequence[Tensor],
-        wanted: Sequence[bool],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        into: Tensor | None = None,
-        take: TakeGradient | None = None,
-    ) -> Gradients:
+    def backward(self, run: RunBlock, arguments: CallArguments, sought: Sought) -> Gradients:
         """Run them again, with a graph, and differentiate them: as `WholeRows.backward`."""
         if self._whole is not None:
-            return self._whole.backward(
-                run, arguments, inputs=inputs, wanted=wanted, params=params, grads=grads, take=take
-            )
+            return self._whole.backward(run, arguments, sought)
         assert self._record is not None
         return backward_chunks(
             run,
             ChunkedCall(self._raw_forward, *arguments),
-            inputs=inputs,
-            wanted=wanted,
-            params=params,
-            grads=grads,
+            sought,
             record=self._record,
             device=self._tape.device,
             workspace=self._workspace,
-            into=into,
-            take=take,
             give_keys_values=self._give_keys_values if self._keys_values else None,
         )
 
@@ -343,18 +308,14 @@ class RecordedCall:
         into = grads[0] if whole and grads[0] is not None and is_sole_owner(grads[0], like=inputs[0]) else None
         for rows, record in zip(self._rows, self._records, strict=True):
             cut = [value.detach() for value in self._call.cut_inputs(inputs, self._cut(rows))]
+            own_grads = [None if grad is None else self._call.cut(grad, self._cut(rows)) for grad in grads]
             found = record.backward(
                 partial(self._run, rows=self._cut(rows), again=True),
                 self._call.arguments(cut, self._cut(rows)),
-                inputs=cut,
-                wanted=wanted,
-                params=params,
-                grads=[None if grad is None else self._call.cut(grad, self._cut(rows)) for grad in grads],
-                into=into,
-                take=take,
+                Sought(inputs=cut, wanted=wanted, params=params, grads=own_grads, into=into, take=take),
             )
             sums.add(self._cut(rows), *found)
-            del cut, found
+            del cut, own_grads, found
         del inputs
         result = sums.result()
         for boundary in self._boundaries:

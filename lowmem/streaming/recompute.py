@@ -82,6 +82,29 @@ TakeGradient = Callable[[int, Tensor], None]
 """Called with a parameter's number and a gradient of it, once for each part that a block is differentiated in."""
 
 
+Gradients = tuple[list[Tensor | None], list[Tensor | None]]
+"""Of the inputs, and of the parameters."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sought:
+    """What some sequences of a block's call are computed again for."""
+
+    inputs: Sequence[Tensor]
+    """The tensors that autograd knows, the hidden states (sequences, tokens, hidden) first."""
+    wanted: Sequence[bool]
+    """For each input, whether its gradient is needed."""
+    params: Sequence[Tensor]
+    """The block's trainable parameters."""
+    grads: Sequence[Tensor | None]
+    """Gradient of each tensor of the output, or None."""
+    into: Tensor | None = None
+    """Where chunks write the first input's gradient; fresh memory if not given. May be the gradient of the output: a
+    chunk's is read before that of its input is written."""
+    take: TakeGradient | None = None
+    """Gets the parameters' gradients, part by part; they are not returned then."""
+
+
 def differentiate(
     outputs: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -89,7 +112,7 @@ def differentiate(
     inputs: Sequence[Tensor],
     params: Sequence[Tensor],
     take: TakeGradient | None = None,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+) -> Gradients:
     """Differentiate with respect to leaves; None for one that the outputs do not depend on.
 
     Args:

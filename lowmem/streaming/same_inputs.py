@@ -82,7 +82,9 @@ class Inputs:
     """
 
     def __init__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        leaves, self._spec = tree_flatten((tuple(args), _cleaned(kwargs)), is_leaf=_is_mask)
+        leaves, self._spec = tree_flatten(
+            (tuple(args), _cleaned(kwargs)), is_leaf=lambda leaf: isinstance(leaf, CausalMask)
+        )
         if not all(leaf is None or isinstance(leaf, (Tensor, CausalMask, *_PLAIN)) for leaf in leaves):
             raise Unsuitable
         index = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
@@ -125,10 +127,6 @@ def _cleaned(kwargs: Mapping[str, object]) -> dict[str, object]:
     if has_cache(kwargs):
         raise Unsuitable
     return {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
-
-
-def _is_mask(leaf: object) -> bool:
-    return isinstance(leaf, CausalMask)
 
 
 class Correspondence:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from offload.files.file import read_small_file, sync_folder, write_failure
@@ -16,6 +17,36 @@ from offload.files.safetensors import INDEX_NAME, SINGLE_NAME
 from offload.files.strict_json import MAX_JSON_BYTES
 
 _BESIDE = ".saving-"
+
+
+@contextmanager
+def unfinished_folder(parent: Path, *, prefix: str) -> Iterator[Path]:
+    """A new folder for what is not whole yet, for this user alone; gone when the ``with`` ends, unless it was renamed.
+
+    Its name cannot be guessed. It is locked as long as somebody works in it: what killed runs have left, whose names
+    begin in the same way, is removed first.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    for left in parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError):
+            fd = os.open(left, flags)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(fd).st_uid == os.geteuid():
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(fd)
+    made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    lock = os.open(made, flags)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(lock)
 
 
 @contextmanager
@@ -36,20 +67,13 @@ def replacing_checkpoint(folder: Path) -> Iterator[Path]:
         TierFull: The disk has no room.
         WriteError: The folder cannot be written.
     """
-    with _reporting(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_left_over(folder)
-        beside = Path(tempfile.mkdtemp(prefix=_BESIDE, dir=folder))
-        # Locked as long as this runs: what a killed save has left is nobody's.
-        lock = os.open(beside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with _reporting(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            beside = stack.enter_context(unfinished_folder(folder, prefix=_BESIDE))
         yield beside
         with _reporting(folder):
             _put_in_place(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        os.close(lock)
 
 
 def listed_weights(folder: Path) -> set[str]:
@@ -110,18 +134,6 @@ def _rename_in_index(index: Path, names: Mapping[str, str]) -> None:
     content = json.loads(index.read_bytes())
     content["weight_map"] = {tensor: names[file] for tensor, file in content["weight_map"].items()}
     index.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _remove_left_over(folder: Path) -> None:
-    """Remove what killed saves have left beside."""
-    for left in folder.glob(f"{_BESIDE}*"):
-        with suppress(OSError):
-            fd = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(fd)
 
 
 def _sync_file(file: Path) -> None:

@@ -7,13 +7,12 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from torch import Tensor
 
 from offload.blocks import PAGE_BYTES, BlockLayout, Extent, round_up
-from offload.errors import OffloadError
+from offload.errors import ClosedAfterwards, OffloadError
 from offload.files.file import File, FileStamp, Pread, open_source
 from offload.transfer import IoThreads, Transfer, bytes_of
 
@@ -32,7 +31,7 @@ class FilePart(NamedTuple):
     """Bytes of the buffer that a read may overwrite, `nbytes` or more: direct reads are of whole pages."""
 
 
-class FileIO:
+class FileIO(ClosedAfterwards):
     """Reads and writes with a fixed number of requests in flight.
 
     Requests are served in the order of the calls: every thread works on the oldest transfer that still has requests to
@@ -208,14 +207,6 @@ class FileIO:
         with self._threads.admitted(transfer.name):
             self._threads.submit(transfer, pieces)
         return transfer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _part_of(extent: Extent, files: Mapping[Path, File], page_bytes: int) -> FilePart:

@@ -9,17 +9,16 @@ import re
 import secrets
 import stat
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from offload.errors import SourceError
+from offload.errors import ClosedAfterwards, SourceError
 from offload.files.file import open_regular
 
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
 _PRIVATE = 0o600
 
 
-class Folder:
+class Folder(ClosedAfterwards):
     """A folder, and the files in it by name, whatever becomes of the path that it was opened by.
 
     Whoever may write to a folder can plant a link there that leads to a file of somebody else's. Links are refused
@@ -170,14 +169,6 @@ class Folder:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _open_folder(name: str, within: int | None) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offload.blocks import TensorSpec
-from offload.errors import Closed, SourceError
+from offload.errors import Closed, ClosedAfterwards, SourceError
 from offload.files.file import File, FileStamp, open_regular, open_source
 from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, is_text, parse_json_object, read_json_object, short
 from offload.transfer import bytes_of
@@ -141,7 +141,7 @@ def _check_positions(header: JsonObject, tensors: Sequence[TensorSpec], *, data_
         header.refuse("data_offsets", f"the last tensor ends at byte {end}, the file has {size_bytes} bytes")
 
 
-class SafetensorsSource:
+class SafetensorsSource(ClosedAfterwards):
     """A checkpoint in one or more safetensors files, opened read-only and checked completely before use.
 
     A folder is read through its ``model.safetensors.index.json`` if it has one, else ``model.safetensors``, else every
@@ -221,14 +221,6 @@ class SafetensorsSource:
     def close(self) -> None:
         """Close its descriptors. What was read from it stays valid. May be called twice."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _close_all(opened: dict[Path, File]) -> None:

@@ -11,13 +11,11 @@ from bisect import insort
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
 from offload.blocks import PAGE_BYTES, round_up
-from offload.errors import WriteError
+from offload.errors import ClosedAfterwards, WriteError
 from offload.files.file import File, Pread, Pwrite
 from offload.files.file_io import FileIO, FilePart
 from offload.trace import Trace
@@ -78,7 +76,7 @@ class SlotAllocator:
 _PREFIX = ".offload-scratch-"
 
 
-class Scratch:
+class Scratch(ClosedAfterwards):
     """A file without a name in a folder of the user's, in page-aligned slots that one step after another uses.
 
     The file never has a name where the file system allows that (O_TMPFILE), else for a moment while it is opened: when
@@ -199,14 +197,6 @@ class Scratch:
                 self._written_bytes += transfer.nbytes
         if self._trace is not None:
             self._trace.add(lane, transfer.name, transfer.start_ns, transfer.end_ns, nbytes=transfer.nbytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _open_nameless(name: Path) -> int:

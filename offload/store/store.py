@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
 from offload.blocks import ObjectLayout
-from offload.errors import Closed, OffloadError, SourceError, TierFull, WriteError
+from offload.errors import Closed, ClosedAfterwards, OffloadError, SourceError, TierFull, WriteError
 from offload.files.file import sync_folder
 from offload.files.strict_json import is_text
 from offload.store.manifest import MANIFEST, Manifest, StoredObject, StoreFolder, missing_files, read_manifest
@@ -33,7 +32,7 @@ class _Version:
     """How the step wrote it; None once it is committed."""
 
 
-class Store:
+class Store(ClosedAfterwards):
     """A folder with named objects, each a set of tensors in a file of its own, in versions.
 
     Objects are written within a step; `commit` makes the step's versions the state, all at once, and those that it
@@ -415,14 +414,6 @@ class Store:
             raise Closed(f"{self.folder}: the store was closed; open it again")
         if self._broken is not None:
             raise Closed(f"{self.folder}: the last commit may have failed ({self._broken}); open the store again")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _raise_first(found: Iterable[OffloadError]) -> None:

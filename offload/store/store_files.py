@@ -136,7 +136,13 @@ class ObjectFiles:
         ended = partial(self._note, "disk write", (opened,))
         try:
             transfer = self._writer.write(
-                opened, data, offset_bytes=0, name=name, sync=True, checksum=partial(_set_crc32, file), at_end=ended
+                opened,
+                data,
+                offset_bytes=0,
+                name=name,
+                sync=True,
+                checksum=partial(setattr, file, "crc32"),
+                at_end=ended,
             )
         except BaseException:
             opened.close()
@@ -259,10 +265,6 @@ def _resize(fd: int, nbytes: int) -> None:
         except OSError as error:
             if error.errno not in _NO_PREALLOCATION:
                 raise
-
-
-def _set_crc32(file: ObjectFile, crc32: int) -> None:
-    file.crc32 = crc32
 
 
 _COPY_BYTES = 4 << 20

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,13 @@ if _built.returncode == 0:
     simulated_gpu.watch()
 else:
     os.environ["LOWMEM_NO_GPU"] = (_built.stderr.strip().splitlines() or ["it could not be built"])[-1]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave files without a test marked gpu unread where only such tests are wanted: importing them takes longest."""
+    if config.option.markexpr != "gpu" or not collection_path.match("test_*.py"):
+        return None
+    return True if b"mark.gpu" not in collection_path.read_bytes() else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,6 +13,7 @@ from lowmem.streaming.chunking import attention
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.chunking.carrier import Workspace
 from lowmem.streaming.chunking.chunks import ChunkedCall, ChunkRecord, backward_chunks, forward_chunks
+from lowmem.streaming.recompute import Sought
 from tests.zoo.architectures import tiny_model
 
 CPU = torch.device("cpu")
@@ -151,10 +152,7 @@ def chunked(
     inputs, found = backward_chunks(
         call.run,
         cut,
-        inputs=[call.hidden],
-        wanted=[True],
-        params=params,
-        grads=[grad],
+        Sought(inputs=[call.hidden], wanted=[True], params=params, grads=[grad]),
         record=forward.record,
         device=CPU,
         workspace=workspace,

@@ -1,11 +1,24 @@
-"""A short training run in a process of its own, to be killed: python -m tests.lowmem.kill_job FOLDER OUTPUT."""
+"""Runs that are killed, and one that is not: python -m tests.lowmem.kill_job FOLDER SCRATCH STEP...
 
+A run in SCRATCH/killed is killed within the step after each STEP, then goes on to its end; one in SCRATCH/whole is left
+alone. Each is a process forked from this one, which has imported everything and started nothing, because importing
+takes longer than training.
+"""
+
+import os
+import random
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
+import lowmem.adapters.dora
+import lowmem.api  # what opening and training import lazily: once, not in each run
+import lowmem.generation.hooks  # noqa: F401
 from tests.lowmem.tiny_training import streamed, trainer
 
 NUM_STEPS = 12
@@ -18,21 +31,68 @@ def last_complete_checkpoint(output: Path) -> Path | None:
 
 
 class _Say(TrainerCallback):
+    def __init__(self, say: int) -> None:
+        self._say = say
+
     def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        print(f"step {state.global_step}", flush=True)  # type: ignore[attr-defined]
+        os.write(self._say, b"%d\n" % state.global_step)  # type: ignore[attr-defined]
 
 
-def main(folder: Path, output: Path) -> None:
+def train(folder: Path, output: Path, say: int) -> None:
     torch.set_num_threads(1)
     done = trainer(
-        streamed(folder), output, max_steps=NUM_STEPS, save_strategy="steps", save_steps=1, callbacks=[_Say()]
+        streamed(folder), output, max_steps=NUM_STEPS, save_strategy="steps", save_steps=1, callbacks=[_Say(say)]
     )
     checkpoint = last_complete_checkpoint(output)
-    print(f"resuming {checkpoint}", flush=True)
     done.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done.save_model(str(output / "final"))
+
+
+def start(folder: Path, output: Path) -> tuple[int, int]:
+    """Fork a run; its number, and where to hear of its steps."""
+    hear, say = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(hear)
+            train(folder, output, say)
+            status = 0
+        finally:
+            if status:
+                traceback.print_exc()
+            os._exit(status)
+    os.close(say)
+    return pid, hear
+
+
+def kill_after(step: int, folder: Path, output: Path, delay_s: float) -> None:
+    """Kill a run a moment after it has said that a step is over."""
+    pid, hear = start(folder, output)
+    with os.fdopen(hear) as said:
+        heard = next((line for line in said if int(line) == step), None)
+        assert heard is not None, f"the run ended without step {step}"
+        time.sleep(delay_s)
+        os.kill(pid, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+def finish(folder: Path, output: Path) -> None:
+    """Let a run go on to its end."""
+    pid, hear = start(folder, output)
+    with os.fdopen(hear) as said:
+        said.read()
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def main(folder: Path, scratch: Path, steps: list[int]) -> None:
+    rng = random.Random(3)
+    for step in steps:
+        kill_after(step, folder, scratch / "killed", rng.uniform(0, 0.05))
+    finish(folder, scratch / "killed")
+    finish(folder, scratch / "whole")
     print("finished", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [int(step) for step in sys.argv[3:]])

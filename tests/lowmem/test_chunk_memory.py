@@ -11,6 +11,7 @@ from lowmem.planning.block_memory import MicroBatch, block_recompute_bytes, chun
 from lowmem.planning.shapes import BlockShape, LinearShape, Part
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.chunking.chunks import ChunkedCall, backward_chunks, forward_chunks
+from lowmem.streaming.recompute import Sought
 from tests.lowmem.chunked_blocks import CPU, raw_forward, record_arguments
 
 HIDDEN, EXPANDED, HEAD = 128, 352, 32
@@ -97,13 +98,9 @@ def test_backward_holds_what_was_predicted(tokens: int, chunk_tokens: int) -> No
         backward_chunks(
             run,
             call,
-            inputs=[call.hidden],
-            wanted=[True],
-            params=[],
-            grads=[grad],
+            Sought(inputs=[call.hidden], wanted=[True], params=[], grads=[grad], into=grad),
             record=record,
             device=CPU,
-            into=grad,
         )
     batch = MicroBatch(num_sequences=1, seq_len=tokens, dtype="float32")
     predicted = chunk_bytes(llama_block_shape(), batch, chunk_tokens).total

@@ -15,7 +15,7 @@ from lowmem.streaming.chunking.chunks import (
     chunk_spans,
     forward_chunks,
 )
-from lowmem.streaming.recompute import restored
+from lowmem.streaming.recompute import Sought, restored
 from tests.lowmem.chunked_blocks import (
     CHUNKS,
     CPU,
@@ -114,7 +114,11 @@ def test_an_input_whose_gradient_is_not_wanted_gets_none_and_parameters_still_do
     grad = torch.randn_like(call.hidden)
     record = forward_chunks(call.run, cut, chunk_tokens=5, device=CPU).record
     inputs, found = backward_chunks(
-        call.run, cut, inputs=[call.hidden], wanted=[False], params=params, grads=[grad], record=record, device=CPU
+        call.run,
+        cut,
+        Sought(inputs=[call.hidden], wanted=[False], params=params, grads=[grad]),
+        record=record,
+        device=CPU,
     )
     assert inputs == [None]
     assert_close(found, checkpointed(call, params, grad)[1][1:], tolerance=1e-12)
@@ -131,13 +135,9 @@ def test_gradients_can_be_written_over_those_that_arrive() -> None:
     inputs, found = backward_chunks(
         call.run,
         cut,
-        inputs=[call.hidden],
-        wanted=[True],
-        params=params,
-        grads=[grad],
+        Sought(inputs=[call.hidden], wanted=[True], params=params, grads=[grad], into=grad),
         record=forward.record,
         device=CPU,
-        into=grad,
     )
     assert inputs[0] is grad
     assert_close([*inputs, *found], expected, tolerance=1e-15)
@@ -220,10 +220,7 @@ def test_autocast_in_chunks_is_as_close_to_fp64_as_autocast_alone() -> None:
     inputs, found = backward_chunks(
         autocast_run,
         cut,
-        inputs=[single.hidden],
-        wanted=[True],
-        params=params,
-        grads=[grad.float()],
+        Sought(inputs=[single.hidden], wanted=[True], params=params, grads=[grad.float()]),
         record=record,
         device=CPU,
     )

@@ -239,7 +239,7 @@ class Spy:
 
 
 def in_small_tiles(*args: object) -> tuple[Tensor, ...]:
-    return TiledLogProbFunction.apply(*args, SMALL)
+    return TiledLogProbFunction.apply(*args, *(None, 1.0, OUTPUTS)[len(args) - 6 :], SMALL)
 
 
 def test_only_heads_of_registered_models_are_computed_in_tiles() -> None:

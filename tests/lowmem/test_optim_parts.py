@@ -167,7 +167,7 @@ def test_methods_that_make_no_sense_are_refused(options: dict[str, object], mess
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (optim.GaLore, {"projector": "columns"}, "one that has a rank"),
+        (optim.GaLore, {"projector": "columns"}, "projector='columns': expected one of svd"),
         (optim.FRUGAL, {"inactive_update_rule": "same"}, "inactive_update_rule='same'"),
         (optim.APOLLO, {"proj": "qr"}, "proj='qr'"),
         (optim.APOLLO, {"scale_type": "row"}, "scale_type='row'"),

@@ -167,4 +167,4 @@ def test_a_gpu_sees_the_stored_bytes_in_every_step(
                     seen.append((block, {name: tensor.clone() for name, tensor in tensors.items()}))
             for block, tensors in seen:
                 stored.check(block, tensors)
-    assert trace.totals()["copy"].nbytes > 0
+    assert any(span.lane == "copy" and span.nbytes > 0 for span in trace.spans())

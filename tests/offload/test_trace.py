@@ -1,7 +1,6 @@
-"""Traces: bounded, shared by threads, summed without counting time twice, readable by Perfetto."""
+"""Traces: bounded, shared by threads, readable by Perfetto."""
 
 import json
-import random
 import threading
 import time
 import tracemalloc
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.trace import LaneTotal, Span, Trace
+from offload.trace import Span, Trace
 
 
 def test_spans_come_back_in_the_order_they_were_added() -> None:
@@ -42,39 +41,6 @@ def test_since_leaves_out_what_had_ended() -> None:
         trace.add("disk", str(start), start, start + 10, nbytes=1)
     assert [span.name for span in trace.spans(since_ns=10)] == ["10", "20"]
     assert trace.spans(since_ns=30) == ()
-
-
-def test_busy_time_is_the_union_of_spans() -> None:
-    trace = Trace()
-    trace.add("disk", "a", 0, 100, nbytes=60)
-    trace.add("disk", "b", 50, 120, nbytes=40)
-    trace.add("disk", "inside a", 10, 20)
-    trace.add("disk", "later", 200, 230, nbytes=50)
-    trace.add("copy", "a", 0, 10)
-    trace.add("empty", "no time", 5, 5, nbytes=5)
-    assert trace.totals() == {
-        "disk": LaneTotal(num_spans=4, nbytes=150, busy_s=150e-9),
-        "copy": LaneTotal(num_spans=1, nbytes=0, busy_s=10e-9),
-        "empty": LaneTotal(num_spans=1, nbytes=5, busy_s=0.0),
-    }
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_totals_of_many_more_spans_than_are_kept_are_exact(seed: int) -> None:
-    rng = random.Random(seed)
-    trace = Trace(capacity=50)
-    requests = []
-    for number in range(2000):
-        start = 40 * number + rng.randrange(40)
-        requests.append((start, start + rng.randrange(300)))
-    requests.sort(key=lambda request: request[1] + rng.randrange(100))  # a thread may be late to say that it is done
-    busy: set[int] = set()
-    for number, (start, end) in enumerate(requests):
-        trace.add("disk", str(number), start, end, nbytes=number)
-        busy.update(range(start, end))
-    (total,) = trace.totals().values()
-    assert total == LaneTotal(num_spans=2000, nbytes=sum(range(2000)), busy_s=len(busy) / 1e9)
-    assert [span.name for span in trace.spans()] == [str(number) for number in range(1950, 2000)]
 
 
 def test_a_full_trace_takes_little_memory() -> None:

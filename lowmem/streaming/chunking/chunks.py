@@ -23,7 +23,15 @@ from lowmem.streaming.call import CACHE_NAMES, CallArguments
 from lowmem.streaming.chunking.attention import ChunkMask
 from lowmem.streaming.chunking.carrier import KeysTaken, KVCarrier, Workspace
 from lowmem.streaming.chunking.mask import CausalMask
-from lowmem.streaming.recompute import GradientSums, RandomState, RandomTape, TakeGradient, differentiate, restored
+from lowmem.streaming.recompute import (
+    Gradients,
+    GradientSums,
+    RandomState,
+    RandomTape,
+    Sought,
+    differentiate,
+    restored,
+)
 
 RunBlock = Callable[[CallArguments], object]
 """Runs a block's raw forward; its weights are bound."""
@@ -254,33 +262,22 @@ class _JoinedOutput:
 def backward_chunks(
     run: RunBlock,
     call: ChunkedCall,
+    sought: Sought,
     *,
-    inputs: Sequence[Tensor],
-    wanted: Sequence[bool],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
     record: ChunkRecord,
     device: torch.device,
     workspace: Workspace | None = None,
-    into: Tensor | None = None,
-    take: TakeGradient | None = None,
     give_keys_values: Callable[[KVCarrier], None] | None = None,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
+) -> Gradients:
     """Run a block again chunk by chunk, in reverse, and differentiate it.
 
     Args:
         run: As in `forward_chunks`.
         call: The same arguments as in the forward.
-        inputs: Tensors of the call that autograd knows, the hidden states first.
-        wanted: For each input, whether its gradient is needed.
-        params: Trainable parameters.
-        grads: Gradient of each tensor of the output, or None.
+        sought: What it is differentiated for.
         record: What the forward returned.
         device: Compute device.
         workspace: Where keys, values and their gradients go.
-        into: Where the gradient of the first input is written; fresh memory if not given. May be the gradient of the
-            output: a chunk's is read before that of its input is written.
-        take: Gets the parameters' gradients chunk by chunk; they are not returned then.
         give_keys_values: Puts what the forward left as keys and values into the carrier; they are computed again if
             not given.
 
@@ -298,32 +295,26 @@ def backward_chunks(
         carrier.begin(start, end, keep=True, leave_at=record.num_attentions - 1)
         with torch.no_grad(), restored(state, device), suppress(KeysTaken):
             run(call.arguments(carrier))
-    sums = _Sums(call, inputs, wanted, params, into=into)
+    sums = _Sums(call, sought)
     for (start, end), state in reversed(chunks):
         carrier.begin(start, end, keep=False)
         leaves = sums.leaves(start, end)
         with torch.enable_grad(), restored(state, device):
             output = run(call.arguments(carrier, leaves))
-        _differentiate(output, grads, carrier, leaves=leaves, sums=sums, take=take)
+        _differentiate(output, sought, carrier, leaves=leaves, sums=sums)
         del output, leaves
     return sums.input_grads(), sums.param_grads.totals
 
 
 def _differentiate(
-    output: object,
-    grads: Sequence[Tensor | None],
-    carrier: KVCarrier,
-    *,
-    leaves: dict[int, Tensor],
-    sums: _Sums,
-    take: TakeGradient | None,
+    output: object, sought: Sought, carrier: KVCarrier, *, leaves: dict[int, Tensor], sums: _Sums
 ) -> None:
     """Differentiate one chunk; its keys and values have a gradient from later chunks besides the output's own."""
     start, end = carrier.start, carrier.end
     tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
     pairs = [
         (value, grad[:, start:end])
-        for value, grad in zip(tensors, grads, strict=True)
+        for value, grad in zip(tensors, sought.grads, strict=True)
         if grad is not None and value.requires_grad
     ]
     pairs += carrier.own_with_gradients()
@@ -333,8 +324,8 @@ def _differentiate(
         [value for value, _ in pairs],
         [grad for _, grad in pairs],
         inputs=[leaf for leaf in leaves.values() if leaf.requires_grad],
-        params=sums.params,
-        take=take,
+        params=sought.params,
+        take=sought.take,
     )
     sums.add(*found, leaves, start=start, end=end)
 
@@ -342,25 +333,16 @@ def _differentiate(
 class _Sums:
     """Gradients of inputs, part by part or summed, and of parameters, summed over the chunks."""
 
-    def __init__(
-        self,
-        call: ChunkedCall,
-        inputs: Sequence[Tensor],
-        wanted: Sequence[bool],
-        params: Sequence[Tensor],
-        *,
-        into: Tensor | None,
-    ) -> None:
-        self.params = params
-        self.param_grads = GradientSums(len(params))
+    def __init__(self, call: ChunkedCall, sought: Sought) -> None:
+        self.param_grads = GradientSums(len(sought.params))
         self._call = call
-        self._indices = [call.index_of(value) for value in inputs]
-        self._wanted = wanted
+        self._indices = [call.index_of(value) for value in sought.inputs]
+        self._wanted = sought.wanted
         self._shared_grads = GradientSums(len(self._indices))
         self._input_grads: dict[int, Tensor] = {}
-        for index, value, want in zip(self._indices, inputs, wanted, strict=True):
+        for index, value, want in zip(self._indices, sought.inputs, sought.wanted, strict=True):
             if want and call.is_per_token(index):
-                given = into if index == self._indices[0] else None
+                given = sought.into if index == self._indices[0] else None
                 self._input_grads[index] = host_memory.empty_like(value) if given is None else given
 
     def leaves(self, start: int, end: int) -> dict[int, Tensor]:

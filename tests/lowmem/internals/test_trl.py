@@ -13,14 +13,16 @@ from trl.trainer import dpo_trainer, kto_trainer
 from lowmem.errors import UnsupportedError
 from lowmem.internals import trl
 from lowmem.internals.trl import HeadDispatch, install
+from lowmem.streaming.head import TiledLogProbFunction
 
 
-def test_trl_s_function_takes_what_the_dispatch_passes_on() -> None:
+def test_trl_s_function_takes_what_ours_takes() -> None:
     shipped = trl_utils._ChunkedLogProbFunction
     function = shipped.shipped if isinstance(shipped, HeadDispatch) else shipped
     theirs = list(inspect.signature(function.forward).parameters)
-    ours = list(inspect.signature(HeadDispatch.apply).parameters)
-    assert theirs[1:] == ours[1:]
+    ours = list(inspect.signature(TiledLogProbFunction.forward).parameters)
+    assert [*theirs, "tiles"] == ours
+    assert theirs[1:3] == list(inspect.signature(HeadDispatch.apply).parameters)[1:3]
     assert "_ChunkedLogProbFunction.apply" in inspect.getsource(trl_utils.add_fused_lm_head) or (
         "_ChunkedLogProbFunction.apply" in inspect.getsource(trl_utils)
     )
