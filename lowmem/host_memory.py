@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from offload import StagingBuffer
+from offload import StagingBuffer, round_up
 
 _LARGE_BYTES = 1 << 20
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -77,7 +77,7 @@ def off_the_heap(grads: list[Tensor | None]) -> list[Tensor | None]:
     on_cpu = [grad for grad in grads if grad is not None and grad.device.type == "cpu"]
     if not on_cpu:
         return grads
-    memory = StagingBuffer(sum(_aligned(grad) for grad in on_cpu)).tensor
+    memory = StagingBuffer(sum(round_up(grad.nbytes, _ALIGN_BYTES) for grad in on_cpu)).tensor
     moved: list[Tensor | None] = []
     start = 0
     for grad in grads:
@@ -86,12 +86,8 @@ def off_the_heap(grads: list[Tensor | None]) -> list[Tensor | None]:
             continue
         place = memory[start : start + grad.nbytes].view(grad.dtype).view(grad.shape)
         moved.append(place.copy_(grad))
-        start += _aligned(grad)
+        start += round_up(grad.nbytes, _ALIGN_BYTES)
     return moved
-
-
-def _aligned(grad: Tensor) -> int:
-    return -(-grad.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
 
 
 def give_back_freed() -> None:
@@ -140,17 +136,18 @@ class SkinnyProducts(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         """Replace large products by few rows; let everything else pass."""
-        if func is torch.nn.functional.linear and len(args) >= 2 and not kwargs:
+        if (
+            func is torch.nn.functional.linear
+            and len(args) >= 2
+            and not kwargs
+            and not torch.is_autocast_enabled("cpu")
+        ):
             x, weight = args[0], args[1]
-            if isinstance(x, Tensor) and isinstance(weight, Tensor) and _replaces(x, weight):
+            if isinstance(x, Tensor) and isinstance(weight, Tensor) and is_skinny(x, weight):
                 bias = args[2] if len(args) > 2 else None
                 out = product_of_few(x, weight).contiguous()
                 return out.add_(bias) if isinstance(bias, Tensor) else out
         return func(*args, **(kwargs or {}))
-
-
-def _replaces(x: Tensor, weight: Tensor) -> bool:
-    return not torch.is_autocast_enabled("cpu") and is_skinny(x, weight)
 
 
 def products_for(device: torch.device, *, num_tokens: int) -> AbstractContextManager[object]:

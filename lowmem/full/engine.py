@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -153,7 +153,11 @@ class FullTuning:
         earlier = {key: self._earlier_scales(key) for key in places}
         kept = [key for key, scales in earlier.items() if scales is not None]
         if kept and self.updates_now is not None:
-            raise _already_updated(kept[0])
+            raise UnsupportedError(
+                "several backwards before optimizer.step() (gradient_accumulation_steps) with updates in the backward",
+                reason=f"{kept[0]} was updated within the first of them",
+                instead="gradient_accumulation_steps=1, or no update_in_backward",
+            )
         taken: set[str] = set()
         with self.tier.accumulating(index, adds=bool(kept), stays=self.updates_now is not None) as keep:
 
@@ -288,7 +292,7 @@ class FullTuning:
         grad = self._params[key].param.grad
         if not isinstance(grad, OffloadedGradient) or not grad.scales:
             return update
-        return update.scaled(tuple(grad.scales))
+        return replace(update, scales=tuple(grad.scales))
 
     def _forget_scales(self, unit: int) -> None:
         for place in self._places(unit):
@@ -303,11 +307,3 @@ class FullTuning:
         grad = self._params[place.key].param.grad
         assert grad is not None, "only parameters with gradients are updated"
         return grad.reshape(-1)
-
-
-def _already_updated(key: str) -> UnsupportedError:
-    return UnsupportedError(
-        "several backwards before optimizer.step() (gradient_accumulation_steps) with updates in the backward",
-        reason=f"{key} was updated within the first of them",
-        instead="gradient_accumulation_steps=1, or no update_in_backward",
-    )

@@ -9,7 +9,7 @@ Decoupled weight decay (Loshchilov and Hutter, Decoupled weight decay regulariza
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,10 +89,6 @@ class ParamUpdate:
     """Number of this update, 1 for the first."""
     scales: tuple[float, ...] = ()
     """What the gradient is multiplied with first, one after the other."""
-
-    def scaled(self, scales: tuple[float, ...]) -> ParamUpdate:
-        """The same settings for a gradient that has to be multiplied first."""
-        return replace(self, scales=scales)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,11 +66,6 @@ class OptimizerEngine:
         self._steps: dict[str, int] = {}
         self._states: RuleStates = MemoryStates()
 
-    @property
-    def num_steps(self) -> int:
-        """Steps that have been taken."""
-        return self._num_steps
-
     def adopt(self, optimizer: RuleOptimizer) -> None:
         """Take an optimizer on; a new one begins with state of its own."""
         for group in optimizer.param_groups:

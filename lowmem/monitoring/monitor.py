@@ -42,7 +42,7 @@ from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, r
 from lowmem.streaming.runtime import Runtime, Visit, runtime_of
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerState, TrainingArguments
 
     from lowmem.planning.plan import Plan
     from offload import Span
@@ -294,9 +294,7 @@ class Monitor(TrainerCallback):
         # Python's list of what to do at its exit must not keep the model alive.
         self._at_exit = partial(_end_interrupted, weakref.ref(self))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Start listening to the model's runtime."""
         self.end("interrupted")  # a train() that raised has no on_train_end
         model = kwargs.get("model")
@@ -327,23 +325,19 @@ class Monitor(TrainerCallback):
         if shows:
             self._run.show(every_s=self._every_s)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Begin an optimizer step, whose micro-steps all belong to it."""
         if self._run is not None:
             self._run.start_step(state.global_step + 1, state.max_steps)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object
     ) -> None:
         """See what is held while gradients and the optimizer's state both are."""
         if self._run is not None:
             self._run.see_memory(kwargs.get("optimizer"))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """End the optimizer step."""
         if self._run is not None:
             self._run.finish_step()
@@ -352,7 +346,7 @@ class Monitor(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: object,
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
@@ -360,9 +354,7 @@ class Monitor(TrainerCallback):
         if self._run is not None and logs is not None:
             self._run.add_to_log(state, logs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Write the trace, the picture and the report, and stop listening."""
         self.end("finished")
 

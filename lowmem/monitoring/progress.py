@@ -34,6 +34,7 @@ def writes_to_file() -> bool:
     # tqdm.auto draws with `notebook_tqdm`, which is the terminal's class outside of notebooks.
     return notebook_tqdm is terminal_tqdm and not sys.stderr.isatty()
 
+
 RATE_WINDOW_S = 3.0
 
 BACKWARD_PER_FORWARD = 2.5

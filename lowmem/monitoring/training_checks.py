@@ -23,7 +23,7 @@ from lowmem.monitoring.resume_checks import check_before_resume
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerState, TrainingArguments
 
     from lowmem.streaming.runtime import Visit
 
@@ -103,17 +103,13 @@ class TrainingChecks(TrainerCallback):
         self._stop_listening: Callable[[], None] = lambda: None
         self._num_visits: Counter[str] = Counter()
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Refuse options that a streamed model cannot honour, as soon as the Trainer is made."""
         model = kwargs.get("model")
         if isinstance(model, nn.Module) and is_streamed(model):
             refuse_training_options(args)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Refuse a model in which nothing trains, and options that were set since the Trainer was made."""
         self._stop_listening()  # a train() that raised has no on_train_end
         self._runtime = None
@@ -132,14 +128,12 @@ class TrainingChecks(TrainerCallback):
         self._stop_listening = runtime.listen(self._visited)
         runtime.advise_interrupted = partial(how_to_go_on, args.output_dir)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Begin an optimizer step."""
         self._num_visits.clear()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object
     ) -> None:
         """Make sure that the step went through the streamed blocks, before the optimizer uses its gradients.
 
@@ -169,7 +163,7 @@ class TrainingChecks(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        control: object,
         logs: dict[str, float] | None = None,
         **kwargs: object,
     ) -> None:
@@ -178,9 +172,7 @@ class TrainingChecks(TrainerCallback):
         if runtime is not None and runtime.add_to_log is not None and logs is not None:
             runtime.add_to_log(state, logs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Stop listening."""
         self._stop_listening()
         runtime = None if self._runtime is None else self._runtime()

@@ -49,31 +49,29 @@ class StoreFolder:
         self._lock_fd = -1
         self._opened: list[Folder] = []
         try:
+            self._take(path)
+        except BaseException:
+            self.release()
+            raise
+        # A fork shares the lock. The workers of a data loader must not hold it longer than the run itself.
+        os.register_at_fork(after_in_child=partial(_release_in_child, weakref.ref(self)))
+
+    def _take(self, path: Path) -> None:
+        try:
             self.path, self.folder = path, self._keep(Folder.own(path))
             self.objects = self._keep(self.folder.own_inner(OBJECTS))
         except OSError as error:
-            self.release()
             raise write_failure(path, error) from error
-        except SourceError:
-            self.release()
-            raise
         try:
             self._refuse_strangers()
             self._lock(path / _LOCK)
             self.folder.remove_unfinished(MANIFEST)
         except BlockingIOError as error:
             holder = os.pread(self._lock_fd, 32, 0).strip()
-            self.release()
             raise FolderInUse(path, pid=int(holder) if holder.isdigit() else None) from error
         except OSError as error:
-            self.release()
             reason = f"locking it: {reason_of(error)}"
             raise WriteError(path / _LOCK, offset_bytes=0, nbytes=0, reason=reason) from error
-        except SourceError:
-            self.release()
-            raise
-        # A fork shares the lock. The workers of a data loader must not hold it longer than the run itself.
-        os.register_at_fork(after_in_child=partial(_release_in_child, weakref.ref(self)))
 
     def put(self, manifest: Manifest) -> None:
         """Replace the manifest, so that after a crash or a power failure it is the old one or the new one.
