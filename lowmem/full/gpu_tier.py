@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowmem.full.chunks import NewestBlocks, block_spec
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, UnitLayout
-from lowmem.full.tier import WEIGHT, Contribution, MemoryTier
+from lowmem.full.tier import WEIGHT, Contribution, Edit, MemoryTier
 from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING
 from offload import (
     CopyStream,
@@ -135,20 +135,11 @@ class GpuMemoryTier(MemoryTier):
         super().update(index, segments, gradient)
         self._replace(index)
 
-    def change(
-        self,
-        index: int,
-        place: ParamPlace,
-        run: Callable[[Tensor, Tensor], None],
-        *,
-        gradient: Tensor | None,
-        scales: Sequence[float],
-        upcoming: tuple[int, ParamPlace] | None,
-    ) -> None:
+    def change(self, edit: Edit) -> None:
         self._landing.finish()
-        down = None if gradient is None else gradient.to(device="cpu", dtype=torch.float32)
-        super().change(index, place, run, gradient=down, scales=scales, upcoming=upcoming)
-        self._replace(index)
+        down = None if edit.gradient is None else edit.gradient.to(device="cpu", dtype=torch.float32)
+        super().change(replace(edit, gradient=down))
+        self._replace(edit.unit)
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
         super().write(index, field, place, value)

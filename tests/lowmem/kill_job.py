@@ -77,9 +77,8 @@ def kill_after(step: int, folder: Path, output: Path, delay_s: float) -> None:
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
 
 
-def finish(folder: Path, output: Path) -> None:
+def finish(pid: int, hear: int) -> None:
     """Let a run go on to its end."""
-    pid, hear = start(folder, output)
     with os.fdopen(hear) as said:
         said.read()
     assert os.waitpid(pid, 0)[1] == 0
@@ -87,10 +86,11 @@ def finish(folder: Path, output: Path) -> None:
 
 def main(folder: Path, scratch: Path, steps: list[int]) -> None:
     rng = random.Random(3)
+    whole = start(folder, scratch / "whole")
     for step in steps:
         kill_after(step, folder, scratch / "killed", rng.uniform(0, 0.05))
-    finish(folder, scratch / "killed")
-    finish(folder, scratch / "whole")
+    finish(*start(folder, scratch / "killed"))
+    finish(*whole)
     print("finished", flush=True)
 
 
