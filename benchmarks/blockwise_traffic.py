@@ -18,7 +18,9 @@ import lowmem
 from lowmem.streaming.runtime import runtime_of
 
 
-def run(folder: Path, state: Path, *, optimizer: str, num_steps: int, num_tokens: int, budget: str) -> dict[str, object]:
+def run(
+    folder: Path, state: Path, *, optimizer: str, num_steps: int, num_tokens: int, budget: str
+) -> dict[str, object]:
     """Train some steps on random tokens.
 
     Args:
