@@ -7,6 +7,7 @@ from offload import Budget
 
 if TYPE_CHECKING:
     from lowmem import full, optim
+    from lowmem.adapters.expert_export import export_experts
     from lowmem.adapters.merge import merge
     from lowmem.api import from_pretrained, plan
     from lowmem.essa.trainer import ESSAConfig, ESSATrainer
@@ -23,6 +24,7 @@ _LAZY = {
     "Monitor": "lowmem.monitoring.monitor",
     "Plan": "lowmem.planning.plan",
     "TokenBar": "lowmem.monitoring.progress",
+    "export_experts": "lowmem.adapters.expert_export",
     "from_pretrained": "lowmem.api",
     "merge": "lowmem.adapters.merge",
     "plan": "lowmem.api",
@@ -51,6 +53,7 @@ __all__ = [
     "Plan",
     "TokenBar",
     "UnsupportedError",
+    "export_experts",
     "from_pretrained",
     "full",
     "merge",

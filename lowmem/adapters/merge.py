@@ -110,7 +110,7 @@ def merge(
     base, adapter_folder = resolve(model, revision=revision), Path(adapter).expanduser()
     target = Path(output).expanduser().absolute()
     stored, shard_bytes = _stored_dtype(dtype), parse_bytes(max_shard_bytes, field="max_shard_bytes")
-    _check_output(target, base)
+    check_output(target, base)
     copies = _copies(base, adapter_folder, trust_remote_code=trust_remote_code)
     rounding = _Rounding()
     with SafetensorsSource(base) as source:
@@ -118,7 +118,7 @@ def merge(
         shards = split_into_shards([tensor.output for tensor in plan.tensors], max_shard_bytes=max(1, shard_bytes))
         _check_room(target, sum(tensor.output.nbytes for tensor in plan.tensors))
         try:
-            with _taking_the_place_of(target) as folder:
+            with taking_the_place_of(target) as folder:
                 _write_shards(folder, plan, shards, rounding)
                 for file in source.files:
                     source.check_unchanged(file)
@@ -141,7 +141,13 @@ def _stored_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return chosen
 
 
-def _check_output(target: Path, base: Path) -> None:
+def check_output(target: Path, base: Path) -> None:
+    """Refuse a folder to write that is not empty, or that no folder can take the place of.
+
+    Raises:
+        FileExistsError: As it says.
+        ValueError: It is inside of the base model's.
+    """
     if target.is_symlink() or target.is_mount():
         what = "a link" if target.is_symlink() else "where a file system is mounted"
         raise FileExistsError(f"output: {target} is {what}, whose place no folder can take; give another one")
@@ -152,7 +158,7 @@ def _check_output(target: Path, base: Path) -> None:
 
 
 @contextmanager
-def _taking_the_place_of(target: Path) -> Iterator[Path]:
+def taking_the_place_of(target: Path) -> Iterator[Path]:
     """A new folder, which has the target's name once the `with` is left without an error; else nothing is left.
 
     It lies in a private folder next to the target. A merge that was killed leaves that; the next one with the same

@@ -71,6 +71,48 @@ class MergePlan:
     """Weights of the base that are packed, by the names of the tensors of their values."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseCheckpoint:
+    """A checkpoint that an adapter belongs to, matched with its class; none of its weights is read."""
+
+    config: PretrainedConfig
+    """Without what it says about packing."""
+    model: PreTrainedModel
+    """The class, on meta."""
+    tensors: Mapping[str, TensorSpec]
+    """Its tensors by name, packed ones as their values."""
+    packed: Mapping[str, PackedWeight]
+    """The packed ones."""
+    mapping: CheckpointMap
+    """Which of them make which parameter."""
+
+
+def read_base(
+    folder: Path, *, source: SafetensorsSource, trust_remote_code: bool, allows_adapter: bool = False
+) -> BaseCheckpoint:
+    """Read what an adapter is held against.
+
+    Args:
+        folder: The checkpoint's folder.
+        source: Its tensors.
+        trust_remote_code: As in transformers.
+        allows_adapter: Whether the folder may hold an adapter too.
+
+    Raises:
+        UnsupportedError: The architecture, or the way it is packed.
+        SourceError: The checkpoint does not fit its configuration.
+    """
+    config = read_config(folder, trust_remote_code=trust_remote_code, allows_adapter=allows_adapter)
+    refuse_config(config)
+    quantization = take_quantization(config)
+    packed = {} if quantization is None else find_packed(quantization, source.tensors, file=folder / _CONFIG)
+    tensors = as_values(source.tensors, packed)
+    model = _on_meta(folder, {}, trust_remote_code=trust_remote_code)
+    return BaseCheckpoint(
+        config=config, model=model, tensors=tensors, packed=packed, mapping=map_checkpoint(model, tensors)
+    )
+
+
 def plan_merge(
     folder: Path,
     adapter: Path,
@@ -97,14 +139,9 @@ def plan_merge(
 
     files = read_files(adapter)
     own_adapter = adapter.resolve() == folder.resolve()
-    config = read_config(folder, trust_remote_code=trust_remote_code, allows_adapter=own_adapter)
-    refuse_config(config)
-    quantization = take_quantization(config)
-    packed = {} if quantization is None else find_packed(quantization, source.tensors, file=folder / _CONFIG)
-    stored = as_values(source.tensors, packed)
-    model = _on_meta(folder, {}, trust_remote_code=trust_remote_code)
-    mapping = map_checkpoint(model, stored)
-    unpacked = dtype or _unpacked_dtype(config)
+    base = read_base(folder, source=source, trust_remote_code=trust_remote_code, allows_adapter=own_adapter)
+    model, mapping, stored, packed = base.model, base.mapping, base.tensors, base.packed
+    unpacked = dtype or _unpacked_dtype(base.config)
     changes: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     if packed:
         changes = {"dtype": str(unpacked).removeprefix("torch."), QUANTIZATION: None}

@@ -102,6 +102,11 @@ class LowRank(Update):
         self._column_norms: Tensor | None = None
 
     @property
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """L (E, rows, r), R (E, r, columns) and s."""
+        return self._left, self._right, self._scaling
+
+    @property
     def sees_all_rows(self) -> bool:
         """Norms of columns need every row."""
         return self._column_magnitude is not None

@@ -171,7 +171,7 @@ def routed_experts(streamed: StreamedBlock) -> RoutedExperts | None:
     for name in (traits.up, traits.down):
         slot = slots.get(name)
         recipe = None if slot is None else recipes.get(slot.key)
-        experts = None if slot is None or recipe is None else _taken_apart(slot, recipe)
+        experts = None if slot is None or recipe is None else taken_apart(recipe, slot.shape)
         if slot is None or experts is None:
             return None
         stacks[name] = ExpertStack(slot=slot, experts=experts)
@@ -191,34 +191,40 @@ def without_stacks(streamed: StreamedBlock, experts: RoutedExperts) -> StreamedB
     )
 
 
-_Apart = tuple[tuple[MatrixRows, ...], ...]
+def taken_apart(recipe: Recipe, shape: Sequence[int]) -> tuple[tuple[MatrixRows, ...], ...] | None:
+    """What each expert of a stack is made of.
 
+    Args:
+        recipe: Makes the stack, and nothing else.
+        shape: Of the stack: (experts, rows, columns).
 
-def _taken_apart(slot: ParamSlot, recipe: Recipe) -> _Apart | None:
-    if recipe.targets != (slot.key,) or recipe.cast_first is not None:
+    Returns:
+        By expert; None where stored tensors are not one expert's each, or do not lie below one another in it.
+    """
+    if len(recipe.targets) != 1 or recipe.cast_first is not None or len(shape) != 3:
         return None
-    num_experts = slot.shape[0]
     if recipe.convert is None:
-        origins: list[list[_Origin] | None] = [[(0, number)] for number in range(num_experts)]
+        origins: list[list[_Origin] | None] = [[(0, number)] for number in range(shape[0])]
     else:
         stand_ins = _numbered(recipe.inputs)
-        result = recipe.convert(list(stand_ins))[slot.key]
-        if result.ndim != 3 or len(result) != num_experts:
+        result = recipe.convert(list(stand_ins))[recipe.targets[0]]
+        if result.ndim != 3 or len(result) != shape[0]:
             return None
-        origins = [_origins(matrix, stand_ins) for matrix in result]
-    apart = [None if found is None else _rows_of(found, recipe, slot) for found in origins]
+        owners = _owners(stand_ins)
+        origins = [_origins(matrix, owners) for matrix in result.tolist()]
+    apart = [None if found is None else _rows_of(found, recipe, shape) for found in origins]
     return None if None in apart else tuple(rows for rows in apart if rows is not None)
 
 
-def _rows_of(found: Sequence[_Origin], recipe: Recipe, slot: ParamSlot) -> tuple[MatrixRows, ...] | None:
+def _rows_of(found: Sequence[_Origin], recipe: Recipe, shape: Sequence[int]) -> tuple[MatrixRows, ...] | None:
     rows, end = [], 0
     for number, index in found:
         given = recipe.inputs[number]
         start, end = end, end + given.shape[-2]
         rows.append(MatrixRows(given=given, index=index, rows=slice(start, end)))
-        if given.shape[-1] != slot.shape[2] or not _is_readable(rows[-1]):
+        if given.shape[-1] != shape[2] or not _is_readable(rows[-1]):
             return None
-    return tuple(rows) if end == slot.shape[1] else None
+    return tuple(rows) if end == shape[1] else None
 
 
 def _is_readable(rows: MatrixRows) -> bool:
@@ -245,19 +251,26 @@ _Origin = tuple[int, int | None]
 """Number of an input, and which entry of it; None for all of it."""
 
 
-def _origins(matrix: Tensor, stand_ins: Sequence[Tensor]) -> list[_Origin] | None:
+_Matrix = list[list[int]]
+
+
+def _owners(stand_ins: Sequence[Tensor]) -> dict[int, tuple[_Origin, _Matrix]]:
+    """Each matrix among the stand-ins by the number of its first element."""
+    owners = {}
+    for number, stand_in in enumerate(stand_ins):
+        if stand_in.ndim in (2, 3):
+            for index, matrix in enumerate(stand_in.view(-1, *stand_in.shape[-2:]).tolist()):
+                owners[matrix[0][0]] = (number, index if stand_in.ndim == 3 else None), matrix
+    return owners
+
+
+def _origins(matrix: _Matrix, owners: Mapping[int, tuple[_Origin, _Matrix]]) -> list[_Origin] | None:
     """Which inputs lie below one another in a result; None if they do not lie so."""
-    owner = {
-        int(entry[0, 0]): ((number, index if stand_in.ndim == 3 else None), entry)
-        for number, stand_in in enumerate(stand_ins)
-        if stand_in.ndim in (2, 3)
-        for index, entry in enumerate(stand_in.view(-1, *stand_in.shape[-2:]))
-    }
     found, row = [], 0
     while row < len(matrix):
-        origin, entry = owner.get(int(matrix[row, 0]), (None, None))
-        if origin is None or entry is None or not torch.equal(matrix[row : row + len(entry)], entry):
+        origin, owned = owners.get(matrix[row][0], (None, None))
+        if origin is None or owned is None or matrix[row : row + len(owned)] != owned:
             return None
         found.append(origin)
-        row += len(entry)
+        row += len(owned)
     return found
