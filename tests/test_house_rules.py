@@ -47,6 +47,7 @@ COUNTED_APART = {
     "lowmem/internals/bitsandbytes.py": "the kernels of that room",
     "lowmem/experts": "a room of its own: experts of a mixture are taken apart only where they are packed",
     "lowmem/internals/experts.py": "the private names of that room",
+    "lowmem/adapters/expert_export.py": "the way of adapters of experts to inference servers",
     "lowmem/monitoring/account.py": "where a run's seconds and bytes went, for `lowmem trace` and the report",
     "lowmem/monitoring/report.py": "the page that shows it",
 }
