@@ -63,7 +63,7 @@ def train(job: ExpertsJob) -> dict[str, object]:
         steps.append(
             {
                 "step_s": time.perf_counter() - start_s,
-                "loss": float(loss),
+                "loss": float(loss.detach()),
                 "disk_read_bytes": None if start_bytes is None or end_bytes is None else end_bytes - start_bytes,
             }
         )

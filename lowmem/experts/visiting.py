@@ -87,6 +87,28 @@ def workspace_bytes(streamed: StreamedBlock, *, device: torch.device) -> int:
     return Unpacker([without_stacks(streamed, experts)], device=device).workspace_bytes + matrices + read
 
 
+_EXPERT_PASSES = 1.5
+"""A forward makes an expert's values once, a backward twice: for the recomputation, and for the gradient."""
+
+
+def packed_values_bytes(streamed: StreamedBlock) -> int:
+    """Bytes of the values that a pass over a block makes of packed weights, every expert having tokens.
+
+    Args:
+        streamed: The block, with its adapters' modules in it.
+    """
+    (experts,) = experts_by_block([streamed])
+    one_by_one = frozenset() if experts is None or experts.is_adapted else experts.keys
+    slots = {slot.key: slot for slot in streamed.slots}
+    total = 0.0
+    for recipe in streamed.recipes:
+        for target in recipe.targets if recipe.formats else ():
+            if target in slots:
+                nbytes = slots[target].shape.numel() * slots[target].dtype.itemsize
+                total += nbytes * (_EXPERT_PASSES if target in one_by_one else 1)
+    return int(total)
+
+
 class MatrixSlots:
     """Room for unpacked matrices of one shape; the least recently used one gives way."""
 

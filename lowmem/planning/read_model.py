@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import nn
 
-from lowmem.experts.visiting import workspace_bytes
+from lowmem.experts.visiting import packed_values_bytes, workspace_bytes
 from lowmem.planning.block_memory import MicroBatch, block_recompute_bytes
 from lowmem.planning.dry_run import dry_run
 from lowmem.planning.shapes import BlockShape, ExpertsShape, LinearShape, ModelShapes, Part
@@ -285,6 +285,7 @@ def with_what_trains(shapes: ModelShapes, model: PreTrainedModel, streamed: Sequ
                 workspace_bytes=workspace_bytes(one, device=torch.device("meta")),
             ),
             correction=known.correction,
+            packed_values_bytes=packed_values_bytes(one),
         )
         for one, known in zip(streamed, shapes.blocks, strict=True)
     )
@@ -357,12 +358,13 @@ def _add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> None:
 def _block_shape(streamed: StreamedBlock, config: PretrainedConfig) -> BlockShape:
     from offload import lay_out
 
-    return read_block(
+    bare = read_block(
         streamed.block.module,
         config,
         buffer_bytes=lay_out(streamed.spec).buffer_bytes,
         workspace_bytes=workspace_bytes(streamed, device=torch.device("meta")),
     )
+    return replace(bare, packed_values_bytes=packed_values_bytes(streamed))
 
 
 def corrected(shapes: ModelShapes, opened: Opened, *, seq_len: int) -> ModelShapes:

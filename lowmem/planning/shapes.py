@@ -71,6 +71,8 @@ class BlockShape:
     """Weights that one token is multiplied with: all but the experts that it does not go through."""
     workspace_bytes: int
     """Bytes that unpacking it writes: the parameters that are not used where they were read."""
+    packed_values_bytes: int = 0
+    """Bytes of the values that a pass makes of packed weights, on average over forward and backward."""
     hidden_size: int
     """Width of its input and output."""
     query_size: int

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from lowmem.planning.job import DeviceKind, Job
-from lowmem.planning.shapes import ModelShapes, Part, itemsize
+from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
 from lowmem.planning.step_memory import Choice, boundary_bytes, key_value_bytes
 from offload import Placement, PlacementPlan, probe_compute, probe_disk
 
@@ -225,7 +225,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     )
     on_cpu = job.device == "cpu"
     # A processor converts weights itself: that is computation. A GPU waits for copies and converts for nothing.
-    unpack_s = sum(block.workspace_bytes for block in shapes.blocks) / rates.copy_bytes_per_s if on_cpu else 0.0
+    unpack_s = sum(_unpack_s(block, rates) for block in shapes.blocks) if on_cpu else 0.0
     copy_s = 0.0 if on_cpu else moved / rates.copy_bytes_per_s
     disk_s = placement.step_read_bytes / job.num_passes / rates.disk_bytes_per_s
     total = dict.fromkeys(("step", "compute", "disk", "copy"), 0.0)
@@ -252,6 +252,16 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         read_bytes=placement.step_read_bytes + moved_bytes + state.read_bytes,
         written_bytes=moved_bytes + state.written_bytes,
     )
+
+
+_VALUES_BYTES_PER_S = 2.3e9
+"""Values that a processor makes of packed weights, fp32, one thread: `python -m benchmarks.dequantisation`."""
+
+
+def _unpack_s(block: BlockShape, rates: Rates) -> float:
+    if block.packed_values_bytes:
+        return block.packed_values_bytes / _VALUES_BYTES_PER_S
+    return block.workspace_bytes / rates.copy_bytes_per_s
 
 
 def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:

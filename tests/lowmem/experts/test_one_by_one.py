@@ -10,8 +10,10 @@ import torch
 from peft import LoraConfig
 
 from lowmem.experts import visiting
+from lowmem.experts.stacks import ExpertStack
 from lowmem.experts.visiting import ExpertScheduler, experts_by_block
 from lowmem.streaming.runtime import runtime_of
+from tests.lowmem.quantization.checkpoints import KINDS, quantised
 from tests.lowmem.quantization.public_layouts import write_layout
 from tests.zoo.architectures import build
 from tests.zoo.reference import ATTENTION_ONLY, adapt, batch_of, resident, run
@@ -21,7 +23,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "gpt_oss": {"intermediate_size": 64},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 6},
 }
-CASES = [("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4"), ("deepseek_v3", "gptq"), ("mixtral", "awq")]
+CASES = [("qwen3_moe", "nf4"), ("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8"), ("deepseek_v3", "gptq"), ("mixtral", "awq")]
 
 
 def on_attention(**options: object) -> LoraConfig:
@@ -31,6 +33,8 @@ def on_attention(**options: object) -> LoraConfig:
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[[str, str], tuple[Path, Path]]:
     def write(name: str, layout: str) -> tuple[Path, Path]:
+        if layout in KINDS:
+            return quantised(build(name, tmp_path / "zoo", changes=CHANGES.get(name)), tmp_path / "written", layout)
         return write_layout(build(name, tmp_path / "zoo", changes=CHANGES.get(name)), tmp_path / "written", layout)
 
     return write
@@ -121,3 +125,39 @@ def test_a_module_called_outside_a_visit_reads_true_weights(written: Callable[[s
     other = expected.get_submodule(next(name for name, module in model.named_modules() if module is experts))
     hidden, index, weights = torch.randn(3, 32), torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
     assert torch.equal(experts(hidden, index, weights), other(hidden, index, weights))
+
+
+def test_another_implementation_reads_whole_stacks(written: Callable[[str, str], tuple[Path, Path]]) -> None:
+    packed, plain = written("qwen3_moe", "fp8")
+    expected, model = resident(plain), streamed(packed)
+    for one in (expected, model):
+        one.set_experts_implementation("eager")
+    outcome, wanted = (run(adapt(one, on_attention()), batch_of()) for one in (model, expected))
+    assert torch.equal(outcome.loss, wanted.loss)
+    for key, gradient in wanted.gradients.items():
+        assert torch.equal(outcome.gradients[key], gradient), key
+
+
+def test_an_interrupted_visit_leaves_nothing_lent(
+    written: Callable[[str, str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = written("qwen3_moe", "fp8")
+    model = adapt(streamed(packed), on_attention())
+    expected = run(model, batch_of())
+    make = ExpertStack.make
+    calls = []
+
+    def interrupted(self: ExpertStack, *args: object) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        make(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ExpertStack, "make", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, batch_of())
+    modules = [own.module for own in experts_by_block(runtime_of(model).blocks) if own is not None]
+    assert not any("_lowmem_open_stacks" in vars(module) for module in modules)
+    outcome = run(model, batch_of())
+    assert torch.equal(outcome.loss, expected.loss)
+    assert all(torch.equal(outcome.gradients[key], gradient) for key, gradient in expected.gradients.items())
