@@ -1,5 +1,6 @@
 """Fine-tune a model that fits in neither device memory nor RAM, exactly, with transformers, PEFT and TRL unmodified."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from lowmem.errors import UnsupportedError
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from lowmem.planning.plan import Plan
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes where that is installed, which then asks, on processors with bf16 instructions, for a
+# package of kernels. Streamed weights do not go through them: they are unpacked block by block.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "kernels-community" not in record.getMessage()
+)
 
 # Imported when first used: transformers, PEFT and TRL take seconds and hundreds of MB, and a plan needs none of TRL.
 _LAZY = {

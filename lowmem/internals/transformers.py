@@ -300,6 +300,36 @@ def before_resume(check: Callable[[nn.Module, str], None]) -> None:
     )
 
 
+_MOVES_MODEL = "_move_model_to_device"
+
+
+def leave_where_it_is(is_placed: Callable[[nn.Module], bool]) -> None:
+    """Have every Trainer leave models alone that place themselves, without a word.
+
+    Because of the device map that keeps accelerate from moving such a model, a Trainer would log a warning that it is
+    on multiple devices, which it is not. May be called again with the same function. Where a Trainer moves models in
+    another way, nothing is changed: the map still holds, and only the warning comes.
+
+    Args:
+        is_placed: Whether a model is to be left where it is.
+    """
+    from transformers import Trainer
+
+    move = getattr(Trainer, _MOVES_MODEL, None)
+    if move is None or getattr(move, "lowmem_leaves", None) is is_placed:
+        return
+    if list(inspect.signature(move).parameters) != ["self", "model", "device"]:
+        return
+
+    @wraps(move)
+    def leaving(self: Trainer, model: nn.Module, device: torch.device) -> None:
+        if not is_placed(model):
+            move(self, model, device)
+
+    leaving.lowmem_leaves = is_placed  # type: ignore[attr-defined]
+    setattr(Trainer, _MOVES_MODEL, leaving)
+
+
 def on_optimizer_resume(tell: Callable[[nn.Module, str], None]) -> None:
     """Have every Trainer say from which folder it resumes, before it loads the optimizer's state from there.
 

@@ -36,7 +36,7 @@ from lowmem.monitoring.account import (
     memory_rows,
     planned_peak_bytes,
 )
-from lowmem.monitoring.progress import StepEstimate, StepProgress, writes_to_file
+from lowmem.monitoring.progress import StepEstimate, StepProgress, runs_in_notebook, show_in_notebook, writes_to_file
 from lowmem.monitoring.report import save_report
 from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
 from lowmem.streaming.runtime import Runtime, Visit, runtime_of
@@ -404,7 +404,7 @@ class _Run:
         self._stop_counting: Callable[[], None] = lambda: None
         self._start_ns = time.perf_counter_ns()
         self._reported_s = -float("inf")
-        self._has_told_plan = self._is_written = False
+        self._has_told_plan = self._is_written = self._shows_result = False
 
     def estimate_from(self, *, num_forwards: int) -> None:
         self._estimate = StepEstimate(
@@ -413,6 +413,7 @@ class _Run:
 
     def show(self, *, every_s: float | None) -> None:
         assert self._estimate is not None
+        self._shows_result = runs_in_notebook()
         self._progress = StepProgress(self._estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s)
         generation = generation_of(self._runtime)
         if generation is not None:
@@ -529,8 +530,18 @@ class _Run:
                 save_report(self._report, facts, tuple(self._last_steps))
             if self._timeline is not None and self._representative.timeline is not None:
                 draw_timeline(self._representative.timeline, self._timeline)
+            if self._shows_result and self._all:
+                show_in_notebook(self._words(how), self._timeline)
         except OSError as error:
             warnings.warn(f"lowmem.Monitor could not write its files: {error}", UserWarning, stacklevel=2)
+
+    def _words(self, how: RunState) -> str:
+        values = log_values(self._all)
+        planned = planned_values(self._runtime.plan)
+        words = f"lowmem: {how} after {len(self._all)} steps, {values['step_s']:.3g} s each"
+        words += f" (planned {planned['planned_step_s']:.3g}), {values['tokens_per_s']:.3g} tokens/s"
+        words += f", waited {values['stall_percent']:.1f}%, read {values['read_gb']:.3g} GB per step"
+        return f"{words}, peak {values['host_peak_gib']:.3g} GiB (planned {planned['planned_host_peak_gib']:.3g})"
 
     def close(self) -> None:
         self._runtime.add_to_log = None

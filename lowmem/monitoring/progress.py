@@ -6,17 +6,18 @@ for use outside of training; within it `lowmem.Monitor` shows the same.
 
 from __future__ import annotations
 
+import html
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import nn
-from tqdm.auto import notebook_tqdm, tqdm  # type: ignore[import-untyped]
-from tqdm.std import tqdm as terminal_tqdm  # type: ignore[import-untyped]
+from tqdm.std import tqdm  # type: ignore[import-untyped]
 
 from lowmem.generation.hooks import generation_of
 from lowmem.generation.session import TokenProgress
@@ -29,10 +30,46 @@ EVERY_S_IN_FILES = 30.0
 """A log file keeps every line."""
 
 
+def runs_in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, whose cells can show pages."""
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
 def writes_to_file() -> bool:
     """Whether what is shown goes to a file or a pipe, where a bar would leave control characters and stale lines."""
-    # tqdm.auto draws with `notebook_tqdm`, which is the terminal's class outside of notebooks.
-    return notebook_tqdm is terminal_tqdm and not sys.stderr.isatty()
+    return not runs_in_notebook() and not sys.stderr.isatty()
+
+
+class NotebookLine:
+    """A line of a cell's output that changes; needs no widgets."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, words: str, share: float) -> None:
+        """Show words and how much is done, 0 to 1."""
+        from IPython.display import HTML, display
+
+        page = HTML(
+            f'<progress max="1" value="{share:.4f}" style="width:12em"></progress> <code>{html.escape(words)}</code>'
+        )
+        if self._handle is None:
+            self._handle = display(page, display_id=True)
+        else:
+            self._handle.update(page)
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._handle is not None:
+            from IPython.display import HTML
+
+            self._handle.update(HTML(""))
+            self._handle = None
 
 
 RATE_WINDOW_S = 3.0
@@ -152,6 +189,7 @@ class StepProgress:
 
     def __init__(self, estimate: StepEstimate, *, read_bytes: Callable[[], int], every_s: float | None = None) -> None:
         self._in_file = writes_to_file()
+        self._line = NotebookLine() if runs_in_notebook() else None
         self._every_s = every_s if every_s is not None else EVERY_S_IN_FILES if self._in_file else EVERY_S
         self._estimate = estimate
         self._rate = ByteRate(read_bytes)
@@ -185,6 +223,8 @@ class StepProgress:
 
     def close(self) -> None:
         """Remove the bar."""
+        if self._line is not None:
+            self._line.close()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -209,7 +249,10 @@ class StepProgress:
                 words += [f"step {_clock(step_left_s)} left", f"run {_clock(run_left_s)} left"]
         if self._in_file:
             # On a line of its own, also where the Trainer's bar has one.
-            terminal_tqdm.write(f"lowmem: {', '.join([left, *words])}", file=sys.stderr)
+            tqdm.write(f"lowmem: {', '.join([left, *words])}", file=sys.stderr)
+            return
+        if self._line is not None:
+            self._line.show(", ".join([left, *words]), num_done / max(total, 1))
             return
         layout = f"{left} |{{bar}}| {', '.join(words)}"
         if self._bar is None:
@@ -229,7 +272,7 @@ def token_words(progress: TokenProgress) -> str:
 
 def _clock(seconds: float) -> str:
     """Write seconds as m:ss or h:mm:ss."""
-    text: str = terminal_tqdm.format_interval(seconds)
+    text: str = tqdm.format_interval(seconds)
     return text
 
 
@@ -250,6 +293,7 @@ class TokenBar:
         self._hooks = generation_of(runtime_of(model))
         self._bar: tqdm | None = None
         self._shown_s = monotonic()  # what takes less time than that has no line
+        self._line = NotebookLine() if runs_in_notebook() else None
         self._stop = lambda: None
 
     def show(self, progress: TokenProgress) -> None:
@@ -258,7 +302,12 @@ class TokenBar:
             now_s = monotonic()
             if now_s - self._shown_s >= EVERY_S_IN_FILES:
                 self._shown_s = now_s
-                terminal_tqdm.write(f"lowmem: {token_words(progress)}", file=sys.stderr)
+                tqdm.write(f"lowmem: {token_words(progress)}", file=sys.stderr)
+            return
+        if self._line is not None:
+            self._line.show(token_words(progress), progress.num_tokens / progress.max_tokens)
+            if progress.finished:
+                self._line.close()
             return
         if self._bar is None:
             self._bar = tqdm(total=progress.max_tokens, leave=False, dynamic_ncols=True, bar_format="{desc} |{bar}|")
@@ -279,6 +328,17 @@ class TokenBar:
         self._close()
 
     def _close(self) -> None:
+        if self._line is not None:
+            self._line.close()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def show_in_notebook(words: str, picture: Path | None) -> None:
+    """Show in the cell that is running what a run came to."""
+    from IPython.display import HTML, Image, display
+
+    display(HTML(f"<code>{html.escape(words)}</code>"))
+    if picture is not None and picture.is_file():
+        display(Image(str(picture)))

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.transformers import add_default_callback, before_resume
+from lowmem.internals.transformers import add_default_callback, before_resume, leave_where_it_is
 from lowmem.monitoring.resume_checks import check_before_resume
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 
@@ -192,3 +192,4 @@ def check_every_trainer() -> None:
     """
     add_default_callback(TrainingChecks)
     before_resume(check_before_resume)
+    leave_where_it_is(is_streamed)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +23,7 @@ from lowmem.streaming.block import run_block
 from lowmem.streaming.call import BlockCall, Split, SplitChoice
 from lowmem.streaming.reference import ReferencePass
 from lowmem.streaming.runtime import Runtime, give_runtime, refuse_second_thread
+from offload import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,9 +105,23 @@ def attach(model: torch.nn.Module, runtime: Runtime, *, before_first: Sequence[C
     for owner in (model, model.get_submodule(path)):
         give_runtime(owner, runtime)
     object.__setattr__(model, "enable_input_require_grads", lambda: None)
+    _show_plan(model, runtime.plan)
     streamed = StreamedForward(runtime, before_first=before_first)
     for index, module in enumerate(runtime.modules):
         module.forward = _forward_of(streamed, index)
+
+
+def _show_plan(model: torch.nn.Module, plan: Plan) -> None:
+    """Have `model.lowmem_plan` and the model's repr say what is streamed; wrappers such as PEFT's hand both on."""
+    object.__setattr__(model, "lowmem_plan", plan)
+    object.__setattr__(model, "extra_repr", partial(_summary, plan))
+
+
+def _summary(plan: Plan) -> str:
+    counts = Counter(place.value for place in plan.placements)
+    blocks = ", ".join(f"{count} {place}" for place, count in counts.items())
+    device = f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}"
+    return f"(streamed by lowmem): {len(plan.placements)} blocks, {blocks}; device {device}; see .lowmem_plan"
 
 
 def _forward_of(streamed: StreamedForward, index: int) -> Callable[..., object]:
@@ -175,10 +192,10 @@ class Replanning(SplitChoice):
             self._plans = [known for known in self._plans if known.placement == plan.placement]
             self._plans.insert(0, plan)
         if plan is not runtime.plan:
-            self._follow(runtime, plan)
+            self._follow(model, runtime, plan)
         self._seen.add((num_sequences, seq_len))
 
-    def _follow(self, runtime: Runtime, plan: Plan) -> None:
+    def _follow(self, model: PreTrainedModel, runtime: Runtime, plan: Plan) -> None:
         if plan.placement != runtime.plan.placement:
             assert self._source_of is not None
             runtime.bring_blocks_from(self._source_of(plan))
@@ -187,6 +204,7 @@ class Replanning(SplitChoice):
             runtime.boundaries = self._tier_of(plan)
         super().__init__(plan, can_chunk=self._can_chunk)
         runtime.plan = plan
+        _show_plan(model, plan)
         self._seen.clear()
 
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, trainer
 from transformers.trainer_callback import DefaultFlowCallback
 
 import lowmem
-from lowmem.internals.transformers import add_default_callback, before_resume, on_optimizer_resume
+from lowmem.internals.transformers import add_default_callback, before_resume, leave_where_it_is, on_optimizer_resume
 from tests.lowmem.tiny_training import resident
 from tests.zoo.architectures import build
 
@@ -133,3 +133,19 @@ def test_a_trainer_that_begins_to_resume_in_another_way_is_refused(
         monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda self, folder: None)
     with pytest.raises(lowmem.UnsupportedError, match=r"transformers 5\.\d+.*_load_from_checkpoint"):
         before_resume(lambda model, folder: None)
+
+
+def test_a_trainer_leaves_placed_models_alone_and_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Trainer, "_move_model_to_device", Trainer._move_model_to_device)
+    placed = resident(Path(build("llama", tmp_path / "model")))
+    placed.hf_device_map = {"": "cpu"}
+    other = resident(tmp_path / "model")
+    other.hf_device_map = {"": "cpu"}
+    leave_where_it_is(lambda model: model is placed)
+    args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")
+    Trainer(placed, args)
+    assert "multiple devices" not in caplog.text
+    Trainer(other, args)
+    assert "multiple devices" in caplog.text

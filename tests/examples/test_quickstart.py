@@ -1,0 +1,48 @@
+"""The notebook, headless and in a folder of its own: every cell runs, nothing is pink, and what it shows is there."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import ROOT
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, again: bool = False) -> list[dict[str, object]]:
+    """Run the notebook; with `again`, the cells of plan, training and merging a second time."""
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    if again:
+        repeated = [cell for cell in notebook.cells if "lowmem.plan(" in cell.source or "SFTTrainer(" in cell.source]
+        notebook.cells += [nbformat.v4.new_code_cell(cell.source) for cell in repeated]
+    (tmp_path / "examples").mkdir(exist_ok=True)
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "examples")}}
+    )
+    client.execute()
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_every_cell_runs_also_twice_and_nothing_is_pink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = run(tmp_path, monkeypatch, again=True)
+    pink = [output["text"] for output in outputs if output.get("name") == "stderr"]
+    assert not pink, pink
+    shown = [output["data"] for output in outputs if "data" in output]
+    texts = [data.get("text/plain", "") + data.get("text/html", "") for data in shown]
+    for words in ("FITS", "(streamed by lowmem)", "finished after 16 steps", "lowmem/step_s", "Training Loss"):
+        assert any(words in text for text in texts), words
+    assert sum("image/png" in data for data in shown) == 2  # the timeline, once for each training
+    assert (tmp_path / "examples" / "merged" / "config.json").is_file()
+    assert "finished" in (tmp_path / "examples" / "out" / "report.html").read_text()
