@@ -169,7 +169,7 @@ def draw(file: Path, *, losses: Sequence[float], sizes: dict[str, int], limit_by
     bars.axvline(limit_bytes / 2**20, color="#d1495b", linestyle="--", label=f"limit: {limit_bytes / 2**20:.0f} MiB")
     bars.set(title="memory", xlabel="MiB", xlim=(0, 1.25 * max(*mib, limit_bytes / 2**20)))
     bars.invert_yaxis()
-    bars.legend(loc="lower right")
+    bars.legend(loc="upper right", frameon=False)
     for axes in (curve, bars):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)

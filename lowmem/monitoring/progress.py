@@ -6,6 +6,7 @@ for use outside of training; within it `lowmem.Monitor` shows the same.
 
 from __future__ import annotations
 
+import builtins
 import html
 import sys
 from collections import Counter, deque
@@ -32,12 +33,9 @@ EVERY_S_IN_FILES = 30.0
 
 def runs_in_notebook() -> bool:
     """Whether this is the kernel of a notebook, whose cells can show pages."""
-    if "IPython" not in sys.modules:
-        return False
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    return shell is not None and "IPKernelApp" in shell.config
+    # IPython adds the name while it runs a cell; outside of it, importing IPython to ask would take long.
+    get_shell = getattr(builtins, "get_ipython", None)
+    return get_shell is not None and "IPKernelApp" in get_shell().config
 
 
 def writes_to_file() -> bool:
