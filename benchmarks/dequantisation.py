@@ -37,8 +37,12 @@ def cases(size: int) -> dict[str, Callable[[Tensor], None]]:
     state = NibbleState(code="nf4", block_size=64, shape=(size, size))
     nibbles, absmax, table = blocks.view(-1), torch.rand(size * size // 64), torch.tensor(CODES["nf4"])
     wide = torch.randn(size, size).bfloat16()
+
+    def cast(out: Tensor) -> None:
+        out.copy_(wide)
+
     return {
-        "bf16": lambda out: out.copy_(wide) and None,
+        "bf16": cast,
         "nf4": lambda out: dequantise(state, [nibbles, absmax, table], out),
         "fp8": lambda out: dequantise_float8(packed, scales, tile=(128, 128), out=out),
         "mxfp8": lambda out: dequantise_float8(packed, exponents, tile=(1, 32), out=out),

@@ -28,6 +28,8 @@ Tile = tuple[int, int]
 
 _TO_FP32_EXPONENT = 2.0 ** (127 - 7)
 """E4M3's exponent is biased by 7, that of fp32 by 127."""
+_NO_NUMBER = 480.0
+"""What fp32 makes of the one code that is not a number, all ones; E4M3 itself ends at 448."""
 _SIGN_AND_CODE = 0x87F00000 - (1 << 32)
 _POWERS = (torch.uint8, torch.float8_e8m0fnu)
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, *_POWERS)
@@ -75,9 +77,9 @@ def widen_float8(codes: Tensor, *, into: Tensor) -> None:
     bits.copy_(codes.view(torch.int8))
     bits.bitwise_left_shift_(20).bitwise_and_(_SIGN_AND_CODE)
     into.mul_(_TO_FP32_EXPONENT)
-    if bool((codes.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any()):
-        # The one code that means something else: all ones are not a number, of which fp32 has made 480.
-        into.masked_fill_(into.abs() == 480.0, float("nan"))
+    low, high = torch.aminmax(into)
+    if float(high) == _NO_NUMBER or float(low) == -_NO_NUMBER:
+        into.masked_fill_(into.abs() == _NO_NUMBER, float("nan"))
 
 
 def _flushes_subnormals() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, refuse_weight
 from lowmem.quantization.settings import Settings
-from lowmem.quantization.unpacking import look_up_pairs, pair_table, scale_columns, subtract_columns, unpack_rows
+from lowmem.quantization.unpacking import PairLookup, scale_columns, subtract_columns, unpack_rows
 from offload import TensorSpec, ceil_div
 
 CODES_PER_WORD = 8
@@ -56,10 +56,10 @@ def dequantise_gptq(
     packed = qweight.t().contiguous().view(torch.uint8)
     zeros = _nibbles(qzeros + zero_offset * _ONES).float().t().contiguous()
     by_output = scales.float().t().contiguous()
-    table = pair_table(range(16), device=out.device)
+    look_up = PairLookup(range(16), device=out.device)
 
     def fill(rows: slice, into: Tensor) -> None:
-        look_up_pairs(packed[rows], table, into=into)
+        look_up(packed[rows], into=into)
         if group_of_input is None:
             subtract_columns(into, zeros[rows], group_size)
             scale_columns(into, by_output[rows], group_size)
@@ -80,18 +80,24 @@ def dequantise_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_siz
         group_size: Inputs of a group.
         out: Shape (outputs, inputs), any floating-point type and strides.
     """
-    order = torch.tensor(_AWQ_ORDER, device=out.device)
-    inverse = torch.argsort(order)
+    inverse = torch.argsort(torch.tensor(_AWQ_ORDER, device=out.device))
     zeros = _nibbles(qzeros).view(len(qzeros), -1, CODES_PER_WORD)[..., inverse].flatten(1).float().t().contiguous()
     by_output = scales.float().t().contiguous()
     # A byte holds two outputs of one input; transposed, a row of bytes is two rows of codes.
-    packed = qweight.view(torch.uint8).t()
+    num_outputs, num_inputs = out.shape
+    packed = qweight.view(torch.uint8).t().contiguous().view(num_outputs // CODES_PER_WORD, -1, num_inputs)
+    codes = torch.empty(0, dtype=torch.uint8, device=out.device)
 
     def fill(rows: slice, into: Tensor) -> None:
-        words = packed[rows.start // 2 : rows.stop // 2].contiguous().view(-1, CODES_PER_WORD // 2, into.shape[1])
-        by_word = into.view(-1, CODES_PER_WORD, into.shape[1])
-        by_word[:, order[0::2]] = words.bitwise_and(15).float()
-        by_word[:, order[1::2]] = words.bitwise_right_shift(4).float()
+        nonlocal codes
+        words = packed[rows.start // CODES_PER_WORD : rows.stop // CODES_PER_WORD]
+        by_word = into.view(-1, CODES_PER_WORD, num_inputs)
+        codes = torch.bitwise_and(words, 15, out=codes.resize_(0))
+        for number in range(0, CODES_PER_WORD, 2):
+            by_word[:, _AWQ_ORDER[number]].copy_(codes[:, number // 2])
+        codes = torch.bitwise_right_shift(words, 4, out=codes.resize_(0))
+        for number in range(1, CODES_PER_WORD, 2):
+            by_word[:, _AWQ_ORDER[number]].copy_(codes[:, number // 2])
         subtract_columns(into, zeros[rows], group_size)
         scale_columns(into, by_output[rows], group_size)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, refuse_weight
 from lowmem.quantization.settings import Settings
-from lowmem.quantization.unpacking import look_up_pairs, pair_table, power_scales, scale_columns, unpack_rows
+from lowmem.quantization.unpacking import PairLookup, power_scales, scale_columns, unpack_rows
 from offload import TensorSpec
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -33,18 +33,18 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor, *, out: Tensor) -> None:
         scales: Shape ([experts,] rows, columns / 32), uint8.
         out: Shape ([experts,] rows, columns), any floating-point type and strides.
     """
-    table = pair_table(E2M1, device=out.device)
+    look_up = PairLookup(E2M1, device=out.device)
     rows, columns = out.shape[-2:]
     if out.ndim == 2:
-        _dequantise_one(blocks.reshape(rows, columns // 2), power_scales(scales), table, out=out)
+        _dequantise_one(blocks.reshape(rows, columns // 2), power_scales(scales), look_up, out=out)
         return
     for one, exponents, into in zip(blocks, scales, out, strict=True):
-        _dequantise_one(one.reshape(rows, columns // 2), power_scales(exponents), table, out=into)
+        _dequantise_one(one.reshape(rows, columns // 2), power_scales(exponents), look_up, out=into)
 
 
-def _dequantise_one(packed: Tensor, scales: Tensor, table: Tensor, *, out: Tensor) -> None:
+def _dequantise_one(packed: Tensor, scales: Tensor, look_up: PairLookup, *, out: Tensor) -> None:
     def fill(rows: slice, into: Tensor) -> None:
-        look_up_pairs(packed[rows], table, into=into)
+        look_up(packed[rows], into=into)
         scale_columns(into, scales[rows], GROUP)
 
     unpack_rows(out, fill)

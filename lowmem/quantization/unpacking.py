@@ -46,31 +46,37 @@ def unpack_rows(out: Tensor, fill: FillRows, *, multiple: int = 1) -> None:
             out[rows].copy_(part)
 
 
-def pair_table(values: Sequence[float], *, device: torch.device) -> Tensor:
-    """For each byte, the values of its low and of its high nibble, in that order.
+class PairLookup:
+    """Unpacks bytes of two weights each with one look-up, in memory that it keeps: fresh pages cost more than the work.
 
-    Args:
-        values: What the 16 codes stand for.
-        device: Where the table is used.
-
-    Returns:
-        Shape (256,), int64: two fp32 values in one element, so that one look-up unpacks two weights.
+    A table has, for each byte, the values of its low and of its high nibble, as one element of 64 bits.
     """
-    codes = torch.tensor(values, dtype=torch.float32)
-    byte = torch.arange(256)
-    return torch.stack((codes[byte & 15], codes[byte >> 4]), dim=1).view(torch.int64).flatten().to(device)
 
+    def __init__(self, values: Sequence[float], *, device: torch.device) -> None:
+        """Make the table.
 
-def look_up_pairs(packed: Tensor, table: Tensor, *, into: Tensor) -> None:
-    """Unpack bytes of two weights each.
+        Args:
+            values: What the 16 codes stand for.
+            device: Where bytes are unpacked.
+        """
+        codes = torch.tensor(values, dtype=torch.float32)
+        byte = torch.arange(256)
+        pairs = torch.stack((codes[byte & 15], codes[byte >> 4]), dim=1)
+        self._table = pairs.view(torch.int64).flatten().to(device)
+        self._index = torch.empty(0, dtype=torch.int32, device=device)
 
-    Args:
-        packed: Any shape, uint8.
-        table: What `pair_table` returned.
-        into: Contiguous fp32 with twice as many elements; low nibbles come first.
-    """
-    index = packed.reshape(-1).to(torch.int32)
-    torch.index_select(table, 0, index, out=into.view(-1).view(torch.int64))
+    def __call__(self, packed: Tensor, *, into: Tensor) -> None:
+        """Unpack bytes.
+
+        Args:
+            packed: Any shape, uint8.
+            into: Contiguous fp32 with twice as many elements; low nibbles come first.
+        """
+        if self._index.numel() < packed.numel():
+            self._index = torch.empty(packed.numel(), dtype=torch.int32, device=packed.device)
+        index = self._index[: packed.numel()]
+        index.view(packed.shape).copy_(packed)
+        torch.index_select(self._table, 0, index, out=into.view(-1).view(torch.int64))
 
 
 def power_scales(exponents: Tensor) -> Tensor:
