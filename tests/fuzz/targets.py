@@ -3,6 +3,7 @@
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.checkpoints import Checkpoints
 from tests.fuzz.kills import Kills
+from tests.fuzz.packed import PackedCheckpoints
 from tests.fuzz.soak import Soak
 from tests.fuzz.stores import Stores
 from tests.fuzz.trainer_checkpoints import TrainerCheckpoints
@@ -10,6 +11,7 @@ from tests.fuzz.workers import Target
 
 TARGETS: dict[str, Target] = {
     "checkpoints": Checkpoints(),
+    "packed-checkpoints": PackedCheckpoints(),
     "adapters": Adapters(),
     "stores": Stores(),
     "trainer-checkpoints": TrainerCheckpoints(),
@@ -19,6 +21,7 @@ TARGETS: dict[str, Target] = {
 # Most of the time of the last two would go into the undisturbed runs of every kind.
 QUICK: dict[str, tuple[Target, int]] = {
     "checkpoints": (Checkpoints(), 60),
+    "packed-checkpoints": (PackedCheckpoints(), 30),
     "adapters": (Adapters(), 40),
     "stores": (Stores(), 100),
     "trainer-checkpoints": (TrainerCheckpoints(("sft", "full disk")), 10),
