@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowmem.adapters.merge import merge
     from lowmem.api import from_pretrained, plan
     from lowmem.essa.trainer import ESSAConfig, ESSATrainer
+    from lowmem.machines.cards import Machine
     from lowmem.monitoring.monitor import Monitor
     from lowmem.monitoring.progress import TokenBar
     from lowmem.planning.plan import Plan
@@ -28,6 +29,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 _LAZY = {
     "ESSAConfig": "lowmem.essa.trainer",
     "ESSATrainer": "lowmem.essa.trainer",
+    "Machine": "lowmem.machines.cards",
     "Monitor": "lowmem.monitoring.monitor",
     "Plan": "lowmem.planning.plan",
     "TokenBar": "lowmem.monitoring.progress",
@@ -56,6 +58,7 @@ __all__ = [
     "Budget",
     "ESSAConfig",
     "ESSATrainer",
+    "Machine",
     "Monitor",
     "Plan",
     "TokenBar",

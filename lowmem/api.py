@@ -5,22 +5,24 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from contextlib import closing
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from lowmem.adapters.support import check_peft_config
 from lowmem.errors import UnsupportedError
 from lowmem.full.opening import refuse_unsupported
+from lowmem.headers.description import describing
 from lowmem.loading import load
+from lowmem.machines.cards import Machine
+from lowmem.machines.rates import rates_for
 from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
 from lowmem.monitoring.training_checks import check_every_trainer
 from lowmem.planning.job import Job, Task, Tuning, kind_of
-from lowmem.planning.plan import Plan
-from lowmem.planning.planner import plan_for, plan_step, rates_for, read_with_assumed_adapter
-from lowmem.planning.read_model import corrected, read_shapes
+from lowmem.planning.plan import THIS_MACHINE, Plan
+from lowmem.planning.planner import plan_for, plan_step, read_with_assumed_adapter
+from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
 from offload import Budget
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-    from lowmem.models.checkpoint import Opened
+    from lowmem.models.checkpoint import Described, Opened
 
 
 def from_pretrained(
@@ -102,7 +104,9 @@ def from_pretrained(
         if tuning == "full":
             refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
         if plan is None:
-            plan = plan_for(opened, budget=budget, micro_batch=micro_batch, chunk_tokens=chunk_tokens, tuning=tuning)
+            found = rates_for(opened, read_shapes(opened), None)
+            split = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
+            plan = plan_for(opened, budget=budget, rates=found, tuning=tuning, **split)
         else:
             _refuse_another_plan(plan, opened, tuning=tuning)
         plan.require_fit()
@@ -132,7 +136,7 @@ def plan(
     model: str | os.PathLike[str],
     *,
     task: Task = "sft",
-    batch_size: int = 1,
+    batch_size: int | Literal["auto"] = 1,
     seq_len: int,
     peft_config: PeftConfig | None = None,
     quantization: str | None = None,
@@ -150,13 +154,18 @@ def plan(
     completion_tokens: int | None = None,
     use_reference: bool | None = None,
     num_steps: int | None = None,
+    num_examples: int | None = None,
+    num_epochs: float = 1.0,
+    machine: Machine | None = None,
 ) -> Plan:
     """Find out what a job takes, whether it fits, and what to change, from the configuration and the shards' headers.
 
     Args:
-        model: Local folder, or hub id, of a safetensors checkpoint.
+        model: Local folder of a safetensors checkpoint, or of its config.json alone; or a hub id, of which config.json
+            and the shards' headers are fetched, and no weight.
         task: "sft", "dpo", "kto", "reward", "grpo", "rloo" or "generate".
-        batch_size: Examples of one forward (`per_device_train_batch_size`); pairs in DPO and Reward.
+        batch_size: Examples of one forward (`per_device_train_batch_size`); pairs in DPO and Reward. "auto" for the
+            smallest with which nearly as many tokens go through per second as with any that fits.
         seq_len: Tokens of one sequence, prompt and completion together.
         peft_config: The adapter that will be trained; a LoRA of rank 16 on all linear layers is assumed if not given.
         quantization: None: weights move as they are stored.
@@ -164,7 +173,8 @@ def plan(
         budget: Bounds for device and host memory; measured where absent.
         device: Compute device; the GPU if there is one, else the CPU.
         dtype: Compute dtype; float32 on a CPU, on a GPU bfloat16 where it can.
-        rates: How fast this machine is: "measure" to find out in about a second; assumed, and named so, if not given.
+        rates: How fast this machine is: "measure" to find out in about a second; if not given, what `lowmem bench` has
+            measured here for a model of this shape, else assumed, and named so.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
         chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice.
         revision: Branch, tag or commit of the hub repository.
@@ -174,6 +184,9 @@ def plan(
         completion_tokens: Tokens generated for each sequence, where the task generates; 256, or half of `seq_len`.
         use_reference: Whether a step computes reference log-probabilities; as TRL's trainer does by default if None.
         num_steps: Optimizer steps of the whole run, to be told how long it takes.
+        num_examples: Examples of the data set, in place of `num_steps`.
+        num_epochs: How often a run goes through them.
+        machine: What to plan for, if not this machine: no device of it is needed, and none is made.
 
     Raises:
         UnsupportedError: An option or the architecture cannot be honoured exactly.
@@ -182,32 +195,54 @@ def plan(
     """
     refuse_options(tuning=tuning, quantization=quantization, budget=budget, peft_config=peft_config)
     _refuse_other_types(model)
-    device = pick_device(device)
+    if machine is not None:
+        _refuse_two_machines(machine, device=device, rates=rates)
+    chosen = torch.device(machine.device) if machine is not None else pick_device(device)
     job = Job(
         task=task,
-        batch_size=batch_size,
+        batch_size=1 if batch_size == "auto" else batch_size,
         seq_len=seq_len,
         gradient_accumulation_steps=gradient_accumulation_steps,
         completion_tokens=completion_tokens,
         uses_reference=use_reference,
         has_dropout=bool(getattr(peft_config, "lora_dropout", 0.0)),
         num_steps=num_steps,
+        num_examples=num_examples,
+        num_epochs=num_epochs,
         micro_batch=micro_batch,
         chunk_tokens=chunk_tokens,
-        device=kind_of(device),
+        device=kind_of(chosen),
         tuning=tuning,
     )
-    opened = open_checkpoint(
-        resolve(model, revision=revision),
-        name=str(model),
-        device=device,
+    described = describing(
+        model,
+        device=chosen,
         dtype=dtype or _default_dtype(tuning),
+        has_bf16=None if machine is None or machine.card is None else machine.card.has_bf16,
+        revision=revision,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    with closing(opened.source):
-        shapes, found = _shapes_for(opened, job, peft_config=peft_config), rates_for(opened, rates)
-    return plan_step(shapes, job, budget=(budget or Budget()).measured(device), rates=found)
+    with described as opened:
+        shapes = _shapes_for(opened, job, peft_config=peft_config)
+        found = rates_for(opened, shapes, rates) if machine is None else machine.rates
+    bounds = (budget or Budget()).measured(chosen) if machine is None else machine.budget(budget)
+    return plan_step(
+        shapes,
+        job,
+        budget=bounds,
+        rates=found,
+        machine=THIS_MACHINE if machine is None else str(machine),
+        finds_batch=batch_size == "auto",
+    )
+
+
+def _refuse_two_machines(machine: object, **others: object) -> None:
+    if not isinstance(machine, Machine):
+        raise TypeError(f"machine={machine!r}: expected lowmem.Machine(gpu=..., ram=..., disk_gbps=...)")
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}={value!r}: give machine or {name}, not both: the machine says it")
 
 
 _PLACES_ITSELF = "weights are placed block by block, within a budget"
@@ -329,13 +364,13 @@ def refuse_options(
         )
 
 
-def _shapes_for(opened: Opened, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
+def _shapes_for(opened: Described, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
     if job.tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
     if peft_config is None and job.tuning == "adapter" and job.trains:
-        shapes = corrected(read_with_assumed_adapter(opened), opened, seq_len=job.seq_len)
+        shapes = read_with_assumed_adapter(opened, seq_len=job.seq_len)
     else:
-        shapes = corrected(read_shapes(opened, peft_config=peft_config), opened, seq_len=job.seq_len)
+        shapes = read_shapes(opened, peft_config=peft_config, seq_len=job.seq_len)
     if job.tuning == "full":
         shapes = shapes.with_every_weight()
     return shapes.with_score_head() if job.task == "reward" else shapes

@@ -15,6 +15,7 @@ from lowmem import __version__
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from lowmem.machines.cards import Machine
     from lowmem.planning.job import Task
 
 
@@ -58,10 +59,15 @@ def plan(
     model: Model,
     task: Annotated[str, typer.Option(help="sft, dpo, kto, reward, grpo, rloo or generate.")] = "sft",
     batch_size: Annotated[int, typer.Option(help="Examples per device and forward.")] = 1,
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the batch that is fastest per token, instead.")
+    ] = False,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence, prompt and completion together.")] = 2048,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per optimizer step.")] = 1,
     completion_tokens: Annotated[int | None, typer.Option(help="Tokens generated for each sequence.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole run.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Examples of the data set, instead of steps.")] = None,
+    epochs: Annotated[float, typer.Option(help="How often the run goes through them.")] = 1.0,
     lora_r: Annotated[int, typer.Option(help="Rank of the LoRA adapter; 0 for none.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapter's inputs.")] = 0.0,
     dora: Annotated[bool, typer.Option("--dora", help="Train DoRA instead of LoRA.")] = False,
@@ -75,6 +81,12 @@ def plan(
     use_reference: Annotated[
         bool | None, typer.Option(help="Compute reference log-probabilities; as TRL does if neither is given.")
     ] = None,
+    gpu: Annotated[str | None, typer.Option(help='Plan for a machine with this card, "RTX 4090" for instance.')] = None,
+    ram: Annotated[str | None, typer.Option(help="Plan for a machine with so much RAM, 64GiB for instance.")] = None,
+    disk_gbps: Annotated[float | None, typer.Option(help="GB/s that its drive reads.")] = None,
+    vram: Annotated[str | None, typer.Option(help="Memory of its card, instead of the table's.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="Dense 16-bit TFLOP/s of its card.")] = None,
+    pcie_gbps: Annotated[float | None, typer.Option(help="GB/s of copies to its card.")] = None,
     on: ComputeOn = None,
     dtype: ComputeIn = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure disk and compute first (1 s).")] = False,
@@ -84,19 +96,26 @@ def plan(
 ) -> None:
     """Say whether a job fits, what takes how much where, and how long a step takes. Loads nothing.
 
+    A hub id costs its config.json and the shards' headers; a folder with config.json alone is enough. With --gpu, --ram
+    or --disk-gbps the plan is for another machine, of which nothing need be here.
+
     Exits with 1 if the job does not fit.
     """
     from lowmem.api import plan as make_plan
     from offload import Budget
 
+    machine = _machine(gpu=gpu, ram=ram, disk_gbps=disk_gbps, vram=vram, tflops=tflops, pcie_gbps=pcie_gbps)
     made = make_plan(
         model,
         task=cast("Task", task),
-        batch_size=batch_size,
+        batch_size="auto" if search else batch_size,
         seq_len=seq_len,
         gradient_accumulation_steps=gradient_accumulation_steps,
         completion_tokens=completion_tokens,
         num_steps=num_steps,
+        num_examples=examples,
+        num_epochs=epochs,
+        machine=machine,
         peft_config=None
         if tuning == "full"
         else _lora(lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules),
@@ -114,6 +133,16 @@ def plan(
     typer.echo(json.dumps(made.to_dict()) if as_json else str(made))
     if not made.fits:
         raise typer.Exit(1)
+
+
+def _machine(**given: object) -> Machine | None:
+    """The machine that was described; None where none of it was, for this one."""
+    named = {name: value for name, value in given.items() if value is not None}
+    if not named:
+        return None
+    from lowmem.machines.cards import Machine
+
+    return Machine(**named)  # type: ignore[arg-type]  # types are those of the options
 
 
 def _lora(rank: int, *, dropout: float, dora: bool, target_modules: str) -> PeftConfig | None:
@@ -166,19 +195,16 @@ def bench(
     on: ComputeOn = None,
     dtype: ComputeIn = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure disk, copies and computation as training uses them; one JSON line each."""
-    from lowmem.doctor import probe_lines
-    from lowmem.models.checkpoint import pick_device, pick_dtype, resolve
-    from lowmem.models.configuration import read_config
-    from offload import SafetensorsSource
+    """Measure disk, copies and the products of this model's shapes, and keep the rates for plans; JSON lines.
 
-    folder = resolve(model, revision=revision)
-    device = pick_device(on)
-    compute = pick_dtype(dtype, device=device, stored=read_config(folder).dtype)
-    with SafetensorsSource(folder) as source:
-        for line in probe_lines(source.files, device=device, dtype=compute):
-            typer.echo(json.dumps(line))
+    Takes some seconds, and the memory of one block of each kind.
+    """
+    from lowmem.machines.bench import bench_lines
+
+    for line in bench_lines(model, device=on, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code):
+        typer.echo(json.dumps(line))
 
 
 @app.command()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import stat
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,6 @@ from packaging.specifiers import SpecifierSet
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.models.checkpoint import open_checkpoint, pick_device, pick_dtype
 from lowmem.models.configuration import read_object
-from lowmem.planning.step_time import probe_copy
 from offload import (
     PAGE_BYTES,
     OffloadError,
@@ -31,50 +29,11 @@ from offload import (
     control_groups,
     format_bytes,
     open_source,
-    probe_compute,
     probe_disk,
     register_host_memory,
     unregister_host_memory,
     verify_store,
 )
-
-
-def probe_lines(files: Sequence[Path], *, device: torch.device, dtype: torch.dtype) -> Iterator[Mapping[str, object]]:
-    """Measure disk, copies and computation, one after the other.
-
-    Args:
-        files: The checkpoint's shards.
-        device: Compute device.
-        dtype: Compute dtype.
-
-    Yields:
-        One flat record for each setting of the disk, then for copies, then for computation.
-
-    Raises:
-        SourceError: A file is missing or empty.
-        ReadError: A file cannot be read.
-    """
-    machine = {"machine": platform.machine(), "torch": torch.__version__, "num_threads": torch.get_num_threads()}
-    disk = probe_disk(files, max_s=2.0, max_bytes=1 << 30)
-    for setting in disk.measured:
-        yield {
-            "probe": "disk",
-            "folder": str(files[0].parent),
-            "gb_per_s": round(setting.read_bytes_per_s / 1e9, 3),
-            "num_requests": setting.num_threads,
-            "request_bytes": setting.request_bytes,
-            "is_chosen": (setting.num_threads, setting.request_bytes) == (disk.num_threads, disk.request_bytes),
-        }
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-    yield {"probe": "copy", "device": name, "gb_per_s": round(probe_copy(device) / 1e9, 3), **machine}
-    yield {
-        "probe": "compute",
-        "device": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "gflop_per_s": round(probe_compute(dtype, device) / 1e9, 2),
-        **machine,
-    }
-
 
 _NEEDED_TO_TRAIN = ("torch", "safetensors", "transformers", "peft", "trl", "accelerate", "datasets")
 _SMALL_RAM_BYTES = 1 << 30

@@ -28,6 +28,7 @@ from lowmem.experts.visiting import (
     with_dense_blocks,
 )
 from lowmem.full.opening import AdapterRefusal, Masters, MasterWeights, open_full
+from lowmem.host_memory import process_peak_bytes
 from lowmem.internals.experts import GROUPED, experts_implementation, use_experts_forward
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.internals.trl import hash_by_fingerprint, trainers_are_imported
@@ -131,7 +132,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     from lowmem.generation.cache import KvRoom
     from lowmem.generation.hooks import GenerationHooks
 
-    built, device = opened.built, opened.device
+    built, device, idle_bytes = opened.built, opened.device, process_peak_bytes()
     shapes = _shapes_within_memory(opened, plan)
     with ExitStack() as stack:
         stack.callback(opened.source.close)
@@ -185,7 +186,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         # From here on they live as long as the runtime, and must not keep it alive. Closed in reverse: the scheduler
         # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
-    runtime.full = weights.full
+    runtime.full, runtime.idle_bytes = weights.full, idle_bytes
     if isinstance(weights, _FrozenExperts):
         runtime.announce = weights.announce
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))

@@ -51,7 +51,9 @@ from offload.files.safetensors import (
     SafetensorsSource,
     ShardFile,
     TensorReader,
+    shards_of_index,
     split_into_shards,
+    tensors_of_headers,
     write_index,
 )
 from offload.files.scratch import FileSlot, Scratch
@@ -126,8 +128,10 @@ __all__ = [
     "register_host_memory",
     "replacing_checkpoint",
     "round_up",
+    "shards_of_index",
     "split_into_shards",
     "sync_folder",
+    "tensors_of_headers",
     "unfinished_folder",
     "unregister_host_memory",
     "verify_store",

@@ -14,6 +14,8 @@ os.environ.update(
     HF_HOME=str(_HF_HOME),
     HF_DATASETS_CACHE=str(_HF_HOME / "datasets"),
     HF_HUB_DISABLE_TELEMETRY="1",
+    # What `lowmem bench` keeps, and headers of hub repositories.
+    XDG_CACHE_HOME=str(_HF_HOME / "cache"),
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )

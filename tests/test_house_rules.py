@@ -25,6 +25,7 @@ ROOMS = (
     "lowmem.quantization",
     "lowmem.models",
     "lowmem.experts",
+    "lowmem.headers",
     "lowmem.optim",
     "lowmem.planning",
     "lowmem.adapters",
@@ -33,6 +34,7 @@ ROOMS = (
     "lowmem.generation",
     "lowmem.essa",
     "lowmem.loading",
+    "lowmem.machines",
     "lowmem.monitoring",
     "lowmem.doctor",
     "lowmem.api",
@@ -50,6 +52,8 @@ COUNTED_APART = {
     "lowmem/adapters/expert_export.py": "the way of adapters of experts to inference servers",
     "lowmem/monitoring/account.py": "where a run's seconds and bytes went, for `lowmem trace` and the report",
     "lowmem/monitoring/report.py": "the page that shows it",
+    "lowmem/headers": "models whose weights are not here: known from the hub's headers, or from config.json",
+    "lowmem/machines": "machines that are planned for, and what was measured on this one",
 }
 MAX_ROOT_FILES = 9
 MAX_FOLDER_FILES = 14

@@ -206,6 +206,19 @@ class Conversions:
         self._model._weight_conversions = [conversion for conversion in self._all if conversion.was_used()]
 
 
+def stored_layout(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `save_pretrained` stores for some parameters: names and shapes of a checkpoint, before any conversion.
+
+    Args:
+        model: The model, on meta.
+        state: Parameters of it by name, on meta; whole groups that are converted together.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return stored
+
+
 def keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the parameters that the class keeps in fp32 that dtype, as transformers does while loading."""
     plan = model._get_dtype_plan(dtype)

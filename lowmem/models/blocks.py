@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,29 @@ def find_blocks(model: PreTrainedModel) -> tuple[DecoderBlock, ...]:
     _refuse_shared_parameters(model, blocks)
     _refuse_shared_state(architecture, blocks)
     return blocks
+
+
+_NUMBERED = ("idx", "index", "layer_id", "layer_number")
+"""Parts of names of attributes that say which block it is, and nothing of what it is."""
+
+
+def first_alike(blocks: Sequence[DecoderBlock]) -> tuple[int, ...]:
+    """For each block the first one that is like it: the same modules, with the same settings and parameters' shapes."""
+    seen: dict[object, int] = {}
+    return tuple(seen.setdefault(_kind(block.module), index) for index, block in enumerate(blocks))
+
+
+def _kind(module: torch.nn.Module) -> object:
+    settings = tuple(
+        (path, type(child), tuple((name, value) for name, value in vars(child).items() if _is_setting(name, value)))
+        for path, child in module.named_modules()
+    )
+    shapes = tuple((name, param.shape, param.dtype) for name, param in module.named_parameters())
+    return settings, shapes
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return isinstance(value, bool | int | float | str) and not any(part in name for part in _NUMBERED)
 
 
 def _raw_forward(architecture: str, layer: torch.nn.Module) -> Callable[..., object]:

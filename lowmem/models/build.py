@@ -6,7 +6,7 @@ And what a visit then makes of a block: its parameters in the compute dtype, in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +22,10 @@ from lowmem.internals.transformers import (
     leave_placement_alone,
     mark_initialised,
     may_be_missing,
+    stored_layout,
 )
 from lowmem.models.absent import AbsentParameter
-from lowmem.models.blocks import DecoderBlock, find_blocks
+from lowmem.models.blocks import DecoderBlock, find_blocks, first_alike
 from lowmem.models.configuration import naming_field
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from lowmem.models.whole import install_whole
@@ -118,22 +119,13 @@ def skeleton(
         UnsupportedError: The architecture cannot be streamed.
         SourceError: The checkpoint does not fit the configuration.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    with torch.device("meta"), naming_field(folder / "config.json", config.to_dict()):
-        model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    keep_in_fp32(model, dtype)
+    model = _on_meta(config, dtype=dtype, folder=folder, classifies=classifies, trust_remote_code=trust_remote_code)
     blocks = find_blocks(model)
     mapping = map_checkpoint(model, tensors, packed)
     body = f"{model.base_model_prefix}."
     drawn = {name for name in mapping.missing if classifies and not name.startswith(body)}
     _check_missing(model, mapping.missing - drawn, mapping, folder)
-    prefixes = {f"{block.name}.": index for index, block in enumerate(blocks)}
-    by_block: list[list[Recipe]] = [[] for _ in blocks]
-    resident: list[Recipe] = []
-    for recipe in {id(recipe): recipe for recipe in mapping.recipes.values()}.values():
-        _assign(recipe, prefixes, by_block, resident, model)
+    by_block, resident = _assigned(model, blocks, mapping)
     return Skeleton(
         model=model,
         mapping=mapping,
@@ -141,6 +133,86 @@ def skeleton(
         resident=tuple(resident),
         blocks=tuple(_streamed(model, block, recipes) for block, recipes in zip(blocks, by_block, strict=True)),
     )
+
+
+def skeleton_of_config(
+    config: PretrainedConfig, *, dtype: torch.dtype, folder: Path, trust_remote_code: bool = False
+) -> Skeleton:
+    """Build a model on meta and suppose the checkpoint that transformers would save of it; nothing else is needed.
+
+    Of blocks that are alike, the first stands for the others: what their stored tensors are is found out once.
+
+    Args:
+        config: The model's configuration; its dtype is the one that is stored.
+        dtype: Compute dtype.
+        folder: Where the configuration comes from, for error messages.
+        trust_remote_code: As in transformers.
+
+    Raises:
+        UnsupportedError: The architecture cannot be streamed.
+        SourceError: A value in the configuration cannot be.
+    """
+    # Building the model notes the compute dtype there.
+    stored_dtype = config.dtype or torch.float32
+    model = _on_meta(config, dtype=dtype, folder=folder, classifies=False, trust_remote_code=trust_remote_code)
+    blocks = find_blocks(model)
+    first = first_alike(blocks)
+    others = tuple(f"{blocks[index].name}." for index in range(len(blocks)) if first[index] != index)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in tied and not name.startswith(others)
+    }
+    tensors = _supposed(stored_layout(model, state), dtype=stored_dtype, file=folder / "config.json")
+    mapping = map_checkpoint(model, tensors)
+    by_block, resident = _assigned(model, blocks, mapping)
+    known = {index: _streamed(model, blocks[index], by_block[index]) for index in set(first)}
+    return Skeleton(
+        model=model,
+        mapping=mapping,
+        folder=folder,
+        resident=tuple(resident),
+        blocks=tuple(replace(known[index], block=block) for index, block in zip(first, blocks, strict=True)),
+    )
+
+
+def _supposed(stored: Mapping[str, Tensor], *, dtype: torch.dtype, file: Path) -> dict[str, TensorSpec]:
+    """Tensors one after the other, as they lie in a file."""
+    specs: dict[str, TensorSpec] = {}
+    end = 0
+    for name, tensor in stored.items():
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        nbytes = tensor.numel() * kept.itemsize
+        specs[name] = TensorSpec(
+            name=name, dtype=kept, shape=tuple(tensor.shape), file=file, offset_bytes=end, nbytes=nbytes
+        )
+        end += nbytes
+    return specs
+
+
+def _on_meta(
+    config: PretrainedConfig, *, dtype: torch.dtype, folder: Path, classifies: bool, trust_remote_code: bool
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    with torch.device("meta"), naming_field(folder / "config.json", config.to_dict()):
+        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    keep_in_fp32(model, dtype)
+    return model
+
+
+def _assigned(
+    model: PreTrainedModel, blocks: Sequence[DecoderBlock], mapping: CheckpointMap
+) -> tuple[list[list[Recipe]], list[Recipe]]:
+    """Recipes of each block, and of what is outside them."""
+    prefixes = {f"{block.name}.": index for index, block in enumerate(blocks)}
+    by_block: list[list[Recipe]] = [[] for _ in blocks]
+    resident: list[Recipe] = []
+    for recipe in {id(recipe): recipe for recipe in mapping.recipes.values()}.values():
+        _assign(recipe, prefixes, by_block, resident, model)
+    return by_block, resident
 
 
 def _check_missing(model: PreTrainedModel, without: frozenset[str], mapping: CheckpointMap, folder: Path) -> None:

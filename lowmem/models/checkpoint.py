@@ -7,6 +7,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from lowmem.models.build import Skeleton, skeleton
 from lowmem.models.configuration import check_counts, check_generation_config, read_config, take_quantization
 from lowmem.quantization.registry import find_packed
 from offload import SafetensorsSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # What a streamed model needs of a repository; pickled weights are never fetched.
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
@@ -57,13 +61,11 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A checkpoint whose files and configuration have been checked; no weight is read yet."""
+class Described:
+    """A model of which sizes and types are known, and no weight need be there."""
 
-    source: SafetensorsSource
-    """Its files."""
     built: Skeleton
-    """The model on meta, matched with them."""
+    """The model on meta, matched with its stored tensors."""
     device: torch.device
     """Compute device."""
     dtype: torch.dtype
@@ -72,6 +74,45 @@ class Opened:
     """Where it lies."""
     num_labels: int | None = None
     """Outputs of a sequence classification model; None for a language model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened(Described):
+    """A checkpoint whose files and configuration have been checked; no weight is read yet."""
+
+    source: SafetensorsSource
+    """Its files."""
+
+
+def checked_config(
+    folder: Path,
+    *,
+    name: str,
+    num_labels: int | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PretrainedConfig, object | None]:
+    """A folder's configuration, where its model can be streamed as far as that says; arguments as `open_checkpoint`.
+
+    Returns:
+        The configuration without what it says of quantisation, and that; None where its weights are not packed.
+
+    Raises:
+        UnsupportedError: The architecture cannot be streamed.
+        SourceError: A file is damaged.
+    """
+    from lowmem.models.blocks import refuse_config, refuse_labels
+
+    config = read_config(folder, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    # The text part as well: of some checkpoints only that is built.
+    config.name_or_path = config.get_text_config().name_or_path = name
+    quantization = take_quantization(config)
+    refuse_config(config)
+    if num_labels is not None:
+        refuse_labels(config, num_labels)
+        config.num_labels = num_labels
+    check_generation_config(folder)
+    return config, quantization
 
 
 def open_checkpoint(
@@ -99,18 +140,14 @@ def open_checkpoint(
         UnsupportedError: The architecture or the checkpoint cannot be streamed.
         SourceError: A file is missing, damaged, or does not fit the configuration.
     """
-    from lowmem.models.blocks import refuse_config, refuse_labels
-
-    config = read_config(folder, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    config, quantization = checked_config(
+        folder,
+        name=name,
+        num_labels=num_labels,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
     compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
-    # The text part as well: of some checkpoints only that is built.
-    config.name_or_path = config.get_text_config().name_or_path = name
-    quantization = take_quantization(config)
-    refuse_config(config)
-    if num_labels is not None:
-        refuse_labels(config, num_labels)
-        config.num_labels = num_labels
-    check_generation_config(folder)
     source = SafetensorsSource(folder)
     try:
         packed = None

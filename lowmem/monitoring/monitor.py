@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from lowmem.generation.hooks import generation_of
 from lowmem.host_memory import process_peak_bytes
+from lowmem.machines.correction import StepCorrection, growth_beyond
 from lowmem.monitoring.account import (
     LossPoint,
     RunFacts,
@@ -256,8 +257,8 @@ class Monitor(TrainerCallback):
     - Values in the Trainer's logs (`log_history`, `report_to`), for the steps since the last log: `lowmem/step_s`,
       `lowmem/tokens_per_s` (padding not counted), `lowmem/stall_percent`, `lowmem/read_gb` (per step),
       `lowmem/disk_gb_per_s`, `lowmem/host_peak_gib` (of the process, so far) and, on a GPU, `lowmem/device_peak_gib`.
-      The first log also has what was planned, once. The last entry, and with it `train()`'s metrics, has them for the
-      whole run as `lowmem/train_step_s` and so on.
+      The first log also has what was planned, once, and the planned step corrected by those that were seen. The last
+      entry, and with it `train()`'s metrics, has them for the whole run as `lowmem/train_step_s` and so on.
     - While training goes on, a report that a browser opens: loss, pace, memory by role against the plan, the last
       steps. It reloads itself.
     - At the end, also one by Ctrl-C, a trace that `lowmem trace` and Perfetto (https://ui.perfetto.dev) open, and a
@@ -396,6 +397,8 @@ class _Run:
         self._held: dict[str, int] = {}
         self._last_steps: deque[StepTimeline] = deque(maxlen=NUM_REPORTED_STEPS)
         self._representative = RepresentativeStep()
+        self._correction = StepCorrection()
+        self._has_told_growth = False
         self._estimate: StepEstimate | None = None
         self._progress: StepProgress | None = None
         self._stop_showing = runtime.listen(self._visited)
@@ -452,6 +455,19 @@ class _Run:
         )
         self._last_steps.append(timeline)
         self._representative.offer(timeline)
+        visits = ((seen.phase, (seen.end_ns - seen.start_ns) / 1e9) for seen in timeline.passes)
+        self._correction.see(record.duration_s, visits)
+        self._tell_growth(record)
+
+    def _tell_growth(self, record: StepRecord) -> None:
+        told = growth_beyond(
+            self._runtime.plan,
+            host_growth_bytes=record.host_peak_bytes - self._runtime.idle_bytes,
+            device_peak_bytes=record.device_peak_bytes,
+        )
+        if told is not None and not self._has_told_growth:
+            self._has_told_growth = True
+            warnings.warn(f"lowmem.Monitor: {told}", UserWarning, stacklevel=2)
 
     def add_to_log(self, state: TrainerState, logs: dict[str, float]) -> None:
         """Add the values to a log of training steps, or to the final one; logs of evaluations stay as they are."""
@@ -469,6 +485,8 @@ class _Run:
         if values and not self._has_told_plan:
             self._has_told_plan = True
             values |= planned_values(self._runtime.plan)
+            if self._correction.step_s is not None:
+                values["corrected_step_s"] = self._correction.step_s
         values = {f"{prefix}{name}": value for name, value in values.items()}
         logs.update(values)
         # The Trainer copied `logs` into its history just before this event.

@@ -1,13 +1,17 @@
-"""Sentences on what to change: the smallest budget that fits, or which change buys the most time. Pure arithmetic."""
+"""What to change: the smallest budget that fits, or which change buys the most time. Pure arithmetic.
+
+As sentences, and where a job does not fit, as changes of `lowmem.plan`'s arguments that each make it fit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from lowmem.planning.search import Draft, Room
 from lowmem.planning.step_memory import boundary_bytes, peak_phase
-from offload import Placement, format_bytes, format_seconds
+from offload import Budget, Placement, format_bytes, format_seconds, round_up
 
 _WORTH = 0.95
 """A change is worth a sentence if the step takes at most this part of its time."""
@@ -18,6 +22,191 @@ _MAX_BATCH_FACTOR = 64
 
 _NUM_GENERATIONS = {"grpo": 8, "rloo": 2}
 """Completions of a prompt by TRL's default: a batch holds whole groups of them."""
+
+
+_MOST_SEQUENCES = 4096
+"""The largest batch that is looked at."""
+
+
+_FAST_ENOUGH = 0.95
+"""A smaller batch is taken if it goes through at least this part of the tokens per second."""
+
+
+_SEQ_LEN_STEP = 64
+
+
+_HOST_STEP_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One change of a job or a budget; what is None stays."""
+
+    text: str
+    """It in words."""
+    batch_size: int | None = None
+    """Examples of a forward."""
+    gradient_accumulation_steps: int | None = None
+    """Batches per optimizer step, so that a step trains on as many examples as before."""
+    seq_len: int | None = None
+    """Tokens of a sequence; what is generated shrinks with it."""
+    device_bytes: int | None = None
+    """Device budget."""
+    host_bytes: int | None = None
+    """Host budget."""
+    needs_disk: bool = False
+    """Whether a folder to write to is given."""
+    frees_split: bool = False
+    """Whether the planner chooses micro-batch and chunk length, instead of what was asked for."""
+
+    def applied(
+        self, arguments: Mapping[str, object], *, disk: str | os.PathLike[str] | None = None
+    ) -> dict[str, object]:
+        """Arguments of `lowmem.plan` with this change made.
+
+        Args:
+            arguments: What the plan that does not fit was made with, keywords only.
+            disk: Folder to write to, where the change needs one.
+
+        Raises:
+            ValueError: It needs a folder, and none is given.
+        """
+        changed = dict(arguments)
+        for name in ("batch_size", "gradient_accumulation_steps", "seq_len"):
+            if getattr(self, name) is not None:
+                changed[name] = getattr(self, name)
+        if self.seq_len is not None and isinstance(completion := changed.get("completion_tokens"), int):
+            changed["completion_tokens"] = min(completion, self.seq_len)
+        if self.frees_split:
+            changed |= {"micro_batch": None, "chunk_tokens": None}
+        budget = changed.get("budget") or Budget()
+        assert isinstance(budget, Budget)
+        if self.needs_disk and disk is None and budget.disk is None:
+            raise ValueError(f"{self.text}: give disk=, a folder to write to")
+        changed["budget"] = Budget(
+            device=budget.device if self.device_bytes is None else self.device_bytes,
+            host=budget.host if self.host_bytes is None else self.host_bytes,
+            disk=disk if self.needs_disk and disk is not None else budget.disk,
+        )
+        return changed
+
+
+def changes_that_fit(room: Room) -> tuple[Change, ...]:
+    """Changes that each make a job fit that does not, those first that change least of what is trained.
+
+    Args:
+        room: The job and its budget.
+    """
+    return tuple(change for change in _candidates(room) if change is not None)
+
+
+def _candidates(room: Room) -> Iterator[Change | None]:
+    job = room.job
+    if job.micro_batch is not None or job.chunk_tokens is not None:
+        freed = replace(room, job=replace(job, micro_batch=None, chunk_tokens=None))
+        if freed.best() is not None:
+            yield Change(text="leave micro_batch and chunk_tokens to the planner", frees_split=True)
+    yield _smaller_batch(room)
+    if not room.has_disk and replace(room, has_disk=True).best() is not None:
+        what = "state" if job.tuning == "full" else "boundary activations"
+        yield Change(text=f"a folder on disk for {what}: Budget(disk=...), or --disk", needs_disk=True)
+    yield _larger_host(room)
+    yield _shorter_sequences(room)
+    needed = room.smallest.device_bytes
+    if needed > room.device_bytes and room.with_budget(device_bytes=needed).best() is not None:
+        yield Change(text=f"a device budget of {format_bytes(needed)}", device_bytes=needed)
+
+
+def _smaller_batch(room: Room) -> Change | None:
+    """The largest batch that fits, with as many examples per optimizer step."""
+    job = room.job
+    fewest = _NUM_GENERATIONS.get(job.task, 1)
+    for size in range(job.batch_size - 1, 0, -1):
+        if job.batch_size % size or size % fewest:
+            continue
+        steps = job.gradient_accumulation_steps * job.batch_size // size
+        smaller = replace(room, job=replace(job, batch_size=size, gradient_accumulation_steps=steps, micro_batch=None))
+        if smaller.best() is not None:
+            text = f"a batch of {size} with gradient_accumulation_steps={steps}: the same gradients in {steps} times "
+            text += f"{job.gradient_accumulation_steps} passes" if job.gradient_accumulation_steps > 1 else "the passes"
+            return Change(text=text, batch_size=size, gradient_accumulation_steps=steps)
+    return None
+
+
+def _larger_host(room: Room) -> Change | None:
+    """The smallest host budget with which the job fits."""
+    enough = room.host_bytes + (1 << 50)
+    if room.with_budget(host_bytes=enough).best() is None:
+        return None
+    short, fits = room.host_bytes, enough
+    while fits - short > _HOST_STEP_BYTES:
+        middle = (short + fits) // 2
+        short, fits = (short, middle) if room.with_budget(host_bytes=middle).best() is not None else (middle, fits)
+    size = round_up(fits, _HOST_STEP_BYTES)
+    if room.with_budget(host_bytes=size).best() is None:
+        return None
+    return Change(text=f"a host budget of {format_bytes(size)}", host_bytes=size)
+
+
+def _shorter_sequences(room: Room) -> Change | None:
+    """The longest sequences that fit, at least an eighth as long."""
+    seq_len = room.job.seq_len
+    step = _SEQ_LEN_STEP if seq_len > 4 * _SEQ_LEN_STEP else 1
+    short, long = max(1, seq_len // (8 * step)), seq_len // step
+    if room.with_seq_len(short * step).best() is None:
+        return None
+    while long - short > 1:
+        middle = (short + long) // 2
+        short, long = (middle, long) if room.with_seq_len(middle * step).best() is not None else (short, middle)
+    if short * step >= seq_len:
+        return None
+    return Change(text=f"sequences of {short * step} tokens", seq_len=short * step)
+
+
+def hiding_batch(room: Room, draft: Draft) -> int | None:
+    """The batch from which on a step is limited by computation; None where no batch that fits is.
+
+    Args:
+        room: The job and its budget.
+        draft: What was chosen for the job's own batch.
+    """
+
+    def is_hidden(batch_size: int) -> bool | None:
+        made = room.with_batch_size(batch_size).best()
+        return None if made is None else made.time.bottleneck == "compute"
+
+    fewest = _NUM_GENERATIONS.get(room.job.task, 1)
+    short, large = 0, max(1, room.job.batch_size // fewest)
+    if draft.time.bottleneck != "compute":
+        short, large = large, _MOST_SEQUENCES // fewest
+    # Transfers take as long whatever the batch, so that from one batch on all are hidden, or do not fit.
+    while large - short > 1:
+        middle = (short + large) // 2
+        short, large = (short, middle) if is_hidden(middle * fewest) is not False else (middle, large)
+    return large * fewest if is_hidden(large * fewest) else None
+
+
+def fastest_batch(room: Room) -> int:
+    """The smallest batch with which nearly as many tokens go through per second as with any; 1 where none fits.
+
+    Args:
+        room: The job, whose batch does not matter, and its budget.
+    """
+    fewest = _NUM_GENERATIONS.get(room.job.task, 1)
+    speeds: dict[int, float] = {}
+    batch_size = fewest
+    while batch_size <= _MOST_SEQUENCES:
+        made = room.with_batch_size(batch_size).best()
+        if made is None:
+            break
+        speeds[batch_size] = batch_size / made.time.step_s
+        best = max(speeds.values())
+        if len(speeds) > 3 and speeds[batch_size] < 1.01 * speeds[batch_size // 4]:
+            break
+        batch_size *= 2
+    if not speeds:
+        return fewest
+    return min(size for size, speed in speeds.items() if speed >= _FAST_ENOUGH * best)
 
 
 def advise(room: Room, draft: Draft, *, fits: bool) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -87,7 +87,9 @@ def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor, *_: object) -
     return left.new_empty(shape if right.dim() == 3 else (offsets.shape[0], *shape))
 
 
-def dry_run(built: Skeleton, *, num_sequences: int, seq_len: int) -> tuple[int, ...]:
+def dry_run(
+    built: Skeleton, *, num_sequences: int, seq_len: int, adapted: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Count what recomputing and differentiating each block would hold at most, its weights and input aside.
 
     Blocks of the same kind are run once, in training mode and without a padding mask. Loads nothing and leaves the
@@ -97,6 +99,7 @@ def dry_run(built: Skeleton, *, num_sequences: int, seq_len: int) -> tuple[int, 
         built: A model on meta, with or without an adapter's modules in it; only what requires gradients gets them.
         num_sequences: Sequences that go through a block together.
         seq_len: Tokens of each.
+        adapted: For each block the one that has its adapter and stands for it; None where each has its own.
 
     Returns:
         Bytes, one number for each block.
@@ -104,44 +107,79 @@ def dry_run(built: Skeleton, *, num_sequences: int, seq_len: int) -> tuple[int, 
     Raises:
         NotImplementedError: The model's code looks at values, or at something else that is not there.
     """
-    blocks = [streamed.block for streamed in built.blocks]
-    run = _Run([block.raw_forward for block in blocks], [block.module for block in blocks])
+    stand_ins = range(len(built.blocks)) if adapted is None else adapted
+    run = BlockWalk(built, stand_ins=stand_ins, measure=_count_peak)
     model, was_training = built.model, built.model.training
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), quiet_fake_tensors(), run.watching():
             tokens = torch.zeros(num_sequences, seq_len, dtype=torch.long)
             arguments = {"input_ids": tokens, "use_cache": False}
             with torch.no_grad():
-                torch.func.functional_call(model.train(), _fake_state(model), kwargs=arguments, strict=False)
+                torch.func.functional_call(model.train(), _fake_state(model, run.idle), kwargs=arguments, strict=False)
     except _NOT_FOLLOWED as error:
         raise NotImplementedError(f"{type(model).__name__} cannot be run on fake tensors: {error}") from error
     finally:
         model.train(was_training)
-    return tuple(run.peaks)
+    return tuple(run.results)
 
 
 # What fake tensors cannot follow is told by errors of many kinds: unknown values, missing kernels, odd devices.
 _NOT_FOLLOWED = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
-def _fake_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A fake tensor on the CPU for every parameter and buffer; tied ones stay tied."""
+def _fake_state(model: torch.nn.Module, idle: frozenset[int]) -> dict[str, Tensor]:
+    """A fake tensor on the CPU for every parameter and buffer but idle ones; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if id(tensor) in idle:
+            continue
         if id(tensor) not in made:
             made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
         state[name] = made[id(tensor)]
     return state
 
 
-class _Run:
-    """One forward of a model in which the first block of each kind is measured and the others are skipped."""
+Run = Callable[[Tensor], object]
+"""Runs one block on another input of the same shape, with the other arguments that the model gave it."""
 
-    def __init__(self, raw_forwards: Sequence[Callable[..., object]], modules: Sequence[torch.nn.Module]) -> None:
-        self.peaks: list[int] = []
-        self._raw_forwards, self._modules = raw_forwards, modules
-        self._known: dict[object, tuple[int, object]] = {}
+
+Result = TypeVar("Result")
+
+
+class BlockWalk(Generic[Result]):
+    """One forward of a model in which the first block of each kind is looked at and the others are skipped."""
+
+    def __init__(
+        self,
+        built: Skeleton,
+        *,
+        stand_ins: Sequence[int],
+        measure: Callable[[Run, Tensor, torch.nn.Module], tuple[Result, object]],
+    ) -> None:
+        """Begin.
+
+        Args:
+            built: The model.
+            stand_ins: For each block the one that runs in its place.
+            measure: Gets what runs the block, its input and its module; returns what was found and the block's output.
+        """
+        self.results: list[Result] = []
+        self._modules = [streamed.block.module for streamed in built.blocks]
+        self._raw_forwards = [built.blocks[index].block.raw_forward for index in stand_ins]
+        self._stand_ins, self._measure = stand_ins, measure
+        self._known: dict[object, tuple[Result, object]] = {}
+
+    @property
+    def idle(self) -> frozenset[int]:
+        """Identities of parameters and buffers that only blocks have that never run."""
+        used = set(self._stand_ins)
+        return frozenset(
+            id(tensor)
+            for index, module in enumerate(self._modules)
+            if index not in used
+            for tensor in (*module.parameters(), *module.buffers())
+        )
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -155,29 +193,40 @@ class _Run:
                 del module.forward
 
     def _forward(self, index: int, *args: object, **kwargs: object) -> object:
-        kind = _kind_of(self._modules[index], (args, kwargs))
+        module = self._modules[self._stand_ins[index]]
+        kind = _kind_of(module, (args, kwargs))
         if kind not in self._known:
-            self._known[kind] = self._measure(index, args, kwargs)
-        peak_bytes, output = self._known[kind]
-        self.peaks.append(peak_bytes)
+            self._known[kind] = self._look_at(index, module, args, kwargs)
+        result, output = self._known[kind]
+        self.results.append(result)
         return output
 
-    def _measure(self, index: int, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, object]:
-        module = self._modules[index]
+    def _look_at(
+        self, index: int, module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[Result, object]:
         hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        leaf = hidden.detach().requires_grad_()
-        args, kwargs = tree_map_only(Tensor, lambda tensor: leaf if tensor is hidden else tensor, (args, kwargs))
         # A model that is followed on fake tensors makes the causal mask that it leaves out where tensors are real.
         kwargs |= {"attention_mask": None} if "attention_mask" in kwargs else {}
-        params = [param for param in module.parameters() if param.requires_grad]
-        gradient = torch.empty_like(leaf)
-        with PeakBytes() as peak, torch.enable_grad():
-            peak.ignore([leaf, gradient, *module.parameters(), *module.buffers()])
-            output = self._raw_forwards[index](module, *args, **kwargs)
-            result = next(value for value in tree_leaves(output) if isinstance(value, Tensor))
-            grads = torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
-        del grads
-        return peak.peak_bytes, tree_map_only(Tensor, Tensor.detach, output)
+
+        def run(given: Tensor) -> object:
+            call = tree_map_only(Tensor, lambda tensor: given if tensor is hidden else tensor, (args, kwargs))
+            return self._raw_forwards[index](module, *call[0], **call[1])
+
+        result, output = self._measure(run, hidden, module)
+        return result, tree_map_only(Tensor, Tensor.detach, output)
+
+
+def _count_peak(run: Run, hidden: Tensor, module: torch.nn.Module) -> tuple[int, object]:
+    leaf = hidden.detach().requires_grad_()
+    params = [param for param in module.parameters() if param.requires_grad]
+    gradient = torch.empty_like(leaf)
+    with PeakBytes() as peak, torch.enable_grad():
+        peak.ignore([leaf, gradient, *module.parameters(), *module.buffers()])
+        output = run(leaf)
+        result = next(value for value in tree_leaves(output) if isinstance(value, Tensor))
+        grads = torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
+    del grads
+    return peak.peak_bytes, output
 
 
 def _kind_of(module: torch.nn.Module, call: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal, cast, get_args
 
 import torch
@@ -66,6 +67,10 @@ class Job:
     """Whether the adapter draws random numbers in training."""
     num_steps: int | None = None
     """Optimizer steps of the whole run, where its duration is to be predicted."""
+    num_examples: int | None = None
+    """Examples of the data set, in place of `num_steps`."""
+    num_epochs: float = 1.0
+    """How often a run goes through them."""
 
     def __post_init__(self) -> None:
         for name, kind in (("task", Task), ("tuning", Tuning)):
@@ -78,6 +83,7 @@ class Job:
             ("micro_batch", " sequence", ", or None to let lowmem choose"),
             ("chunk_tokens", " token", ", or None to let lowmem choose"),
             ("num_steps", "", ", or None"),
+            ("num_examples", "", ", or None"),
             ("completion_tokens", None, ""),
         ):
             value = getattr(self, name)
@@ -85,6 +91,10 @@ class Job:
                 raise TypeError(f"{name}={value!r}: expected a whole number{none}")
             if value is not None and unit is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1{unit}{none}")
+        if isinstance(self.num_epochs, bool) or not isinstance(self.num_epochs, int | float) or self.num_epochs <= 0:
+            raise ValueError(f"num_epochs={self.num_epochs!r}: expected a number above 0")
+        if self.num_steps is not None and self.num_examples is not None:
+            raise ValueError("give num_steps or num_examples, not both: each says how long the run is")
         self._fill_in()
         if self.generates != (self.num_decodes > 0):
             expected = "at least 1" if self.generates else "0, because nothing is generated"
@@ -186,6 +196,14 @@ class Job:
     def num_decodes(self) -> int:
         """Passes over the weights that generate one token for every sequence; the first of them reads the prompts."""
         return self.completion_tokens or 0
+
+    @property
+    def run_steps(self) -> int | None:
+        """Optimizer steps of the whole run, as far as anybody said how long it is."""
+        if self.num_examples is None:
+            return self.num_steps
+        examples = self.batch_size * self.gradient_accumulation_steps
+        return max(1, ceil(self.num_epochs * ceil_div(self.num_examples, examples)))
 
     @property
     def num_passes(self) -> int:

@@ -13,12 +13,16 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lowmem.planning.advice import Change
 from lowmem.planning.job import Job, Task
-from lowmem.planning.step_memory import ALWAYS, Choice, RoleBytes, Tier, counted_host_bytes, peak_bytes
+from lowmem.planning.step_memory import ALWAYS, Choice, RoleBytes, Tier, counted_host_bytes, peak_bytes, peak_phase
 from lowmem.planning.step_time import Lane, Rates, StepTime
 from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
 
-_VERSION = 2
+_VERSION = 3
+
+
+THIS_MACHINE = "this machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,14 @@ class Plan:
     """Whether nobody has described the job, so that the first batch that trains is planned for whatever it is."""
     framework_bytes: int
     """RAM that Python, torch, transformers, PEFT and TRL take besides: in no budget, but in the process."""
+    machine: str
+    """What budget and rates are those of, in words."""
+    hiding_batch: int | None
+    """Batch from which on transfers hide behind computation; None where none that fits does."""
     advice: tuple[str, ...] = ()
     """Sentences on what to change: to make it fit, or to make it faster."""
+    changes: tuple[Change, ...] = ()
+    """Where it does not fit: changes that each make it fit, those first that change least of what is trained."""
 
     @property
     def fits(self) -> bool:
@@ -291,13 +301,16 @@ _USUAL_STEPS = 100
 """Whose duration is told where nobody said how many there will be."""
 
 
-# What makers warrant for a consumer drive of 1 TB.
-_RATED_BYTES = 600e12
+_RATED_WRITES = 600
+"""How often over makers warrant that a consumer drive may be written: 600 TB for 1 TB."""
+
+
+_DAY_S = 86_400
 
 
 def plan_text(plan: Plan) -> str:
-    """Write a plan in fewer than 45 lines."""
-    lines = [_title(plan), _verdict(plan), "", *_table(plan), "", *_facts(plan)]
+    """Write a plan in fewer than 50 lines: the verdict in three, what it is a verdict on, bytes, facts, advice."""
+    lines = [*_verdict(plan), "", _title(plan), "", *_table(plan), "", *_facts(plan)]
     return "\n".join([*lines, *(f"-> {sentence}" for sentence in plan.advice)])
 
 
@@ -312,7 +325,7 @@ def plan_html(plan: Plan) -> str:
     header = "".join(f"<th>{cell}</th>" for cell in ("role", *_TIERS, "when"))
     facts = "".join(f"<li>{html.escape(line)}</li>" for line in (*_facts(plan), *plan.advice))
     return (
-        f"<div><b>{html.escape(_title(plan))}</b><br>{html.escape(_verdict(plan))}"
+        f"<div><b>{html.escape(_title(plan))}</b><br>{'<br>'.join(map(html.escape, _verdict(plan)))}"
         f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
     )
 
@@ -328,15 +341,49 @@ def _title(plan: Plan) -> str:
     return " | ".join([*words, plan.adapter] if plan.adapter != "none" else words)
 
 
-def _verdict(plan: Plan) -> str:
-    sizes = [
+def _verdict(plan: Plan) -> list[str]:
+    """Whether it fits and what makes it fit; how fast it is and what it waits for; how long it takes."""
+    sizes = ", ".join(
         f"{tier} {format_bytes(used)} of {format_bytes(given)}"
         for tier, used, given in (
             ("device", plan.device_bytes, plan.device_budget_bytes),
             ("host", plan.kept_host_bytes, plan.host_budget_bytes),
         )
-    ]
-    return f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {', '.join(sizes)}"
+    )
+    lines = [f"FITS: {sizes}"]
+    if not plan.fits:
+        lines = [f"DOES NOT FIT: {sizes}" + (f"; would fit: {plan.changes[0].text}" if plan.changes else "")]
+    job, time = plan.job, plan.time
+    lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
+    lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
+    tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.num_decodes) / time.step_s
+    what = "step" if job.trains else "generation"
+    would = "" if plan.fits else "would take "
+    lines.append(
+        f"{would}{format_seconds(time.step_s)} per {what}, {tokens_per_s:.3g} tokens/s, limited by {plan.bottleneck} "
+        f"({lanes})"
+    )
+    lines.append(f"{_run_words(plan)}; {_hiding_words(plan)}" if plan.fits else _run_words(plan))
+    return lines
+
+
+def _run_words(plan: Plan) -> str:
+    job = plan.job
+    if not job.trains:
+        return "nothing is trained"
+    steps = job.run_steps or _USUAL_STEPS
+    words = f"{steps} steps take {format_seconds(steps * plan.time.step_s)}"
+    if job.num_examples is not None:
+        words = f"{job.num_epochs:g} x {job.num_examples:,} examples: {words}"
+    return words
+
+
+def _hiding_words(plan: Plan) -> str:
+    if plan.hiding_batch is None:
+        return "no batch that fits hides the transfers"
+    if plan.hiding_batch <= 1:
+        return "transfers hide behind computation with any batch"
+    return f"transfers hide behind computation from a batch of {plan.hiding_batch} on"
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -350,7 +397,13 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
         for (role, phase), cells in rows.items()
     ]
     peaks = (plan.device_bytes, plan.host_bytes, plan.disk_bytes)
-    return [*table, ("peak", *(_cell(nbytes) for nbytes in peaks), "")]
+    return [*table, ("peak", *(_cell(nbytes) for nbytes in peaks), _peak_words(plan))]
+
+
+def _peak_words(plan: Plan) -> str:
+    """Which of the rows add up to the peak: moments exclude each other."""
+    moment = peak_phase(plan.roles, "device")
+    return f"always, and {_PHASES[moment]}"
 
 
 def _cell(nbytes: int) -> str:
@@ -376,11 +429,13 @@ def _table(plan: Plan) -> list[str]:
 
 
 def _facts(plan: Plan) -> list[str]:
-    time, rates, job = plan.time, plan.rates, plan.job
+    rates, job = plan.rates, plan.job
     counts = {place: plan.placements.count(place) for place in Placement}
     blocks = ", ".join(f"{count} {place.value}" for place, count in counts.items() if count)
     lines = [f"blocks     {len(plan.placements)}: {blocks}", *_strip(plan)]
-    lines.append(f"passes     {plan.passes} over the weights per step, {format_bytes(time.read_bytes)} read from disk")
+    lines.append(
+        f"passes     {plan.passes} over the weights per step, {format_bytes(plan.time.read_bytes)} read from disk"
+    )
     along = f", chunks of {plan.chunk_tokens} tokens" if plan.chunk_tokens else ""
     lines.append(
         f"split      {job.num_sequences} sequences in micro-batches of {plan.micro_batch}{along}, boundary activations "
@@ -391,20 +446,7 @@ def _facts(plan: Plan) -> list[str]:
     if plan.unchunkable and (job.chunk_tokens or not plan.fits):
         lines.append(f"           whole sequences: {plan.unchunkable}")
     if plan.written_bytes:
-        num_steps = _RATED_BYTES / plan.written_bytes
-        lines.append(
-            f"writes     {format_bytes(plan.written_bytes)} per step to {plan.disk_folder}; a drive rated for "
-            f"{_RATED_BYTES / 1e12:.0f} TB of writes takes {num_steps:.2g} steps"
-        )
-    lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
-    lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
-    tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.num_decodes) / time.step_s
-    lines.append(
-        f"step       {format_seconds(time.step_s)}, limited by {plan.bottleneck} ({lanes}); {tokens_per_s:.3g} tokens/s"
-    )
-    run_steps = job.num_steps or (_USUAL_STEPS if job.trains and job.task != "sft" else None)
-    if run_steps is not None:
-        lines.append(f"run        {run_steps} steps take {format_seconds(run_steps * time.step_s)}")
+        lines.append(f"writes     {_written_words(plan)}")
     numbers = {
         "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
         "copy": f"{rates.copy_bytes_per_s / 1e9:.3g} GB/s",
@@ -414,9 +456,23 @@ def _facts(plan: Plan) -> list[str]:
         f"{name} {number} {'measured' if name in rates.measured else 'assumed'}" for name, number in numbers.items()
     )
     lines.append(f"rates      {', '.join(words)}")
+    if rates.shape is not None:
+        lines.append("           blocks, attention, head and unpacking of these shapes measured")
+    if plan.machine != THIS_MACHINE:
+        lines.append(f"machine    {plan.machine}")
     lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}")
     lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")
     return lines
+
+
+def _written_words(plan: Plan) -> str:
+    per_day_bytes = plan.written_bytes * _DAY_S / plan.time.step_s
+    num_days = _RATED_WRITES * 1e12 / per_day_bytes
+    lasts = f"{num_days:.0f} days" if num_days < 1000 else f"{num_days / 365:.0f} years"
+    return (
+        f"{format_bytes(plan.written_bytes)} per step to {plan.disk_folder}, {per_day_bytes / 1e12:.3g} TB a day; a "
+        f"drive of 1 TB rated for {_RATED_WRITES} TB lasts {lasts} of training"
+    )
 
 
 def _strip(plan: Plan) -> list[str]:

@@ -6,18 +6,18 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from lowmem.planning.advice import advise
+from lowmem.planning.advice import advise, changes_that_fit, fastest_batch, hiding_batch
 from lowmem.planning.job import Job, Tuning, kind_of
-from lowmem.planning.plan import Plan
-from lowmem.planning.read_model import corrected, read_shapes
+from lowmem.planning.plan import THIS_MACHINE, Plan
+from lowmem.planning.read_model import read_shapes
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_memory import Choice
-from lowmem.planning.step_time import Rates, assumed_rates, measure_rates
+from lowmem.planning.step_time import Rates, assumed_rates
 from offload import Budget, PlacementPlan
 
 if TYPE_CHECKING:
-    from lowmem.models.checkpoint import Opened
+    from lowmem.models.checkpoint import Described
 
 
 _FRAMEWORK_BYTES = 600 << 20
@@ -68,6 +68,8 @@ def plan_step(
     rates: Rates,
     loaded: Choice | None = None,
     placement: PlacementPlan | None = None,
+    machine: str = THIS_MACHINE,
+    finds_batch: bool = False,
 ) -> Plan:
     """Plan one step. Pure: no model, no device, no file.
 
@@ -81,6 +83,8 @@ def plan_step(
         rates: Of disk, copies and computation.
         loaded: How the model was loaded, if it was: its embedding and its state stay where they are.
         placement: Where its blocks are, if they are to stay there too.
+        machine: What the rates and the budget are those of, in words.
+        finds_batch: Take the batch with which most tokens go through per second, instead of the job's.
 
     Raises:
         ValueError: A size of the budget is missing.
@@ -88,6 +92,8 @@ def plan_step(
     if budget.device_bytes is None or budget.host_bytes is None:
         raise ValueError("budget: both sizes have to be given here; offload.measured fills in what is missing")
     room = Room(shapes, job, rates, budget.device_bytes, budget.host_bytes, budget.disk is not None, loaded, placement)
+    if finds_batch:
+        room = room.with_batch_size(fastest_batch(room))
     best = room.best()
     drafted = best or room.smallest
     return Plan(
@@ -96,7 +102,7 @@ def plan_step(
         num_trainable=shapes.num_trainable,
         compute_dtype=shapes.compute_dtype,
         stored_dtypes=shapes.stored_dtypes,
-        job=job,
+        job=room.job,
         choice=drafted.choice,
         placement=drafted.placement,
         roles=drafted.roles,
@@ -110,13 +116,17 @@ def plan_step(
         is_supposed=False,
         framework_bytes=_FRAMEWORK_BYTES,
         advice=advise(room, drafted, fits=best is not None),
+        machine=machine,
+        hiding_batch=None if best is None else hiding_batch(room, best),
+        changes=() if best is not None or loaded is not None else changes_that_fit(room),
     )
 
 
 def plan_for(
-    opened: Opened,
+    opened: Described,
     *,
     budget: Budget | None = None,
+    rates: Rates | None = None,
     micro_batch: int | None = None,
     chunk_tokens: int | None = None,
     tuning: Tuning = "adapter",
@@ -129,6 +139,7 @@ def plan_for(
     Args:
         opened: The checkpoint; left as it is.
         budget: Bounds; measured where absent.
+        rates: Of this machine; assumed where absent.
         micro_batch: As in `plan`.
         chunk_tokens: As in `plan`.
         tuning: As in `plan`.
@@ -146,56 +157,40 @@ def plan_for(
             device=kind_of(opened.device),
             tuning=tuning,
         )
-        made = plan_step(shapes, job, budget=filled, rates=rates_for(opened, None))
+        made = plan_step(shapes, job, budget=filled, rates=rates or assumed_rates(job.device))
         if made.fits:
             break
     return replace(made, is_supposed=True)
 
 
-def read_with_assumed_adapter(opened: Opened) -> ModelShapes:
+def read_with_assumed_adapter(opened: Described, *, seq_len: int) -> ModelShapes:
     """A model's sizes with the LoRA that is assumed where none is given: what PEFT makes of "all-linear".
 
     That takes in routed experts, of which PEFT forms each adapted stack whole.
 
     Args:
         opened: The checkpoint; its meta model gets the adapter's modules, and can then no longer be loaded.
+        seq_len: Tokens of a sequence.
     """
     from peft import LoraConfig
 
     config = LoraConfig(r=ASSUMED_RANK, target_modules="all-linear")
     try:
-        shapes = read_shapes(opened, peft_config=config)
+        shapes = read_shapes(opened, peft_config=config, seq_len=seq_len)
     except ValueError:
         # PEFT cannot adapt one of its layers; the user's own configuration will leave it out.
-        return read_shapes(opened).with_lora(ASSUMED_RANK)
+        return read_shapes(opened, seq_len=seq_len).with_lora(ASSUMED_RANK)
     return replace(shapes, adapter=f"LoRA r={ASSUMED_RANK} on all linear layers (assumed)")
 
 
-def bare_shapes(opened: Opened) -> ModelShapes:
+def bare_shapes(opened: Described) -> ModelShapes:
     """A model's sizes as it is loaded, before anything in it trains."""
-    bare = corrected(read_shapes(opened), opened, seq_len=_UNPLANNED_SEQ_LENS[2])
+    bare = read_shapes(opened, seq_len=_UNPLANNED_SEQ_LENS[2])
     return bare if opened.num_labels is None else bare.with_score_head()
 
 
-def _unplanned_seq_lens(opened: Opened) -> tuple[int, ...]:
+def _unplanned_seq_lens(opened: Described) -> tuple[int, ...]:
     longest = getattr(opened.built.model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(longest, int):
         return _UNPLANNED_SEQ_LENS
     return tuple(length for length in _UNPLANNED_SEQ_LENS if length <= longest) or (max(1, longest),)
-
-
-def rates_for(opened: Opened, rates: Rates | str | None) -> Rates:
-    """The rates given, measured ("measure"), or assumed (None).
-
-    Raises:
-        ValueError: Anything else.
-    """
-    if isinstance(rates, Rates):
-        return rates
-    if rates is None:
-        return assumed_rates(kind_of(opened.device))
-    if rates != "measure":
-        raise ValueError(
-            f'rates={rates!r}: expected None, "measure" or what lowmem.planning.step_time.measure_rates answered'
-        )
-    return measure_rates(opened.source.files, device=opened.device, dtype=opened.dtype)

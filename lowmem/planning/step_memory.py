@@ -14,6 +14,7 @@ from lowmem.planning.block_memory import (
     block_recompute_bytes,
     chunk_bytes,
     forward_chunk_bytes,
+    heap_at_head_bytes,
     heap_bytes,
 )
 from lowmem.planning.job import Job
@@ -280,6 +281,12 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         between = 3 * hidden_bytes if in_parts and on_heap else 0
         for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
             yield _device(FREED_HEAP, max(kept) + between, phase=phase)
+        if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
+            after_block = recompute_bytes(shapes, job, choice) + freed + between
+            if job.tuning == "full":
+                gradient_bytes = max(map(_largest_weight_bytes, shapes.blocks))
+                after_block += gradient_bytes if gradient_bytes < LARGEST_ON_HEAP_BYTES else 0
+            yield _device(FREED_HEAP, heap_at_head_bytes(after_block), phase="head")
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:

@@ -12,23 +12,16 @@ where every weight is trained. Updates of state on disk move with the next forwa
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Literal
-
-import torch
 
 from lowmem.planning.job import DeviceKind, Job
 from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
 from lowmem.planning.step_memory import Choice, boundary_bytes, key_value_bytes
-from offload import Placement, PlacementPlan, probe_compute, probe_disk
+from offload import Placement, PlacementPlan, ceil_div
 
 _MIB = 1 << 20
-
-
-_COPY_BYTES = 32 * _MIB
 
 
 _DISK_BYTES_PER_S = 1.0e9
@@ -47,6 +40,47 @@ Lane = Literal["compute", "disk", "copy"]
 """What a step keeps busy."""
 
 
+Trained = Literal["nothing", "lora", "dora", "full"]
+"""What a block's backward differentiates, as far as it changes how long that takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeRates:
+    """What a model's own shapes take on one device, measured: seconds of its mean block and of its head.
+
+    A call is one micro-batch, or one chunk of it, through one block.
+    """
+
+    trains: Trained
+    """What the blocks were measured with."""
+    forward_call_s: float
+    """Of a call without gradients, whatever it computes."""
+    forward_token_s: float
+    """Of each token in it, the scores of attention aside."""
+    backward_call_s: float
+    """Of a call that recomputes with gradients and differentiates."""
+    backward_token_s: float
+    """Of each token in it."""
+    attention_flops_per_s: float
+    """Scores and weighted values, without gradients."""
+    attention_backward_flops_per_s: float
+    """The same operations, counted once: recomputed and differentiated."""
+    head_token_s: float
+    """Of one token's loss, without gradients."""
+    head_backward_token_s: float
+    """Of its gradient."""
+    unpack_s: float
+    """Of making one block's parameters from its stored tensors; 0 where they are used as they lie."""
+    update_s_per_param: float
+    """Of AdamW in fp32, where the update runs."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and value < 0:
+                raise ValueError(f"ShapeRates.{field.name} is {value}; expected 0 or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """What the predicted step time is made of."""
@@ -63,6 +97,8 @@ class Rates:
     """Size of a request."""
     measured: tuple[Lane, ...] = ()
     """Which were measured on this machine; the others are assumed."""
+    shape: ShapeRates | None = None
+    """What this model's blocks and head take, where that was measured; else it follows from `compute_flops_per_s`."""
 
     def __post_init__(self) -> None:
         for name in ("disk_bytes_per_s", "copy_bytes_per_s", "compute_flops_per_s", "disk_num_threads"):
@@ -75,46 +111,7 @@ def assumed_rates(device: DeviceKind) -> Rates:
     return Rates(copy_bytes_per_s=_COPY_BYTES_PER_S[device], compute_flops_per_s=_FLOPS_PER_S[device])
 
 
-def measure_rates(files: Sequence[Path], *, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure all rates, in about a second: reads from the files, multiplies and copies on the device.
-
-    Args:
-        files: The checkpoint's shards.
-        device: Compute device.
-        dtype: Compute dtype.
-
-    Raises:
-        SourceError: A file is missing or empty.
-        ReadError: A file cannot be read.
-    """
-    disk = probe_disk(files)
-    return Rates(
-        disk_bytes_per_s=disk.read_bytes_per_s,
-        disk_num_threads=disk.num_threads,
-        disk_request_bytes=disk.request_bytes,
-        copy_bytes_per_s=probe_copy(device),
-        compute_flops_per_s=probe_compute(dtype, device),
-        measured=("disk", "copy", "compute"),
-    )
-
-
-def probe_copy(device: torch.device) -> float:
-    """Bytes per second of pinned copies to a GPU, or of widening bf16 to fp32 on a CPU (bytes written)."""
-    is_cuda = device.type == "cuda"
-    source = torch.zeros(_COPY_BYTES // 2, dtype=torch.bfloat16, pin_memory=is_cuda)
-    target = torch.empty(source.numel(), dtype=source.dtype if is_cuda else torch.float32, device=device)
-    best_s = float("inf")
-    # The first round touches the memory for the first time.
-    for _ in range(4):
-        start_s = time.perf_counter()
-        target.copy_(source, non_blocking=is_cuda)
-        if is_cuda:
-            torch.cuda.synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return target.nbytes / best_s
-
-
-UPDATE_S_PER_PARAM = 1.5e-9
+_UPDATE_S_PER_PARAM = 1.5e-9
 """torch's fused AdamW on a processor: it is limited by memory, 28 bytes for each parameter."""
 
 
@@ -169,6 +166,10 @@ def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic
     )
 
 
+_STEP_S = 0.02
+"""What a trainer does between steps on a processor, where everything else was measured: clipping, schedule, log."""
+
+
 _READ_LATENCY_S = 1e-4
 """One small random read of a solid-state drive."""
 
@@ -202,7 +203,7 @@ class _Passes:
     """Some equal passes over the weights."""
 
     count: int
-    flops: float
+    compute_s: float
     copy_bytes: float = 0.0
     disk_bytes: float = 0.0
     """Read or written besides weights."""
@@ -224,13 +225,12 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         if place != Placement.RESIDENT
     )
     on_cpu = job.device == "cpu"
-    # A processor converts weights itself: that is computation. A GPU waits for copies and converts for nothing.
-    unpack_s = sum(_unpack_s(block, rates) for block in shapes.blocks) if on_cpu else 0.0
+    costs = _Costs(shapes, job, choice, rates)
     copy_s = 0.0 if on_cpu else moved / rates.copy_bytes_per_s
     disk_s = placement.step_read_bytes / job.num_passes / rates.disk_bytes_per_s
     total = dict.fromkeys(("step", "compute", "disk", "copy"), 0.0)
-    for passes in _passes(shapes, job, choice):
-        compute = passes.flops / rates.compute_flops_per_s + unpack_s
+    for passes in _passes(shapes, job, choice, costs):
+        compute = passes.compute_s + costs.unpack_s
         copy = copy_s + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
         disk = disk_s + passes.disk_bytes / rates.disk_bytes_per_s
         for lane, seconds in (
@@ -243,7 +243,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     gather_s = _gather_s(shapes, job, rates) if choice.embedding_on_disk else 0.0
     moved_bytes = _boundary_disk_bytes(shapes, job, choice)
     state = state_traffic(shapes, job, choice)
-    update_s = UPDATE_S_PER_PARAM * shapes.num_params if job.tuning == "full" and job.trains else 0.0
+    update_s = costs.update_s if job.trains else 0.0
     return StepTime(
         step_s=total["step"] + gather_s + update_s,
         compute_s=total["compute"] + update_s,
@@ -264,41 +264,103 @@ def _unpack_s(block: BlockShape, rates: Rates) -> float:
     return block.workspace_bytes / rates.copy_bytes_per_s
 
 
-def _passes(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[_Passes]:
-    forward = _forward_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
+class _Costs:
+    """Seconds of computing, from what was measured with these shapes or from operations and one rate."""
+
+    def __init__(self, shapes: ModelShapes, job: Job, choice: Choice, rates: Rates) -> None:
+        self._shapes, self._job, self._choice, self._rates = shapes, job, choice, rates
+        self._shape = rates.shape
+        num_parts = ceil_div(job.seq_len, choice.chunk_tokens or job.seq_len)
+        self._num_calls = len(shapes.blocks) * ceil_div(job.num_sequences, choice.micro_batch) * num_parts
+
+    @property
+    def unpack_s(self) -> float:
+        """Of all blocks in one pass. A processor converts weights itself; a GPU waits for copies, and converts fast."""
+        if self._shape is not None:
+            return self._shape.unpack_s * len(self._shapes.blocks)
+        if self._job.device != "cpu":
+            return 0.0
+        return sum(_unpack_s(block, self._rates) for block in self._shapes.blocks)
+
+    @property
+    def update_s(self) -> float:
+        """Of the optimizer."""
+        if self._shape is not None:
+            return self._shape.update_s_per_param * self._shapes.num_trainable + _STEP_S
+        return _UPDATE_S_PER_PARAM * self._shapes.num_params if self._job.tuning == "full" else 0.0
+
+    def forward_s(self, *, num_sequences: int, seq_len: int, num_calls: int | None = None) -> float:
+        """All blocks once, without gradients."""
+        num_tokens, shape = num_sequences * seq_len, self._shape
+        attention = _attention_flops(self._shapes, num_sequences=num_sequences, seq_len=seq_len)
+        if shape is None:
+            return (_product_flops(self._shapes, num_tokens) + attention) / self._rates.compute_flops_per_s
+        calls_s = (self._num_calls if num_calls is None else num_calls) * shape.forward_call_s
+        tokens_s = len(self._shapes.blocks) * num_tokens * shape.forward_token_s
+        return calls_s + tokens_s + attention / shape.attention_flops_per_s
+
+    def backward_s(self) -> float:
+        """All blocks once, recomputed and differentiated."""
+        job, shape, shapes = self._job, self._shape, self._shapes
+        attention = _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
+        # Keys and values of all chunks before the first one is recomputed.
+        again = self._choice.chunk_tokens is not None and not self._choice.keeps_keys_values
+        key_values = _key_value_flops(shapes, job) if again else 0.0
+        if shape is None:
+            flops = 2 * _product_flops(shapes, job.num_tokens) + 3.5 * attention + key_values
+            if job.tuning == "full":
+                # The gradient of each product's weight.
+                flops += 2.0 * shapes.num_active_params * job.num_tokens
+            return flops / self._rates.compute_flops_per_s
+        tokens_s = len(shapes.blocks) * job.num_tokens
+        share = key_values / _product_flops(shapes, job.num_tokens)
+        return (
+            self._num_calls * shape.backward_call_s
+            + tokens_s * (shape.backward_token_s + share * shape.forward_token_s)
+            + attention / shape.attention_backward_flops_per_s
+        )
+
+    def head_s(self, num_tokens: int) -> float:
+        """The head and its loss, without gradients."""
+        if self._shape is not None:
+            return num_tokens * self._shape.head_token_s
+        return 2.0 * self._shapes.num_head_params * num_tokens / self._rates.compute_flops_per_s
+
+    def head_backward_s(self, num_tokens: int) -> float:
+        """Their gradient."""
+        if self._shape is not None:
+            return num_tokens * self._shape.head_backward_token_s
+        factor = 3.0 if self._job.tuning == "full" else 2.0
+        return factor * self.head_s(num_tokens)
+
+
+def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Iterable[_Passes]:
     kept_bytes = boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
     boundary = float(kept_bytes) if choice.boundary_tier != "device" else 0.0
     on_disk = boundary if choice.boundary_tier == "disk" else 0.0
-    head = 2.0 * shapes.num_head_params * job.num_tokens
     state = state_traffic(shapes, job, choice)
     if job.num_backwards:
-        evaluation = (forward + head) * job.num_evaluations / job.num_forwards
+        forward_s = costs.forward_s(num_sequences=job.num_sequences, seq_len=job.seq_len)
+        evaluation_s = (forward_s + costs.head_s(job.num_tokens)) * job.num_evaluations / job.num_forwards
         # Only forwards that a backward follows leave boundary activations behind.
         update = state.update_bytes / job.num_backwards
-        yield _Passes(count=job.num_backwards, flops=evaluation, copy_bytes=boundary, disk_bytes=on_disk + update)
-        yield _Passes(count=job.num_forwards - job.num_backwards, flops=evaluation)
-        backward = 2 * forward + 1.5 * _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
-        if choice.chunk_tokens is not None and not choice.keeps_keys_values:
-            backward += _key_value_flops(shapes, job)
-        backward += 2 * head
-        if job.tuning == "full":
-            # The gradient of each product's weight.
-            backward += 2.0 * shapes.num_active_params * job.num_tokens + head
+        yield _Passes(count=job.num_backwards, compute_s=evaluation_s, copy_bytes=boundary, disk_bytes=on_disk + update)
+        yield _Passes(count=job.num_forwards - job.num_backwards, compute_s=evaluation_s)
+        backward_s = costs.backward_s() + costs.head_backward_s(job.num_tokens)
         disk = on_disk + state.gradient_bytes / job.num_backwards
         # Down to the host, in the blocks' own dtype; copies both ways share what a measurement of one way gave.
         gradients = shapes.stored_bytes if job.tuning == "full" else 0
-        yield _Passes(count=job.num_backwards, flops=backward, copy_bytes=boundary + gradients, disk_bytes=disk)
+        yield _Passes(count=job.num_backwards, compute_s=backward_s, copy_bytes=boundary + gradients, disk_bytes=disk)
     if job.num_decodes:
-        num = job.num_generated
-        first = _forward_flops(shapes, num_sequences=num, seq_len=max(1, job.num_prompt_tokens))
-        token = 2.0 * num * (shapes.num_active_params + shapes.num_adapter_params + shapes.num_head_params)
-        yield _Passes(count=1, flops=first + 2.0 * num * shapes.num_head_params)
-        yield _Passes(count=job.num_decodes - 1, flops=token)
+        num, num_blocks = job.num_generated, len(shapes.blocks)
+        first_s = costs.forward_s(num_sequences=num, seq_len=max(1, job.num_prompt_tokens), num_calls=num_blocks)
+        token_s = costs.forward_s(num_sequences=num, seq_len=1, num_calls=num_blocks) + costs.head_s(num)
+        yield _Passes(count=1, compute_s=first_s + costs.head_s(num))
+        yield _Passes(count=job.num_decodes - 1, compute_s=token_s)
 
 
-def _forward_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:
-    products = 2.0 * (shapes.num_active_params + shapes.num_adapter_params) * num_sequences * seq_len
-    return products + _attention_flops(shapes, num_sequences=num_sequences, seq_len=seq_len)
+def _product_flops(shapes: ModelShapes, num_tokens: int) -> float:
+    return 2.0 * (shapes.num_active_params + shapes.num_adapter_params) * num_tokens
 
 
 def _key_value_flops(shapes: ModelShapes, job: Job) -> float:

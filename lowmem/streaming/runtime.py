@@ -242,6 +242,8 @@ class Runtime:
     """What runs blocks that are called with a cache; None for a model that cannot generate."""
     full: TrainedWeights | None = None
     """Where every weight is trained: takes the blocks' gradients."""
+    idle_bytes = 0
+    """Largest resident memory of the process before the model was opened."""
     has_mentioned_hooks = False
     """Whether a user was told of hooks inside the blocks."""
 

@@ -80,15 +80,43 @@ def read_header(file: File) -> SafetensorsHeader:
         _refuse_length(path, f"expected at most {MAX_JSON_BYTES} bytes, got {length}", why)
     if data_start > size_bytes:
         _refuse_length(path, f"expected {data_start} bytes with the header, the file has {size_bytes}: it is truncated")
-    raw = _read_bytes(file, _LENGTH_BYTES, nbytes=length)
+    return _check_header(path, _read_bytes(file, _LENGTH_BYTES, nbytes=length), size_bytes=size_bytes)
+
+
+def _check_header(path: Path, raw: bytes, *, size_bytes: int) -> SafetensorsHeader:
     header = parse_json_object(path, raw, field="header", remedy=_AGAIN)
     metadata = header.members.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         header.refuse("__metadata__", "expected an object whose values are text")
+    data_start = _LENGTH_BYTES + len(raw)
     tensors = [_spec_from(header, name, data_start=data_start) for name in header if name != "__metadata__"]
     tensors.sort(key=lambda spec: (spec.offset_bytes, spec.nbytes))
     _check_positions(header, tensors, data_start=data_start, size_bytes=size_bytes)
     return SafetensorsHeader(tensors=tuple(tensors), digest=sha256(raw).hexdigest())
+
+
+def tensors_of_headers(headers: Mapping[Path, tuple[bytes, int]], *, index_file: Path | None) -> dict[str, TensorSpec]:
+    """Every tensor of shards of which only the headers are here, checked as files are.
+
+    Args:
+        headers: By the shard's path, which need not exist: its header's bytes, the length before them left out, and the
+            whole shard's size in bytes.
+        index_file: The index that lies beside them; None where there is none.
+
+    Raises:
+        SourceError: A header describes tensors that cannot be in its shard, or the index lies.
+    """
+    checked = {path: _check_header(path, raw, size_bytes=size) for path, (raw, size) in headers.items()}
+    return _merge(checked, {} if index_file is None else _read_index(index_file))
+
+
+def shards_of_index(index_file: Path) -> tuple[Path, ...]:
+    """The shards that an index names, sorted; they need not exist.
+
+    Raises:
+        SourceError: It is no index, or names a file outside its folder.
+    """
+    return tuple(sorted(set(_read_index(index_file).values())))
 
 
 def _read_bytes(file: File, offset_bytes: int, *, nbytes: int) -> bytes:

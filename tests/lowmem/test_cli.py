@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lowmem
 from lowmem import cli, doctor
-from lowmem.planning.step_time import probe_copy
+from lowmem.machines.measured import probe_copy
 from offload import Trace
 from tests.zoo.architectures import build
 
@@ -57,7 +57,7 @@ def small(*more: object) -> Sequence[object]:
 
 def test_plan_prints_the_table(run: Run, llama: Path) -> None:
     assert run("plan", llama, *small("--batch-size", 2)) == 0
-    assert run.out.splitlines()[1].startswith("FITS: device")
+    assert run.out.splitlines()[0].startswith("FITS: device")
     assert "LoRA r=4 on all-linear" in run.out
     assert run.err == ""
 
@@ -199,12 +199,24 @@ def test_doctor_names_an_old_or_missing_library(monkeypatch: pytest.MonkeyPatch)
     assert not found["trl"].is_broken
 
 
+def test_plan_for_another_machine_searches_its_batch(run: Run, llama: Path) -> None:
+    machine = ("--gpu", "rtx 4090", "--ram", "64GiB", "--disk-gbps", 7)
+    assert run("plan", llama, "--seq-len", 16, "--search", "--examples", 1000, "--epochs", 2, *machine) == 0
+    lines = run.out.splitlines()
+    assert lines[0].startswith("FITS: device")
+    assert "tokens/s, limited by" in lines[1]
+    assert lines[2].startswith("2 x 1,000 examples: ")
+    assert run("plan", llama, "--seq-len", 16, "--gpu", "RTX 9999") == 2
+    assert "not in the table of cards" in run.err
+
+
 def test_bench_prints_one_json_line_for_each_measurement(run: Run, llama: Path) -> None:
     assert run("bench", llama) == 0
     lines = run.lines()
-    assert {line["probe"] for line in lines} == {"disk", "copy", "compute"}
+    assert {line["probe"] for line in lines} == {"disk", "copy", "compute", "blocks", "kept"}
     assert sum(bool(line.get("is_chosen")) for line in lines) == 1
-    rates = [line.get("gb_per_s", line.get("gflop_per_s")) for line in lines]
+    measured = [line for line in lines if line["probe"] in ("disk", "copy", "compute")]
+    rates = [line.get("gb_per_s", line.get("gflop_per_s")) for line in measured]
     assert all(isinstance(rate, float) and rate > 0 for rate in rates)
 
 

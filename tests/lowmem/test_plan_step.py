@@ -365,7 +365,8 @@ def test_boundary_activations_go_to_disk_where_memory_has_no_room(tmp_path: Path
     assert plan.boundary_tier == "disk"
     assert plan.bytes_of("boundary activations", tier="disk") == boundary
     assert plan.written_bytes == boundary + plan.bytes_of("keys and values", tier="disk")
-    assert f"per step to {tmp_path}; a drive rated for 600 TB" in str(plan)
+    assert f"per step to {tmp_path}, " in str(plan)
+    assert "a drive of 1 TB rated for 600 TB lasts" in str(plan)
     assert with_disk(1 << 30).boundary_tier == "device"
     assert Plan.from_dict(plan.to_dict()) == plan
 

@@ -20,6 +20,7 @@ from lowmem.internals.transformers import (
     leave_placement_alone,
     mark_initialised,
     may_be_missing,
+    stored_layout,
 )
 from lowmem.models import whole as saving
 from tests.zoo.architectures import build
@@ -93,6 +94,15 @@ def test_conversions_name_targets_and_are_remembered(tmp_path: Path) -> None:
     conversions.remember()
     assert isinstance(model._weight_conversions, list)
     assert "_weight_conversions" in transformers.core_model_loading.revert_weight_conversion.__code__.co_consts
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3_moe"])
+def test_the_stored_layout_is_what_checkpoints_hold(architecture: str, tmp_path: Path) -> None:
+    folder = Path(build(architecture, tmp_path))
+    model = on_meta(folder)
+    stored = {key: value.shape for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    found = stored_layout(model, model.state_dict(keep_vars=True))
+    assert {name: tensor.shape for name, tensor in found.items()} == stored
 
 
 def test_parameters_kept_in_fp32_are_those_of_a_loaded_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Machines that are planned for: cards by name, and what was measured on this one."""

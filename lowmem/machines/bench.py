@@ -1,0 +1,125 @@
+"""`lowmem bench`: measures disk, copies and a model's shapes on this machine, and keeps the rates for plans."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowmem.machines.measured import measure_shape, probe_copy
+from lowmem.machines.rates import KeptRates, keep
+from lowmem.models.checkpoint import Opened, open_checkpoint, pick_device, resolve
+from lowmem.planning.read_model import read_shapes
+from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_time import Rates, ShapeRates, Trained
+from offload import DiskRate, probe_compute, probe_disk
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_DISK_S, _DISK_BYTES = 2.0, 1 << 30
+
+
+def bench_lines(
+    model: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Mapping[str, object]]:
+    """Measure and keep the rates of a model's shapes on this machine.
+
+    Args:
+        model: Local folder, or hub id, of a safetensors checkpoint.
+        device: Compute device.
+        dtype: Compute dtype.
+        revision: Branch, tag or commit of the hub repository.
+        trust_remote_code: As in transformers.
+        clock: Seconds of computing; another than the wall clock's where other programs run.
+
+    Yields:
+        One flat record for each setting of the disk, then for copies, products, and each thing that may train; at last
+        where they are kept.
+
+    Raises:
+        SourceError: A file is missing, damaged or empty.
+        ReadError: A file cannot be read.
+        UnsupportedError: The architecture cannot be streamed.
+    """
+    folder, chosen = resolve(model, revision=revision), pick_device(device)
+
+    def opened() -> Opened:
+        return open_checkpoint(folder, name=str(model), device=chosen, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    checkpoint = opened()
+    with checkpoint.source as source:
+        bare = read_shapes(checkpoint)
+        disk = probe_disk(source.files, max_s=_DISK_S, max_bytes=_DISK_BYTES)
+    yield from _disk_lines(disk, folder)
+    rates = Rates(
+        disk_bytes_per_s=disk.read_bytes_per_s,
+        disk_num_threads=disk.num_threads,
+        disk_request_bytes=disk.request_bytes,
+        copy_bytes_per_s=probe_copy(chosen),
+        compute_flops_per_s=probe_compute(checkpoint.dtype, chosen),
+        measured=("disk", "copy", "compute"),
+    )
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
+    machine = {"machine": platform.machine(), "torch": torch.__version__, "num_threads": torch.get_num_threads()}
+    yield {"probe": "copy", "device": name, "gb_per_s": round(rates.copy_bytes_per_s / 1e9, 3), **machine}
+    yield {
+        "probe": "compute",
+        "device": name,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "gflop_per_s": round(rates.compute_flops_per_s / 1e9, 2),
+        **machine,
+    }
+    found: dict[str, ShapeRates] = {}
+    for trains in _trained(chosen, checkpoint.dtype):
+        fresh = opened()
+        fresh.source.close()
+        try:
+            found[trains] = measure_shape(fresh, _shapes(fresh, trains), trains=trains, clock=clock)
+        except NotImplementedError as error:
+            yield {"probe": "blocks", "trains": trains, "skipped": str(error)}
+            continue
+        yield {"probe": "blocks", "device": name, **asdict(found[trains]), **machine}
+    kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen)
+    yield {"probe": "kept", "file": None if kept is None else str(kept)}
+
+
+def _disk_lines(disk: DiskRate, folder: Path) -> Iterator[Mapping[str, object]]:
+    for setting in disk.measured:
+        yield {
+            "probe": "disk",
+            "folder": str(folder),
+            "gb_per_s": round(setting.read_bytes_per_s / 1e9, 3),
+            "num_requests": setting.num_threads,
+            "request_bytes": setting.request_bytes,
+            "is_chosen": (setting.num_threads, setting.request_bytes) == (disk.num_threads, disk.request_bytes),
+        }
+
+
+def _trained(device: torch.device, dtype: torch.dtype) -> tuple[Trained, ...]:
+    """What can train there."""
+    every: tuple[Trained, ...] = ("full",) if device.type == "cpu" and dtype == torch.float32 else ()
+    return ("lora", "dora", *every)
+
+
+def _shapes(opened: Opened, trains: Trained) -> ModelShapes:
+    if trains == "full":
+        return read_shapes(opened).with_every_weight()
+    return read_shapes(opened, peft_config=_adapter(trains))
+
+
+def _adapter(trains: Trained) -> PeftConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, target_modules="all-linear", use_dora=trains == "dora")

@@ -1,0 +1,86 @@
+"""A predicted step corrected by the steps that were seen, and a process that has grown by more than was planned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import median
+from typing import TYPE_CHECKING
+
+from offload import format_bytes
+
+if TYPE_CHECKING:
+    from lowmem.planning.plan import Plan
+
+_NUM_REMEMBERED = 20
+"""Latest steps that count: a machine's pace changes."""
+
+
+_SMALL_GROWTH_BYTES = 256 << 20
+"""What trainers, data sets and libraries take besides, in no budget."""
+
+
+_MOST_OVER = 1.1
+"""Growth beyond this part of a plan is told."""
+
+
+class StepCorrection:
+    """What a step takes, by those that were seen.
+
+    The first step warms up: pages are touched and kernels made for the first time. Most blocks do not feel it, so that
+    the median of their visits stands for all; what is between them counts as it was. From the second step on the median
+    of all but the first is taken.
+    """
+
+    def __init__(self) -> None:
+        self._first_s: float | None = None
+        self._others_s: list[float] = []
+
+    def see(self, step_s: float, visits: Iterable[tuple[str, float]]) -> None:
+        """Take in a step.
+
+        Args:
+            step_s: What it took.
+            visits: Of each block's visit its phase, and what it took, waits for weights included.
+        """
+        if self._first_s is not None:
+            self._others_s.append(step_s)
+            del self._others_s[:-_NUM_REMEMBERED]
+            return
+        by_phase: dict[str, list[float]] = defaultdict(list)
+        for phase, visit_s in visits:
+            by_phase[phase].append(visit_s)
+        usual_s = sum(len(seen) * median(seen) for seen in by_phase.values())
+        between_s = step_s - sum(map(sum, by_phase.values()))
+        self._first_s = usual_s + max(0.0, between_s)
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step; None before one was seen."""
+        return median(self._others_s) if self._others_s else self._first_s
+
+
+def growth_beyond(plan: Plan, *, host_growth_bytes: int, device_peak_bytes: int) -> str | None:
+    """Say by how much memory has grown beyond a plan, where that is more than trainers and data sets may take.
+
+    Args:
+        plan: What was planned.
+        host_growth_bytes: By how much the process has grown at most since before the model was opened.
+        device_peak_bytes: Largest allocation on the GPU; 0 on a processor, where the host's memory is the device's.
+
+    Returns:
+        A sentence, or None where there is nothing to say.
+    """
+    on_cpu = plan.job.device == "cpu"
+    planned_bytes = plan.host_bytes + (plan.device_bytes if on_cpu else 0)
+    for what, grown, planned in (
+        ("the process has grown by", host_growth_bytes, planned_bytes),
+        ("the GPU has held", device_peak_bytes, plan.device_bytes),
+    ):
+        if grown > _MOST_OVER * planned + _SMALL_GROWTH_BYTES:
+            return (
+                f"{what} {format_bytes(grown)}, and {format_bytes(planned)} were planned: the data set, the trainer or "
+                "another model in this process takes the rest, or batches are larger than planned for; give "
+                "lowmem.plan the batch and length that really come, or a smaller budget"
+            )
+    return None

@@ -1,0 +1,369 @@
+"""What a model's own shapes take on this machine: its blocks, its attention, its head, what unpacks its weights.
+
+One block of each kind is made in memory, with numbers of no meaning and the adapter that is to be timed, and run as the
+model runs it; the others are skipped. So nothing is read, a configuration is enough, and of the largest models a few
+gigabytes and seconds are needed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
+from lowmem.models.build import Unpacker
+from lowmem.planning.dry_run import BlockWalk
+from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_time import Rates, ShapeRates, Trained
+from lowmem.streaming.head import TiledLogProbFunction
+from offload import probe_compute, probe_disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowmem.models.checkpoint import Described
+
+_MIB = 1 << 20
+
+
+_COPY_BYTES = 32 * _MIB
+
+
+_SMALL_CALL, _MOST_TOKENS = 32, 1024
+"""Tokens of the two calls that a block is timed with, and the most of the larger one."""
+
+
+_CALL_S = 1.0
+"""What the larger call may take at most."""
+
+
+_ATTENTION_TOKENS = 1024
+
+
+_HEAD_TOKENS, _HEAD_WORDS = 256, 32_768
+
+
+_UPDATE_PARAMS = 1 << 24
+"""More than fits a cache."""
+
+
+_NUM_REPEATS = 3
+
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class _Stopwatch:
+    """Times calls on a device."""
+
+    device: torch.device
+    clock: Clock
+
+    def best_s(self, run: Callable[[], object], *, num_repeats: int = _NUM_REPEATS) -> float:
+        """The shortest of some runs, after one that warms up."""
+        run()
+        return min(self._once_s(run) for _ in range(num_repeats))
+
+    def _once_s(self, run: Callable[[], object]) -> float:
+        self._wait()
+        start_s = self.clock()
+        run()
+        self._wait()
+        return self.clock() - start_s
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def measure_rates(files: Sequence[Path], *, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure disk, copies and products, in about a second: reads from the files, multiplies and copies on the device.
+
+    Args:
+        files: The checkpoint's shards.
+        device: Compute device.
+        dtype: Compute dtype.
+
+    Raises:
+        SourceError: A file is missing or empty.
+        ReadError: A file cannot be read.
+    """
+    disk = probe_disk(files)
+    return Rates(
+        disk_bytes_per_s=disk.read_bytes_per_s,
+        disk_num_threads=disk.num_threads,
+        disk_request_bytes=disk.request_bytes,
+        copy_bytes_per_s=probe_copy(device),
+        compute_flops_per_s=probe_compute(dtype, device),
+        measured=("disk", "copy", "compute"),
+    )
+
+
+def probe_copy(device: torch.device) -> float:
+    """Bytes per second of pinned copies to a GPU, or of widening bf16 to fp32 on a CPU (bytes written)."""
+    is_cuda = device.type == "cuda"
+    source = torch.zeros(_COPY_BYTES // 2, dtype=torch.bfloat16, pin_memory=is_cuda)
+    target = torch.empty(source.numel(), dtype=source.dtype if is_cuda else torch.float32, device=device)
+    watch = _Stopwatch(device, time.perf_counter)
+    return target.nbytes / watch.best_s(lambda: target.copy_(source, non_blocking=is_cuda))
+
+
+def measure_shape(
+    opened: Described, shapes: ModelShapes, *, trains: Trained, clock: Clock = time.perf_counter
+) -> ShapeRates:
+    """Measure what a model's blocks and head take; some seconds, and the memory of one block of each kind.
+
+    Args:
+        opened: The model; where an adapter is timed, its meta model has the adapter's modules. Can no longer be loaded.
+        shapes: Its sizes with what trains.
+        trains: What that is.
+        clock: Seconds; another than the wall clock's where other programs run.
+
+    Raises:
+        NotImplementedError: The model's code cannot be run so.
+    """
+    watch = _Stopwatch(opened.device, clock)
+    timing = _BlockTiming(opened, shapes, watch, trains=trains)
+    small, large = timing.measured()
+    tokens = large.num_tokens - small.num_tokens
+    attention, backward = _attention_rates(shapes, opened, watch)
+    pairs = _pairs_s(shapes, small.num_tokens, large.num_tokens)
+    forward_token_s = max(0.0, (large.forward_s - small.forward_s - pairs / attention) / tokens)
+    backward_token_s = max(0.0, (large.backward_s - small.backward_s - pairs / backward) / tokens)
+    head_s, head_backward_s = _head_rates(shapes, opened, watch)
+    return ShapeRates(
+        trains=trains,
+        forward_call_s=max(0.0, small.forward_s - small.num_tokens * forward_token_s),
+        forward_token_s=forward_token_s,
+        backward_call_s=max(0.0, small.backward_s - small.num_tokens * backward_token_s),
+        backward_token_s=backward_token_s,
+        attention_flops_per_s=attention,
+        attention_backward_flops_per_s=backward,
+        head_token_s=head_s,
+        head_backward_token_s=head_backward_s,
+        unpack_s=_unpack_s(opened, watch),
+        update_s_per_param=_update_s(opened.device, watch),
+    )
+
+
+def _pairs_s(shapes: ModelShapes, small: int, large: int) -> float:
+    """Operations of attention that the larger call has more than the smaller one, of the mean block."""
+    widths = [block.query_size for block in shapes.blocks]
+    return 2.0 * (large**2 - small**2) * sum(widths) / len(widths)
+
+
+@dataclass(frozen=True)
+class _Call:
+    num_tokens: int
+    forward_s: float
+    backward_s: float
+
+
+class _BlockTiming:
+    """The mean block's two calls."""
+
+    def __init__(self, opened: Described, shapes: ModelShapes, watch: _Stopwatch, *, trains: Trained) -> None:
+        self._opened, self._shapes, self._watch = opened, shapes, watch
+        blocks = [streamed.block for streamed in opened.built.blocks]
+        adapted = [index for index, block in enumerate(blocks) if _has_adapter(block.module)] or range(len(blocks))
+        self._kinds = _stand_ins(shapes, list(adapted))
+        if trains == "full":
+            for index in set(self._kinds):
+                blocks[index].module.requires_grad_(True)
+
+    def measured(self) -> tuple[_Call, _Call]:
+        built = self._opened.built
+        used = {id(built.blocks[index].block.module) for index in set(self._kinds)}
+        skipped = {id(streamed.block.module) for streamed in built.blocks} - used
+        _make_real(built.model, skipped=skipped, device=self._opened.device)
+        small = self._call(_SMALL_CALL)
+        # As many as can be timed in about a second.
+        per_token_s = max(small.backward_s, 1e-6) / _SMALL_CALL
+        config = self._opened.built.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None) or _MOST_TOKENS
+        num_tokens = int(min(_MOST_TOKENS, longest, max(2 * _SMALL_CALL, _CALL_S / per_token_s)))
+        return small, self._call(num_tokens // _SMALL_CALL * _SMALL_CALL)
+
+    def _call(self, num_tokens: int) -> _Call:
+        model, device = self._opened.built.model, self._opened.device
+        found: list[tuple[float, float]] = []
+        walk = BlockWalk(self._opened.built, stand_ins=self._kinds, measure=self._time)
+        hidden = torch.randn(1, num_tokens, self._shapes.hidden_size, device=device).to(self._opened.dtype)
+        try:
+            with walk.watching(), torch.no_grad():
+                model.base_model(inputs_embeds=hidden, use_cache=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise NotImplementedError(f"{type(model).__name__} cannot be timed block by block: {error}") from error
+        found = walk.results
+        num = len(found)
+        return _Call(num_tokens, sum(f for f, _ in found) / num, sum(b for _, b in found) / num)
+
+    def _time(
+        self, run: Callable[[Tensor], object], hidden: Tensor, module: nn.Module
+    ) -> tuple[tuple[float, float], object]:
+        params = [param for param in module.parameters() if param.requires_grad]
+        gradient = torch.randn_like(hidden)
+        output: object = None
+
+        def forward() -> None:
+            nonlocal output
+            with torch.no_grad():
+                output = run(hidden)
+
+        def backward() -> None:
+            leaf = hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                result = _first_tensor(run(leaf))
+                torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
+
+        forward_s = self._watch.best_s(forward)
+        return (forward_s, self._watch.best_s(backward)), output
+
+
+def _first_tensor(value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    assert isinstance(value, tuple | list)
+    return _first_tensor(value[0])
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return any(param.requires_grad for param in module.parameters())
+
+
+def _stand_ins(shapes: ModelShapes, usable: Sequence[int]) -> tuple[int, ...]:
+    """For each block one that can be run and is like it, by its widths."""
+    kinds: dict[tuple[object, ...], int] = {}
+    for index in usable:
+        kinds.setdefault(_key(shapes, index), index)
+    return tuple(kinds.get(_key(shapes, index), usable[0]) for index in range(len(shapes.blocks)))
+
+
+def _key(shapes: ModelShapes, index: int) -> tuple[object, ...]:
+    block = shapes.blocks[index]
+    return block.linears, block.experts, block.num_params, block.query_size, block.key_size
+
+
+def _make_real(model: PreTrainedModel, *, skipped: set[int], device: torch.device) -> None:
+    """Memory for what runs, with small numbers in it; embeddings, head and skipped blocks stay on meta."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for module in _modules(model, skipped):
+        if module in ends:
+            continue
+        for name, param in [*parameter_table(module).items()]:
+            if param is not None and param.is_meta:
+                made = nn.Parameter(_numbers(param, device), requires_grad=param.requires_grad)
+                put_parameter(module, name, made)
+        for name, buffer in [*buffer_table(module).items()]:
+            if buffer is not None and buffer.is_meta:
+                buffer_table(module)[name] = _numbers(buffer, device)
+
+
+def _numbers(like: Tensor, device: torch.device) -> Tensor:
+    """Small ones, where a type has any: they take as long as others, which denormal ones and infinities do not."""
+    made = torch.empty(like.shape, dtype=like.dtype, device=device)
+    if not made.is_floating_point():
+        return made.zero_()
+    return made.normal_(0.0, 0.02) if made.dim() > 1 else made.fill_(0.5)
+
+
+def _modules(module: nn.Module, skipped: set[int]) -> Iterator[nn.Module]:
+    if id(module) in skipped:
+        return
+    yield module
+    for child in module.children():
+        yield from _modules(child, skipped)
+
+
+def _attention_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tuple[float, float]:
+    """Operations per second of causal attention without gradients, and recomputed with them, of the widest block."""
+    block = max(shapes.blocks, key=lambda block: block.query_size)
+    num_keys = max(1, block.num_heads * block.key_size // block.query_size)
+    width = block.query_size // block.num_heads
+    make = dict[str, Any](dtype=opened.dtype, device=opened.device)
+    query = torch.randn(1, block.num_heads, _ATTENTION_TOKENS, width, **make)
+    key, value = (torch.randn(1, num_keys, _ATTENTION_TOKENS, width, **make) for _ in range(2))
+    grouped = num_keys != block.num_heads
+    gradient = torch.randn_like(query)
+
+    def forward() -> Tensor:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+    def backward() -> None:
+        q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        torch.autograd.grad(output, [q, k, v], gradient)
+
+    flops = 2.0 * _ATTENTION_TOKENS**2 * block.query_size
+    with torch.no_grad():
+        forward_s = watch.best_s(forward)
+    return flops / forward_s, flops / watch.best_s(backward)
+
+
+def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tuple[float, float]:
+    """Seconds of one token's loss and of its gradient."""
+    words = max(1, min(_HEAD_WORDS, shapes.num_head_params // shapes.hidden_size))
+    make = dict[str, Any](dtype=opened.dtype, device=opened.device)
+    weight = torch.randn(words, shapes.hidden_size, **make).mul_(0.02)
+    hidden = torch.randn(_HEAD_TOKENS, shapes.hidden_size, **make).requires_grad_()
+    targets = torch.randint(words, (_HEAD_TOKENS,), device=opened.device)
+    gradient = torch.ones(_HEAD_TOKENS, device=opened.device)
+    made: list[Tensor] = []
+
+    def forward() -> None:
+        made[:] = [TiledLogProbFunction.apply(hidden, weight, None, targets, 1.0, 0)[0]]  # type: ignore[no-untyped-call]
+
+    def both() -> None:
+        forward()
+        torch.autograd.grad(made[0], hidden, gradient.to(made[0].dtype))
+
+    forward_s = watch.best_s(forward)
+    both_s = watch.best_s(both)
+    share = shapes.num_head_params / (words * shapes.hidden_size) / _HEAD_TOKENS
+    return forward_s * share, max(0.0, both_s - forward_s) * share
+
+
+def _unpack_s(opened: Described, watch: _Stopwatch) -> float:
+    """Seconds of making the mean block's parameters from its stored tensors."""
+    first: dict[tuple[object, ...], float] = {}
+    total_s = 0.0
+    for streamed in opened.built.blocks:
+        kind = tuple((spec.dtype, spec.shape) for spec in streamed.spec.tensors)
+        if kind not in first:
+            unpacker = Unpacker([streamed], device=opened.device)
+            stored = {
+                spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=opened.device)
+                for spec in streamed.spec.tensors
+            }
+
+            def run(unpacker: Unpacker = unpacker, stored: dict[str, Tensor] = stored) -> None:
+                unpacker.forget()
+                unpacker.unpack(0, stored)
+
+            first[kind] = watch.best_s(run) if unpacker.workspace_bytes else 0.0
+            unpacker.close()
+        total_s += first[kind]
+    return total_s / len(opened.built.blocks)
+
+
+def _update_s(device: torch.device, watch: _Stopwatch) -> float:
+    """Seconds for each parameter of what a step does to it: its gradient is gathered, clipped, and AdamW runs."""
+    param = nn.Parameter(torch.zeros(_UPDATE_PARAMS, device=device))
+    param.grad, arrived = torch.ones_like(param), torch.ones_like(param)
+    optimizer = torch.optim.AdamW([param], lr=1e-3, fused=True)
+
+    def update() -> None:
+        assert param.grad is not None
+        param.grad.copy_(arrived)
+        nn.utils.clip_grad_norm_([param], 1.0)
+        optimizer.step()
+
+    return watch.best_s(update) / _UPDATE_PARAMS

@@ -1,0 +1,118 @@
+"""Which rates a plan rests on: what was measured on this machine for a model of this shape, else what is assumed.
+
+`lowmem bench` keeps what it measures in the platform's cache folder, one file for each shape, device and type.
+What is kept there is a hint: a file that cannot be read, or was written by another version, is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from platformdirs import user_cache_path
+
+from lowmem.machines.measured import measure_rates
+from lowmem.planning.job import kind_of
+from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_time import Rates, ShapeRates, Trained, assumed_rates
+
+if TYPE_CHECKING:
+    from lowmem.models.checkpoint import Described
+
+_VERSION: Final = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRates:
+    """What was measured for one shape of a model on this machine."""
+
+    rates: Rates
+    """Of disk, copies and products; `shape` is None."""
+    shapes: dict[str, ShapeRates]
+    """Of the model's own blocks, by what trains in them."""
+
+    def for_(self, trains: Trained) -> Rates:
+        """The rates of a job."""
+        # What was measured with another adapter is nearer than what is assumed; every weight is another matter.
+        near: tuple[Trained, ...] = (trains, *(() if trains == "full" else ("lora", "dora")))
+        found = next((self.shapes[kind] for kind in near if kind in self.shapes), None)
+        return replace(self.rates, shape=found)
+
+
+def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None) -> Rates:
+    """The rates given, measured now ("measure"), or kept from an earlier measurement, else assumed (None).
+
+    Raises:
+        ValueError: Anything else, or "measure" where no weight is here to be read.
+    """
+    if isinstance(rates, Rates):
+        return rates
+    if rates is None:
+        kept = read_kept(shapes, opened.device)
+        return assumed_rates(kind_of(opened.device)) if kept is None else kept.for_(what_trains(shapes))
+    if rates != "measure":
+        raise ValueError(f'rates={rates!r}: expected None, "measure" or what lowmem.machines.rates.rates_for returned')
+    source = getattr(opened, "source", None)
+    if source is None:
+        raise ValueError('rates="measure": the weights are not here, so their disk cannot be measured; leave it out')
+    return measure_rates(source.files, device=opened.device, dtype=opened.dtype)
+
+
+def what_trains(shapes: ModelShapes) -> Trained:
+    """What is differentiated in a model's blocks, as far as it changes how long that takes."""
+    if shapes.trains_every_weight:
+        return "full"
+    linears = [linear for block in shapes.blocks for linear in block.linears]
+    if any(linear.is_dora for linear in linears):
+        return "dora"
+    return "lora"
+
+
+def kept_file(shapes: ModelShapes, device: torch.device) -> Path:
+    """Where the rates of a shape are kept: the same for models of the same widths and stored types."""
+    bare = sorted({_widths(block) for block in shapes.blocks})
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    what = (bare, shapes.vocab_size, shapes.hidden_size, shapes.compute_dtype, shapes.stored_dtypes)
+    where = (platform.node(), card, torch.get_num_threads(), torch.__version__)
+    name = hashlib.sha256(repr((_VERSION, what, where)).encode()).hexdigest()[:24]
+    return user_cache_path("lowmem") / "rates" / f"{name}.json"
+
+
+def _widths(block: Any) -> tuple[Any, ...]:
+    linears = tuple((linear.part.value, linear.in_features, linear.out_features) for linear in block.linears)
+    return block.hidden_size, block.query_size, block.key_size, block.value_size, block.num_params, linears
+
+
+def read_kept(shapes: ModelShapes, device: torch.device) -> KeptRates | None:
+    """What was kept for a shape on this machine, or None."""
+    try:
+        found = json.loads(kept_file(shapes, device).read_text())
+        general = {field.name: found["rates"][field.name] for field in fields(Rates) if field.name != "shape"}
+        return KeptRates(
+            rates=Rates(**{**general, "measured": tuple(general["measured"])}),
+            shapes={kind: ShapeRates(**values) for kind, values in found["shapes"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep(kept: KeptRates, shapes: ModelShapes, device: torch.device) -> Path | None:
+    """Keep what was measured; returns the file, or None where the cache cannot be written."""
+    file = kept_file(shapes, device)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"rates": asdict(kept.rates), "shapes": {k: asdict(v) for k, v in kept.shapes.items()}})
+        descriptor, name = tempfile.mkstemp(dir=file.parent)
+        with os.fdopen(descriptor, "w") as out:
+            out.write(text)
+        Path(name).replace(file)
+        return file
+    return None

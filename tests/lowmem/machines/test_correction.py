@@ -1,0 +1,54 @@
+"""Steps that correct what was predicted, and growth beyond the plan."""
+
+from __future__ import annotations
+
+import pytest
+
+import lowmem
+from lowmem.machines.correction import StepCorrection, growth_beyond
+from lowmem.planning.job import Job
+from lowmem.planning.plan import Plan
+from lowmem.planning.planner import plan_step
+from lowmem.planning.step_time import assumed_rates
+from tests.lowmem.llama_shapes import llama
+
+GIB = 1 << 30
+
+
+def planned(device: str) -> Plan:
+    job = Job(task="sft", seq_len=64, device=device)  # type: ignore[arg-type]
+    return plan_step(llama(), job, budget=lowmem.Budget(device="1GiB", host="1GiB"), rates=assumed_rates("cpu"))
+
+
+def test_the_first_step_counts_by_its_usual_blocks() -> None:
+    correction = StepCorrection()
+    assert correction.step_s is None
+    visits = [("forward", 5.0), *[("forward", 1.0)] * 9, *[("backward", 2.0)] * 9, ("backward", 2.5)]
+    correction.see(5 + 9 + 18 + 2.5 + 3, visits)
+    assert correction.step_s == pytest.approx(10 + 20 + 3)
+
+
+def test_later_steps_replace_it_by_their_median() -> None:
+    correction = StepCorrection()
+    for step_s in (50.0, 10.0, 12.0, 11.0):
+        correction.see(step_s, [])
+    assert correction.step_s == 11
+    for _ in range(30):
+        correction.see(5.0, [])
+    assert correction.step_s == 5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_growth_beyond_the_plan_is_told_once_it_is_more_than_libraries_take(device: str) -> None:
+    plan = planned(device)
+    host_bytes = plan.host_bytes + (plan.device_bytes if device == "cpu" else 0)
+    assert growth_beyond(plan, host_growth_bytes=host_bytes + GIB // 5, device_peak_bytes=0) is None
+    told = growth_beyond(plan, host_growth_bytes=host_bytes + GIB, device_peak_bytes=0)
+    assert told is not None
+    assert "the process has grown by 1." in told
+
+
+def test_growth_of_a_gpu_is_told() -> None:
+    told = growth_beyond(planned("cuda"), host_growth_bytes=0, device_peak_bytes=2 * GIB)
+    assert told is not None
+    assert told.startswith("the GPU has held 2.00 GiB, and ")

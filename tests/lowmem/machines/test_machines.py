@@ -1,0 +1,236 @@
+"""Plans for machines that are not here: cards by name, no device touched, changes that make a job fit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3MoeConfig
+
+import lowmem
+from lowmem.machines.cards import CARDS, find_card
+from lowmem.planning.plan import Plan
+
+GIB = 1 << 30
+RTX_4090 = lowmem.Machine(gpu="RTX 4090", ram="64GiB", disk_gbps=7)
+LARGE = {
+    "70b": LlamaConfig(
+        hidden_size=8192,
+        num_hidden_layers=80,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    ),
+    "235b": Qwen3MoeConfig(
+        hidden_size=4096,
+        num_hidden_layers=94,
+        moe_intermediate_size=1536,
+        num_experts=128,
+        num_experts_per_tok=8,
+        num_attention_heads=64,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders that hold config.json and nothing else."""
+    small = LlamaConfig(
+        hidden_size=2048,
+        num_hidden_layers=22,
+        intermediate_size=5632,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    found = {}
+    for name, config in {**LARGE, "1.1b": small}.items():
+        found[name] = tmp_path_factory.mktemp(name)
+        config.save_pretrained(found[name])
+        (found[name] / "generation_config.json").unlink(missing_ok=True)
+    return found
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever asks for a graphics card fails."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a device was looked at")
+
+    for name in ("is_available", "device_count", "current_device", "mem_get_info", "is_bf16_supported", "init"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr("torch.cuda._lazy_init", refuse)
+
+
+@pytest.mark.parametrize("model", LARGE)
+@pytest.mark.usefixtures("no_device")
+def test_the_largest_models_are_planned_from_their_configuration_in_no_time(
+    model: str, models: dict[str, Path]
+) -> None:
+    start_s = time.process_time()
+    plan = lowmem.plan(models[model], seq_len=2048, machine=RTX_4090)
+    took_s = time.process_time() - start_s
+    assert took_s < 3
+    assert plan.job.device == "cuda"
+    assert plan.compute_dtype == "bfloat16"
+    assert plan.device_budget_bytes < 24 * GIB
+    expected = {"70b": 70e9, "235b": 235e9}[model]
+    assert sum(plan.placement.block_bytes) / 2 == pytest.approx(expected, rel=0.04)
+    assert str(plan).splitlines()[2].startswith("100 steps take")
+    assert "machine    RTX 4090, 24 GiB" in str(plan)
+
+
+def test_a_70b_fits_with_lora_and_its_smallest_card_is_told(models: dict[str, Path]) -> None:
+    assert lowmem.plan(models["70b"], seq_len=2048, machine=RTX_4090).fits
+    small = lowmem.plan(models["70b"], seq_len=2048, machine=lowmem.Machine(gpu="RTX 3070", ram="64GiB"))
+    assert not small.fits
+    assert "would fit: " in str(small).splitlines()[0]
+
+
+MISFITS: dict[str, dict[str, Any]] = {
+    "batch": {"batch_size": 64, "seq_len": 1024, "budget": {"device": "2GiB", "host": "1GiB"}},
+    "sequence": {"seq_len": 65536, "budget": {"device": "2GiB", "host": "1GiB"}},
+    "device": {"seq_len": 512, "budget": {"device": "256MiB", "host": 0}},
+    "split": {"batch_size": 8, "seq_len": 2048, "micro_batch": 8, "budget": {"device": "3GiB", "host": 0}},
+    "full": {"seq_len": 256, "tuning": "full", "budget": {"device": "3GiB", "host": "2GiB"}},
+    "pairs": {"task": "dpo", "batch_size": 16, "seq_len": 2048, "budget": {"device": "3GiB", "host": 0}},
+    "generation": {"task": "grpo", "batch_size": 64, "seq_len": 4096, "budget": {"device": "4GiB", "host": "1GiB"}},
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_each_change_of_a_misfit_makes_it_fit(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    arguments = dict(MISFITS[name])
+    arguments["budget"] = lowmem.Budget(**arguments["budget"])
+    plan = lowmem.plan(models["1.1b"], device="cpu", **arguments)
+    assert not plan.fits
+    assert plan.changes
+    for change in plan.changes:
+        changed = lowmem.plan(models["1.1b"], device="cpu", **change.applied(arguments, disk=tmp_path))
+        assert changed.fits, change.text
+        if change.batch_size is not None:
+            assert changed.job.step_tokens == plan.job.step_tokens
+    assert plan.changes[0].text in str(plan).splitlines()[0]
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_a_change_that_needs_a_folder_asks_for_one(models: dict[str, Path]) -> None:
+    arguments = dict(MISFITS["full"])
+    arguments["budget"] = lowmem.Budget(**arguments["budget"])
+    plan = lowmem.plan(models["1.1b"], device="cpu", **arguments)
+    change = next(change for change in plan.changes if change.needs_disk)
+    with pytest.raises(ValueError, match="give disk="):
+        change.applied(arguments)
+
+
+def test_the_fastest_batch_is_found_and_hides_the_disk(models: dict[str, Path]) -> None:
+    machine = lowmem.Machine(gpu="RTX 3060", ram="8GiB", disk_gbps=0.5)
+    one = lowmem.plan(models["1.1b"], seq_len=512, machine=machine, budget=lowmem.Budget(device="1GiB", host=0))
+    best = lowmem.plan(
+        models["1.1b"],
+        seq_len=512,
+        batch_size="auto",
+        machine=machine,
+        budget=lowmem.Budget(device="1GiB", host=0),
+    )
+    assert one.bottleneck == "disk"
+    assert best.fits
+    assert best.job.step_tokens / best.step_s > 3 * one.job.step_tokens / one.step_s
+    assert one.hiding_batch is None or best.batch_size >= one.hiding_batch // 2
+
+
+def test_the_batch_that_hides_the_disk_is_the_smallest(models: dict[str, Path]) -> None:
+    machine = lowmem.Machine(gpu="RTX 3060", ram="32GiB", disk_gbps=1, tflops=5)
+
+    def plan(batch_size: int) -> Plan:
+        budget = lowmem.Budget(device="1GiB", host=0)
+        return lowmem.plan(models["1.1b"], seq_len=128, batch_size=batch_size, machine=machine, budget=budget)
+
+    found = plan(1).hiding_batch
+    assert found is not None
+    assert found > 1
+    assert plan(found).bottleneck == "compute"
+    assert plan(found - 1).bottleneck == "disk"
+    assert plan(2 * found).hiding_batch == found
+
+
+def test_examples_and_epochs_give_the_hours(models: dict[str, Path]) -> None:
+    plan = lowmem.plan(models["1.1b"], seq_len=512, batch_size=4, machine=RTX_4090, num_examples=10_001, num_epochs=3)
+    assert plan.job.run_steps == 3 * 2501
+    assert "3 x 10,001 examples: 7503 steps take" in str(plan).splitlines()[2]
+    with pytest.raises(ValueError, match="num_steps or num_examples, not both"):
+        lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_steps=1)
+    with pytest.raises(ValueError, match="num_epochs=0"):
+        lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_epochs=0)
+
+
+def test_writes_are_told_with_how_long_a_drive_lasts(models: dict[str, Path], tmp_path: Path) -> None:
+    budget = lowmem.Budget(device="3GiB", host="1GiB", disk=tmp_path)
+    plan = lowmem.plan(models["1.1b"], seq_len=256, tuning="full", device="cpu", budget=budget)
+    per_day = plan.written_bytes * 86400 / plan.step_s / 1e12
+    assert f"{per_day:.3g} TB a day; a drive of 1 TB rated for 600 TB lasts" in str(plan)
+
+
+def test_a_card_without_bf16_computes_in_fp16(models: dict[str, Path]) -> None:
+    assert lowmem.plan(models["1.1b"], seq_len=64, machine=lowmem.Machine(gpu="T4")).compute_dtype == "float16"
+
+
+def test_a_machine_without_a_card_computes_on_its_processor(models: dict[str, Path]) -> None:
+    plan = lowmem.plan(models["1.1b"], seq_len=64, machine=lowmem.Machine(ram="8GiB", disk_gbps=1, tflops=0.1))
+    assert plan.job.device == "cpu"
+    assert plan.rates.compute_flops_per_s == 1e11
+    assert plan.device_budget_bytes + plan.host_budget_bytes < 8 * GIB
+
+
+def test_cards_are_found_by_the_names_people_use() -> None:
+    assert len(CARDS) >= 30
+    assert len({card.name for card in CARDS}) == len(CARDS)
+    for name in ("rtx4090", "NVIDIA GeForce RTX 4090", "RTX 4090", "h200", "A100 80GB", "4090"):
+        assert find_card(name if name != "4090" else "RTX 4090").vram_gib >= 24
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gpu": "RTX 4091"}, "not in the table of cards. Instead: one of .*RTX 4090"),
+        ({"gpu": "A100"}, "several cards are called so"),
+        ({"gpu": "Own", "vram": "24GiB", "tflops": 10}, "not in the table"),
+        ({"ram": "64"}, "expected a size with its unit"),
+        ({"gpu": "RTX 4090", "disk_gbps": 0}, "disk_gbps=0: expected a number above 0"),
+        ({"vram": "24GiB"}, "belong to a card"),
+    ],
+)
+def test_machines_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lowmem.Machine(**given)
+
+
+def test_a_card_of_ones_own_needs_its_three_numbers() -> None:
+    machine = lowmem.Machine(gpu="Own card", vram="20GiB", tflops=10, pcie_gbps=5)
+    assert machine.card is not None
+    assert machine.card.vram_gib == 20
+    assert machine.rates.copy_bytes_per_s == 5e9
+    assert lowmem.Machine(gpu="RTX 4090", vram="20GiB").card == machine.card.__class__(
+        **{**vars(find_card("RTX 4090")), "vram_gib": 20}
+    )
+
+
+@pytest.mark.parametrize("given", [{"device": "cpu"}, {"rates": "measure"}])
+def test_two_machines_are_refused(given: dict[str, Any], models: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"give machine or .* not both"):
+        lowmem.plan(models["1.1b"], seq_len=64, machine=RTX_4090, **given)
+    with pytest.raises(TypeError, match=r"machine='RTX 4090': expected lowmem\.Machine"):
+        lowmem.plan(models["1.1b"], seq_len=64, machine="RTX 4090")  # type: ignore[arg-type]

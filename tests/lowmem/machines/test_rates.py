@@ -1,0 +1,93 @@
+"""Rates of a model's own shapes: measured by `lowmem bench`, kept, and used by plans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import lowmem
+from lowmem.machines import rates
+from lowmem.machines.bench import bench_lines
+from lowmem.machines.measured import measure_shape
+from lowmem.models.checkpoint import Opened, open_checkpoint
+from lowmem.planning.read_model import read_shapes
+from lowmem.planning.step_time import ShapeRates
+from tests.zoo.architectures import build
+
+BUDGET = lowmem.Budget(device="64MiB", host="64MiB")
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return build("llama", tmp_path / "llama", dtype=torch.bfloat16)
+
+
+def opened(folder: Path) -> Opened:
+    checkpoint = open_checkpoint(folder, name="m", device=torch.device("cpu"), dtype=torch.float32)
+    checkpoint.source.close()
+    return checkpoint
+
+
+def test_what_is_measured_is_kept_and_plans_use_it(llama: Path) -> None:
+    before = lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu")
+    assert before.rates.measured == ()
+    lines = list(bench_lines(llama, device="cpu"))
+    assert {line["probe"] for line in lines} == {"disk", "copy", "compute", "blocks", "kept"}
+    assert {line["trains"] for line in lines if line["probe"] == "blocks"} == {"lora", "dora", "full"}
+    assert Path(str(lines[-1]["file"])).is_file()
+    plan = lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu")
+    assert plan.rates.measured == ("disk", "copy", "compute")
+    assert plan.rates.shape is not None
+    assert plan.rates.shape.trains == "lora"
+    assert "of these shapes measured" in str(plan)
+    assert lowmem.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    full = lowmem.plan(llama, seq_len=16, tuning="full", budget=BUDGET, device="cpu")
+    assert full.rates.shape is not None
+    assert full.rates.shape.trains == "full"
+    # What opens a model without a plan plans with them too.
+    model = lowmem.from_pretrained(llama, budget=BUDGET, device="cpu")
+    from lowmem.streaming.runtime import runtime_of
+
+    assert runtime_of(model).plan.rates.shape == plan.rates.shape
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"rates": {}, "shapes": {}}', '{"rates": 3}'])
+def test_a_kept_file_that_cannot_be_read_is_as_good_as_none(llama: Path, damage: str) -> None:
+    shapes = read_shapes(opened(llama))
+    file = rates.kept_file(shapes, torch.device("cpu"))
+    file.parent.mkdir(parents=True)
+    file.write_text(damage)
+    assert rates.read_kept(shapes, torch.device("cpu")) is None
+    assert lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu").rates.measured == ()
+
+
+def test_rates_are_kept_by_shape_and_type(llama: Path, tmp_path: Path) -> None:
+    other = build("qwen3", tmp_path / "other", dtype=torch.bfloat16)
+    cpu = torch.device("cpu")
+    files = {rates.kept_file(read_shapes(opened(folder)), cpu) for folder in (llama, other)}
+    assert len(files) == 2
+    adapted = read_shapes(opened(llama), peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    assert rates.kept_file(adapted, cpu) in files
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gemma3_text", "gpt2", "deepseek_v3"])
+def test_blocks_of_every_kind_are_timed(architecture: str, tmp_path: Path) -> None:
+    checkpoint = opened(build(architecture, tmp_path, dtype=torch.bfloat16))
+    shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    found = measure_shape(checkpoint, shapes, trains="lora")
+    assert found.forward_call_s + found.forward_token_s > 0
+    assert found.backward_call_s + 100 * found.backward_token_s > found.forward_call_s
+    assert found.head_token_s > 0
+    assert found.unpack_s > 0
+
+
+def test_measured_shapes_must_be_possible() -> None:
+    names = [name for name in ShapeRates.__dataclass_fields__ if name != "trains"]
+    values = dict.fromkeys(names, 1.0)
+    with pytest.raises(ValueError, match="head_token_s is -1"):
+        ShapeRates(trains="lora", **{**values, "head_token_s": -1.0})
