@@ -75,6 +75,12 @@ SHAPES = {
     "budgets": LlamaShape(
         hidden=256, num_layers=4, mlp=704, num_heads=8, num_kv_heads=4, vocab=2_000, max_positions=8192
     ),
+    "plan-medium": LlamaShape(
+        hidden=512, num_layers=8, mlp=1408, num_heads=8, num_kv_heads=2, vocab=8_000, max_positions=8192
+    ),
+    "plan-wide": LlamaShape(
+        hidden=1024, num_layers=6, mlp=2816, num_heads=16, num_kv_heads=4, vocab=16_000, max_positions=8192
+    ),
     "long-32k": LlamaShape(hidden=512, num_layers=8, mlp=1408, num_heads=8, num_kv_heads=2, max_positions=1 << 17),
     "long-128k": LlamaShape(
         hidden=512, num_layers=8, mlp=1408, num_heads=8, num_kv_heads=2, vocab=128_000, max_positions=1 << 17

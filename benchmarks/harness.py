@@ -53,10 +53,12 @@ def sample(values: Sequence[float], *, num_warmup: int) -> Sample:
     return Sample(values=tuple(values[num_warmup:]), num_warmup=num_warmup)
 
 
-def emit(benchmark: str, case: str, **fields: Value) -> None:
-    """Print one result as a JSON line."""
+def emit(benchmark: str, case: str, **fields: Value) -> str:
+    """Print one result as a JSON line, and return it."""
     line = {"benchmark": benchmark, "case": case, "at": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
-    print(json.dumps({**line, "hardware": hardware(), "versions": versions()}), flush=True)
+    text = json.dumps({**line, "hardware": hardware(), "versions": versions()})
+    print(text, flush=True)
+    return text
 
 
 def emit_skip(benchmark: str, case: str, reason: str) -> None:

@@ -28,10 +28,17 @@ class PeakMeter:
         self.idle_bytes = _status_bytes("VmRSS")
         return self
 
+    def lap(self) -> int:
+        """How much it grew at most since it was entered, or since the lap before; the growth of all laps is kept."""
+        grown_bytes = _status_bytes("VmHWM") - self.idle_bytes
+        self.growth_bytes = max(self.growth_bytes, grown_bytes)
+        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+        return grown_bytes
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.growth_bytes = _status_bytes("VmHWM") - self.idle_bytes
+        self.growth_bytes = max(self.growth_bytes, _status_bytes("VmHWM") - self.idle_bytes)
 
 
 def _status_bytes(field: str) -> int:

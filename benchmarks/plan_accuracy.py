@@ -1,0 +1,429 @@
+"""Plans held against what happened: peak memory and seconds per step, predicted and measured, job by job.
+
+    python -m benchmarks.plan_accuracy [--root /nvme/checkpoints] [--case NAME ...] [--results FILE] [--table]
+        [--cpu-time]
+
+36 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
+tiers. Each runs in a process of its own, forked from one that has imported everything and trained a tiny model. Memory
+is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there; time
+is the median of the steps after the second.
+Steps are predicted twice: with the rates that `lowmem bench` keeps for the shape (measured here once for each), and
+after the first step, as lowmem.Monitor corrects them. What lies in FILE already is not run again. About ten minutes on
+two quiet cores. With --cpu-time everything is timed by the processor's time instead of the wall's, which says as much
+of computation where other programs run, and nothing of disks.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkpoints import SHAPES, ensure_checkpoint, write_tokenizer
+from benchmarks.harness import ROOT, emit
+
+BENCHMARK = "plan_accuracy"
+NUM_STEPS = 5
+_MIB = 1 << 20
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A job and what it is given."""
+
+    shape: str = "plan-medium"
+    kind: str = "lora"
+    """lora, dora or full."""
+    optimizer: str = "adamw"
+    """The Trainer's own by its name there, or one of lowmem.optim's."""
+    batch_size: int = 1
+    seq_len: int = 512
+    accumulation: int = 1
+    task: str = "sft"
+    dtype: str = "float32"
+    dropout: float = 0.0
+    budget: str = "ample"
+    """tight: a twentieth more than the smallest that fits; half: half way to where nothing moves; ample: 4 GiB."""
+    host_mib: int = 0
+    disk: bool = False
+
+    @property
+    def name(self) -> str:
+        """As it is asked for."""
+        words = [self.shape.removeprefix("plan-"), self.kind, self.optimizer, f"{self.batch_size}x{self.seq_len}"]
+        words += [f"acc{self.accumulation}"] if self.accumulation > 1 else []
+        words += [self.task] if self.task != "sft" else []
+        words += ["bf16"] if self.dtype == "bfloat16" else []
+        words += ["dropout"] if self.dropout else []
+        words += [self.budget]
+        words += [f"host{self.host_mib}"] if self.host_mib else []
+        return "-".join([*words, "disk"] if self.disk else words)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(shape="budgets", seq_len=1024),
+        Case(seq_len=128),
+        Case(),
+        Case(budget="tight"),
+        Case(budget="half"),
+        Case(batch_size=4),
+        Case(batch_size=4, budget="tight", host_mib=64),
+        Case(batch_size=16, seq_len=128, budget="tight"),
+        Case(seq_len=2048),
+        Case(seq_len=2048, budget="tight"),
+        Case(seq_len=4096, budget="tight", disk=True),
+        Case(batch_size=2, accumulation=2, budget="tight"),
+        Case(dtype="bfloat16"),
+        Case(dtype="bfloat16", batch_size=4, budget="tight"),
+        Case(optimizer="sgd", batch_size=2),
+        Case(optimizer="adafactor", batch_size=2, budget="half"),
+        Case(dropout=0.1, batch_size=2),
+        Case(task="dpo", batch_size=2, seq_len=256),
+        Case(shape="plan-wide", seq_len=256, budget="tight"),
+        Case(shape="plan-wide"),
+        Case(shape="plan-wide", batch_size=4, seq_len=256, budget="tight", disk=True),
+        Case(shape="plan-wide", batch_size=2, dtype="bfloat16", budget="half"),
+        Case(kind="dora"),
+        Case(kind="dora", batch_size=4, seq_len=256, budget="tight"),
+        Case(shape="plan-wide", kind="dora", seq_len=256, budget="tight"),
+        Case(shape="plan-wide", kind="dora", dtype="bfloat16", seq_len=512),
+        Case(shape="plan-moe", seq_len=256),
+        Case(shape="plan-moe", batch_size=4, seq_len=256, budget="tight"),
+        Case(shape="budgets", kind="full", seq_len=1024),
+        Case(kind="full", seq_len=256),
+        Case(kind="full", batch_size=4, seq_len=128, budget="tight", disk=True),
+        Case(kind="full", seq_len=512, budget="tight", host_mib=512),
+        Case(kind="full", accumulation=2, seq_len=256, budget="tight", disk=True),
+        Case(shape="plan-wide", kind="full", seq_len=128, budget="tight", disk=True),
+        Case(kind="full", optimizer="AdaLomo", seq_len=256),
+        Case(kind="full", optimizer="GaLore", seq_len=256),
+    )
+}
+
+
+def ensure_model(shape: str, *, root: Path) -> Path:
+    """The folder of a shape's checkpoint, written now unless it is there."""
+    if shape in SHAPES:
+        return ensure_checkpoint(shape, root=root)
+    folder = root / shape
+    if not folder.is_dir():
+        import torch
+        from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+        config = Qwen3MoeConfig(
+            hidden_size=512,
+            intermediate_size=1024,
+            moe_intermediate_size=256,
+            num_experts=16,
+            num_experts_per_tok=4,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            vocab_size=8000,
+        )
+        unfinished = Path(tempfile.mkdtemp(dir=root))
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(unfinished)
+        write_tokenizer(unfinished)
+        unfinished.rename(folder)
+    return folder
+
+
+def run(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
+    """Train some steps and report what was predicted and what happened."""
+    import lowmem
+    from benchmarks.process_memory import PeakMeter
+    from lowmem.planning.step_memory import peak_bytes
+    from lowmem.streaming.runtime import runtime_of
+
+    folder, scratch = ensure_model(case.shape, root=root), tempfile.mkdtemp(dir=root)
+    lora = None if case.kind == "full" else _lora(case)
+
+    def plan(device_bytes: int) -> lowmem.Plan:
+        return lowmem.plan(
+            folder,
+            task=case.task,  # type: ignore[arg-type]
+            batch_size=case.batch_size,
+            seq_len=case.seq_len,
+            gradient_accumulation_steps=case.accumulation,
+            peft_config=lora,
+            tuning="full" if case.kind == "full" else "adapter",
+            budget=lowmem.Budget(device=device_bytes, host=case.host_mib * _MIB, disk=scratch if case.disk else None),
+            device="cpu",
+            dtype=case.dtype,
+        )
+
+    ample = plan(4 << 30)
+    smallest_bytes, most_bytes = ample.smallest_device_bytes, ample.device_bytes
+    planned = {
+        "ample": lambda: ample,
+        "tight": lambda: plan(int(1.05 * smallest_bytes)),
+        "half": lambda: plan((smallest_bytes + most_bytes) // 2),
+    }[case.budget]()
+    planned.require_fit()
+    steps = _clock(clock)
+    with PeakMeter() as meter:
+        model = lowmem.from_pretrained(folder, plan=planned, tuning=planned.job.tuning)
+        moments = _Moments(meter, num_blocks=len(planned.placements), clock=clock)
+        steps.moments = moments
+        runtime_of(model).listen(moments.visited)
+        _train(model, lora, case, callbacks=[steps])
+    measured_s = statistics.median(steps.steps_s[2:])
+    predicted_bytes = planned.device_bytes + planned.host_bytes
+    return {
+        "predicted_bytes": predicted_bytes,
+        "peak_bytes": meter.growth_bytes,
+        "peaks_mib": {moment: round(nbytes / _MIB, 1) for moment, nbytes in moments.peaks.items()},
+        "predicted_mib": {
+            moment: round(peak_bytes([r for r in planned.roles if r.phase in ("always", moment)], "device") / _MIB, 1)
+            for moment in ("forward", "head", "block")
+        },
+        "peak_over_predicted": round(meter.growth_bytes / predicted_bytes, 4),
+        "predicted_step_s": round(planned.step_s, 4),
+        "step_s": round(measured_s, 4),
+        "steps_s": [round(step_s, 4) for step_s in steps.steps_s],
+        "is_cpu_time": clock is time.process_time,
+        "corrected_step_s": [round(step_s, 4) for step_s in steps.corrected_s],
+        "step_over_corrected": [round(measured_s / step_s, 4) for step_s in steps.corrected_s],
+        "planned_lanes_s": {lane: round(getattr(planned.time, f"{lane}_s"), 4) for lane in ("compute", "disk")},
+        "step_over_predicted": round(measured_s / planned.step_s, 4),
+        "measured_rates": list(planned.rates.measured),
+        "micro_batch": planned.micro_batch,
+        "chunk_tokens": planned.chunk_tokens,
+        "boundary_tier": planned.boundary_tier,
+        "state_tier": planned.choice.state_tier,
+        "placements": "".join(place.value[0] for place in planned.placements),
+        "roles_mib": {
+            f"{role.role}/{role.tier[0]}/{role.phase}": round(role.nbytes / _MIB, 1) for role in planned.roles
+        },
+    }
+
+
+class _Moments:
+    """The largest growth in each moment of a step, told by the blocks that are visited."""
+
+    def __init__(self, meter: Any, *, num_blocks: int, clock: Clock) -> None:
+        self.peaks: dict[str, int] = {}
+        self.visits: list[tuple[str, float]] = []
+        self._meter, self._last, self._now = meter, num_blocks - 1, "loading"
+        self._clock, self._start_s = clock, 0.0
+
+    def visited(self, visit: Any) -> None:
+        """A visit begins or ends."""
+        if visit.started:
+            self._start_s = self._clock()
+        else:
+            self.visits.append((visit.phase, self._clock() - self._start_s))
+        if visit.phase != "backward":
+            # After the last block comes the head; a reference's blocks come before.
+            self._enter("head" if visit.block == self._last and not visit.started else "forward")
+        else:
+            self._enter("between" if visit.block == 0 and not visit.started else "block")
+
+    def _enter(self, moment: str) -> None:
+        if moment != self._now:
+            self.peaks[self._now] = max(self.peaks.get(self._now, 0), self._meter.lap())
+            self._now = moment
+
+
+def _lora(case: Case) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=case.dropout,
+        use_dora=case.kind == "dora",
+        target_modules="all-linear" if case.shape != "plan-moe" else ["q_proj", "k_proj", "v_proj", "o_proj"],
+        task_type="CAUSAL_LM",
+    )
+
+
+def _warm_up(root: Path) -> None:
+    """Have libraries allocate what they keep, with another model."""
+    import lowmem
+
+    case = Case(batch_size=2, seq_len=64)
+    model = lowmem.from_pretrained(
+        ensure_checkpoint("tiny", root=root), budget=lowmem.Budget(device="256MiB", host=0), device="cpu"
+    )
+    _train(model, _lora(case), case, callbacks=[], num_steps=2)
+
+
+def _clock(clock: Clock) -> Any:
+    from transformers import TrainerCallback
+
+    from lowmem.machines.correction import StepCorrection
+
+    class StepClock(TrainerCallback):
+        def __init__(self) -> None:
+            self.steps_s: list[float] = []
+            self.corrected_s: list[float] = []
+            self._correction = StepCorrection()
+            self.moments: Any = None
+            self._start_s = 0.0
+
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            self._start_s = clock()
+            if self.moments is not None:
+                self.moments.visits.clear()
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            self.steps_s.append(clock() - self._start_s)
+            if self.moments is not None and len(self.corrected_s) < 2:
+                self._correction.see(self.steps_s[-1], self.moments.visits)
+                self.corrected_s.append(self._correction.step_s or 0.0)
+
+    return StepClock()
+
+
+def _train(model: Any, lora: Any, case: Case, *, callbacks: list[Any], num_steps: int = NUM_STEPS) -> None:
+    import torch
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    import lowmem
+
+    generator = torch.Generator().manual_seed(0)
+    num_rows = num_steps * case.batch_size * case.accumulation
+
+    def rows(length: int) -> list[list[int]]:
+        drawn: list[list[int]] = torch.randint(3, 250, (num_rows, length), generator=generator).tolist()
+        return drawn
+
+    own = None
+    if case.optimizer not in ("adamw", "sgd", "adafactor"):
+        own = getattr(lowmem.optim, case.optimizer)(model, lr=1e-5)
+    elif case.kind == "full":
+        own = lowmem.optim.AdamW(model, lr=1e-5)
+    with tempfile.TemporaryDirectory() as output:
+        settings: dict[str, Any] = {
+            "output_dir": output,
+            "max_length": None,
+            "per_device_train_batch_size": case.batch_size,
+            "gradient_accumulation_steps": case.accumulation,
+            "max_steps": num_steps,
+            "report_to": "none",
+            "save_strategy": "no",
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "logging_steps": 1,
+            "optim": {"adamw": "adamw_torch_fused"}.get(case.optimizer, case.optimizer) if own is None else "sgd",
+        }
+        common = {"model": model, "peft_config": lora, "optimizers": (own, None), "callbacks": callbacks}
+        if case.task == "dpo":
+            # A byte is a token; the completion gets its end.
+            lengths = {"prompt": case.seq_len // 2, "chosen": case.seq_len // 2 - 1, "rejected": case.seq_len // 2 - 1}
+            texts = {name: ["".join(chr(97 + i % 26) for i in row) for row in rows(n)] for name, n in lengths.items()}
+            data = Dataset.from_dict(texts)
+            DPOTrainer(args=DPOConfig(**settings), train_dataset=data, **common).train()
+        else:
+            # The auxiliary loss collects routers' logits from inside the blocks, which then go as they are.
+            settings |= {"router_aux_loss_coef": 0.0} if case.shape == "plan-moe" else {}
+            data = Dataset.from_dict({"input_ids": rows(case.seq_len)})
+            SFTTrainer(args=SFTConfig(**settings), train_dataset=data, **common).train()
+
+
+def read_results(file: Path) -> dict[str, dict[str, Any]]:
+    """The last result of each case in a file of JSON lines."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {found["case"]: found for found in map(json.loads, lines)}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: predicted and measured, job by job."""
+    lines = [
+        "| job | peak predicted | measured | | step predicted | measured | | after step 1 | after step 2 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in CASES:
+        found = results.get(name)
+        if found is None or "peak_bytes" not in found:
+            lines.append(f"| {name} | {'not run' if found is None else found.get('outcome')} | | | | | | | |")
+            continue
+        after = " | ".join(f"{100 * (ratio - 1):+.0f}%" for ratio in found["step_over_corrected"])
+        lines.append(
+            f"| {name} | {found['predicted_bytes'] / _MIB:.0f} MiB | {found['peak_bytes'] / _MIB:.0f} MiB "
+            f"| {100 * (found['peak_over_predicted'] - 1):+.0f}% | {found['predicted_step_s']:.2f} s "
+            f"| {found['step_s']:.2f} s | {100 * (found['step_over_predicted'] - 1):+.0f}% "
+            f"| {after} |"
+        )
+    return "\n".join(lines)
+
+
+def _bench(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
+    """Measure a shape's rates, and have plans find them."""
+    from lowmem.machines.bench import bench_lines
+
+    lines = list(bench_lines(ensure_model(case.shape, root=root), device="cpu", dtype=case.dtype, clock=clock))
+    return {"lines": lines}
+
+
+def _run_forked(run: Callable[..., dict[str, object]], case: Case, *, root: Path, clock: Clock) -> dict[str, Any]:
+    """Run a job in a copy of this process, which knows all libraries and has no memory of other jobs."""
+    with tempfile.TemporaryFile("w+") as file:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                # Pages of libraries are not copied with the process: touch them, or they would count as growth.
+                _warm_up(root)
+                json.dump(run(case, root=root, clock=clock), file)
+                file.flush()
+                code = 0
+            except Exception:  # noqa: BLE001 - the other jobs go on
+                traceback.print_exc()
+            finally:
+                # Past the parent's clean-up.
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        file.seek(0)
+        report: dict[str, Any] = json.load(file) if status == 0 else {"outcome": f"failed with status {status}"}
+        return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "lowmem-checkpoints")
+    parser.add_argument("--case", choices=CASES, action="append", help="again for several; all if not given")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "plan_accuracy.jsonl")
+    parser.add_argument("--cpu-time", action="store_true", help="time by the processor's time")
+    parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    arguments = parser.parse_args()
+    found = read_results(arguments.results)
+    names = [] if arguments.table else arguments.case or [name for name in CASES if name not in found]
+    if names:
+        _warm_up(arguments.root)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    # Kept apart from what `lowmem bench` has measured for this machine's user.
+    os.environ["XDG_CACHE_HOME"] = str(arguments.root / ("rates-of-cpu-time" if arguments.cpu_time else "rates"))
+    benched: set[tuple[str, str]] = set()
+    for name in names:
+        case = CASES[name]
+        if (case.shape, case.dtype) not in benched:
+            benched.add((case.shape, case.dtype))
+            _run_forked(_bench, case, root=arguments.root, clock=clock)
+        report = _run_forked(run, case, root=arguments.root, clock=clock)
+        line = emit(BENCHMARK, name, **report)
+        with arguments.results.open("a") as file:
+            file.write(line + "\n")
+        shown = ("outcome", "peak_over_predicted", "step_over_predicted", "step_over_corrected")
+        summary = {key: report.get(key) for key in shown}
+        print(name, summary, file=sys.stderr, flush=True)
+    print(table(read_results(arguments.results)))
+
+
+if __name__ == "__main__":
+    main()
