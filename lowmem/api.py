@@ -16,7 +16,7 @@ from lowmem.full.opening import refuse_unsupported
 from lowmem.headers.description import describing
 from lowmem.loading import load
 from lowmem.machines.cards import Machine
-from lowmem.machines.rates import rates_for
+from lowmem.machines.rates import rates_as_loaded, rates_for
 from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
 from lowmem.monitoring.training_checks import check_every_trainer
 from lowmem.planning.job import Job, Task, Tuning, kind_of
@@ -104,9 +104,8 @@ def from_pretrained(
         if tuning == "full":
             refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
         if plan is None:
-            found = rates_for(opened, read_shapes(opened), None)
             split = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
-            plan = plan_for(opened, budget=budget, rates=found, tuning=tuning, **split)
+            plan = plan_for(opened, budget=budget, rates=rates_as_loaded(opened), tuning=tuning, **split)
         else:
             _refuse_another_plan(plan, opened, tuning=tuning)
         plan.require_fit()

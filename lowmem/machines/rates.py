@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 
 from lowmem.machines.measured import measure_rates
 from lowmem.planning.job import kind_of
+from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, ShapeRates, Trained, assumed_rates
 
@@ -64,6 +65,11 @@ def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None)
     if source is None:
         raise ValueError('rates="measure": the weights are not here, so their disk cannot be measured; leave it out')
     return measure_rates(source.files, device=opened.device, dtype=opened.dtype)
+
+
+def rates_as_loaded(opened: Described) -> Rates:
+    """The rates that are kept for a model in which nothing trains yet, else assumed."""
+    return rates_for(opened, read_shapes(opened), None)
 
 
 def what_trains(shapes: ModelShapes) -> Trained:
