@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -160,11 +160,10 @@ def plan(
     """Find out what a job takes, whether it fits, and what to change, from the configuration and the shards' headers.
 
     Args:
-        model: Local folder of a safetensors checkpoint, or of its config.json alone; or a hub id, of which config.json
-            and the shards' headers are fetched, and no weight.
+        model: Folder of a safetensors checkpoint, or of its config.json alone; or a hub id: only headers are fetched.
         task: "sft", "dpo", "kto", "reward", "grpo", "rloo" or "generate".
-        batch_size: Examples of one forward (`per_device_train_batch_size`); pairs in DPO and Reward. "auto" for the
-            smallest with which nearly as many tokens go through per second as with any that fits.
+        batch_size: Examples of one forward, pairs in DPO and Reward; "auto" for the smallest that is nearly as
+            fast per token as any that fits.
         seq_len: Tokens of one sequence, prompt and completion together.
         peft_config: The adapter that will be trained; a LoRA of rank 16 on all linear layers is assumed if not given.
         quantization: None: weights move as they are stored.
@@ -172,8 +171,8 @@ def plan(
         budget: Bounds for device and host memory; measured where absent.
         device: Compute device; the GPU if there is one, else the CPU.
         dtype: Compute dtype; float32 on a CPU, on a GPU bfloat16 where it can.
-        rates: How fast this machine is: "measure" to find out in about a second; if not given, what `lowmem bench` has
-            measured here for a model of this shape, else assumed, and named so.
+        rates: How fast this machine is: "measure" to find out in a second; what `lowmem bench` has kept, if not given,
+            else assumed, and named so.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
         chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice.
         revision: Branch, tag or commit of the hub repository.
@@ -194,54 +193,44 @@ def plan(
     """
     refuse_options(tuning=tuning, quantization=quantization, budget=budget, peft_config=peft_config)
     _refuse_other_types(model)
-    if machine is not None:
-        _refuse_two_machines(machine, device=device, rates=rates)
-    chosen = torch.device(machine.device) if machine is not None else pick_device(device)
-    job = Job(
-        task=task,
-        batch_size=1 if batch_size == "auto" else batch_size,
-        seq_len=seq_len,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        completion_tokens=completion_tokens,
-        uses_reference=use_reference,
-        has_dropout=bool(getattr(peft_config, "lora_dropout", 0.0)),
-        num_steps=num_steps,
-        num_examples=num_examples,
-        num_epochs=num_epochs,
-        micro_batch=micro_batch,
-        chunk_tokens=chunk_tokens,
-        device=kind_of(chosen),
-        tuning=tuning,
-    )
-    described = describing(
-        model,
-        device=chosen,
-        dtype=dtype or _default_dtype(tuning),
-        has_bf16=None if machine is None or machine.card is None else machine.card.has_bf16,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
-    with described as opened:
+    chosen = pick_device(device) if machine is None else _device_of(machine, device=device, rates=rates)
+    given: dict[str, Any] = {"num_steps": num_steps, "num_examples": num_examples, "num_epochs": num_epochs}
+    given |= {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "completion_tokens": completion_tokens}
+    given |= {"gradient_accumulation_steps": gradient_accumulation_steps, "uses_reference": use_reference}
+    given |= {"batch_size": 1 if batch_size == "auto" else batch_size, "has_dropout": _has_dropout(peft_config)}
+    job = Job(task=task, seq_len=seq_len, device=kind_of(chosen), tuning=tuning, **given)
+    opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    opening |= {"attn_implementation": attn_implementation, "dtype": dtype or _default_dtype(tuning)}
+    with describing(model, device=chosen, has_bf16=_has_bf16(machine), **opening) as opened:
         shapes = _shapes_for(opened, job, peft_config=peft_config)
         found = rates_for(opened, shapes, rates) if machine is None else machine.rates
     bounds = (budget or Budget()).measured(chosen) if machine is None else machine.budget(budget)
-    return plan_step(
-        shapes,
-        job,
-        budget=bounds,
-        rates=found,
-        machine=THIS_MACHINE if machine is None else str(machine),
-        finds_batch=batch_size == "auto",
-    )
+    name = THIS_MACHINE if machine is None else str(machine)
+    finds_batch = batch_size == "auto"
+    return plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
 
 
-def _refuse_two_machines(machine: object, **others: object) -> None:
+def _device_of(machine: object, **others: object) -> torch.device:
+    """The kind of device of a machine that is planned for; none is made.
+
+    Raises:
+        TypeError: It is no machine.
+        ValueError: What it says is given too.
+    """
     if not isinstance(machine, Machine):
         raise TypeError(f"machine={machine!r}: expected lowmem.Machine(gpu=..., ram=..., disk_gbps=...)")
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"{name}={value!r}: give machine or {name}, not both: the machine says it")
+    return torch.device(machine.device)
+
+
+def _has_bf16(machine: Machine | None) -> bool | None:
+    return None if machine is None or machine.card is None else machine.card.has_bf16
+
+
+def _has_dropout(peft_config: PeftConfig | None) -> bool:
+    return bool(getattr(peft_config, "lora_dropout", 0.0))
 
 
 _PLACES_ITSELF = "weights are placed block by block, within a budget"
