@@ -509,7 +509,8 @@ class Pipeline:
         self._trace.add("copy", layout.name, start_ns, end_ns, nbytes=layout.copied_bytes)
         source = moving.source
         source.holds -= 1
-        if moving.block not in self._cached:
+        # At a turn the block may be on its way a second time: that copy reads the same bytes.
+        if moving.block not in self._cached and not source.holds:
             if self._poison:
                 source.tensor.fill_(POISON)
             source.clear()

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from offload.blocks import lay_out
-from offload.buffers import StagingBuffer
+from offload.buffers import StagingBuffer, view_tensor
 from offload.device import CpuDevice, Device
 from offload.errors import Closed, OffloadError, ReadError, SourceChanged
 from offload.files.file_io import FileIO
+from offload.pipeline import Pipeline
 from offload.placement import Placement, PlacementPlan
 from offload.scheduler import Scheduler
 from offload.trace import Trace
@@ -599,3 +600,37 @@ def test_a_plan_for_something_else_is_refused(stored: StoredBlocks, reader: File
     separate = CpuDevice(separate_slots=True)
     refused(hand_made(num_staging=0, num_slots=2, is_host=False), "read through staging buffers", device=separate)
     assert not fetch_threads()
+
+
+def test_a_block_copied_again_before_its_copy_has_ended_keeps_its_source(stored: StoredBlocks, reader: FileIO) -> None:
+    # As at a turn: visits that run ahead of the device end before the bytes have arrived.
+    device = DelayedDevice(delay_s=0.05)
+    plan = stored.plan(ring=2, is_host=False)
+    pipeline = Pipeline(
+        [lay_out(block) for block in stored.blocks],
+        plan=plan,
+        reader=reader,
+        device=device,
+        trace=Trace(),
+        poison=True,
+    )
+    pipeline.order.replace((0, 0))
+    assert pipeline.start()
+    until(pipeline.collect)
+    assert pipeline.start()
+    first = pipeline.find(0)
+    assert first is not None
+    pipeline.order.visit(0)
+    pipeline.free(first)
+    assert pipeline.start()
+    again = pipeline.find(0)
+    assert again is not None
+    until(pipeline.collect)
+    assert again.copy is not None
+    device.wait_for(again.copy)
+    offsets = lay_out(stored.blocks[0]).device_offsets
+    stored.check(
+        0, {spec.name: view_tensor(again.tensor, offsets[spec.name], spec=spec) for spec in stored.blocks[0].tensors}
+    )
+    until(pipeline.collect)
+    pipeline.close()
