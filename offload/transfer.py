@@ -77,11 +77,19 @@ class Transfer:
 
     def when_done(self, callback: Callable[[], None]) -> None:
         """Call `callback` once the transfer is `done`: in the thread of the last request, or now. It must not raise."""
-        with self._lock:
-            if not self._finished.is_set():
-                self._when_done.append(callback)
+        self._when_done.append(callback)
+        if self.done():
+            self._call_back()
+
+    def _call_back(self) -> None:
+        # Without a lock: a finalizer that runs here may wait for a thread that has just called `when_done`. Each
+        # callback is taken by whichever thread pops it.
+        while self._when_done:
+            try:
+                callback = self._when_done.pop()
+            except IndexError:
                 return
-        callback()
+            callback()
 
     @property
     def failed(self) -> bool:
@@ -133,11 +141,8 @@ class Transfer:
             at_end, self._at_end, self._finish, self._memory = self._at_end, None, None, None
             if at_end is not None:
                 at_end(self)
-            with self._lock:
-                self._finished.set()
-                callbacks, self._when_done = self._when_done, []
-            for callback in callbacks:
-                callback()
+            self._finished.set()
+            self._call_back()
 
 
 class _Piece(NamedTuple):
