@@ -6,7 +6,6 @@ The matrix: trainers, architectures, placements, boundary tiers, splits, adapter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -104,25 +103,10 @@ def check(step: Step, root: Path, output: Path) -> None:
                 assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (name, ours, theirs)
 
 
-def thinned(steps: list[Step], *, keep: Callable[[int], bool]) -> list[object]:
-    """All of a product, of which those that are not kept run with --slow only."""
-    return [step if keep(at) else pytest.param(step, marks=pytest.mark.slow) for at, step in enumerate(steps)]
+STEPS = [*PLACED, *TYPED, *FAMILIES, *STACKED, *TASKS, *OPTIMIZERS]
 
 
-# What lies where, and how a call is split, are three mechanisms that meet in pairs: each pair of their values is in
-# every third of these (the splits move on by one from tier to tier and from placement to placement). A tier of
-# boundaries knows nothing of trainers and types: each of those meets one tier, and each tier some of them.
-QUICK = [
-    *thinned(PLACED, keep=lambda at: at % 3 == (at // 3 + at // 9) % 3),
-    *thinned(TYPED, keep=lambda at: at // 2 % 3 == (at // 6 + at % 2) % 3),
-    *FAMILIES,
-    *STACKED,
-    *thinned(TASKS, keep=lambda at: at % 3 == at // 3 % 3),
-    *OPTIMIZERS,
-]
-
-
-@pytest.mark.parametrize("step", QUICK, ids=str)
+@pytest.mark.parametrize("step", STEPS, ids=str)
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(step: Step, root: Path, tmp_path: Path) -> None:
     check(step, root, tmp_path)
     assert not waits_in_blocks()
