@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
 
-.PHONY: setup demo test fuzz check bench clean
+.PHONY: setup demo docs test fuzz check bench clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -43,6 +43,11 @@ FUZZERS ?= checkpoints adapters stores trainer-checkpoints kills
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz $(FUZZERS) --num $(N) --seed $(SEED) $(ARGS)
 
+# Written to site/, from docs/ and docstrings, offline; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m docs.make_tables refusals
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +63,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.passes --root $(BENCH_ROOT)
 
 clean:
-	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -29,7 +29,8 @@ class BAdam(MethodOptimizer):
         include_lm_head: Train the head too.
         inner: adamw, adamw8bit or sgd.
         writer: "fp32" keeps a master of the block in training, as the paper does.
-        lr and the others: As in `GaLore`.
+
+    `lr` and the others are as in `GaLore`.
     """
 
     method_name: ClassVar[str] = "BAdam"
@@ -76,7 +77,8 @@ class LISA(MethodOptimizer):
         activated_layers: Blocks at a time.
         interval_steps: Steps between two draws; moments of blocks start from zero.
         inner: adamw, adamw8bit or sgd, for blocks.
-        lr and the others: As in `GaLore`.
+
+    `lr` and the others are as in `GaLore`.
     """
 
     method_name: ClassVar[str] = "LISA"

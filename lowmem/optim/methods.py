@@ -199,7 +199,8 @@ class Fira(MethodOptimizer):
     Args:
         alpha: Factor of the whole update.
         gamma: Largest growth of the residual's norm from step to step.
-        lr and the others: As in `GaLore`.
+
+    `lr` and the others are as in `GaLore`.
     """
 
     method_name: ClassVar[str] = "Fira"
@@ -246,7 +247,8 @@ class APOLLO(MethodOptimizer):
         scale_type: channel or tensor.
         proj: "random", a Gaussian basis made again from its seed at every step and never stored; or "svd".
         gamma: Largest growth of the update's norm from step to step.
-        lr and the others: As in `GaLore`.
+
+    `lr` and the others are as in `GaLore`.
     """
 
     method_name: ClassVar[str] = "APOLLO"
@@ -332,7 +334,8 @@ class FRUGAL(MethodOptimizer):
         projector: columns, rows, block, or a basis of `density` times the projected side.
         proj_side: std, reverse_std, left or right, for bases.
         block_order: random, ascending or descending, for the projector block.
-        lr and the others: As in `GaLore`.
+
+    `lr` and the others are as in `GaLore`.
     """
 
     method_name: ClassVar[str] = "FRUGAL"
