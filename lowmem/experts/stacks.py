@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowmem.internals.experts import experts_traits
 from lowmem.models.build import ParamSlot, StreamedBlock
 from lowmem.models.mapping import Recipe
-from lowmem.quantization.format import PackedWeight, values_dtype
+from lowmem.quantization.format import PackedWeight, piece_of, values_dtype
 from offload import BlockSpec, TensorSpec
 
 
@@ -25,21 +25,16 @@ class MatrixRows:
     """Some rows of one expert's matrix, and what they are made of."""
 
     given: TensorSpec | PackedWeight
-    """A stored tensor, or a weight that is packed in several."""
-    index: int | None
-    """Which entry of it along its first dimension; None for all of it."""
+    """A stored tensor or a packed weight that is these rows, or an entry of one."""
+    wholes: tuple[TensorSpec, ...]
+    """The stored tensors that its parts are, or are pieces of."""
     rows: slice
     """The rows."""
 
     @property
-    def wholes(self) -> tuple[TensorSpec, ...]:
-        """The stored tensors."""
-        return self.given.parts if isinstance(self.given, PackedWeight) else (self.given,)
-
-    @property
     def alone(self) -> tuple[TensorSpec, ...]:
         """What is read to have these rows and nothing else."""
-        return tuple(whole if self.index is None else _entry(whole, self.index) for whole in self.wholes)
+        return self.given.parts if isinstance(self.given, PackedWeight) else (self.given,)
 
     def write(self, stored: Mapping[str, Tensor], matrix: Tensor) -> None:
         """Write the rows of a matrix.
@@ -49,34 +44,22 @@ class MatrixRows:
             matrix: The expert's, contiguous, in the compute dtype.
         """
         out = matrix[self.rows]
-        parts = [self._part(stored, whole, one) for whole, one in zip(self.wholes, self.alone, strict=True)]
+        parts = [_part(stored, whole, own) for whole, own in zip(self.wholes, self.alone, strict=True)]
         if not isinstance(self.given, PackedWeight):
             out.copy_(parts[0])
             return
         into = out if out.dtype == values_dtype(out.dtype) else torch.empty_like(out, dtype=values_dtype(out.dtype))
-        if self.index is None:
-            self.given.dequantise(parts, into)
-        else:
-            self.given.dequantise([part.unsqueeze(0) for part in parts], into.unsqueeze(0))
+        self.given.dequantise(parts, into)
         if into is not out:
             out.copy_(into)
 
-    def _part(self, stored: Mapping[str, Tensor], whole: TensorSpec, alone: TensorSpec) -> Tensor:
-        if alone.name in stored:
-            return stored[alone.name]
-        assert self.index is not None
-        return stored[whole.name][self.index]
 
-
-def _entry(whole: TensorSpec, index: int) -> TensorSpec:
-    nbytes = whole.nbytes // whole.shape[0]
-    return replace(
-        whole,
-        name=f"{whole.name}[{index}]",
-        shape=whole.shape[1:],
-        offset_bytes=whole.offset_bytes + index * nbytes,
-        nbytes=nbytes,
-    )
+def _part(stored: Mapping[str, Tensor], whole: TensorSpec, own: TensorSpec) -> Tensor:
+    if own.name in stored:
+        return stored[own.name]
+    start = own.offset_bytes - whole.offset_bytes
+    raw = stored[whole.name].view(-1).view(torch.uint8)[start : start + own.nbytes]
+    return raw.view(own.dtype).view(own.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,18 +202,20 @@ def taken_apart(recipe: Recipe, shape: Sequence[int]) -> tuple[tuple[MatrixRows,
 def _rows_of(found: Sequence[_Origin], recipe: Recipe, shape: Sequence[int]) -> tuple[MatrixRows, ...] | None:
     rows, end = [], 0
     for number, index in found:
-        given = recipe.inputs[number]
-        start, end = end, end + given.shape[-2]
-        rows.append(MatrixRows(given=given, index=index, rows=slice(start, end)))
-        if given.shape[-1] != shape[2] or not _is_readable(rows[-1]):
+        whole = recipe.inputs[number]
+        given = whole if index is None else _entry(whole, index)
+        if given is None or given.shape[-1] != shape[2]:
             return None
+        start, end = end, end + given.shape[-2]
+        wholes = whole.parts if isinstance(whole, PackedWeight) else (whole,)
+        rows.append(MatrixRows(given=given, wholes=wholes, rows=slice(start, end)))
     return tuple(rows) if end == shape[1] else None
 
 
-def _is_readable(rows: MatrixRows) -> bool:
-    """Whether each expert's bytes lie in one piece in each stored tensor."""
-    num = rows.given.shape[0]
-    return rows.index is None or all(whole.shape and whole.shape[0] == num for whole in rows.wholes)
+def _entry(whole: TensorSpec | PackedWeight, index: int) -> TensorSpec | PackedWeight | None:
+    if isinstance(whole, PackedWeight):
+        return None if whole.entry is None else whole.entry(index)
+    return piece_of(whole, index, num=whole.shape[0], shape=whole.shape[1:])
 
 
 _SMALL = (4, 6)

@@ -17,7 +17,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lowmem.quantization.format import PackedWeight, ReadBytes, refuse_weight
+from lowmem.quantization.format import PackedWeight, ReadBytes, along_first, refuse_weight
 from lowmem.quantization.mxfp4 import GROUP, dequantise_mxfp4
 from lowmem.quantization.settings import Settings
 from lowmem.quantization.unpacking import power_scales, scale_columns, unpack_rows
@@ -172,7 +172,9 @@ class Float8:
                 )
             tile = by_number[num_scales]
         dequantise = _fp4_stack if is_fp4 else partial(_float8_stack, tile=tile)
-        return PackedWeight(name=name, shape=shape, parts=(spec, scales), format=self.name, dequantise=dequantise)
+        made = PackedWeight(name=name, shape=shape, parts=(spec, scales), format=self.name, dequantise=dequantise)
+        has_entries = len(shape) == 3 and scales.shape[:1] == shape[:1]
+        return along_first(made) if has_entries else made
 
 
 def _float8_stack(parts: Sequence[Tensor], out: Tensor, *, tile: Tile) -> None:

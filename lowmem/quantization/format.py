@@ -48,6 +48,8 @@ class PackedWeight:
     """Name of its format, for plans and messages: "nf4"."""
     dequantise: Dequantise = field(compare=False, repr=False)
     """Writes its values."""
+    entry: Callable[[int], PackedWeight] | None = field(default=None, compare=False, repr=False)
+    """Of a stack whose entries can be unpacked one by one: one of them. Its parts are pieces of these, or these."""
 
     @property
     def num_params(self) -> int:
@@ -119,6 +121,31 @@ class Format(Protocol):
             SourceError: A part is missing, or is not of the size or type that belongs to the weight.
             UnsupportedError: A weight is stored in a way that is not known; names it.
         """
+
+
+def piece_of(spec: TensorSpec, index: int, *, num: int, shape: tuple[int, ...]) -> TensorSpec:
+    """One of some equal pieces of a stored tensor, one after another in the file.
+
+    Args:
+        spec: The tensor.
+        index: Which piece.
+        num: How many there are.
+        shape: The shape of a piece.
+    """
+    nbytes = spec.nbytes // num
+    return replace(
+        spec, name=f"{spec.name}[{index}]", shape=shape, offset_bytes=spec.offset_bytes + index * nbytes, nbytes=nbytes
+    )
+
+
+def along_first(weight: PackedWeight) -> PackedWeight:
+    """A stack, whose entries are those of its parts along their first dimension, unpacked by the same function."""
+
+    def entry(index: int) -> PackedWeight:
+        parts = tuple(piece_of(spec, index, num=spec.shape[0], shape=spec.shape[1:]) for spec in weight.parts)
+        return replace(weight, name=f"{weight.name}[{index}]", shape=weight.shape[1:], parts=parts, entry=None)
+
+    return replace(weight, entry=entry)
 
 
 def values_dtype(dtype: torch.dtype) -> torch.dtype:

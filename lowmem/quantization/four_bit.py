@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.bitsandbytes import Code
-from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, refuse_weight
+from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, piece_of, refuse_weight
 from lowmem.quantization.kernels import CODES, bytes_of_table, nibbles
 from offload import JsonObject, TensorSpec, parse_json_object
 
@@ -126,13 +126,44 @@ def _weight(
             parts.append(
                 part_of(tensors, name + suffix, weight=packed, dtypes=(torch.float32,), num_elements=num_elements)
             )
-    return PackedWeight(
+    made = PackedWeight(
         name=name,
         shape=state.shape,
         parts=tuple(parts),
         read_once=(described,),
         format=state.code,
         dequantise=partial(dequantise, state),
+    )
+    return replace(made, entry=partial(_entry, made, state)) if _has_entries(state, packed) else made
+
+
+def _has_entries(state: NibbleState, packed: TensorSpec) -> bool:
+    """Whether it is a stack no block of which, and no block of absmaxes, belongs to two entries."""
+    if len(state.shape) != 3 or packed.nbytes * 2 != math.prod(state.shape):
+        return False
+    size = math.prod(state.shape[1:])
+    whole = size % state.block_size == 0 and size % (2 * packed.dtype.itemsize) == 0
+    nested = state.nested_block_size
+    return whole and (nested is None or (size // state.block_size) % nested == 0)
+
+
+def _entry(stack: PackedWeight, state: NibbleState, index: int) -> PackedWeight:
+    own, num = replace(state, shape=state.shape[1:]), state.shape[0]
+    packed, absmax, table, *nested = stack.parts
+    parts = [
+        piece_of(packed, index, num=num, shape=(math.prod(packed.shape) // num,)),
+        piece_of(absmax, index, num=num, shape=(own.num_blocks,)),
+        table,
+    ]
+    if nested:
+        parts += [piece_of(nested[0], index, num=num, shape=(math.prod(nested[0].shape) // num,)), nested[1]]
+    return replace(
+        stack,
+        name=f"{stack.name}[{index}]",
+        shape=own.shape,
+        parts=tuple(parts),
+        dequantise=partial(dequantise, own),
+        entry=None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, refuse_weight
+from lowmem.quantization.format import PackedWeight, ReadBytes, along_first, part_of, refuse_weight
 from lowmem.quantization.settings import Settings
 from lowmem.quantization.unpacking import PairLookup, power_scales, scale_columns, unpack_rows
 from offload import TensorSpec
@@ -95,12 +95,14 @@ class Mxfp4:
             scales = part_of(
                 tensors, weight + _SCALES, weight=blocks, dtypes=[torch.uint8], shape=(experts, rows, groups)
             )
-            found[weight] = PackedWeight(
-                name=weight,
-                shape=(experts, groups * GROUP, rows),
-                parts=(blocks, scales),
-                format=self.name,
-                dequantise=_dequantise_transposed,
+            found[weight] = along_first(
+                PackedWeight(
+                    name=weight,
+                    shape=(experts, groups * GROUP, rows),
+                    parts=(blocks, scales),
+                    format=self.name,
+                    dequantise=_dequantise_transposed,
+                )
             )
         return found
 

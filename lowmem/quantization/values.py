@@ -91,23 +91,16 @@ class ValueReader:
         if self._held == (weight.name, entry):
             return self._values
         self._held = None
-        parts = []
-        for spec in weight.parts:
-            nbytes = spec.nbytes // num_entries
-            shape = spec.shape if num_entries == 1 else (1, *spec.shape[1:])
-            # The reader's memory is the next part's.
-            parts.append(self._reader.read(spec, entry * nbytes, nbytes=nbytes).clone().view(shape))
-        size = weight.num_params // num_entries
-        if self._values.numel() != size:
-            self._values = torch.empty(size)
-        shape = weight.shape if num_entries == 1 else (1, *weight.shape[1:])
-        weight.dequantise(parts, self._values.view(shape))
+        own = weight if weight.entry is None or num_entries == 1 else weight.entry(entry)
+        # The reader's memory is the next part's.
+        parts = [self._reader.read(spec, 0, nbytes=spec.nbytes).clone().view(spec.shape) for spec in own.parts]
+        if self._values.numel() != own.num_params:
+            self._values = torch.empty(own.num_params)
+        own.dequantise(parts, self._values.view(own.shape))
         self._held = (weight.name, entry)
         return self._values
 
 
 def _num_entries(weight: PackedWeight) -> int:
     """Entries of a stack that can be unpacked one by one; 1 where it is unpacked whole."""
-    num = weight.shape[0]
-    apart = len(weight.shape) == 3 and all(spec.shape and spec.shape[0] == num for spec in weight.parts)
-    return num if apart else 1
+    return 1 if weight.entry is None else weight.shape[0]

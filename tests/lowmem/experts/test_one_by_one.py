@@ -23,7 +23,14 @@ CHANGES: dict[str, dict[str, object]] = {
     "gpt_oss": {"intermediate_size": 64},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 6},
 }
-CASES = [("qwen3_moe", "nf4"), ("gpt_oss", "mxfp4"), ("qwen3_moe", "fp8"), ("deepseek_v3", "gptq"), ("mixtral", "awq")]
+CASES = [
+    ("qwen3_moe", "nf4"),
+    ("gpt_oss", "mxfp4"),
+    ("gpt_oss", "nf4 stacks"),
+    ("qwen3_moe", "fp8"),
+    ("deepseek_v3", "gptq"),
+    ("mixtral", "awq"),
+]
 
 
 def on_attention(**options: object) -> LoraConfig:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bitsandbytes import functional
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,6 +64,17 @@ def mxfp4(name: str, weight: Tensor) -> Packed:
     values = values * torch.exp2(exponents.float() - 127).repeat_interleave(32, 2)
     blocks = (codes[..., 0::2] | codes[..., 1::2] << 4).view(experts, outputs, inputs // 32, 16)
     return {f"{name}_blocks": blocks, f"{name}_scales": exponents}, values.transpose(1, 2).contiguous()
+
+
+def nf4_stack(name: str, weight: Tensor) -> Packed:
+    """A stack whose entries lie one after another, blocks of 64 with absmaxes in fp32."""
+    packed, state = functional.quantize_4bit(weight.flatten().view(1, -1), quant_type="nf4", compress_statistics=False)
+    state.shape, state.dtype = torch.Size((1, weight.numel())), torch.float32
+    values = functional.dequantize_4bit(packed, state).view(weight.shape)
+    state.shape = weight.shape
+    return {name: packed.view(-1, 1)} | {
+        f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()
+    }, values
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -186,6 +198,10 @@ LAYOUTS: dict[str, tuple[Callable[[str, Tensor], Packed], dict[str, object]]] = 
     "fp8 per row": (fp8_per_row, COMPRESSED),
     "fp8 per matrix": (fp8_per_matrix, {"quant_method": "fp8", "activation_scheme": "static"}),
     "mxfp8": (mxfp8, {"quant_method": "mxfp8"}),
+    "nf4 stacks": (
+        nf4_stack,
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
     "mxfp4": (mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}),
     "gptq": (gptq(group_size=32, offset=1), GPTQ),
     "gptq by activation": (gptq(group_size=32, offset=1, by_activation=True), GPTQ | {"desc_act": True}),
@@ -194,7 +210,7 @@ LAYOUTS: dict[str, tuple[Callable[[str, Tensor], Packed], dict[str, object]]] = 
 }
 """How a layout is packed, and what its config.json says."""
 
-STACKS = ("mxfp4",)
+STACKS = ("mxfp4", "nf4 stacks")
 """Layouts of fused stacks of experts; the others are of linear layers."""
 
 

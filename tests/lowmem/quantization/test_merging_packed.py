@@ -58,7 +58,7 @@ def test_a_merge_has_the_bits_of_a_merge_into_the_values(
     assert any(not torch.equal(value.float(), before[key].to(value.dtype).float()) for key, value in found.items())
 
 
-@pytest.mark.parametrize("layout", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("layout", ["fp8", "mxfp4", "nf4 stacks"])
 def test_parts_of_a_packed_weight_read_as_parts_of_its_values(layout: str, tmp_path: Path) -> None:
     packed, plain = written("gpt_oss" if layout in STACKS else "llama", layout, tmp_path)
     expected = tensors_of(plain)
