@@ -80,7 +80,7 @@ class FourBit:
         if method != "bitsandbytes" or not quantization.get("load_in_4bit", quantization.get("_load_in_4bit")):
             return None
         code = quantization.get("bnb_4bit_quant_type", "fp4")
-        if code not in CODES:
+        if not isinstance(code, str) or code not in CODES:
             raise UnsupportedError(
                 f"bnb_4bit_quant_type={code!r:.60}", reason="bitsandbytes does not have it", instead="'nf4' or 'fp4'"
             )

@@ -25,7 +25,7 @@ _BASES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("llama", "nf4", TINY),
     ("llama", "int8", TINY),
     ("qwen3_moe", "mxfp8", TINY | {"moe_intermediate_size": 8, "num_experts": 4}),
-    ("gpt_oss", "mxfp4", {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}),
+    ("gpt_oss", "mxfp4", {"vocab_size": 128, "intermediate_size": 64}),
 )
 _SETTINGS = (
     *("quant_method", "bits", "group_size", "weight_block_size", "checkpoint_format", "version", "zero_point", "fmt"),

@@ -66,6 +66,7 @@ def test_every_packed_weight_is_found_with_its_values(
         ("awq", {"version": "gemv"}, "version='gemv'"),
         ("awq", {"zero_point": False}, "zero_point=False"),
         ("mxfp4", {"block": 16}, "block=16"),
+        ("nf4 stacks", {"bnb_4bit_quant_type": [1, 32]}, "bnb_4bit_quant_type=[1, 32]"),
     ],
 )
 def test_an_unknown_option_is_refused_by_name(layout: str, changes: dict[str, object], message: str) -> None:
