@@ -326,8 +326,42 @@ def plan_html(plan: Plan) -> str:
     facts = "".join(f"<li>{html.escape(line)}</li>" for line in (*_facts(plan), *plan.advice))
     return (
         f"<div><b>{html.escape(_title(plan))}</b><br>{'<br>'.join(map(html.escape, _verdict(plan)))}"
-        f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
+        f"{tier_bars(plan)}<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
     )
+
+
+_BAR_COLOURS = (
+    *("#4f7cac", "#e39b3a", "#4f9d69", "#9a7bb0", "#d1495b", "#6fa8a0", "#b08968", "#8a8f98"),
+    *("#a3bfdb", "#f1cc94", "#a6cfb3", "#cdbcd8"),
+)
+
+
+def tier_bars(plan: Plan) -> str:
+    """Draw device and host as HTML: what is held in the fullest moment, role by role, against the budget."""
+    tiers: tuple[tuple[Tier, int], ...] = (("device", plan.device_budget_bytes), ("host", plan.host_budget_bytes))
+    bars = []
+    for tier, budget_bytes in tiers:
+        moment = peak_phase(plan.roles, tier)
+        held = [role for role in plan.roles if role.tier == tier and role.phase in (ALWAYS, moment) and role.nbytes]
+        scale = 100 / max(sum(role.nbytes for role in held), budget_bytes, 1)
+        parts = "".join(
+            f'<div title="{html.escape(role.role)}: {format_bytes(role.nbytes)}" style="float:left;height:1.2em;'
+            f'width:{scale * role.nbytes:.2f}%;background:{_BAR_COLOURS[number % len(_BAR_COLOURS)]}"></div>'
+            for number, role in enumerate(held)
+        )
+        legend = ", ".join(
+            f'<span style="color:{_BAR_COLOURS[number % len(_BAR_COLOURS)]}">&#9632;</span> {html.escape(role.role)}'
+            for number, role in enumerate(held)
+            if scale * role.nbytes >= 2
+        )
+        # The frame ends where the budget does, unless more is held.
+        frame = f"width:{scale * budget_bytes:.2f}%;border:1px solid #888;height:1.2em"
+        bars.append(
+            f"<div>{tier}: {format_bytes(sum(role.nbytes for role in held))} of {format_bytes(budget_bytes)}</div>"
+            f'<div style="{frame}"><div style="width:{1e4 / max(scale * budget_bytes, 1):.2f}%">{parts}</div></div>'
+            f"<small>{legend}</small>"
+        )
+    return f'<div style="max-width:60em">{"".join(bars)}</div>'
 
 
 def _title(plan: Plan) -> str:

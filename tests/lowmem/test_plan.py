@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from lowmem.planning.planner import plan_step
 from lowmem.planning.shapes import BlockShape, LinearShape, Part, itemsize
 from lowmem.planning.step_memory import RoleBytes, peak_bytes
 from lowmem.planning.step_time import Rates, assumed_rates
-from offload import Budget
+from offload import Budget, format_bytes
 from offload.budget import format_seconds
 from tests.lowmem.llama_shapes import llama, llama_block
 
@@ -125,6 +126,16 @@ def test_html_holds_the_same_numbers_and_escapes_names() -> None:
     assert "<b><b>" not in page
     assert "&lt;b&gt;" in page
     assert page.count("<tr>") == len({(role.role, role.phase) for role in plan.roles}) + 2
+
+
+def test_html_draws_each_tier_up_to_its_budget() -> None:
+    plan = planned()
+    page = plan._repr_html_()
+    assert f"device: {format_bytes(plan.device_bytes)} of {format_bytes(plan.device_budget_bytes)}" in page
+    widths = [float(width) for width in re.findall(r"float:left;height:1.2em;width:([0-9.]+)%", page)]
+    held = plan.device_bytes / max(plan.device_bytes, plan.device_budget_bytes)
+    held += plan.host_bytes / max(plan.host_bytes, plan.host_budget_bytes, 1)
+    assert sum(widths) == pytest.approx(100 * held, abs=0.2)
 
 
 def test_short_sequences_go_whole_through_a_block() -> None:
