@@ -36,14 +36,27 @@ def unpack_rows(out: Tensor, fill: FillRows, *, multiple: int = 1) -> None:
     step = max(1, elements // num_columns // multiple) * multiple
     direct = out.dtype == torch.float32 and out.is_contiguous()
     piece = None if direct else torch.empty((min(step, num_rows), num_columns), dtype=torch.float32, device=out.device)
+    # Where columns lie together the piece is turned first: written straight it would go to memory four bytes at a time.
+    turned = rounded = None
+    if piece is not None and out.stride(0) == 1 and num_rows > 1:
+        rounded = piece if out.dtype == torch.float32 else torch.empty_like(piece, dtype=out.dtype)
+        turned = torch.empty((num_columns, len(piece)), dtype=out.dtype, device=out.device)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         if piece is None:
             fill(rows, out[rows])
-        else:
-            part = piece[: rows.stop - rows.start]
-            fill(rows, part)
+            continue
+        part = piece[: rows.stop - rows.start]
+        fill(rows, part)
+        if turned is None or rounded is None:
             out[rows].copy_(part)
+        else:
+            # Rounded before: turning is quick within one type.
+            if rounded is not piece:
+                rounded[: len(part)].copy_(part)
+            whole = turned[:, : len(part)]
+            whole.copy_(rounded[: len(part)].t())
+            out.t()[:, rows].copy_(whole)
 
 
 class PairLookup:
