@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo $$p; break; }; done)
 
-.PHONY: setup demo docs test fuzz check bench clean
+.PHONY: setup demo docs test fuzz check bench gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -61,6 +61,10 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.sft_step_time --root $(BENCH_ROOT)
 	$(BIN)/python -m benchmarks.io_bound --root $(BENCH_ROOT)
 	$(BIN)/python -m benchmarks.passes --root $(BENCH_ROOT)
+
+# For whoever has a card: ten minutes, a table to paste at the end. ARGS='--only NAME' for some of it.
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check --root $(BENCH_ROOT) $(ARGS)
 
 clean:
 	rm -rf build dist site demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,7 @@ import torch
 
 from lowmem.adapters.support import check_peft_config
 from lowmem.errors import UnsupportedError
-from lowmem.full.opening import refuse_unsupported
+from lowmem.full.opening import moved_dtype, refuse_unsupported
 from lowmem.headers.description import describing
 from lowmem.loading import load
 from lowmem.machines.cards import Machine
@@ -49,6 +49,7 @@ def from_pretrained(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    cap_device: bool = False,
     **others: object,
 ) -> PreTrainedModel:
     """Open a checkpoint as the real transformers model, with its decoder blocks left on disk until they are visited.
@@ -65,7 +66,8 @@ def from_pretrained(
             `lowmem.optim.AdamW`.
         quantization: None: weights move as they are stored.
         device: Compute device; the plan's, else the GPU if there is one, else the CPU.
-        dtype: Compute dtype; the plan's, else float32 on a CPU, on a GPU bfloat16 where it can.
+        dtype: Compute dtype; the plan's, else float32 on a CPU and with tuning="full", on a GPU bfloat16 where it can.
+            bfloat16 with tuning="full" on a GPU: only matrices move as bf16, for forwards under autocast.
         chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
         num_labels: Give the sequence classification model with so many outputs, 1 for a reward model; a head that the
@@ -73,6 +75,7 @@ def from_pretrained(
         attn_implementation: As in transformers; None for the model's own choice, which is "sdpa" for most.
         revision: Branch, tag or commit of the hub repository.
         trust_remote_code: Run model code that comes with the checkpoint.
+        cap_device: Have torch refuse this whole process more of the GPU than the budget, beyond what it has now.
         others: Options of transformers that have no meaning here: refused, naming what to use instead.
 
     Raises:
@@ -91,15 +94,10 @@ def from_pretrained(
             )
         device, dtype = device or plan.job.device, dtype or plan.compute_dtype
         num_labels = 1 if num_labels is None and plan.job.task == "reward" else num_labels
-    opened = open_checkpoint(
-        resolve(model, revision=revision),
-        name=str(model),
-        device=pick_device(device),
-        dtype=dtype or _default_dtype(tuning),
-        num_labels=num_labels,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
+    chosen = pick_device(device)
+    opening: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    opening |= {"dtype": _model_dtype(dtype, tuning=tuning, device=chosen), "num_labels": num_labels}
+    opened = open_checkpoint(resolve(model, revision=revision), name=str(model), device=chosen, **opening)
     try:
         if tuning == "full":
             refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
@@ -109,16 +107,39 @@ def from_pretrained(
         else:
             _refuse_another_plan(plan, opened, tuning=tuning)
         plan.require_fit()
+        _cap_device(opened.device, plan if cap_device else None)
         check_every_trainer()
-        return load(opened, plan=plan)
+        return load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen))
     except BaseException:
         opened.source.close()
         raise
 
 
-def _default_dtype(tuning: str) -> torch.dtype | None:
-    """What blocks compute in if nobody says: every weight is trained in fp32; else the device decides."""
-    return torch.float32 if tuning == "full" else None
+def _cap_device(device: torch.device, plan: Plan | None) -> None:
+    """Have torch refuse more device memory than a plan's budget; without a plan, nothing.
+
+    Raises:
+        UnsupportedError: The device is a CPU.
+    """
+    if plan is None:
+        return
+    if device.type == "cpu":
+        raise UnsupportedError(
+            "cap_device=True on a CPU",
+            reason="its memory is the process's, which the system limits",
+            instead="a control group's limit (systemd-run --scope -p MemoryMax=...), or no cap_device",
+        )
+    # The allocator counts what it has reserved, whatever is free in it.
+    torch.cuda.empty_cache()
+    total_bytes = torch.cuda.mem_get_info(device)[1]
+    allowed_bytes = torch.cuda.memory_reserved(device) + plan.device_budget_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes / total_bytes), device)
+
+
+def _model_dtype(dtype: torch.dtype | str | None, *, tuning: str, device: torch.device) -> torch.dtype | str | None:
+    """Type of the model's parameters: fp32 where every weight is trained, also where blocks get them in another one."""
+    moved = moved_dtype(dtype, tuning=tuning, device=device)
+    return torch.float32 if tuning == "full" and (dtype is None or moved != torch.float32) else dtype
 
 
 def _refuse_other_types(model: object, plan: object = None, **sizes: object) -> None:
@@ -200,7 +221,7 @@ def plan(
     given |= {"batch_size": 1 if batch_size == "auto" else batch_size, "has_dropout": _has_dropout(peft_config)}
     job = Job(task=task, seq_len=seq_len, device=kind_of(chosen), tuning=tuning, **given)
     opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    opening |= {"attn_implementation": attn_implementation, "dtype": dtype or _default_dtype(tuning)}
+    opening |= {"attn_implementation": attn_implementation, "dtype": _model_dtype(dtype, tuning=tuning, device=chosen)}
     with describing(model, device=chosen, has_bf16=_has_bf16(machine), **opening) as opened:
         shapes = _shapes_for(opened, job, peft_config=peft_config)
         found = rates_for(opened, shapes, rates) if machine is None else machine.rates

@@ -27,7 +27,7 @@ from lowmem.experts.visiting import (
     experts_per_token,
     with_dense_blocks,
 )
-from lowmem.full.opening import AdapterRefusal, Masters, MasterWeights, open_full
+from lowmem.full.opening import Masters, MasterWeights, open_full
 from lowmem.host_memory import process_peak_bytes
 from lowmem.internals.experts import GROUPED, experts_implementation, use_experts_forward
 from lowmem.internals.torch import has_fast_bf16
@@ -118,12 +118,13 @@ _ROW_THREADS = 4
 """Requests in flight where rows of an embedding table are read one by one."""
 
 
-def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
+def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Make the streamed model: read what stays resident, start the scheduler, take over the blocks.
 
     Args:
         opened: A checked checkpoint; its files are closed with the model.
         plan: What goes where.
+        moved_dtype: With every weight trained, type in which blocks' matrices go to a GPU; torch.float32 or bfloat16.
 
     Raises:
         OffloadError: A file cannot be read, or memory cannot be had.
@@ -144,7 +145,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         stack.callback(reader.close)
         trace = Trace()
         tables = _Weights(built, reader=reader, device=device)
-        masters = Masters() if plan.job.tuning == "full" else None
+        masters = Masters(moved_dtype) if plan.job.tuning == "full" else None
         gathered = gatherable_embedding(built) if plan.embedding_on_disk else None
         model = fill(
             built,
@@ -170,9 +171,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
         tiers = _Boundaries(device=device, trace=trace)
         stack.callback(tiers.close)
-        choose_split = Replanning(
-            plan, shapes=shapes, can_chunk=chunks, tier_of=tiers.open, source_of=getattr(weights, "move", None)
-        )
+        move = getattr(weights, "move", None)
+        choose_split = Replanning(plan, shapes=shapes, can_chunk=chunks, tier_of=tiers.open, source_of=move)
         runtime = Runtime(
             built.blocks,
             scheduler=weights.scheduler,
@@ -190,8 +190,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     if isinstance(weights, _FrozenExperts):
         runtime.announce = weights.announce
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
-    checks = (Preparation(model),) if masters is None else (AdapterRefusal(model), Preparation(model))
-    attach(model, runtime, before_first=checks)
+    checks = () if masters is None else masters.checks(model)
+    attach(model, runtime, before_first=(*checks, Preparation(model)))
     choose_split.watch(model, runtime)
     if masters is None:
         refuse_before_changes()

@@ -29,7 +29,7 @@ from offload.budget import (
     parse_bytes,
 )
 from offload.buffers import StagingBuffer, register_host_memory, unregister_host_memory, view_tensor
-from offload.device import CopyStream, open_device
+from offload.device import ComputeTimes, CopyStream, open_device
 from offload.errors import (
     BudgetError,
     Closed,
@@ -76,6 +76,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "Closed",
+    "ComputeTimes",
     "ControlGroup",
     "CopyStream",
     "Counters",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -11,9 +12,16 @@ from torch import Tensor
 
 from offload.blocks import DeviceCopy
 from offload.buffers import StagingBuffer
+from offload.trace import Trace
 
 _ANCHOR_NS = 1_000_000_000
 """Age at which the time base of a device's events is renewed: they measure from it in float32 milliseconds."""
+
+_MOST_OPEN_SPANS = 4096
+"""Spans of a GPU that wait to be told: those of some steps."""
+
+_SHORTEST_STALL_NS = 20_000
+"""Less between two events on a stream with nothing between them is the launching itself."""
 
 
 class Copy(Protocol):
@@ -36,6 +44,8 @@ class Device(Protocol):
     """Where yielded tensors are."""
     is_host: bool
     """Whether the device computes from host memory, so that a staging buffer is a slot and nothing is copied."""
+    wait_lane: str
+    """Lane of the trace for the time that a visit waits for its block: "stall" where the device waits with it."""
 
     def staging(self, nbytes: int) -> StagingBuffer:
         """A host buffer that reads land in and copies start from."""
@@ -77,6 +87,7 @@ class CpuDevice:
     def __init__(self, *, separate_slots: bool = False) -> None:
         self.torch_device = torch.device("cpu")
         self.is_host = not separate_slots
+        self.wait_lane = "stall"
 
     def staging(self, nbytes: int) -> StagingBuffer:
         """See `Device.staging`."""
@@ -138,12 +149,10 @@ class CudaDevice:
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
         self.torch_device = torch.device("cuda", index)
         self.is_host = False
+        # The host may wait while the device still works off its queue; `ComputeTimes` knows when that stalls.
+        self.wait_lane = "host waits"
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        # Events tell only the time between two of them: this one ties them to the clock of the trace.
-        self._anchor = self._event()
-        self._anchor.record(self._copies)
-        self._anchor.synchronize()
-        self._anchor_ns = time.perf_counter_ns()
+        self._clock = _EventClock(self._copies)
 
     def staging(self, nbytes: int) -> StagingBuffer:
         """See `Device.staging`. Pinned where the system allows it."""
@@ -165,7 +174,7 @@ class CudaDevice:
         self, source: Tensor, *, into: Tensor, after: torch.cuda.Event | None, parts: Sequence[DeviceCopy] | None = None
     ) -> CudaCopy:
         """See `Device.copy`. From pageable memory the calling thread waits for the bytes, and before for `after`."""
-        start, end = self._event(), self._event()
+        start, end = timing_event(), timing_event()
         with torch.cuda.stream(self._copies):
             if after is not None:
                 # The copy must not overwrite weights that the slot's last visit is still computing with, nor, the first
@@ -191,15 +200,75 @@ class CudaDevice:
 
     def clock_ns(self, event: torch.cuda.Event) -> int:
         """When an event that is over happened, by `time.perf_counter_ns()`."""
+        return self._clock.at_ns(event)
+
+
+def timing_event() -> torch.cuda.Event:
+    """An event that tells its time."""
+    # Blocking: a thread that waits for it sleeps rather than spins.
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+
+class _EventClock:
+    """Events tell only the time between two of them: one that is waited for ties them to the clock of the trace."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._anchor = timing_event()
+        self._anchor.record(stream)
+        self._anchor.synchronize()
+        self._anchor_ns = time.perf_counter_ns()
+
+    def at_ns(self, event: torch.cuda.Event) -> int:
         elapsed_ms: float = self._anchor.elapsed_time(event)
         at_ns = self._anchor_ns + round(elapsed_ms * 1e6)
         if at_ns - self._anchor_ns > _ANCHOR_NS:
             self._anchor, self._anchor_ns = event, at_ns
         return at_ns
 
-    def _event(self) -> torch.cuda.Event:
-        # Blocking: a thread that waits for it sleeps rather than spins.
-        return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+class ComputeTimes:
+    """When a GPU computed, and waited for blocks: spans between events of its compute stream, told once they are over.
+
+    The host's clock would show when kernels were launched. Belongs to the training thread.
+
+    Args:
+        device: The GPU.
+        trace: Gets the spans.
+    """
+
+    def __init__(self, device: torch.device, trace: Trace) -> None:
+        self._device, self._trace = device, trace
+        self._clock = _EventClock(torch.cuda.current_stream(device))
+        self._open: deque[tuple[str, str, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def now(self) -> torch.cuda.Event:
+        """The point that the current stream has been filled up to."""
+        event = timing_event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def add(self, lane: str, name: str, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """Have the time between two points told."""
+        self._open.append((lane, name, start, end))
+        if len(self._open) > _MOST_OPEN_SPANS:
+            # The older half is over by now, or the device is thousands of kernels behind.
+            self._settle(_MOST_OPEN_SPANS // 2)
+
+    def settle(self) -> None:
+        """Wait for the device, and tell everything."""
+        self._settle(len(self._open))
+
+    def forget(self) -> None:
+        """Tell nothing of what is open: after an error."""
+        self._open.clear()
+
+    def _settle(self, num: int) -> None:
+        for _ in range(num):
+            lane, name, start, end = self._open.popleft()
+            end.synchronize()
+            start_ns, end_ns = self._clock.at_ns(start), self._clock.at_ns(end)
+            if lane != "stall" or end_ns - start_ns > _SHORTEST_STALL_NS:
+                self._trace.add(lane, name, start_ns, max(start_ns, end_ns))
 
 
 class CudaCopy:
@@ -282,6 +351,12 @@ class CopyStream:
         # Nothing may compute from a value that is still arriving.
         current.wait_event(event)
         return value, event
+
+    def mark(self) -> torch.cuda.Event:
+        """What is over once all copies that have been started are."""
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
 
     def synchronize(self) -> None:
         """Let the calling thread wait until all copies are over."""

@@ -278,6 +278,11 @@ class Pipeline:
         """Whether the device computes from host memory, so that nothing is copied."""
         return self._device.is_host
 
+    @property
+    def wait_lane(self) -> str:
+        """Lane for the time that visits wait: the device's."""
+        return self._device.wait_lane
+
     def find(self, block: int) -> Slot | None:
         """The slot from which a visit to the block can be served now, or None."""
         slot = self._on_device(block)

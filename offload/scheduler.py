@@ -44,7 +44,7 @@ class Fetcher:
     Args:
         pipeline: What to run; closed with this.
         names: Names of the blocks, for errors and traces.
-        trace: Gets a "stall" span for every visit that had to wait.
+        trace: Gets a span for every visit that had to wait, on the device's `wait_lane`.
     """
 
     def __init__(self, pipeline: Pipeline, *, names: Sequence[str], trace: Trace) -> None:
@@ -177,7 +177,7 @@ class Fetcher:
                 del pipeline.demands[block]
             end_ns = time.perf_counter_ns()
             self.stall_s += (end_ns - start_ns) / 1e9
-            self._trace.add("stall", self._names[block], start_ns, end_ns)
+            self._trace.add(pipeline.wait_lane, self._names[block], start_ns, end_ns)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.chunks import Chunk, ChunkFiles, NewestBlocks, block_spec, chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
-from lowmem.full.flat import FlatBuffers, ParamPlace, Segment, UnitLayout
+from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, UnitLayout
+from lowmem.full.gpu_tier import landing_for
 from lowmem.full.rules import RuleStream
-from lowmem.full.tier import WEIGHT, Contribution, Edit, StateTier
+from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, StateTier
 from offload import JsonObject, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
 
 
@@ -39,6 +40,7 @@ class DiskTier(StateTier):
         load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
         read_base: Reads one parameter as the checkpoint has it, by name.
         trace: Where transfers are recorded.
+        device: Where blocks are computed. On a GPU, blocks go up from the ring, and gradients come down as made.
 
     Raises:
         FolderInUse: Another run has the folder.
@@ -57,6 +59,7 @@ class DiskTier(StateTier):
         load_base: Callable[[int, Tensor], None],
         read_base: Callable[[str], Tensor],
         trace: Trace,
+        device: torch.device,
     ) -> None:
         self.layouts = tuple(layouts)
         self._live, self._num_blocks, self._read_base = dict(live), num_blocks, read_base
@@ -84,12 +87,14 @@ class DiskTier(StateTier):
             [block_spec(layout, folder) for layout in self.layouts[:num_blocks]],
             plan=placement,
             reader=NewestBlocks(self.layouts[:num_blocks], self.fetch),
-            device=open_device("cpu"),
+            device=open_device(device),
             trace=trace,
         )
+        widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in self.layouts[:num_blocks])
+        self._landing = None if device.type == "cpu" else landing_for(device, widest_bytes=widest_bytes)
 
     @contextmanager
-    def lend(self, index: int) -> Iterator[Tensor]:
+    def lend(self, index: int) -> Iterator[FlatWeight]:
         """See `StateTier.lend`: a slot of the ring."""
         self._rules.flush()
         with self._scheduler.resident(index) as tensors:
@@ -125,10 +130,15 @@ class DiskTier(StateTier):
             job.into = flat
             return self._submit(job)
 
-    def accumulating(
-        self, index: int, *, adds: bool, stays: bool
-    ) -> AbstractContextManager[Callable[[Contribution], None]]:
-        return self._gradients.accumulating(index, adds=adds, stays=stays)
+    @contextmanager
+    def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
+        """See `StateTier.accumulating`. At its end gradients of a GPU have come: they go on to disk as a whole."""
+        with self._gradients.accumulating(index, adds=adds, stays=stays) as keep:
+            if self._landing is None:
+                yield keep
+                return
+            yield partial(self._landing.take, keep=keep)
+            self._landing.finish()
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         return self._gradients.read(index, place)
@@ -155,6 +165,7 @@ class DiskTier(StateTier):
         """
         self.begin_updates()
         if index >= self._num_blocks:
+            gradient = None if gradient is None else gradient.cpu()
             with self._lock:
                 self._outer.append(self._submit_update(index, segments, gradient=gradient))
             return
@@ -172,8 +183,12 @@ class DiskTier(StateTier):
         self.begin_updates()
         self._gradients.rest()
         if edit.gradient is not None:
-            place = edit.place
-            edit.run(self._live[edit.unit][place.start : place.stop].view(place.shape), edit.gradient)
+            live = self._live[edit.unit][edit.place.start : edit.place.stop].view(edit.place.shape)
+            # On a CPU, the weight itself.
+            weight = live.cpu()
+            edit.run(weight, edit.gradient.cpu())
+            if weight is not live:
+                live.copy_(weight)
             self._changed_live.add(edit.unit)
             return
         self._rules.run(edit)
@@ -214,7 +229,7 @@ class DiskTier(StateTier):
         self._rules.flush()
         self._carry_out(index)
         if field == WEIGHT and index in self._live:
-            return self._live[index][place.start : place.stop].view(place.shape).clone()
+            return self._live[index][place.start : place.stop].view(place.shape).to("cpu", copy=True)
         if field == WEIGHT and not self.files.has_weight(index):
             return self._read_base(place.key)
         found = torch.empty(place.shape)
@@ -245,6 +260,7 @@ class DiskTier(StateTier):
             **self._scheduler.memory(),
             "state_chunk_bytes": self._thread.memory_bytes,
             "gradient_bytes": self._gradients.memory_bytes,
+            **({} if self._landing is None else {"gradient_buffer_bytes": self._landing.held_bytes}),
         }
 
     def close(self) -> None:
@@ -254,8 +270,9 @@ class DiskTier(StateTier):
             threading.Thread(target=self.close, name="lowmem-close").start()
             return
         with ExitStack() as closing:
-            for part in (self.files, self._gradients, self._thread, self._scheduler):
-                closing.callback(part.close)
+            for part in (self.files, self._gradients, self._thread, self._scheduler, self._landing):
+                if part is not None:
+                    closing.callback(part.close)
             with suppress(OffloadError):
                 self.finish()
 

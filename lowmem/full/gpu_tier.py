@@ -21,19 +21,23 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from lowmem.full.chunks import NewestBlocks, block_spec
+from lowmem.full.chunks import NewestBlocks
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, UnitLayout
-from lowmem.full.tier import WEIGHT, Contribution, Edit, MemoryTier
+from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, MemoryTier
 from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING
 from offload import (
+    PAGE_BYTES,
+    BlockSpec,
     CopyStream,
     Placement,
     PlacementPlan,
     Scheduler,
     StagingBuffer,
+    TensorSpec,
     Trace,
     Transfer,
     WorkerThread,
+    lay_out,
     open_device,
     round_up,
 )
@@ -52,6 +56,8 @@ class GpuMemoryTier(MemoryTier):
         num_slots: Blocks that are on the device at a time.
         num_passes: Visits of each block in one optimizer step.
         trace: Where copies and stalls are recorded.
+        moved_dtype: Type in which matrices go up, and their gradients come down; vectors stay fp32. For blocks that run
+            under autocast, which would make the same of fp32 matrices.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class GpuMemoryTier(MemoryTier):
         num_slots: int,
         num_passes: int,
         trace: Trace,
+        moved_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(layouts, live={})
         self._on_device = dict(live)
@@ -71,15 +78,15 @@ class GpuMemoryTier(MemoryTier):
         for index, weight in live.items():
             self.weight(index)[: weight.numel()].copy_(weight)
         blocks = self.layouts[:num_blocks]
-        block_bytes = tuple(ELEMENT_BYTES * layout.numel for layout in blocks)
-        self._landing = GradientLanding(device, nbytes=NUM_LANDING_BLOCKS * max(block_bytes))
+        self._halves = [_Halves(layout, moved_dtype) for layout in blocks]
+        widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in blocks)
+        self._landing = landing_for(device, widest_bytes=widest_bytes)
         self._lifts = MasterLifts()
         self._scheduler = Scheduler(
-            # No file has this name: what the scheduler reads are the masters.
-            [block_spec(layout, Path("/masters")) for layout in blocks],
+            [halves.spec for halves in self._halves],
             plan=PlacementPlan(
                 placements=(Placement.STREAMED,) * num_blocks,
-                block_bytes=block_bytes,
+                block_bytes=tuple(halves.read.buffer_bytes for halves in self._halves),
                 device_is_host=False,
                 num_staging=NUM_MASTER_STAGING,
                 num_slots=num_slots,
@@ -91,10 +98,10 @@ class GpuMemoryTier(MemoryTier):
         )
 
     @contextmanager
-    def lend(self, index: int) -> Iterator[Tensor]:
+    def lend(self, index: int) -> Iterator[FlatWeight]:
         """See `StateTier.lend`: a slot of the device's ring."""
         with self._scheduler.resident(index) as tensors:
-            yield tensors[WEIGHT]
+            yield self._halves[index].joined(tensors)
 
     def expect(self, order: Sequence[int]) -> None:
         self._scheduler.expect(order)
@@ -103,15 +110,7 @@ class GpuMemoryTier(MemoryTier):
     def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
         """See `StateTier.accumulating`. Gradients of the device land later; whoever needs them waits."""
         with super().accumulating(index, adds=adds, stays=stays) as keep:
-
-            def take(one: Contribution) -> None:
-                if one.value.device.type == "cpu":
-                    self._landing.finish()
-                    keep(one)
-                else:
-                    self._landing.put(one, keep)
-
-            yield take
+            yield partial(self._landing.take, keep=keep)
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         self._landing.finish()
@@ -158,6 +157,10 @@ class GpuMemoryTier(MemoryTier):
 
     def close(self) -> None:
         """Stop the transfers and release all buffers."""
+        if isinstance(threading.current_thread(), WorkerThread):
+            # The collector runs finalizers in any thread; one that the transfers need must not wait for them.
+            threading.Thread(target=self.close, name="lowmem-close").start()
+            return
         self._scheduler.close()
         self._lifts.close()
         self._landing.close()
@@ -175,9 +178,60 @@ class GpuMemoryTier(MemoryTier):
 
     def _lift(self, index: int, into: Tensor) -> Transfer:
         """Start copying a block's master weight into a staging buffer; called by the scheduler's thread."""
-        master = self.weight(index)
-        target = into.view(torch.float32)[: master.numel()]
-        return self._lifts.start(self.layouts[index].name, partial(target.copy_, master), memory=into)
+        fill = partial(self._halves[index].fill, into, self.weight(index))
+        return self._lifts.start(self.layouts[index].name, fill, memory=into)
+
+
+_MATRICES, _VECTORS = "matrices", "vectors"
+
+
+class _Halves:
+    """How a block's flat weight goes up: its matrices, which come first, in one type, its vectors in fp32."""
+
+    def __init__(self, layout: UnitLayout, dtype: torch.dtype) -> None:
+        vectors = (place.start for place in layout.places if len(place.shape) < 2)
+        self._split = min(vectors, default=layout.numel)
+        num_vectors = layout.numel - self._split
+        # No file has this name: what the scheduler reads are the masters.
+        matrices = TensorSpec(
+            name=_MATRICES,
+            dtype=dtype,
+            shape=(self._split,),
+            file=Path("/masters"),
+            offset_bytes=0,
+            nbytes=self._split * dtype.itemsize,
+        )
+        start = round_up(matrices.nbytes, PAGE_BYTES)
+        rest = replace(
+            matrices,
+            name=_VECTORS,
+            dtype=torch.float32,
+            shape=(num_vectors,),
+            offset_bytes=start,
+            nbytes=num_vectors * ELEMENT_BYTES,
+        )
+        self.spec = BlockSpec(name=layout.name, tensors=(matrices, rest))
+        self.read = lay_out(self.spec)
+
+    def fill(self, into: Tensor, master: Tensor) -> None:
+        """Fill a staging buffer from the flat fp32 master."""
+        for spec, part in zip(self.spec.tensors, (master[: self._split], master[self._split :]), strict=True):
+            start = self.read.tensor_offsets[spec.name]
+            into[start : start + spec.nbytes].view(spec.dtype).copy_(part)
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> FlatWeight:
+        """What can be sliced like the flat master."""
+        return _Joined(tensors[_MATRICES], tensors[_VECTORS], split=self._split)
+
+
+class _Joined:
+    def __init__(self, matrices: Tensor, vectors: Tensor, *, split: int) -> None:
+        self._matrices, self._vectors, self._split = matrices, vectors, split
+
+    def __getitem__(self, elements: slice, /) -> Tensor:
+        if elements.start < self._split:
+            return self._matrices[elements]
+        return self._vectors[elements.start - self._split : elements.stop - self._split]
 
 
 class MasterLifts:
@@ -228,6 +282,16 @@ class _Landed:
     end: int
 
 
+def landing_for(device: torch.device, *, widest_bytes: int) -> GradientLanding:
+    """What brings gradients down.
+
+    Args:
+        device: The GPU.
+        widest_bytes: Bytes of the largest block's gradients.
+    """
+    return GradientLanding(device, nbytes=NUM_LANDING_BLOCKS * widest_bytes)
+
+
 class GradientLanding:
     """Brings weights' gradients down while autograd goes on, and has a thread add them up in the order they came.
 
@@ -250,6 +314,14 @@ class GradientLanding:
     def held_bytes(self) -> int:
         """Bytes of page-locked memory; none before the first gradient."""
         return 0 if self._buffer is None else self._buffer.nbytes
+
+    def take(self, one: Contribution, *, keep: Callable[[Contribution], None]) -> None:
+        """Have a gradient kept: from the device later, behind those before it; from the host now."""
+        if one.value.device.type == "cpu":
+            self.finish()
+            keep(one)
+        else:
+            self.put(one, keep)
 
     def put(self, one: Contribution, keep: Callable[[Contribution], None]) -> None:
         """Start copying a gradient; returns at once where there is room.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -30,6 +30,7 @@ from lowmem.full.tier import MemoryTier, StateTier
 from lowmem.internals.torch import parameter_table
 from lowmem.internals.transformers import on_optimizer_resume
 from lowmem.models.absent import read_now
+from lowmem.models.checkpoint import pick_dtype
 from lowmem.optim.optimizer import give_to_engine
 from offload import BlockSpec, Closed, FileIO, StagingBuffer, Trace, lay_out, view_tensor
 
@@ -155,7 +156,13 @@ STATE_FOLDER = "weights-and-state"
 class Masters:
     """Reads and writes single weights of a model whose engine is made after its parameters are."""
 
-    def __init__(self) -> None:
+    def __init__(self, moved_dtype: torch.dtype = torch.float32) -> None:
+        """Serve nobody yet.
+
+        Args:
+            moved_dtype: Type in which matrices go to a GPU.
+        """
+        self.moved_dtype = moved_dtype
         self._full: weakref.ref[FullTuning] | None = None
 
     def serve(self, full: FullTuning) -> None:
@@ -179,12 +186,57 @@ class Masters:
         """
         self._engine(key).write(key, value)
 
+    def checks(self, model: PreTrainedModel) -> tuple[Callable[[], None], ...]:
+        """What is called before block 0 of each forward."""
+        refusal = AdapterRefusal(model)
+        if self.moved_dtype == torch.float32:
+            return (refusal,)
+        return AutocastCheck(model.device, self.moved_dtype), refusal
+
     def _engine(self, key: str) -> FullTuning:
         assert self._full is not None, f"{key} was used before the masters were filled"
         full = self._full()
         if full is None:
             raise Closed(f"{key}: the model that it is a parameter of is gone; open it again")
         return full
+
+
+class AutocastCheck:
+    """Called before block 0 of each forward of blocks whose matrices are moved in another type than fp32."""
+
+    def __init__(self, device: torch.device, moved_dtype: torch.dtype) -> None:
+        """Ask for autocast to a type on a device."""
+        self._device, self._moved_dtype = device, moved_dtype
+
+    def __call__(self) -> None:
+        """Refuse a forward outside of it.
+
+        Raises:
+            UnsupportedError: Products would mix types.
+        """
+        kind = self._device.type
+        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != self._moved_dtype:
+            name = str(self._moved_dtype).removeprefix("torch.")
+            raise UnsupportedError(
+                f"tuning='full' with dtype={name} outside of autocast to {name}",
+                reason="matrices come to the GPU in that type, and everything else is fp32",
+                instead=f"the trainer's bf16=True, torch.autocast({kind!r}, {self._moved_dtype}) around the forward, "
+                "or dtype=torch.float32",
+            )
+
+
+def moved_dtype(dtype: torch.dtype | str | None, *, tuning: str, device: torch.device) -> torch.dtype:
+    """Type in which the matrices of blocks go to a GPU where every weight is trained: the one asked for, else fp32.
+
+    Args:
+        dtype: What was asked for.
+        tuning: What is trained; without "full", weights go as they are stored, and fp32 is returned.
+        device: Compute device; a CPU computes from the masters.
+    """
+    if tuning != "full" or dtype is None or device.type == "cpu":
+        return torch.float32
+    found = pick_dtype(dtype, device=device, stored=torch.float32)
+    return found if found == torch.bfloat16 else torch.float32
 
 
 class AdapterRefusal:
@@ -249,7 +301,13 @@ def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dt
 
 
 def open_full(
-    model: PreTrainedModel, opened: Opened, masters: Masters, *, plan: Plan, reader: FileIO, trace: Trace
+    model: PreTrainedModel,
+    opened: Opened,
+    masters: Masters,
+    *,
+    plan: Plan,
+    reader: FileIO,
+    trace: Trace,
 ) -> MasterWeights:
     """Fill the master weights and make every parameter trainable.
 
@@ -260,8 +318,17 @@ def open_full(
         plan: Names the tier.
         reader: Reads stored tensors.
         trace: Where transfers are recorded.
+
+    Raises:
+        UnsupportedError: Another type than fp32 with state on disk.
     """
-    built = opened.built
+    built, moved_dtype = opened.built, masters.moved_dtype
+    if plan.choice.state_tier == "disk" and moved_dtype != torch.float32:
+        raise UnsupportedError(
+            f"tuning='full' with dtype={moved_dtype} and state on disk",
+            reason="weights come from disk in fp32",
+            instead="dtype=torch.float32, or a host budget for the state",
+        )
     blocks = [{slot.key: _param(slot.module, slot.attribute) for slot in streamed.slots} for streamed in built.blocks]
     inside = {id(param) for params in blocks for param in params.values()}
     outer = {key: param for key, param in model.named_parameters() if id(param) not in inside}
@@ -277,7 +344,7 @@ def open_full(
     if plan.choice.state_tier == "disk":
         tier: StateTier = _disk_tier(layouts, live, base, opened, plan=plan, trace=trace)
     else:
-        tier = _memory_tier(layouts, live, opened, plan=plan, trace=trace)
+        tier = _memory_tier(layouts, live, opened, plan=plan, trace=trace, moved_dtype=moved_dtype)
         for index in range(len(blocks)):
             base.load(index, tier.weight(index))
         base.release()
@@ -293,7 +360,13 @@ def open_full(
 
 
 def _memory_tier(
-    layouts: list[UnitLayout], live: Mapping[int, Tensor], opened: Opened, *, plan: Plan, trace: Trace
+    layouts: list[UnitLayout],
+    live: Mapping[int, Tensor],
+    opened: Opened,
+    *,
+    plan: Plan,
+    trace: Trace,
+    moved_dtype: torch.dtype,
 ) -> MemoryTier:
     if opened.device.type == "cpu":
         return MemoryTier(layouts, live=live)
@@ -305,6 +378,7 @@ def _memory_tier(
         num_slots=plan.placement.num_slots,
         num_passes=plan.placement.num_passes,
         trace=trace,
+        moved_dtype=moved_dtype,
     )
 
 
@@ -331,6 +405,7 @@ def _disk_tier(
         load_base=base.load_once,
         read_base=base.read,
         trace=trace,
+        device=opened.device,
     )
 
 

@@ -61,6 +61,13 @@ class Edit:
     """Unit and parameter of the accumulated gradient that is used next, to be read meanwhile."""
 
 
+class FlatWeight(Protocol):
+    """A block's flat weight: a tensor, or what is sliced like one."""
+
+    def __getitem__(self, elements: slice, /) -> Tensor:
+        """The elements of one parameter."""
+
+
 class StateTier(Protocol):
     """Keeps the flat buffers of all units: the decoder blocks first, then the parameters outside them.
 
@@ -70,7 +77,7 @@ class StateTier(Protocol):
     layouts: tuple[UnitLayout, ...]
     """The units."""
 
-    def lend(self, index: int) -> AbstractContextManager[Tensor]:
+    def lend(self, index: int) -> AbstractContextManager[FlatWeight]:
         """A block's flat weight for the time of a visit; nobody writes to it meanwhile."""
 
     def expect(self, order: Sequence[int]) -> None:
@@ -167,7 +174,7 @@ class MemoryTier(StateTier):
         return self._flat(index, WEIGHT)
 
     @contextmanager
-    def lend(self, index: int) -> Iterator[Tensor]:
+    def lend(self, index: int) -> Iterator[FlatWeight]:
         """See `StateTier.lend`: the master weight itself."""
         yield self._flat(index, WEIGHT)
 

@@ -58,7 +58,7 @@ class StepSeconds:
 def step_seconds(timeline: StepTimeline) -> StepSeconds:
     """Account for one step.
 
-    On a GPU, computing is the time in which the host queued a block's work or waited for it.
+    On a GPU, computing and waiting are the device's: times between events on its compute stream.
     """
     computing: Counter[str] = Counter()
     for work in computed_passes(timeline):

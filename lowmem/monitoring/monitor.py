@@ -68,7 +68,8 @@ class StepRecord:
     host_peak_bytes: int
     """Largest resident memory of this process so far, by the kernel's high-water mark."""
     device_peak_bytes: int
-    """Largest allocation on the compute device so far; 0 for a CPU, whose memory is the host's."""
+    """The most that torch has reserved on the compute device since training began, with what fragmentation keeps from
+    use; 0 for a CPU, whose memory is the host's."""
 
 
 PREFIX = "lowmem/"
@@ -136,6 +137,9 @@ class StepRecorder:
         self._passes: list[BlockPass] = []
         self._token_counts: list[int | Tensor] = []
         self._block_tokens: dict[int, int] = {}
+        if runtime.device.type == "cuda":
+            # Loading may have taken more than training does.
+            torch.cuda.reset_peak_memory_stats(runtime.device)
         hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
         self._detach: list[Callable[[], None]] = [
             runtime.listen(self._visited),
@@ -161,7 +165,8 @@ class StepRecorder:
         self._start_ns = time.perf_counter_ns()
 
     def finish_step(self) -> tuple[StepRecord, StepTimeline]:
-        """End the step and return what it took; the timeline holds all of its spans."""
+        """End the step and return what it took; the timeline holds all of its spans. On a GPU, waits for it."""
+        self._runtime.settle_times()
         end_ns = time.perf_counter_ns()
         assert self._step is not None, "finish_step without start_step"
         timeline = StepTimeline(
@@ -182,7 +187,7 @@ class StepRecorder:
             disk_busy_bytes=timeline.num_bytes("disk"),
             disk_busy_s=timeline.busy_s("disk"),
             host_peak_bytes=process_peak_bytes(),
-            device_peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            device_peak_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
         )
         return record, timeline
 

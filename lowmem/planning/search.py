@@ -178,9 +178,9 @@ class Room:
             return (self.loaded.state_tier,)
         if self.job.tuning != "full":
             return ("device",)
-        if self.job.device != "cpu":
-            return ("host",)
-        return ("device", "host", "disk") if self.has_disk else ("device", "host")
+        # On a GPU, the state is never on the device.
+        in_memory: tuple[Tier, ...] = ("device", "host") if self.job.device == "cpu" else ("host",)
+        return (*in_memory, "disk") if self.has_disk else in_memory
 
     def _draft(self, choice: Choice) -> Draft | None:
         """What a choice leads to if it fits."""

@@ -167,8 +167,10 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
     tier = choice.state_tier
     if on_gpu:
         yield _device("weight gradients", widest_bytes, phase="block")
-        yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=outer_bytes)
-        passing = (NUM_MASTER_STAGING + NUM_LANDING_BLOCKS) * widest_bytes
+        passing = NUM_LANDING_BLOCKS * widest_bytes
+        if tier == "host":
+            yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=outer_bytes)
+            passing += NUM_MASTER_STAGING * widest_bytes
         yield RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=passing)
     else:
         yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
@@ -176,9 +178,11 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
     for moment in ("exp_avg", "exp_avg_sq"):
         yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)
     if tier == "disk":
-        yield _device("gradient buffer", widest_bytes)
+        near: Tier = "host" if on_gpu else "device"
+        yield RoleBytes(role="gradient buffer", tier=near, nbytes=widest_bytes)
         # Weight, both moments and gradient of the chunks that are read, updated and written.
-        yield _device("state chunks", NUM_CHUNK_BUFFERS * 4 * state_chunk_bytes(widest_bytes))
+        chunks = NUM_CHUNK_BUFFERS * 4 * state_chunk_bytes(widest_bytes)
+        yield RoleBytes(role="state chunks", tier=near, nbytes=chunks)
 
 
 def _largest_weight_bytes(block: BlockShape) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -116,6 +116,7 @@ class HostBoundaries:
             return best
         # Lengths have changed: what is too small or too large now would only add up.
         self.held_bytes -= sum(buffer.nbytes for buffer in self._free)
+        self._let_go(self._free)
         self._free.clear()
         made = self._make_buffer(nbytes)
         self.held_bytes += made.nbytes
@@ -123,6 +124,9 @@ class HostBoundaries:
 
     def _make_buffer(self, nbytes: int) -> StagingBuffer:
         return StagingBuffer(nbytes)
+
+    def _let_go(self, buffers: Sequence[StagingBuffer]) -> None:
+        """Have the memory of buffers go, with the last view of them."""
 
 
 class _Referenced:

@@ -8,8 +8,9 @@ thread, which waits for the copy before it: writing what has come from the devic
 from __future__ import annotations
 
 import math
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,6 +33,32 @@ if TYPE_CHECKING:
     from offload import Trace
 
 
+class _Retired:
+    """Page-locked buffers that go once the copies of them are over, which nobody waits for."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[StagingBuffer, torch.cuda.Event]] = []
+
+    def add(self, buffer: StagingBuffer, copied: torch.cuda.Event) -> None:
+        self._waiting.append((buffer, copied))
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Close the buffers whose copies are over."""
+        waiting, self._waiting = self._waiting, []
+        for buffer, copied in waiting:
+            if copied.query():  # type: ignore[no-untyped-call]
+                buffer.close()
+            else:
+                self._waiting.append((buffer, copied))
+
+    def close(self) -> None:
+        """Wait for the copies, and close the buffers."""
+        for _, copied in self._waiting:
+            copied.synchronize()
+        self.sweep()
+
+
 class GpuHostBoundaries(HostBoundaries):
     """`HostBoundaries` for activations of a GPU: page-locked buffers, and copies beside the computation.
 
@@ -48,6 +75,7 @@ class GpuHostBoundaries(HostBoundaries):
         super().__init__(device)
         self._copies = CopyStream(device)
         self._longest_bytes = 0
+        self._retired = _Retired()
         self.most_wasteful = math.inf
 
     def keep(self, value: Tensor) -> Buffered:
@@ -66,11 +94,16 @@ class GpuHostBoundaries(HostBoundaries):
     def close(self) -> None:
         """Release the buffers that no activation is in, once no copy uses them."""
         self._copies.synchronize()
+        self._retired.close()
         super().close()
 
+    def _let_go(self, buffers: Sequence[StagingBuffer]) -> None:
+        # Page-locked memory must not go while it is being copied.
+        for buffer in buffers:
+            self._retired.add(buffer, self._copies.mark())
+
     def _make_buffer(self, nbytes: int) -> StagingBuffer:
-        # Shorter buffers have been dropped: page-locked memory must not go while it is being copied.
-        self._copies.synchronize()
+        self._retired.sweep()
         self._longest_bytes = max(self._longest_bytes, nbytes)
         return StagingBuffer(self._longest_bytes, pin=True, in_children=False)
 
@@ -84,6 +117,7 @@ class GpuDiskBoundaries(DiskBoundaries):
         self._copies = CopyStream(device)
         self._longest_bytes = 0
         self._copied: dict[StagingBuffer, torch.cuda.Event] = {}
+        self._retired = _Retired()
         self._steps: SimpleQueue[_AfterCopy | None] = SimpleQueue()
         self._follower = WorkerThread(target=_follow, args=(self._steps,), name="boundary-copies")
         self._follower.start()
@@ -116,9 +150,10 @@ class GpuDiskBoundaries(DiskBoundaries):
     def close_buffer(self, buffer: StagingBuffer) -> None:
         """Give a buffer back once no copy uses it."""
         copied = self._copied.pop(buffer, None)
-        if copied is not None:
-            copied.synchronize()
-        buffer.close()
+        if copied is None:
+            buffer.close()
+        else:
+            self._retired.add(buffer, copied)
 
     def shrink(self) -> None:
         """Keep the buffers: longer activations will come again."""
@@ -126,8 +161,11 @@ class GpuDiskBoundaries(DiskBoundaries):
     def close(self) -> None:
         """See `DiskBoundaries.close`."""
         self._steps.put(None)
-        self._follower.join()
+        # The collector runs finalizers in any thread.
+        if threading.current_thread() is not self._follower:
+            self._follower.join()
         super().close()
+        self._retired.close()
 
     def _after_copy(self, stored: StoredBoundary, start: Callable[[], Transfer]) -> Transfer:
         """What `start` begins, begun once the last copy of an activation's buffer is over."""

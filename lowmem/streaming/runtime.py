@@ -24,6 +24,7 @@ from lowmem.streaming.boundary import BoundaryTier
 from lowmem.streaming.call import SplitChoice
 from lowmem.streaming.chunking.carrier import Workspace
 from lowmem.streaming.recompute import RandomTape
+from offload import ComputeTimes
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -268,6 +269,7 @@ class Runtime:
         self.chunk_workspace = Workspace()
         self.tape = RandomTape(device)
         self.rows = ActiveRows()
+        self._times = ComputeTimes(device, trace) if device.type == "cuda" else None
         self._unpacker = unpacker
         self._order = VisitingOrder(self.num_blocks, tell=scheduler.expect)
         self._listeners: list[Callable[[Visit], None]] = []
@@ -326,12 +328,17 @@ class Runtime:
                 self.announce(phase, num_tokens)
             self._order.enter(index, phase)
             self._tell(index, phase, num_tokens, started=True)
+            asked = None if self._times is None else self._times.now()
             with self.scheduler.resident(index) as stored:
-                start_ns = time.perf_counter_ns()
+                start_ns, arrived = time.perf_counter_ns(), None if self._times is None else self._times.now()
                 values = self._unpacker.unpack(index, stored)
                 with self._binding(index, values):
                     yield
-                self.trace.add("compute", f"{phase} {index}", start_ns, time.perf_counter_ns())
+                if self._times is None:
+                    self.trace.add("compute", f"{phase} {index}", start_ns, time.perf_counter_ns())
+                elif asked is not None and arrived is not None:
+                    self._times.add("stall", self.blocks[index].block.name, asked, arrived)
+                    self._times.add("compute", f"{phase} {index}", arrived, self._times.now())
         except BaseException as error:
             self._order.forget()
             self._unpacker.forget()
@@ -346,6 +353,11 @@ class Runtime:
             self._visitor = None
             self._visiting.release()
         self._tell(index, phase, num_tokens, started=False)
+
+    def settle_times(self) -> None:
+        """Have the trace know all visits that are over; on a GPU, wait for it first."""
+        if self._times is not None:
+            self._times.settle()
 
     def record(self, index: int) -> TrainingPass:
         """Note that the block being visited recorded a call; the caller keeps the pass as long as its graph."""
@@ -418,6 +430,8 @@ class Runtime:
             callback()
         self._unpacker.forget()
         self.chunk_workspace.clear()
+        if self._times is not None:
+            self._times.forget()
         self.scheduler.reset()
 
     def close(self) -> None:

@@ -145,6 +145,7 @@ class DelayedDevice:
     def __init__(self, *, delay_s: float) -> None:
         self.torch_device = torch.device("cpu")
         self.is_host = False
+        self.wait_lane = "stall"
         self._delay_s = delay_s
         self._stream = ThreadPoolExecutor(max_workers=1)
         self._num_marks = 0

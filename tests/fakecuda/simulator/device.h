@@ -115,7 +115,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     auto v = ((Event*)e)->version;
     if (!v->done && now_ns() < v->due_ns) return false;
     if (!v->done) drain(v->stream, v.get());
-    merge(W.host, v->clock);
+    host_knows(v->clock);
     return true;
   }
   // The host sleeps until the event is due, without the lock: what it waits for stays late for everybody else.
@@ -135,7 +135,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
         over = v->done || left_ns <= 0;
         if (over) {
           if (!v->done) drain(v->stream, v.get());
-          merge(W.host, v->clock);
+          host_knows(v->clock);
         }
       }
       if (!over) std::this_thread::sleep_for(std::chrono::nanoseconds(left_ns));

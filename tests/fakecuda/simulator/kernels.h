@@ -148,10 +148,26 @@ Tensor& addmm_dtype_out(const Tensor& self, const Tensor& a, const Tensor& b, at
   return out;
 }
 
-// CUDA's histc takes integers, the CPU's does not.
+// CUDA's histc takes integers, the CPU's does not. Neither makes the host wait where the range is given.
 Tensor histc(const Tensor& self, int64_t bins, const at::Scalar& min, const at::Scalar& max) {
-  if (at::isFloatingType(self.scalar_type())) return at::histc(self.cpu(), bins, min, max).to(self.device());
-  return at::histc(self.cpu().to(at::kDouble), bins, min, max).to(self.scalar_type()).to(self.device());
+  Tensor out;
+  {
+    Hold held;
+    int s = t_stream;
+    launch(s);
+    drain(s);
+    touch(block_of(self), s, false, "histc");
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor values = alias_of(self);
+    bool is_float = at::isFloatingType(self.scalar_type());
+    Tensor found = at::histc(is_float ? values : values.to(at::kDouble), bins, min, max).to(self.scalar_type());
+    out = at::detail::empty_strided_generic(found.sizes(), found.strides(), &g_allocator,
+        c10::DispatchKeySet(c10::DispatchKey::CUDA), found.scalar_type());
+    touch(block_of(out), s, true, "histc");
+    alias_of(out).copy_(found);
+  }
+  tell_races();
+  return out;
 }
 
 void record_stream(Tensor& self, c10::Stream s) {

@@ -17,6 +17,7 @@ inline void release(void* context) {
   if (!block) return;
   Hold held;
   W.allocated_bytes -= block->size;
+  block->freed = t_host;
   // Late copies into or out of it are still queued: a GPU would carry them out all the same.
   if (W.poisons && !block->recorded) memset(to_alias(block->dev), 0xFF, block->size);
   if (!block->recorded) W.free_blocks[{block->stream, block->size}].push_back(block);
@@ -36,6 +37,7 @@ struct DeviceAllocator final : c10::Allocator {
     if (!pool.empty()) {
       block = pool.back();  // the one freed last: the most dangerous one
       pool.pop_back();
+      merge(t_host, block->freed);  // freeing comes before giving out again, whichever threads do it
     } else {
       TORCH_CHECK(W.top + size < kArenaBytes, "fakecuda: arena exhausted");
       block = new Block;

@@ -50,6 +50,7 @@ struct Block {
   int64_t id = 0;
   Access write;
   std::map<int, Access> reads;  // by stream, since the last write
+  Clock freed;  // what the thread that freed it had seen
 };
 
 // One recording of an event.
@@ -100,7 +101,7 @@ struct World {
   int64_t next_id = 1;
   StreamState streams[kMaxStreams];
   int num_streams = 1;
-  Clock host = Clock(kMaxStreams, 0);  // how far the host knows each stream to be
+  Clock host = Clock(kMaxStreams, 0);  // how far any thread of the host knows each stream to be
   std::vector<std::string> races;
   std::set<std::string> race_keys;
   std::map<std::string, int64_t> waits, fallbacks;
@@ -116,6 +117,9 @@ struct World {
 
 inline World W;
 inline thread_local int t_stream = 0;
+// How far this thread knows each stream to be: what it launches comes after that. What another thread has seen orders
+// nothing here, however slow this one is.
+inline thread_local Clock t_host = Clock(kMaxStreams, 0);
 
 // Whoever has the lock may need the GIL (torch counts references of tensors that Python knows): so nobody waits for the
 // lock with the GIL in hand.
@@ -147,6 +151,12 @@ inline void merge(Clock& into, const Clock& other) {
   for (int i = 0; i < kMaxStreams; i++) into[i] = std::max(into[i], other[i]);
 }
 
+// The calling thread has seen that everything up to here is over.
+inline void host_knows(const Clock& over) {
+  merge(W.host, over);
+  merge(t_host, over);
+}
+
 // ---- late work -----------------------------------------------------------------------------------------------------
 
 void drain(int stream, const Version* until = nullptr);
@@ -176,14 +186,14 @@ inline void drain(int stream, const Version* until) {
 
 inline void launch(int stream) {  // a new operation on a stream
   auto& state = W.streams[stream];
-  merge(state.clock, W.host);
+  merge(state.clock, t_host);
   state.clock[stream]++;
   W.num_launches++;
 }
 
 inline void host_waits_for(int stream) {
   drain(stream);
-  merge(W.host, W.streams[stream].clock);
+  host_knows(W.streams[stream].clock);
 }
 
 // ---- races ---------------------------------------------------------------------------------------------------------

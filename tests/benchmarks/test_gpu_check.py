@@ -1,0 +1,43 @@
+"""`make gpu-check` in tiny sizes: what it runs on a card runs, is measured and is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import CheckedJob, check, table
+
+pytestmark = [
+    pytest.mark.gpu,
+    # transformers and TRL, about their own calls.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+TINY = (
+    CheckedJob(name="streamed", shape="tiny", seq_len=32, device="8MiB", host="0", num_steps=2),
+    CheckedJob(name="full", shape="tiny", seq_len=32, device="16MiB", tuning="full", uses_disk=True, num_steps=2),
+)
+
+
+def test_every_check_is_run_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = check(root=tmp_path, only=["cpu", *(job.name for job in TINY)], jobs=TINY)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark')]
+    results = {line["case"]: line for line in lines}
+    assert set(results) == {"cpu", "streamed", "full"}
+    assert results["cpu"]["largest_difference"] < 1e-3
+    for job in TINY:
+        result = results[job.name]
+        assert "failed" not in result, result
+        assert result["step_s"] > 0
+        assert result["peak_allocated_bytes"] > 0
+        assert len(result["losses"]) == job.num_steps
+    text = table(rows)
+    assert torch.cuda.get_device_name() in text
+    assert text.count("\n| ") == len(rows) + 0
+
+
+def test_what_there_is_no_room_for_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check.torch.cuda, "mem_get_info", lambda device=None: (1 << 20, 1 << 20))
+    ((name, what),) = check(root=tmp_path, only=["streamed"], jobs=TINY)
+    assert (name, what) == ("streamed", "left out: the card has 0.0 GiB")
