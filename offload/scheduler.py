@@ -151,6 +151,8 @@ class Fetcher:
             self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            # They refer to this: without them nothing of it waits for a cyclic collection.
+            self._pipeline.outside, self._pipeline.ended = contextlib.nullcontext, lambda: None
 
     def _wait_for(self, block: int) -> Slot:
         """Wait, with the lock given away meanwhile, until a block can be used."""

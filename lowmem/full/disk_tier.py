@@ -18,7 +18,7 @@ from lowmem.full.disk_updates import UpdateJob, UpdateThread, keep_as_it_is, put
 from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, UnitLayout
 from lowmem.full.gpu_tier import landing_for
 from lowmem.full.rules import RuleStream
-from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, StateTier
+from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, StateTier, weakly
 from offload import JsonObject, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
 
 
@@ -80,13 +80,13 @@ class DiskTier(StateTier):
         self._at_end_of_visit: dict[int, Sequence[Segment]] = {}
         self.files = ChunkFiles(folder, fingerprint=fingerprint, chunks=self._chunks, load_base=load_base, trace=trace)
         self._rules = RuleStream(
-            self.files, self._gradients, self._chunks, settle=self._carry_out, changed=self._invalidate
+            self.files, self._gradients, self._chunks, settle=weakly(self._carry_out), changed=weakly(self._invalidate)
         )
         self._thread = UpdateThread(self.files, self._gradients, chunk_numel=chunk_numel(self.layouts))
         self._scheduler = Scheduler(
             [block_spec(layout, folder) for layout in self.layouts[:num_blocks]],
             plan=placement,
-            reader=NewestBlocks(self.layouts[:num_blocks], self.fetch),
+            reader=NewestBlocks(self.layouts[:num_blocks], weakly(self.fetch)),
             device=open_device(device),
             trace=trace,
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowmem.full.chunks import NewestBlocks
 from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, UnitLayout
-from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, MemoryTier
+from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, MemoryTier, weakly
 from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING
 from offload import (
     PAGE_BYTES,
@@ -92,7 +92,7 @@ class GpuMemoryTier(MemoryTier):
                 num_slots=num_slots,
                 num_passes=num_passes,
             ),
-            reader=NewestBlocks(blocks, self._lift),
+            reader=NewestBlocks(blocks, weakly(self._lift)),
             device=open_device(device),
             trace=trace,
         )

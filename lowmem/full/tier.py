@@ -5,10 +5,11 @@ State in memory: each unit's flat buffers, updated where they lie.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,25 @@ WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 
 FIELDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 """What a unit keeps from step to step, each a flat fp32 buffer. The gradient is a fourth, within a step."""
+
+
+_Given, _Found = ParamSpec("_Given"), TypeVar("_Found")
+
+
+def weakly(method: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
+    """A method for a part of its object to call: without a reference, so that no cycle keeps the object's buffers.
+
+    Args:
+        method: A bound method; its object lives as long as the part is used.
+    """
+    found = weakref.WeakMethod(method)
+
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Found:
+        bound = found()
+        assert bound is not None, "the part outlives what it belongs to"
+        return bound(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True, kw_only=True)
