@@ -298,6 +298,9 @@ def read_adapter(model: PreTrainedModel, files: AdapterFiles) -> SavedAdapter:
                 "give the model it was trained on"
             ) from error
         _load(wrapped, files)
+    missing = [name for name, param in wrapped.named_parameters() if param.is_meta]
+    if missing:
+        raise ValueError(f"{files.folder}: the adapter's file lacks {_shown(missing)}; save the adapter again")
     collected = _Collected()
     for name, module in _outermost(model):
         collected.take(name, module)
@@ -483,9 +486,6 @@ class _Collected:
 
     def check_complete(self, wrapped: PeftModel, folder: Path) -> None:
         params = dict(wrapped.named_parameters())
-        missing = [name for name, param in params.items() if param.is_meta]
-        if missing:
-            raise ValueError(f"{folder}: the adapter's file lacks {_shown(missing)}; save the adapter again")
         left = [n for n, p in params.items() if not isinstance(p, AbsentParameter) and id(p) not in self.known]
         if left:
             raise UnsupportedError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lowmem
@@ -18,7 +19,7 @@ from offload import OffloadError
 from tests.fuzz.checkpoints import TINY
 from tests.fuzz.damage import copy_folder, edit_json
 from tests.fuzz.runs import made, trainable
-from tests.lowmem.tiny_training import streamed
+from tests.lowmem.tiny_training import lora, streamed
 from tests.zoo.architectures import build
 
 
@@ -84,6 +85,18 @@ def test_an_optimizer_of_other_weights_is_refused_by_its_file(tmp_path: Path) ->
     trainer = made("full host", model, tmp_path / "out", tmp_path / "state", say=str, save_strategy="no")
     with pytest.raises(ValueError, match=r"optimizer\.pt: it belongs to other weights"):
         trainer.train(resume_from_checkpoint=str(first))
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_an_adapter_whose_file_lacks_what_its_configuration_says_is_named_with_its_folder(
+    field: str, folder: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora()).save_pretrained(adapter)
+    edit_json(adapter / "adapter_config.json", {field: True})
+    with pytest.raises(ValueError, match=rf"{adapter}: the adapter's file lacks \S*lora_"):
+        lowmem.merge(folder, adapter=adapter, output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("kind", [[], {}, None, 7, [["llama"]]])
