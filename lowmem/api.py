@@ -6,6 +6,8 @@ import inspect
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -107,6 +109,7 @@ def from_pretrained(
         else:
             _refuse_another_plan(plan, opened, tuning=tuning)
         plan.require_fit()
+        _check_disk(plan)
         _cap_device(opened.device, plan if cap_device else None)
         check_every_trainer()
         return load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen))
@@ -140,6 +143,24 @@ def _model_dtype(dtype: torch.dtype | str | None, *, tuning: str, device: torch.
     """Type of the model's parameters: fp32 where every weight is trained, also where blocks get them in another one."""
     moved = moved_dtype(dtype, tuning=tuning, device=device)
     return torch.float32 if tuning == "full" and (dtype is None or moved != torch.float32) else dtype
+
+
+def _check_disk(plan: Plan) -> None:
+    """See that the plan's folder can be written to, before anything is loaded.
+
+    Raises:
+        ValueError: It cannot, naming why.
+    """
+    if plan.disk_folder is None or "disk" not in (plan.choice.state_tier, plan.choice.boundary_tier):
+        return
+    try:
+        Path(plan.disk_folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=plan.disk_folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"Budget.disk: {plan.disk_folder} cannot be written to ({error.strerror}); give a folder on a local disk"
+        ) from error
 
 
 def _refuse_other_types(model: object, plan: object = None, **sizes: object) -> None:

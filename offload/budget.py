@@ -203,6 +203,7 @@ class Budget:
 
     Raises:
         ValueError: A size is negative, not a size or of a few bytes, or `disk` is not a folder.
+        TypeError: Something else is given; says under which name it belongs here.
     """
 
     device: int | str | None
@@ -214,11 +215,14 @@ class Budget:
 
     def __init__(
         self,
-        *,
+        *given: object,
         device: int | str | None = None,
         host: int | str | None = None,
         disk: str | os.PathLike[str] | None = None,
+        **others: object,
     ) -> None:
+        if given or others:
+            raise TypeError(_what_to_write(*given, **others))
         for field, size in (("device", device), ("host", host)):
             if size is not None and 0 < (nbytes := parse_bytes(size, field=f"Budget.{field}")) < _FEWEST_BYTES:
                 raise ValueError(
@@ -272,6 +276,24 @@ class Budget:
                 ram_bytes = max(0, ram_bytes - device_bytes)
             host_bytes = ram_bytes if host_bytes is None else host_bytes
         return type(self)(device=device_bytes, host=host_bytes, disk=self.disk)
+
+
+_OTHER_WORDS = {
+    **dict.fromkeys(("gpu", "vram", "cuda", "device_memory", "max_memory", "memory"), "device"),
+    **dict.fromkeys(("ram", "cpu", "host_memory", "cpu_memory"), "host"),
+    **dict.fromkeys(("disk_folder", "folder", "offload_folder", "nvme", "path"), "disk"),
+}
+"""What the fields are called elsewhere."""
+
+
+def _what_to_write(*given: object, **others: object) -> str:
+    """What is wrong with arguments that a budget does not have, in a sentence."""
+    if given:
+        return f"Budget({given[0]!r}): say of what: Budget(device={given[0]!r}), or host= for RAM, disk= for a folder"
+    name, value = next(iter(others.items()))
+    fields = "device=, host= (RAM) and disk= (a folder)"
+    near = _OTHER_WORDS.get(name.lower())
+    return f"Budget({name}={value!r}): " + (f"write {near}={value!r}" if near else f"it has {fields}, each optional")
 
 
 def _folder(disk: str | os.PathLike[str]) -> Path:

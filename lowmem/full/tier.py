@@ -23,7 +23,8 @@ FIELDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
 """What a unit keeps from step to step, each a flat fp32 buffer. The gradient is a fourth, within a step."""
 
 
-_Given, _Found = ParamSpec("_Given"), TypeVar("_Found")
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
 
 
 def weakly(method: Callable[_Given, _Found]) -> Callable[_Given, _Found]:

@@ -374,3 +374,29 @@ def _call_before(name: str, parameters: list[str], call: Callable[[nn.Module, st
 
     resuming.lowmem_calls = call  # type: ignore[attr-defined]
     setattr(Trainer, name, resuming)
+
+
+def on_interruption(tell: Callable[[nn.Module, KeyboardInterrupt], None]) -> None:
+    """Have every Trainer's `train` tell of an interruption (Ctrl-C), wherever in it that arrives.
+
+    May be called again with the same function.
+
+    Args:
+        tell: Called with the Trainer's model and the interruption, which then goes on its way.
+    """
+    from transformers import Trainer
+
+    train = Trainer.train
+    if getattr(train, "lowmem_tells", None) is tell:
+        return
+
+    @wraps(train)
+    def telling(self: Trainer, *args: object, **kwargs: object) -> object:
+        try:
+            return train(self, *args, **kwargs)
+        except KeyboardInterrupt as interruption:
+            tell(self.model, interruption)
+            raise
+
+    telling.lowmem_tells = tell  # type: ignore[attr-defined]
+    Trainer.train = telling

@@ -47,7 +47,9 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
             reason="it is a file",
             instead="the folder that holds config.json and the .safetensors files",
         )
-    if folder.is_absolute() or str(model).startswith(".") or str(model).count("/") != 1:
+    # A Trainer's checkpoint is asked for by its path; no hub repository is called so.
+    is_path = folder.is_absolute() or str(model).startswith(".") or folder.name.startswith("checkpoint-")
+    if is_path or str(model).count("/") != 1:
         raise FileNotFoundError(f"{folder}: no such folder; give a local folder or a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -56,8 +58,16 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=_PATTERNS))
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"{model}: neither a local folder nor a hub repository that can be reached: {error}"
+            f"{model}: neither a local folder{_beside(folder)} nor a hub repository that can be reached: {error}"
         ) from error
+
+
+def _beside(folder: Path) -> str:
+    """What lies where a folder was looked for, if that place is there at all."""
+    if not folder.parent.is_dir():
+        return ""
+    names = sorted(entry.name for entry in folder.parent.iterdir() if entry.is_dir())
+    return f" ({folder.parent} has {', '.join(names[:4]) or 'no folders'})"
 
 
 @dataclass(frozen=True, kw_only=True)

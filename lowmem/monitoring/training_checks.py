@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.transformers import add_default_callback, before_resume, leave_where_it_is
+from lowmem.internals.transformers import add_default_callback, before_resume, leave_where_it_is, on_interruption
 from lowmem.monitoring.resume_checks import check_before_resume
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 
@@ -192,4 +192,15 @@ def check_every_trainer() -> None:
     """
     add_default_callback(TrainingChecks)
     before_resume(check_before_resume)
+    on_interruption(_say_how_to_go_on)
+
+
+def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt) -> None:
+    if not is_streamed(model):
+        return
+    runtime = runtime_of(model)
+    if runtime.advise_interrupted is not None:
+        interruption.add_note(runtime.advise_interrupted())
+    if runtime.note_interrupted is not None:
+        runtime.note_interrupted()
     leave_where_it_is(is_streamed)

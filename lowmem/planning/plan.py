@@ -193,7 +193,7 @@ class Plan:
                 f"it has to hold at least {format_bytes(self.kept_host_bytes)} ({self.kept_host_bytes} bytes)"
                 + (', or "0" for the buffers of transfers alone' if self.placement.staging_bytes else "")
             )
-        return "; ".join((*parts, *(sentence.rstrip(".") for sentence in advice)))
+        return ". ".join((*parts, *(sentence.rstrip(".") for sentence in advice)))
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: every field, and the numbers that follow from them under `summary`."""

@@ -339,14 +339,9 @@ class Runtime:
                 elif asked is not None and arrived is not None:
                     self._times.add("stall", self.blocks[index].block.name, asked, arrived)
                     self._times.add("compute", f"{phase} {index}", arrived, self._times.now())
-        except BaseException as error:
+        except BaseException:
             self._order.forget()
             self._unpacker.forget()
-            if isinstance(error, KeyboardInterrupt):
-                if self.advise_interrupted is not None:
-                    error.add_note(self.advise_interrupted())
-                if self.note_interrupted is not None:
-                    self.note_interrupted()
             raise
         finally:
             self._unpacker.release()

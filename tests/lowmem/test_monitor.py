@@ -465,6 +465,22 @@ def test_a_negative_interval_is_refused() -> None:
         Monitor(every_s=-1)
 
 
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_log", "on_save"])
+def test_an_interruption_between_blocks_says_how_to_go_on(
+    event: str, model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    def interrupt(self: object, args: object, state: object, control: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    callback = type("Interrupts", (TrainerCallback,), {event: interrupt})
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=2, logging_steps=1)
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=[callback, Monitor()])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    (note,) = caught.value.__notes__
+    assert note.startswith("training was interrupted")
+
+
 def test_an_interruption_says_how_to_go_on(
     model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:

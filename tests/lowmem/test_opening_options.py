@@ -9,7 +9,8 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lowmem
-from lowmem.models.checkpoint import pick_device
+from lowmem.models.checkpoint import pick_device, resolve
+from offload import BudgetError
 from tests.lowmem.tiny_training import streamed
 from tests.zoo.architectures import build
 
@@ -195,3 +196,39 @@ def test_prompts_that_a_streamed_model_cannot_take_are_refused_before_peft_looks
     model = lowmem.from_pretrained(llama, budget=BUDGET, device="cpu")
     with pytest.raises(lowmem.UnsupportedError, match="PREFIX_TUNING"):
         get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_loaded(llama: Path) -> None:
+    budget = lowmem.Budget(device="64MiB", host="0", disk="/proc/lowmem")
+    job: dict[str, object] = {"seq_len": 8, "tuning": "full", "device": "cpu"}
+    smallest = lowmem.plan(llama, **job, budget=lowmem.Budget(device=0, host=0, disk="/proc/lowmem"))
+    plan = lowmem.plan(
+        llama, **job, budget=lowmem.Budget(device=smallest.smallest_device_bytes, host=0, disk="/proc/lowmem")
+    )
+    assert plan.choice.state_tier == "disk"
+    with pytest.raises(ValueError, match=r"^Budget\.disk: /proc/lowmem cannot be written to \(.+\); give a folder"):
+        lowmem.from_pretrained(llama, tuning="full", plan=plan)
+    assert lowmem.from_pretrained(llama, tuning="full", budget=budget, device="cpu"), "nothing is written there"
+
+
+@pytest.mark.parametrize("name", ["out/checkpoint-3", "checkpoint-3", "./out"])
+def test_a_missing_folder_of_a_trainer_is_no_hub_repository(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder; give a local folder"):
+        resolve(name)
+
+
+def test_a_missing_folder_says_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "llama-1b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"neither a local folder \(models has llama-1b\) nor a hub"):
+        resolve("models/llama-2b")
+
+
+def test_the_sentences_of_a_budget_that_is_too_small_are_sentences(llama: Path) -> None:
+    plan = lowmem.plan(llama, seq_len=64, batch_size=4, budget=lowmem.Budget(device=1024, host=0), device="cpu")
+    with pytest.raises(BudgetError) as caught:
+        plan.require_fit()
+    assert "; " not in str(caught.value).replace("; gradient_accumulation_steps", "")

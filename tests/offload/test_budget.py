@@ -54,3 +54,20 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         Budget(disk=tmp_path / "file")
     with pytest.raises(ValueError, match=r"Budget\.disk: expected a folder, got an empty path"):
         Budget(disk="")
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "remedy"),
+    [
+        (("6GiB",), {}, r"Budget\(device='6GiB'\), or host= for RAM"),
+        ((), {"ram": "6GiB"}, r"Budget\(ram='6GiB'\): write host='6GiB'"),
+        ((), {"vram": 6 << 30}, r"write device=6442450944"),
+        ((), {"folder": "/x"}, r"write disk='/x'"),
+        ((), {"size": 1}, r"Budget\(size=1\): it has device=, host= \(RAM\) and disk="),
+    ],
+)
+def test_what_a_budget_does_not_have_is_one_sentence_with_its_name(
+    given: tuple[object, ...], named: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(TypeError, match=remedy):
+        Budget(*given, **named)
