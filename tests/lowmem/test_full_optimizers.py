@@ -153,9 +153,9 @@ def test_optimizers_of_missing_packages_are_refused_by_name_before_anything_trai
     assert all(torch.equal(weight, before[key]) for key, weight in weights(model).items())
 
 
-# TRL's head and ours sum in another order. What that does to a weight depends on the optimizer: Adam divides a gradient by
-# its own size, so that rounding of one that is nearly zero moves its weight by a part of the learning rate. Measured: 6e-8
-# with SGD, 1.2e-7 with an eps above such gradients, 4e-6 in one of 31,456 weights with the default of 1e-8.
+# TRL's head and ours sum in another order. What that does to a weight depends on the optimizer: Adam divides a gradient
+# by its own size, so that rounding of one that is nearly zero moves its weight by a part of the learning rate. Measured:
+# 6e-8 with SGD, 1.2e-7 with an eps above such gradients, 4e-6 in one of 31,456 weights with the default of 1e-8.
 SFT_CASES: dict[str, tuple[dict[str, object], float]] = {
     "defaults": ({}, 1e-4),
     "sgd": ({"optim": "sgd", "learning_rate": 0.1}, 1e-6),
