@@ -154,7 +154,7 @@ def test_optimizers_of_missing_packages_are_refused_by_name_before_anything_trai
 
 
 # TRL's head and ours sum in another order. What that does to a weight depends on the optimizer: Adam divides a gradient
-# by its own size, so that rounding of one that is nearly zero moves its weight by a part of the learning rate. Measured:
+# by its own size, so that rounding of one that is nearly zero moves its weight by a part of the learning rate. Seen:
 # 6e-8 with SGD, 1.2e-7 with an eps above such gradients, 4e-6 in one of 31,456 weights with the default of 1e-8.
 SFT_CASES: dict[str, tuple[dict[str, object], float]] = {
     "defaults": ({}, 1e-4),
