@@ -339,8 +339,11 @@ def _copies(base: Path, adapter: Path, *, trust_remote_code: bool) -> dict[str, 
 
 
 def stays_inside(file: Path, folder: Path) -> bool:
-    """Whether a file of a folder lies there, whatever links lead to it."""
-    real, home = file.resolve(), folder.resolve()
+    """Whether a file of a folder lies there, whatever links lead to it; one that leads to itself lies nowhere."""
+    try:
+        real, home = file.resolve(), folder.resolve()
+    except RuntimeError:
+        return False
     # In the hub's cache a snapshot's files are links into the repository's blobs.
     is_cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
     return real.is_relative_to(home) or is_cached

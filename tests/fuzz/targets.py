@@ -2,6 +2,7 @@
 
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.checkpoints import Checkpoints
+from tests.fuzz.doctors import Doctors
 from tests.fuzz.kills import Kills
 from tests.fuzz.packed import PackedCheckpoints
 from tests.fuzz.soak import Soak
@@ -15,6 +16,7 @@ TARGETS: dict[str, Target] = {
     "adapters": Adapters(),
     "stores": Stores(),
     "trainer-checkpoints": TrainerCheckpoints(),
+    "doctors": Doctors(),
     "kills": Kills(),
     "soak": Soak(),
 }
@@ -25,6 +27,7 @@ QUICK: dict[str, tuple[Target, int]] = {
     "adapters": (Adapters(), 40),
     "stores": (Stores(), 100),
     "trainer-checkpoints": (TrainerCheckpoints(("sft", "full disk")), 10),
+    "doctors": (Doctors(), 40),
     "kills": (Kills(("sft", "full disk", "save full disk", "merge")), 4),
     "soak": (Soak(num_steps=300), 1),
 }

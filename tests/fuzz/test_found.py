@@ -15,6 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import lowmem
+from lowmem.doctor import check_folder
 from offload import OffloadError
 from tests.fuzz.checkpoints import TINY
 from tests.fuzz.damage import copy_folder, edit_json
@@ -97,6 +98,15 @@ def test_an_adapter_whose_file_lacks_what_its_configuration_says_is_named_with_i
     with pytest.raises(ValueError, match=rf"{adapter}: the adapter's file lacks \S*lora_"):
         lowmem.merge(folder, adapter=adapter, output=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt"])
+def test_the_doctor_reports_a_link_to_itself(name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(name)
+    (entries, *others) = check_folder(folder)
+    assert entries.finding == f"links that lead out of the folder: {name} -> {name}"
+    assert any(check.is_broken for check in others) == (name != "notes.txt")
 
 
 @pytest.mark.parametrize("kind", [[], {}, None, 7, [["llama"]]])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[2]
-_QUICK = ("checkpoints", "packed-checkpoints", "adapters", "stores", "trainer-checkpoints", "kills")
+_QUICK = ("checkpoints", "packed-checkpoints", "adapters", "stores", "trainer-checkpoints", "doctors", "kills")
 
 
 @pytest.fixture(scope="module")
