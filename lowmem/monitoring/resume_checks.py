@@ -23,6 +23,10 @@ from offload import SafetensorsSource, SourceError, open_regular, read_json_obje
 ARCHIVES = {"optimizer.pt": "moments", "scheduler.pt": "learning rate", "rng_state.pth": "dropout"}
 """Files that torch writes, and what would start anew without them."""
 ANOTHER_CHECKPOINT = "resume from another checkpoint, or restore this one from a copy"
+_RESTORED = ("optimizer.pt", "scheduler.pt")
+"""What the Trainer restores both of, or neither in silence."""
+_GROUPS = "param_groups"
+"""What every optimizer's state has, and no scheduler's."""
 _STATE = "trainer_state.json"
 _WEIGHTS = "model*.safetensors*"
 _NUMBERS = ("epoch", "global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos")
@@ -36,9 +40,12 @@ def damage_of_archive(file: Path) -> str | None:
             damaged = archive.testzip()
         if damaged is not None:
             return f"{damaged} in it differs from its checksum"
-        # The index at its end has no checksum. What may be in it is the reader's business.
+        # The index at its end has no checksum. What may be in it is the reader's business, but for whose it is.
         with suppress(pickle.UnpicklingError):
-            torch.load(file, map_location="meta", weights_only=True)
+            found = torch.load(file, map_location="meta", weights_only=True)
+            is_optimizers = isinstance(found, dict) and _GROUPS in found
+            if file.name in _RESTORED and is_optimizers != (file.name == _RESTORED[0]):
+                return f"it holds {'an' if is_optimizers else 'no'} optimizer's state"
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:
         return str(error).partition(". ")[0]
     return None
@@ -59,6 +66,11 @@ def check_before_resume(model: nn.Module, checkpoint: str) -> None:
         return
     folder = Path(checkpoint)
     _check_state(folder / _STATE)
+    if any(os.path.lexists(folder / name) for name in ARCHIVES):
+        for name in _RESTORED:
+            if not os.path.lexists(folder / name):
+                problem = f"missing: {ARCHIVES[name]} would start anew"
+                raise SourceError(folder / name, field="file", problem=problem, remedy=ANOTHER_CHECKPOINT)
     for name in ARCHIVES:
         if os.path.lexists(folder / name) and (damage := damage_of_archive(folder / name)) is not None:
             raise SourceError(folder / name, field="file", problem=damage, remedy=ANOTHER_CHECKPOINT)
@@ -68,7 +80,13 @@ def check_before_resume(model: nn.Module, checkpoint: str) -> None:
         # The Trainer keeps each of several adapters in a folder of its own.
         if (folder / "adapter_config.json").exists():
             read_files(folder)
-    elif any(folder.glob(_WEIGHTS)):
+    else:
+        for name in ("config.json", "generation_config.json"):
+            if os.path.lexists(folder / name):
+                read_json_object(folder / name, field="file", remedy=ANOTHER_CHECKPOINT)
+        if not any(folder.glob(_WEIGHTS)):
+            file = folder / "model.safetensors"
+            raise SourceError(file, field="file", problem="missing", remedy=ANOTHER_CHECKPOINT)
         SafetensorsSource(folder).close()
 
 

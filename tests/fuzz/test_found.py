@@ -124,6 +124,37 @@ def checkpointed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return request.param, work
 
 
+def _exchange(checkpoint: Path) -> None:
+    optimizer, scheduler = ((checkpoint / name).read_bytes() for name in ("optimizer.pt", "scheduler.pt"))
+    (checkpoint / "optimizer.pt").write_bytes(scheduler)
+    (checkpoint / "scheduler.pt").write_bytes(optimizer)
+
+
+INCOMPLETE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "no optimizer": (r"optimizer\.pt.*missing", lambda folder: (folder / "optimizer.pt").unlink()),
+    "no scheduler": (r"scheduler\.pt.*missing", lambda folder: (folder / "scheduler.pt").unlink()),
+    "exchanged": (r"optimizer\.pt.*no optimizer's state", _exchange),
+    "no weights": ("model", lambda folder: [file.unlink() for file in folder.glob("*model*.safetensors*")]),
+    "deep": (
+        "config",
+        lambda folder: [f.write_text('{"x":' * 10**4 + "1" + "}" * 10**4) for f in folder.glob("*config.json")],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_trainer_checkpoint_that_would_resume_otherwise_is_refused_by_its_file(
+    case: str, checkpointed: tuple[str, Path], tmp_path: Path
+) -> None:
+    kind, work = checkpointed
+    words, damage = INCOMPLETE[case]
+    checkpoint = copy_folder(work / "out" / "checkpoint-1", tmp_path / "checkpoint-1")
+    damage(checkpoint)
+    trainer = made(kind, work / "model", tmp_path / "out", tmp_path / "state", say=str, save_strategy="no")
+    with pytest.raises((OffloadError, FileNotFoundError, ValueError), match=words):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_damaged_trainer_checkpoint_is_one_sentence_before_anything_of_it_is_loaded(
     case: str, checkpointed: tuple[str, Path], tmp_path: Path
