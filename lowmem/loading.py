@@ -28,7 +28,7 @@ from lowmem.experts.visiting import (
     with_dense_blocks,
 )
 from lowmem.full.opening import Masters, MasterWeights, open_full
-from lowmem.host_memory import process_peak_bytes
+from lowmem.host_memory import give_back_freed, process_peak_bytes
 from lowmem.internals.experts import GROUPED, experts_implementation, use_experts_forward
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.internals.trl import hash_by_fingerprint, trainers_are_imported
@@ -92,6 +92,9 @@ class Preparation:
         adapters = tuple((name, id(config)) for name, config in configs.items())
         if adapters != self._adapters or (configs and torch.is_grad_enabled()):
             self._prepare_adapters(model)
+            if adapters != self._adapters and model.device.type == "cpu":
+                # What PEFT read to initialise them, whole weights for DoRA's, would stay in the heap from now on.
+                give_back_freed()
             self._adapters = adapters
         # TRL looks its head up after the blocks have run, so the first forward is soon enough; without TRL, no import.
         if not self._has_head and trainers_are_imported():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowmem.adapters.dora import install as install_dora
 from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
 from lowmem.models.build import Unpacker
 from lowmem.planning.dry_run import BlockWalk
@@ -184,6 +185,8 @@ class _BlockTiming:
         used = {id(built.blocks[index].block.module) for index in set(self._kinds)}
         skipped = {id(streamed.block.module) for streamed in built.blocks} - used
         _make_real(built.model, skipped=skipped, device=self._opened.device)
+        # As before the first block of a streamed model: PEFT's own norm forms the adapted weight.
+        install_dora(built.model, frozen_base=True)
         small = self._call(_SMALL_CALL)
         # As many as can be timed in about a second.
         per_token_s = max(small.backward_s, 1e-6) / _SMALL_CALL

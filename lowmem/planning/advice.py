@@ -112,6 +112,7 @@ def _candidates(room: Room) -> Iterator[Change | None]:
         yield Change(text=f"a folder on disk for {what}: Budget(disk=...), or --disk", needs_disk=True)
     yield _larger_host(room)
     yield _shorter_sequences(room)
+    yield _smallest_batch_with_more(room)
     needed = room.smallest.device_bytes
     if needed > room.device_bytes and room.with_budget(device_bytes=needed).best() is not None:
         yield Change(text=f"a device budget of {format_bytes(needed)}", device_bytes=needed)
@@ -131,6 +132,27 @@ def _smaller_batch(room: Room) -> Change | None:
             text += f"{job.gradient_accumulation_steps} passes" if job.gradient_accumulation_steps > 1 else "the passes"
             return Change(text=text, batch_size=size, gradient_accumulation_steps=steps)
     return None
+
+
+def _smallest_batch_with_more(room: Room) -> Change | None:
+    """The smallest batch and the budget that it takes, where that is less than what the whole batch takes."""
+    job, fewest = room.job, _NUM_GENERATIONS.get(room.job.task, 1)
+    if job.batch_size <= fewest or job.batch_size % fewest:
+        return None
+    steps = job.gradient_accumulation_steps * job.batch_size // fewest
+    least = replace(room, job=replace(job, batch_size=fewest, gradient_accumulation_steps=steps, micro_batch=None))
+    needed = least.smallest.device_bytes
+    if needed <= room.device_bytes or needed >= room.smallest.device_bytes:
+        return None
+    if least.with_budget(device_bytes=needed).best() is None:
+        return None
+    return Change(
+        text=f"a batch of {fewest} with gradient_accumulation_steps={steps} and a device budget of "
+        f"{format_bytes(needed)}",
+        batch_size=fewest,
+        gradient_accumulation_steps=steps,
+        device_bytes=needed,
+    )
 
 
 def _larger_host(room: Room) -> Change | None:

@@ -93,8 +93,21 @@ class Room:
             choices = [choice for choice in self._choices(micro_batch, chunk_tokens) if choice.state_tier == state_tier]
             drafts = [draft for choice in choices if (draft := self._draft(choice)) is not None]
             if drafts:
-                return min(drafts, key=lambda draft: round(draft.priced_s / _SAME_STEP_S))
+                return self._widened(min(drafts, key=lambda draft: round(draft.priced_s / _SAME_STEP_S)))
         return None
+
+    def _widened(self, draft: Draft) -> Draft:
+        """The same with the largest micro-batch for which there is room: a run splits no more than it has to."""
+        if self.job.micro_batch is not None or draft.choice.chunk_tokens is not None or not self.job.trains:
+            return draft
+        there = replace(self, placement=draft.placement)
+        for size in _parts_of(self.job.num_sequences):
+            if size <= draft.choice.micro_batch:
+                return draft
+            wider = there._draft(replace(draft.choice, micro_batch=size))
+            if wider is not None:
+                return wider
+        return draft
 
     @cached_property
     def smallest(self) -> Draft:
@@ -131,10 +144,10 @@ class Room:
         if self.job.micro_batch is not None:
             yield min(self.job.micro_batch, self.job.num_sequences)
             return
-        sizes = sorted({ceil_div(self.job.num_sequences, parts) for parts in range(1, self.job.num_sequences + 1)})
+        sizes = _parts_of(self.job.num_sequences)
         enough = _ENOUGH_TOKENS[self.job.device]
-        largest = next((size for size in sizes if size * self.job.seq_len >= enough), sizes[-1])
-        yield from (size for size in reversed(sizes) if size <= largest)
+        largest = next((size for size in reversed(sizes) if size * self.job.seq_len >= enough), sizes[0])
+        yield from (size for size in sizes if size <= largest)
 
     def _splits(self) -> Iterator[tuple[int, int | None]]:
         """Micro-batches and chunk lengths to try: whole sequences first, then ever shorter chunks of the fewest."""
@@ -259,6 +272,11 @@ class Room:
             roles=(*_block_roles(placement), *roles),
             time=predict(self.shapes, self.job, choice=choice, placement=placement, rates=self.rates),
         )
+
+
+def _parts_of(num_sequences: int) -> list[int]:
+    """Sizes of the equal parts that a batch can be cut into, the largest first."""
+    return sorted({ceil_div(num_sequences, parts) for parts in range(1, num_sequences + 1)}, reverse=True)
 
 
 def place_masters(sizes: Sequence[int], *, tier: Tier, ring: int, job: Job) -> PlacementPlan:

@@ -279,10 +279,12 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
         hidden_bytes = job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
         # The batch's hidden states come and go between the temporaries of its parts; larger ones are mappings of their
-        # own. benchmarks/budgets.py: 8192 tokens in chunks, and 64 sequences in micro-batches.
-        in_parts = choice.chunk_tokens is not None or choice.micro_batch < job.num_sequences
+        # own. benchmarks/budgets.py: 8192 tokens in chunks, 64 sequences in micro-batches; benchmarks/plan_accuracy.py:
+        # 4096 tokens in chunks.
+        in_chunks = (1 if choice.boundary_tier == "disk" else 2) if choice.chunk_tokens is not None else 0
+        num_between = 3 if choice.micro_batch < job.num_sequences else in_chunks
         on_heap = job.device == "cpu" and hidden_bytes < LARGEST_ON_HEAP_BYTES
-        between = 3 * hidden_bytes if in_parts and on_heap else 0
+        between = num_between * hidden_bytes if on_heap else 0
         for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
             yield _device(FREED_HEAP, max(kept) + between, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):

@@ -157,8 +157,21 @@ def test_micro_batch_shrinks_until_it_fits_and_takes_the_largest_that_does() -> 
         assert planned(shapes, device=nbytes, job=job).micro_batch == largest >= micro_batch
 
 
-def test_micro_batch_is_no_larger_than_it_takes_to_be_fast() -> None:
-    assert planned(job=Job(task="sft", batch_size=64, seq_len=512)).micro_batch == 2
+def test_blocks_come_before_a_micro_batch_larger_than_it_takes_to_be_fast() -> None:
+    fast = planned(job=Job(task="sft", batch_size=64, seq_len=512, micro_batch=2))
+    assert set(fast.placements) == {Placement.RESIDENT}
+    job = Job(task="sft", batch_size=64, seq_len=512)
+    tight = planned(device=fast.device_bytes, job=job)
+    assert (tight.micro_batch, tight.placements) == (2, fast.placements)
+
+
+def test_room_that_is_left_goes_to_a_larger_micro_batch_as_it_does_in_a_run() -> None:
+    plan = planned(job=Job(task="sft", batch_size=64, seq_len=512))
+    assert plan.fits
+    assert plan.micro_batch > 2
+    assert set(plan.placements) == {Placement.RESIDENT}
+    less = planned(device=plan.device_bytes - 1, job=plan.job)
+    assert 2 <= less.micro_batch < plan.micro_batch
 
 
 def test_a_given_micro_batch_is_kept() -> None:

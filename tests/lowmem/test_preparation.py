@@ -1,5 +1,7 @@
 """What a streamed model looks for before each forward: adapters added, exchanged or changed since the last."""
 
+import resource
+import sys
 import weakref
 from pathlib import Path
 
@@ -36,6 +38,23 @@ def test_an_adapter_put_on_again_under_its_name_is_prepared_again(model: PeftMod
     assert variants(model) != {FactoredDoraLinear}
     model(input_ids=IDS)
     assert variants(model) == {FactoredDoraLinear}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of the process")
+def test_what_an_adapter_was_initialised_with_is_given_back(model: PeftModel) -> None:
+    # Freed pieces between some that live: the heap keeps them until it is told to give them back.
+    pieces = [torch.ones(1 << 14) for _ in range(2048)]
+    kept = pieces[::64]
+    del pieces
+    before = resident_bytes()
+    model(input_ids=IDS)
+    assert resident_bytes() < before - (64 << 20)
+    assert len(kept) == 32
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def test_a_base_weight_replaced_between_two_steps_is_refused(model: PeftModel) -> None:

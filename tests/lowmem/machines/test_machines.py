@@ -102,6 +102,7 @@ def test_a_70b_fits_with_lora_and_its_smallest_card_is_told(models: dict[str, Pa
 
 MISFITS: dict[str, dict[str, Any]] = {
     "batch": {"batch_size": 64, "seq_len": 1024, "budget": {"device": "2GiB", "host": "1GiB"}},
+    "both": {"batch_size": 8, "seq_len": 2048, "budget": {"device": "128MiB", "host": 0}},
     "sequence": {"seq_len": 65536, "budget": {"device": "2GiB", "host": "1GiB"}},
     "device": {"seq_len": 512, "budget": {"device": "256MiB", "host": 0}},
     "split": {"batch_size": 8, "seq_len": 2048, "micro_batch": 8, "budget": {"device": "3GiB", "host": 0}},
