@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
@@ -84,6 +84,8 @@ def main() -> None:
         budget=lowmem.Budget(device=options.device, host=options.host, disk=options.disk),
     )
     print(plan)
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # in a log file, plain lines
     if not plan.fits:
         sys.exit(1)  # the plan says what to change
     if options.plan_only:
@@ -105,7 +107,7 @@ def main() -> None:
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),  # in a log file, plain lines
+            disable_tqdm=not sys.stderr.isatty(),
             seed=options.seed,
         ),
         train_dataset=load_rows(options.data),
