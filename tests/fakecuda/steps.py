@@ -93,6 +93,9 @@ def run(folder: Path, step: Step, output: Path, *, device: str, num_steps: int =
         "fp16": step.autocast == "fp16",
         "optim": step.optim,
     }
+    if step.arch == "granitemoe":
+        # Its class in transformers looks for a number of experts that its configuration calls otherwise.
+        options["router_aux_loss_coef"] = 0.0
     if step.optim != "sgd":
         options["learning_rate"] = 1e-3
     adapter = {"use_dora": step.use_dora, "lora_dropout": step.dropout}
