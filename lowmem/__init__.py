@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowmem.machines.cards import Machine
     from lowmem.monitoring.monitor import Monitor
     from lowmem.monitoring.progress import TokenBar
+    from lowmem.packing.place import pack
     from lowmem.planning.plan import Plan
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _LAZY = {
     "export_experts": "lowmem.adapters.expert_export",
     "from_pretrained": "lowmem.api",
     "merge": "lowmem.adapters.merge",
+    "pack": "lowmem.packing.place",
     "plan": "lowmem.api",
 }
 
@@ -68,5 +70,6 @@ __all__ = [
     "full",
     "merge",
     "optim",
+    "pack",
     "plan",
 ]

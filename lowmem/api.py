@@ -21,12 +21,14 @@ from lowmem.machines.cards import Machine
 from lowmem.machines.rates import rates_as_loaded, rates_for
 from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
 from lowmem.monitoring.training_checks import check_every_trainer
+from lowmem.packing.place import as_if_packed, open_packed
 from lowmem.planning.job import Job, Task, Tuning, kind_of
 from lowmem.planning.plan import THIS_MACHINE, Plan
 from lowmem.planning.planner import plan_for, plan_step, read_with_assumed_adapter
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
+from lowmem.quantization.packing import packer_for
 from offload import Budget
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def from_pretrained(
     budget: Budget | None = None,
     tuning: Tuning = "adapter",
     quantization: str | None = None,
+    packed_dir: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     chunk_tokens: int | None = None,
@@ -66,7 +69,9 @@ def from_pretrained(
         budget: Bounds for device and host memory, where no plan is given; measured where absent.
         tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained, by
             `lowmem.optim.AdamW`.
-        quantization: None: weights move as they are stored.
+        quantization: None: weights move as they are stored, which may be quantised. "nf4", "fp4" or "int8": those of
+            an ordinary checkpoint are packed once, into a folder that later runs read (`lowmem.pack`).
+        packed_dir: That folder; one in the user's cache if not given. Said with its size before it is made.
         device: Compute device; the plan's, else the GPU if there is one, else the CPU.
         dtype: Compute dtype; the plan's, else float32 on a CPU and with tuning="full", on a GPU bfloat16 where it can.
             bfloat16 with tuning="full" on a GPU: only matrices move as bf16, for forwards under autocast.
@@ -98,24 +103,34 @@ def from_pretrained(
         num_labels = 1 if num_labels is None and plan.job.task == "reward" else num_labels
     chosen = pick_device(device)
     opening: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    opening |= {"dtype": _model_dtype(dtype, tuning=tuning, device=chosen), "num_labels": num_labels}
-    opened = open_checkpoint(resolve(model, revision=revision), name=str(model), device=chosen, **opening)
+    compute, folder = _model_dtype(dtype, tuning=tuning, device=chosen), resolve(model, revision=revision)
+    opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, num_labels=num_labels, **opening)
+    if quantization is not None:
+        opened = open_packed(opened, quantization, packed_dir=packed_dir, **opening)
+    split = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
     try:
-        if tuning == "full":
-            refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
-        if plan is None:
-            split = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
-            plan = plan_for(opened, budget=budget, rates=rates_as_loaded(opened), tuning=tuning, **split)
-        else:
-            _refuse_another_plan(plan, opened, tuning=tuning)
-        plan.require_fit()
-        _check_disk(plan)
+        plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, split=split)
         _cap_device(opened.device, plan if cap_device else None)
         check_every_trainer()
         return load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen))
     except BaseException:
         opened.source.close()
         raise
+
+
+def _checked_plan(
+    opened: Opened, plan: Plan | None, *, tuning: Tuning, budget: Budget | None, split: dict[str, int | None]
+) -> Plan:
+    """The plan given, or one for a job that nobody has described; refused where it does not fit."""
+    if tuning == "full":
+        refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
+    if plan is None:
+        plan = plan_for(opened, budget=budget, rates=rates_as_loaded(opened), tuning=tuning, **split)
+    else:
+        _refuse_another_plan(plan, opened, tuning=tuning)
+    plan.require_fit()
+    _check_disk(plan)
+    return plan
 
 
 def _cap_device(device: torch.device, plan: Plan | None) -> None:
@@ -208,7 +223,8 @@ def plan(
             fast per token as any that fits.
         seq_len: Tokens of one sequence, prompt and completion together.
         peft_config: The adapter that will be trained; a LoRA of rank 16 on all linear layers is assumed if not given.
-        quantization: None: weights move as they are stored.
+        quantization: None: weights move as they are stored. "nf4", "fp4" or "int8": with the sizes that the packed
+            checkpoint will have; nothing is packed.
         tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained.
         budget: Bounds for device and host memory; measured where absent.
         device: Compute device; the GPU if there is one, else the CPU.
@@ -244,6 +260,8 @@ def plan(
     opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     opening |= {"attn_implementation": attn_implementation, "dtype": _model_dtype(dtype, tuning=tuning, device=chosen)}
     with describing(model, device=chosen, has_bf16=_has_bf16(machine), **opening) as opened:
+        if quantization is not None:
+            opened = as_if_packed(opened, quantization, trust_remote_code=trust_remote_code)
         shapes = _shapes_for(opened, job, peft_config=peft_config)
         found = rates_for(opened, shapes, rates) if machine is None else machine.rates
     bounds = (budget or Budget()).measured(chosen) if machine is None else machine.budget(budget)
@@ -276,7 +294,9 @@ def _has_dropout(peft_config: PeftConfig | None) -> bool:
 
 
 _PLACES_ITSELF = "weights are placed block by block, within a budget"
-_QUANTIZES = "packed weights cannot be streamed yet"
+_QUANTIZES = "weights are packed once, into a folder that later runs share"
+
+
 _HUB = "files come through huggingface_hub, which reads its settings from the environment"
 
 # What scripts pass to transformers, why it has no meaning here, and what to write instead.
@@ -289,9 +309,9 @@ _OTHERS = {
     "low_cpu_mem_usage": (_PLACES_ITSELF, "leave it out: no more than the budget is taken"),
     "use_safetensors": ("nothing else is read", "leave it out"),
     "torch_dtype": ("transformers calls it dtype now", "dtype="),
-    "load_in_4bit": (_QUANTIZES, "leave it out: the stored bf16 or fp16 weights are streamed as they are"),
-    "load_in_8bit": (_QUANTIZES, "leave it out: the stored bf16 or fp16 weights are streamed as they are"),
-    "quantization_config": (_QUANTIZES, "leave it out: the stored bf16 or fp16 weights are streamed as they are"),
+    "load_in_4bit": (_QUANTIZES, 'quantization="nf4"; a checkpoint that is quantised already needs no option'),
+    "load_in_8bit": (_QUANTIZES, 'quantization="int8"; a checkpoint that is quantised already needs no option'),
+    "quantization_config": (_QUANTIZES, 'quantization="nf4", "fp4" or "int8"'),
     "use_flash_attention_2": ("transformers calls it attn_implementation now", 'attn_implementation="sdpa"'),
     "use_cache": ("it is a field of the configuration", "model.config.use_cache = ... afterwards"),
     "config": ("the folder's config.json is what its files are checked against", "edit a copy of the folder"),
@@ -387,11 +407,13 @@ def refuse_options(
             instead='tuning="adapter" with the adapter, or tuning="full" without it',
         )
     if quantization is not None:
-        raise UnsupportedError(
-            f"quantization={quantization!r}",
-            reason="packed weights cannot be streamed yet",
-            instead="quantization=None: the stored bf16 or fp16 weights are streamed as they are",
-        )
+        packer_for(quantization)
+        if tuning == "full":
+            raise UnsupportedError(
+                f"quantization={quantization!r} with tuning='full'",
+                reason="a trained weight would be rounded to a few bits in every step",
+                instead="tuning='adapter' with it, or tuning='full' without it",
+            )
 
 
 def _shapes_for(opened: Described, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:

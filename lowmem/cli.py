@@ -233,6 +233,46 @@ def merge(
 
 
 @app.command()
+def pack(
+    model: Model,
+    quantization: Annotated[str | None, typer.Option(help="nf4, fp4 or int8.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write; must be empty or absent.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare a packed folder with its checksums instead.")
+    ] = False,
+    on: ComputeOn = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Quantise a checkpoint's decoder blocks into a folder of their own, a block at a time; goes on if interrupted.
+
+    With --verify MODEL is a folder that was packed: names damaged tensors, and exits with 1 if there are any.
+    """
+    from lowmem.packing.place import pack as pack_model
+    from lowmem.packing.place import verify_pack
+
+    if verify:
+        found = verify_pack(model)
+        for name in found:
+            typer.echo(f"damaged: {name}")
+        if found:
+            raise typer.Exit(1)
+        typer.echo("every tensor is as it was written")
+        return
+    if quantization is None or output is None:
+        raise ValueError("lowmem pack needs --quantization and --output, or --verify")
+    folder = pack_model(
+        model,
+        quantization=quantization,
+        output=output,
+        device=on,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(str(folder))
+
+
+@app.command()
 def trace(
     run: Annotated[Path, typer.Argument(help="A run's output folder, or a trace that lowmem.Monitor saved.")],
     png: Annotated[Path | None, typer.Option(help="Draw a step's timeline into this file.")] = None,

@@ -18,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.models.checkpoint import open_checkpoint, pick_device, pick_dtype
 from lowmem.models.configuration import read_object
+from lowmem.quantization.manifest import MANIFEST, read_manifest
 from offload import (
     PAGE_BYTES,
     OffloadError,
@@ -189,6 +190,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> Iterator[C
         yield from _adapter(folder)
     else:
         yield from _files(folder, trust_remote_code=trust_remote_code)
+        if (folder / MANIFEST).exists():
+            yield _packed(folder)
 
 
 _NAMED = 3
@@ -197,7 +200,7 @@ _NAMED = 3
 
 def _entries(folder: Path) -> Iterator[Check]:
     """What lies in a folder by kind and owner, links not followed."""
-    from lowmem.adapters.merge import stays_inside
+    from lowmem.models.checkpoint import stays_inside
 
     strange, leaving, foreign, writable = [], [], [], []
     for place, folders, files in os.walk(folder):
@@ -302,6 +305,23 @@ def _adapter(folder: Path) -> Iterator[Check]:
         return
     base = files.config.base_model_name_or_path
     yield Check(name="adapter", finding=f"{files.kind}, {len(files.tensors)} tensors, of model {base}")
+
+
+def _packed(folder: Path) -> Check:
+    from lowmem.packing.place import verify_pack
+
+    again = "remove the folder and pack the model again (lowmem pack)"
+    try:
+        found = verify_pack(folder)
+        manifest = read_manifest(folder)
+    except OffloadError as error:
+        return _failed("packed", error)
+    if found:
+        rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        finding = f"other bytes than were written: {', '.join(found[:_NAMED])}{rest}"
+        return Check(name="packed", finding=finding, remedy=again, is_broken=True)
+    assert manifest is not None
+    return Check(name="packed", finding=f"whole, {manifest.settings.get('format')} of {manifest.source}")
 
 
 def _failed(name: str, error: Exception) -> Check:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lowmem.adapters.merge_plan import MergedTensor, MergePlan, num_rows, plan_merge
 from lowmem.adapters.updates import Update, apply_all
 from lowmem.errors import UnsupportedError
-from lowmem.models.checkpoint import resolve
+from lowmem.models.checkpoint import resolve, stays_inside
 from lowmem.quantization.values import ValueReader
 from offload import (
     NO_ROOM,
@@ -336,17 +336,6 @@ def _copies(base: Path, adapter: Path, *, trust_remote_code: bool) -> dict[str, 
     if (adapter / "tokenizer_config.json").is_file():
         found |= {name: _inside(adapter / name, adapter) for name in _TOKENIZER_FILES if (adapter / name).is_file()}
     return found
-
-
-def stays_inside(file: Path, folder: Path) -> bool:
-    """Whether a file of a folder lies there, whatever links lead to it; one that leads to itself lies nowhere."""
-    try:
-        real, home = file.resolve(), folder.resolve()
-    except RuntimeError:
-        return False
-    # In the hub's cache a snapshot's files are links into the repository's blobs.
-    is_cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
-    return real.is_relative_to(home) or is_cached
 
 
 def _inside(file: Path, folder: Path) -> Path:

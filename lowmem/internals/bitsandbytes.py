@@ -111,6 +111,48 @@ def unpack_bytes(packed: Tensor, absmax: Tensor, table: Tensor, out: Tensor, *, 
     return True
 
 
+def pack_nibbles(values: Tensor, *, code: Code, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantise with bitsandbytes' `quantize_4bit`.
+
+    Args:
+        values: float32, bfloat16 or float16, of whole blocks but for the last.
+        code: Which table.
+        block_size: Weights that share an absmax.
+
+    Returns:
+        Packed bytes, uint8 (ceil(n / 2), 1), and float32 absmaxes (ceil(n / block_size),).
+    """
+    packed, state = _functional().quantize_4bit(values, blocksize=block_size, quant_type=code)
+    return packed, state.absmax
+
+
+def pack_bytes(values: Tensor, *, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise with bitsandbytes' `quantize_blockwise` and its dynamic table.
+
+    Args:
+        values: float32, (n,).
+        block_size: Values that share an absmax.
+
+    Returns:
+        Codes, uint8 (n,), float32 absmaxes (ceil(n / block_size),) and the table, float32 (256,).
+    """
+    codes, state = _functional().quantize_blockwise(values, blocksize=block_size)
+    return codes, state.absmax, state.code
+
+
+def pack_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise with bitsandbytes' `int8_vectorwise_quant`, which takes float16.
+
+    Args:
+        values: (rows, columns), any floating dtype.
+
+    Returns:
+        Codes, int8 (rows, columns), and the largest magnitude of each row, float32 (rows,).
+    """
+    codes, scales, _ = _functional().int8_vectorwise_quant(values.to(torch.float16))
+    return codes, scales
+
+
 def _check(out: Tensor, **parts: Tensor) -> None:
     """What a kernel that gets addresses takes for granted."""
     if out.dtype not in _SUFFIXES or not out.is_contiguous():
@@ -154,8 +196,22 @@ def _symbol(library: Any, name: str) -> Any:
 def _functional_cuda() -> Any | None:
     """`bitsandbytes.functional` where it has kernels for the GPU, else None."""
     # A GPU that is simulated by a processor's kernels has no others.
-    if torch.version.cuda is None or not is_installed():
-        return None
+    return None if torch.version.cuda is None or not is_installed() else _functional()
+
+
+@cache
+def _functional() -> Any:
+    """`bitsandbytes.functional`.
+
+    Raises:
+        UnsupportedError: bitsandbytes is not installed.
+    """
+    if not is_installed():
+        raise UnsupportedError(
+            "quantising weights",
+            reason="bitsandbytes is not installed",
+            instead="pip install 'lowmem[quant]', then again",
+        )
     with _without_advertisement():
         from bitsandbytes import functional
     return functional

@@ -14,6 +14,7 @@ import torch
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, skeleton
 from lowmem.models.configuration import check_counts, check_generation_config, read_config, take_quantization
+from lowmem.quantization.manifest import check_packed
 from lowmem.quantization.registry import find_packed
 from offload import SafetensorsSource
 
@@ -160,6 +161,7 @@ def open_checkpoint(
     compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
     source = SafetensorsSource(folder)
     try:
+        check_packed(folder, source)
         packed = None
         if quantization is not None:
             packed = find_packed(quantization, source.tensors, file=folder / "config.json")
@@ -200,6 +202,17 @@ def gatherable_embedding(built: Skeleton) -> str | None:
         return None
     recipe = built.mapping.recipes.get(name)
     return name if recipe is not None and recipe.plain is not None and table.max_norm is None else None
+
+
+def stays_inside(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder lies there, whatever links lead to it; one that leads to itself lies nowhere."""
+    try:
+        real, home = file.resolve(), folder.resolve()
+    except RuntimeError:
+        return False
+    # In the hub's cache a snapshot's files are links into the repository's blobs.
+    is_cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    return real.is_relative_to(home) or is_cached
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:

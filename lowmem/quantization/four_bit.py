@@ -33,7 +33,8 @@ from offload import JsonObject, TensorSpec, parse_json_object
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What bitsandbytes takes."""
 
-_STATE = ".quant_state.bitsandbytes__"
+STATE = ".quant_state.bitsandbytes__"
+"""What the name of a weight's JSON has before the type."""
 _STORAGES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
 _LEFT = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
 _AGAIN = "download the checkpoint again"
@@ -90,13 +91,13 @@ class FourBit:
         """The weights that have a `quant_state`; see `Format.find`."""
         found = {}
         for key, spec in tensors.items():
-            name, state, code = key.partition(_STATE)
+            name, state, code = key.partition(STATE)
             if state:
                 found[name] = _weight(name, code, spec, tensors=tensors, read=read)
         for key, spec in tensors.items():
             owner = next((key.removesuffix(end) for end in _LEFT if key.endswith(end)), None)
             if owner is not None and owner in tensors and owner not in found:
-                refuse_weight(owner, spec, f"expected {owner}{_STATE}{self.name} beside {key}, which no file holds")
+                refuse_weight(owner, spec, f"expected {owner}{STATE}{self.name} beside {key}, which no file holds")
         return found
 
 

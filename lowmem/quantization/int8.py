@@ -6,12 +6,15 @@ Of a weight `p.weight` of shape (N, K):
     p.SCB             F32 (N)
     p.weight_format   U8 scalar, 0 for rows as they are
 
+A stack of experts `p` of shape (E, N, K), which bitsandbytes does not have, lies in the same way: p, p.SCB (E, N).
+
 A value is `weight * SCB / 127`, with the reciprocal as bitsandbytes' `int8_vectorwise_dequant` multiplies it: 8.0 bits
 a weight. Its own forward on a GPU also quantises activations, except outliers; ours is the product with these values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -60,7 +63,8 @@ class Int8:
         found = {}
         for key, scales in tensors.items():
             if key.endswith(_SCALES):
-                name = key.removesuffix(_SCALES) + _WEIGHT
+                stem = key.removesuffix(_SCALES)
+                name = stem if stem in tensors else stem + _WEIGHT
                 found[name] = _weight(name, scales, tensors=tensors, read=read)
         for key, spec in tensors.items():
             if spec.dtype == torch.int8 and key not in found:
@@ -72,9 +76,10 @@ class Int8:
 
 def _weight(name: str, scales: TensorSpec, *, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> PackedWeight:
     codes = part_of(tensors, name, weight=scales, dtypes=(torch.int8,))
-    if len(codes.shape) != 2:
+    if len(codes.shape) < 2:
         refuse_weight(name, codes, f"expected rows and columns, got shape {list(codes.shape)}")
-    part_of(tensors, scales.name, weight=codes, dtypes=(torch.float32,), num_elements=codes.shape[0])
+    num_rows = math.prod(codes.shape[:-1])
+    part_of(tensors, scales.name, weight=codes, dtypes=(torch.float32,), num_elements=num_rows)
     layout = tensors.get(name.removesuffix(_WEIGHT) + _LAYOUT)
     if layout is not None and any(read(layout)):
         raise UnsupportedError(
@@ -95,4 +100,5 @@ def _weight(name: str, scales: TensorSpec, *, tensors: Mapping[str, TensorSpec],
 def dequantise(parts: Sequence[Tensor], out: Tensor) -> None:
     """Write a weight's values; see `format.Dequantise`."""
     codes, scales = parts
-    rows(codes, scales.view(-1), RECIPROCAL, out)
+    num_columns = codes.shape[-1]
+    rows(codes.view(-1, num_columns), scales.view(-1), RECIPROCAL, out.view(-1, num_columns))

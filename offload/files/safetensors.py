@@ -434,13 +434,16 @@ class ShardFile:
         path: File to create; must not exist.
         tensors: What it will hold, in the order of `write`.
         mode: Who may read and write it, less the umask.
+        align_bytes: Where the first tensor begins: at a multiple of this, and of 8.
 
     Raises:
         ValueError: A tensor is of a type that safetensors does not have.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[OutputTensor], *, mode: int = 0o666) -> None:
-        header = _header(tensors)
+    def __init__(
+        self, path: Path, tensors: Sequence[OutputTensor], *, mode: int = 0o666, align_bytes: int = 8
+    ) -> None:
+        header = shard_header(tensors, align_bytes=align_bytes)
         start_bytes = len(header) + 8
         self._end_bytes = start_bytes + sum(tensor.nbytes for tensor in tensors)
         self._file = File(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=mode), path, direct=False)
@@ -476,7 +479,16 @@ class ShardFile:
             self._file.close()
 
 
-def _header(tensors: Sequence[OutputTensor]) -> bytes:
+def shard_header(tensors: Sequence[OutputTensor], *, align_bytes: int = 8) -> bytes:
+    """The header of a file that holds some tensors one after the other, without its length.
+
+    Args:
+        tensors: In the order in which they are written.
+        align_bytes: Where the first of them begins: at a multiple of this.
+
+    Raises:
+        ValueError: A tensor is of a type that safetensors does not have.
+    """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end_bytes = 0
     for tensor in tensors:
@@ -486,8 +498,8 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
         start_bytes, end_bytes = end_bytes, end_bytes + tensor.nbytes
         entries[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start_bytes, end_bytes]}
     header = json.dumps(entries, separators=(",", ":")).encode()
-    # Padded so that the first tensor is aligned for every element size.
-    return header + b" " * (-len(header) % 8)
+    # Padded so that the first tensor is aligned for every element size, and to what was asked for.
+    return header + b" " * (-(len(header) + _LENGTH_BYTES) % align_bytes)
 
 
 def split_into_shards(tensors: Iterable[OutputTensor], *, max_shard_bytes: int) -> dict[str, tuple[OutputTensor, ...]]:

@@ -101,7 +101,7 @@ def test_an_index_cannot_lead_out_of_the_folder(folder: Path, tmp_path: Path) ->
     ("options", "message"),
     [
         ({"tuning": "half"}, r"tuning='half'.*Instead"),
-        ({"quantization": "nf4"}, r"quantization='nf4'.*Instead"),
+        ({"quantization": "nf3"}, r"quantization='nf3'.*Instead"),
         ({"dtype": "int8"}, r"dtype='int8'|dtype=torch.int8"),
     ],
 )

@@ -160,7 +160,7 @@ def test_rates_are_assumed_measured_or_given(llama: Path) -> None:
     ("arguments", "message"),
     [
         ({"tuning": "half"}, "tuning='half' is not supported"),
-        ({"quantization": "nf4"}, "quantization='nf4' is not supported"),
+        ({"quantization": "nf3"}, "quantization='nf3' is not supported"),
         ({"device": "mps"}, "device='mps' is not supported"),
         ({"dtype": "int8"}, "dtype="),
     ],

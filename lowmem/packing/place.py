@@ -1,0 +1,195 @@
+"""`lowmem.pack`, and `quantization=` of an ordinary checkpoint: packed once, into a folder that later runs find again.
+
+The folder is `packed_dir` if given, else one in the user's cache that is named for the model, the format and the
+fingerprint of the model's files: another version of the model gets another folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from lowmem.models.build import skeleton
+from lowmem.models.checkpoint import Described, Opened, open_checkpoint, pick_device, resolve
+from lowmem.packing.bake import bake, is_baked
+from lowmem.packing.selection import select
+from lowmem.quantization.manifest import PackManifest, check_packed, damaged
+from lowmem.quantization.packing import Packer, packer_for
+from offload import SafetensorsSource, SourceError, format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_SHORT = 12
+
+
+def pack(
+    model: str | os.PathLike[str],
+    *,
+    quantization: str,
+    output: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a checkpoint whose decoder blocks are quantised, as bitsandbytes stores them; one block in RAM at a time.
+
+    What is written is an ordinary folder: `lowmem.from_pretrained` streams it, and transformers with bitsandbytes loads
+    it unless the model has fused experts. Linear layers and experts of the blocks are packed; embeddings, head, norms
+    and routers stay as they are. A call that was interrupted goes on where it was; the folder has its name only when it
+    is whole. Several processes may pack the same model: one works, the others wait and find it done.
+
+    Args:
+        model: Local folder, or hub id, of a safetensors checkpoint that is not quantised.
+        quantization: "nf4" or "fp4" in blocks of 64 with quantised absmaxes, or "int8" by rows.
+        output: The folder; must not exist, be empty, or be what would be made.
+        device: Where values are quantised: the GPU if there is one, else the CPU. On a GPU, codes of values that lie
+            in the middle between two may differ from those of a CPU.
+        revision: Branch, tag or commit of the hub repository.
+        trust_remote_code: Run model code that comes with the checkpoint, and copy it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UnsupportedError: An unknown format, or a checkpoint that cannot be packed or is quantised already.
+        FileExistsError: Something else lies at `output`.
+        offload.TierFull: The disk has no room; what is done stays beside `output`, and the next call goes on.
+        offload.SourceError: The checkpoint is damaged.
+    """
+    packer = packer_for(quantization)
+    opened = open_checkpoint(
+        resolve(model, revision=revision),
+        name=str(model),
+        device=torch.device("cpu"),
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+    )
+    with closing(opened.source):
+        return bake(
+            opened,
+            packer,
+            output=Path(output).expanduser(),
+            device=pick_device(device),
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def verify_pack(folder: str | os.PathLike[str]) -> Sequence[str]:
+    """Read a packed folder and compare every tensor with its checksum.
+
+    Args:
+        folder: What `pack` made.
+
+    Returns:
+        Names of damaged tensors; empty where all is well.
+
+    Raises:
+        offload.SourceError: A file is missing or cut, or the folder has no manifest.
+    """
+    place = Path(folder).expanduser()
+    with SafetensorsSource(place) as source:
+        manifest = check_packed(place, source)
+        if manifest is None:
+            raise SourceError(
+                place,
+                field="lowmem_pack.json",
+                problem="the folder has none, so that nothing says what its bytes should be",
+                remedy="give a folder that lowmem pack made",
+            )
+        num_bytes = sum(spec.nbytes for spec in source.tensors.values())
+        found = []
+        with tqdm(total=num_bytes, desc="verifying", unit="B", unit_scale=True, leave=False, delay=1.0) as bar:
+            for name, is_damaged in damaged(manifest, source.tensors):
+                bar.update(source.tensors[name].nbytes)
+                if is_damaged:
+                    found.append(name)
+    return found
+
+
+def packed_place(opened: Opened, packer: Packer, packed_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the packed form of a checkpoint is kept."""
+    if packed_dir is not None:
+        return Path(packed_dir).expanduser().absolute()
+    from platformdirs import user_cache_path
+
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(opened_name(opened)).name)
+    fingerprint = opened.source.fingerprint()[:_SHORT]
+    return user_cache_path("lowmem") / "packed" / f"{name or 'model'}-{packer.settings['format']}-{fingerprint}"
+
+
+def opened_name(opened: Opened) -> str:
+    """What the user called it."""
+    return str(opened.built.model.config.name_or_path)
+
+
+def open_packed(
+    opened: Opened,
+    quantization: str,
+    *,
+    packed_dir: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Opened:
+    """Open the packed form of an ordinary checkpoint, made first where it is not there yet.
+
+    Says before it makes it where it will be and how large.
+
+    Args:
+        opened: The checkpoint; closed, also after an error.
+        quantization: As in `pack`.
+        packed_dir: The folder; one in the user's cache if not given.
+        trust_remote_code: As in transformers.
+        attn_implementation: As in transformers.
+
+    Raises:
+        As `pack` does.
+    """
+    with closing(opened.source):
+        packer = packer_for(quantization)
+        place = packed_place(opened, packer, packed_dir)
+        if not is_baked(place, _manifest(opened, packer)):
+            size = format_bytes(select(opened, packer).nbytes)
+            tqdm.write(
+                f"lowmem: packing {opened_name(opened)} to {quantization}, once, into {place} ({size})", file=sys.stderr
+            )
+            place.parent.mkdir(parents=True, exist_ok=True)
+            bake(opened, packer, output=place, device=opened.device, trust_remote_code=trust_remote_code)
+    return open_checkpoint(
+        place,
+        name=opened_name(opened),
+        device=opened.device,
+        dtype=opened.dtype,
+        num_labels=opened.num_labels,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def as_if_packed(opened: Described, quantization: str, *, trust_remote_code: bool = False) -> Described:
+    """The same checkpoint with the sizes that its packed form will have, for plans; nothing is packed."""
+    packer = packer_for(quantization)
+    tensors, packed = select(opened, packer).as_found(opened.folder, packer)
+    built = skeleton(
+        opened.built.model.config,
+        tensors,
+        dtype=opened.dtype,
+        folder=opened.folder,
+        classifies=opened.num_labels is not None,
+        trust_remote_code=trust_remote_code,
+        packed=packed,
+    )
+    return replace(opened, built=built)
+
+
+def _manifest(opened: Opened, packer: Packer) -> PackManifest:
+    return PackManifest(
+        source=opened_name(opened), fingerprint=opened.source.fingerprint(), settings=dict(packer.settings)
+    )

@@ -1,0 +1,237 @@
+"""From values to packed weights in bitsandbytes' layout: what each will take, and the stored tensors themselves.
+
+Codes are bitsandbytes' own (`quantize_4bit`, `int8_vectorwise_quant`), run by run: blocks and rows do not depend on
+each other, so that a weight of any size is quantised in bounded memory. Sizes are known before anything is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import UnsupportedError
+from lowmem.internals.bitsandbytes import Code, pack_bytes, pack_nibbles, pack_rows
+from lowmem.quantization import four_bit, int8
+from lowmem.quantization.format import PackedWeight
+from lowmem.quantization.kernels import CODES
+from offload import OutputTensor, TensorSpec
+
+Quantization = Literal["nf4", "fp4", "int8"]
+"""What an ordinary checkpoint can be packed to."""
+
+_NESTED_BLOCK_SIZE = 256
+"""bitsandbytes' only one."""
+
+_STATE_BYTES = 256
+"""Length of a weight's JSON, with spaces behind it: the number in it is known only at the end."""
+
+_RUN_ELEMENTS = 1 << 22
+"""Values quantised at a time: bitsandbytes' temporaries on a processor take about 20 bytes for each."""
+
+
+class Packer(Protocol):
+    """Writes one format."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What distinguishes its output, for the manifest."""
+
+    def config(self, *, compute_dtype: str, skipped: list[str]) -> dict[str, object]:
+        """What config.json says as `quantization_config`.
+
+        Args:
+            compute_dtype: Dtype that transformers is to compute in, by torch's name.
+            skipped: Paths of linear layers that are not packed.
+        """
+
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[OutputTensor, ...]:
+        """The stored tensors of a weight, the largest first."""
+
+    def pack(self, name: str, values: Iterable[Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Quantise a weight.
+
+        Args:
+            name: Its name.
+            values: Its rows in order, in pieces of the stored dtype; each may be overwritten after it was taken.
+            shape: Its shape.
+
+        Returns:
+            Its stored tensors by name, on the CPU.
+        """
+
+    def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
+        """The weight as it will be found in a file that is not written yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NibblePacker:
+    """NF4 or FP4, absmaxes quantised again (QLoRA's double quantisation)."""
+
+    code: Code
+    block_size: int = 64
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """See `Packer`."""
+        return {"format": self.code, "block_size": self.block_size, "nested_block_size": _NESTED_BLOCK_SIZE}
+
+    def config(self, *, compute_dtype: str, skipped: list[str]) -> dict[str, object]:
+        """See `Packer`."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.code,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": skipped,
+        }
+
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[OutputTensor, ...]:
+        """See `Packer`."""
+        num = math.prod(shape)
+        num_blocks = -(-num // self.block_size)
+        num_nested = -(-num_blocks // _NESTED_BLOCK_SIZE)
+        made = (
+            ("", torch.uint8, (-(-num // 2), 1)),
+            (".absmax", torch.uint8, (num_blocks,)),
+            (".nested_quant_map", torch.float32, (256,)),
+            (".quant_map", torch.float32, (16,)),
+            (".nested_absmax", torch.float32, (num_nested,)),
+            (four_bit.STATE + self.code, torch.uint8, (_STATE_BYTES,)),
+        )
+        return tuple(OutputTensor(name=name + end, dtype=dtype, shape=size) for end, dtype, size in made)
+
+    def pack(self, name: str, values: Iterable[Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """See `Packer`."""
+        packed, scales = [], []
+        dtype = None
+        for run in _runs(values, self.block_size):
+            codes, absmax = pack_nibbles(run, code=self.code, block_size=self.block_size)
+            packed.append(codes.cpu())
+            scales.append(absmax.cpu())
+            dtype = run.dtype
+        absmax = torch.cat(scales)
+        offset = absmax.mean()
+        codes, nested, table = pack_bytes(absmax - offset, block_size=_NESTED_BLOCK_SIZE)
+        state = {
+            "quant_type": self.code,
+            "blocksize": self.block_size,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": list(shape),
+            "nested_blocksize": _NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": offset.item(),
+        }
+        raw = json.dumps(state).encode().ljust(_STATE_BYTES)
+        assert len(raw) == _STATE_BYTES
+        described = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        made = (torch.cat(packed), codes, table, torch.tensor(CODES[self.code]), nested, described)
+        return {output.name: value for output, value in zip(self.outputs(name, shape), made, strict=True)}
+
+    def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
+        """See `Packer`."""
+        state = four_bit.NibbleState(
+            code=self.code, block_size=self.block_size, shape=shape, nested_block_size=_NESTED_BLOCK_SIZE
+        )
+        return PackedWeight(
+            name=name,
+            shape=shape,
+            parts=tuple(
+                specs[name + end] for end in ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+            ),
+            read_once=(specs[name + four_bit.STATE + self.code],),
+            format=self.code,
+            dequantise=partial(four_bit.dequantise, state),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPacker:
+    """int8 with a scale for each row."""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """See `Packer`."""
+        return {"format": "int8"}
+
+    def config(self, *, compute_dtype: str, skipped: list[str]) -> dict[str, object]:
+        """See `Packer`."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": False,
+            "load_in_8bit": True,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": skipped,
+        }
+
+    def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[OutputTensor, ...]:
+        """See `Packer`."""
+        stem = name.removesuffix(".weight")
+        return (
+            OutputTensor(name=name, dtype=torch.int8, shape=shape),
+            OutputTensor(name=f"{stem}.SCB", dtype=torch.float32, shape=shape[:-1]),
+            OutputTensor(name=f"{stem}.weight_format", dtype=torch.uint8, shape=()),
+        )
+
+    def pack(self, name: str, values: Iterable[Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """See `Packer`."""
+        runs = [pack_rows(run.view(-1, shape[-1])) for run in _runs(values, shape[-1])]
+        made = (
+            torch.cat([codes.cpu() for codes, _ in runs]).view(shape),
+            torch.cat([scales.cpu() for _, scales in runs]).view(shape[:-1]),
+            torch.tensor(0, dtype=torch.uint8),
+        )
+        return {output.name: value for output, value in zip(self.outputs(name, shape), made, strict=True)}
+
+    def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
+        """See `Packer`."""
+        codes, scales, layout = (specs[output.name] for output in self.outputs(name, shape))
+        return PackedWeight(
+            name=name,
+            shape=shape,
+            parts=(codes, scales),
+            read_once=(layout,),
+            format="int8",
+            dequantise=int8.dequantise,
+        )
+
+
+def packer_for(quantization: str) -> Packer:
+    """What writes a format.
+
+    Raises:
+        UnsupportedError: There is no such format, or it is only read.
+    """
+    if quantization in CODES:
+        return NibblePacker(code=quantization)
+    if quantization == "int8":
+        return RowPacker()
+    raise UnsupportedError(
+        f"quantization={quantization!r}", reason="nothing is packed to it", instead="'nf4', 'fp4' or 'int8'"
+    )
+
+
+def _runs(values: Iterable[Tensor], unit: int) -> Iterable[Tensor]:
+    """Flat pieces of a whole number of units but for the last, of bounded length."""
+    step = max(1, _RUN_ELEMENTS // unit) * unit
+    left: Tensor | None = None
+    for piece in values:
+        flat = piece.reshape(-1)
+        if left is not None:
+            flat = torch.cat((left, flat))
+        num_whole = flat.numel() // unit * unit
+        for start in range(0, num_whole, step):
+            yield flat[start : min(start + step, num_whole)]
+        left = flat[num_whole:].clone() if num_whole < flat.numel() else None
+    if left is not None:
+        yield left
