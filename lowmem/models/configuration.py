@@ -33,9 +33,6 @@ QUANTIZATION = "quantization_config"
 _MOST_BYTES = 64 << 20
 """The largest file; that of 200,000 labels has 10 MB."""
 
-_MOST_NESTED = 32
-"""Objects in objects; transformers copies a configuration recursively."""
-
 _MOST_MODULES = 100_000
 """Bounds what is counted out in Python objects before the weights can be looked at."""
 
@@ -219,18 +216,7 @@ def read_object(file: Path) -> Mapping[str, object]:
     Raises:
         SourceError: It is none, or cannot be read.
     """
-    value = read_json_object(file, field="JSON", remedy=_AGAIN, max_bytes=_MOST_BYTES).members
-    if _depth(value, _MOST_NESTED) > _MOST_NESTED:
-        _refuse(file, "JSON", f"lists and objects are nested more than {_MOST_NESTED} deep")
-    return value
-
-
-def _depth(value: object, limit: int) -> int:
-    """How deep lists and objects are nested, counted no further than one beyond the limit."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if limit < 0:
-        return 1
-    return 1 + max((_depth(item, limit - 1) for item in inner if isinstance(item, dict | list)), default=0)
+    return read_json_object(file, field="JSON", remedy=_AGAIN, max_bytes=_MOST_BYTES).members
 
 
 def _check_values(file: Path, values: Mapping[str, object], prefix: str = "") -> None:

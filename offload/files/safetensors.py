@@ -440,9 +440,7 @@ class ShardFile:
         ValueError: A tensor is of a type that safetensors does not have.
     """
 
-    def __init__(
-        self, path: Path, tensors: Sequence[OutputTensor], *, mode: int = 0o666, align_bytes: int = 8
-    ) -> None:
+    def __init__(self, path: Path, tensors: Sequence[OutputTensor], *, mode: int = 0o666, align_bytes: int = 8) -> None:
         header = shard_header(tensors, align_bytes=align_bytes)
         start_bytes = len(header) + 8
         self._end_bytes = start_bytes + sum(tensor.nbytes for tensor in tensors)

@@ -15,6 +15,9 @@ from offload.files.file import read_small_file
 MAX_JSON_BYTES = 100_000_000
 """Length of the longest JSON that is read."""
 
+_MOST_NESTED = 32
+"""Objects in objects; transformers goes through its files recursively."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JsonObject:
@@ -77,7 +80,8 @@ def parse_json_object(file: Path, raw: bytes, *, field: str, remedy: str) -> Jso
         remedy: What to do about a file that is damaged.
 
     Raises:
-        SourceError: Too long, not UTF-8, not JSON, not an object, or an object in it has the same key twice.
+        SourceError: Too long, not UTF-8, not JSON, not an object, nested too deep, or an object in it has the same key
+            twice.
     """
 
     def refuse(problem: str, cause: BaseException | None = None) -> NoReturn:
@@ -104,7 +108,17 @@ def parse_json_object(file: Path, raw: bytes, *, field: str, remedy: str) -> Jso
         refuse(f"not valid JSON ({error})", error)
     if not isinstance(value, dict):
         refuse(f"expected a JSON object, got {type(value).__name__}")
+    if _depth(value, _MOST_NESTED) > _MOST_NESTED:
+        refuse(f"lists and objects are nested more than {_MOST_NESTED} deep")
     return JsonObject(file=file, remedy=remedy, prefix="", members=value)
+
+
+def _depth(value: object, limit: int) -> int:
+    """How deep lists and objects are nested, counted no further than one beyond the limit."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if limit < 0:
+        return 1
+    return 1 + max((_depth(item, limit - 1) for item in inner if isinstance(item, dict | list)), default=0)
 
 
 def read_json_object(file: Path, *, field: str, remedy: str, max_bytes: int = MAX_JSON_BYTES) -> JsonObject:

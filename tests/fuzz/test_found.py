@@ -130,15 +130,18 @@ def _exchange(checkpoint: Path) -> None:
     (checkpoint / "scheduler.pt").write_bytes(optimizer)
 
 
+def _nest(checkpoint: Path, depth: int) -> None:
+    for file in checkpoint.glob("*config.json"):
+        file.write_text('{"x":' * depth + "1" + "}" * depth)
+
+
 INCOMPLETE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no optimizer": (r"optimizer\.pt.*missing", lambda folder: (folder / "optimizer.pt").unlink()),
     "no scheduler": (r"scheduler\.pt.*missing", lambda folder: (folder / "scheduler.pt").unlink()),
     "exchanged": (r"optimizer\.pt.*no optimizer's state", _exchange),
     "no weights": ("model", lambda folder: [file.unlink() for file in folder.glob("*model*.safetensors*")]),
-    "deep": (
-        "config",
-        lambda folder: [f.write_text('{"x":' * 10**4 + "1" + "}" * 10**4) for f in folder.glob("*config.json")],
-    ),
+    "deep": ("config", lambda folder: _nest(folder, 400)),
+    "deeper than any reader goes": ("config", lambda folder: _nest(folder, 10_000)),
 }
 
 
