@@ -61,9 +61,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "missing weight": (lambda f: _drop_tensor(f, "1.mlp.up_proj.weight"), SourceError, r"layers\.1\.mlp\.up_proj"),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, r"config\.json"),
     "a quantised checkpoint": (
-        lambda f: _edit_json(f / "config.json", quantization_config={"quant_method": "awq"}),
+        lambda f: _edit_json(f / "config.json", quantization_config={"quant_method": "hqq"}),
         lowmem.UnsupportedError,
-        r"quantised with awq",
+        r"quantised with hqq is not supported",
     ),
     "pickled weights": (
         lambda f: (
