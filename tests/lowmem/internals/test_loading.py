@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.initialization
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, core_model_loading, initialization
 
 from lowmem import from_pretrained
 from lowmem.errors import UnsupportedError
@@ -65,8 +64,8 @@ def test_finishing_draws_what_is_missing_and_leaves_what_was_read(folder: Path) 
 def test_another_mark_stops_the_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # S4: a version of transformers that looks for another name draws every weight anew.
     model = filled(folder, leave="lm_head.weight")
-    for name, draw in transformers.initialization.TORCH_INIT_FUNCTIONS.items():
-        monkeypatch.setattr(transformers.initialization, name, draw)
+    for name, draw in initialization.TORCH_INIT_FUNCTIONS.items():
+        monkeypatch.setattr(initialization, name, draw)
     with pytest.raises(UnsupportedError, match=r"transformers \d.*initialises anew what was read"):
         finish_loading(model, missing={"lm_head.weight"}, device=torch.device("cpu"))
 
@@ -99,7 +98,7 @@ def test_conversions_name_targets_and_are_remembered(tmp_path: Path) -> None:
     assert targets["lm_head.weight"] == ("lm_head.weight", None)
     conversions.remember()
     assert isinstance(model._weight_conversions, list)
-    assert "_weight_conversions" in transformers.core_model_loading.revert_weight_conversion.__code__.co_consts
+    assert "_weight_conversions" in core_model_loading.revert_weight_conversion.__code__.co_consts
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3_moe"])
