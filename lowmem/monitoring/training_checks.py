@@ -193,6 +193,7 @@ def check_every_trainer() -> None:
     add_default_callback(TrainingChecks)
     before_resume(check_before_resume)
     on_interruption(_say_how_to_go_on)
+    leave_where_it_is(is_streamed)
 
 
 def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt) -> None:
@@ -203,4 +204,3 @@ def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt) -> None
         interruption.add_note(runtime.advise_interrupted())
     if runtime.note_interrupted is not None:
         runtime.note_interrupted()
-    leave_where_it_is(is_streamed)
