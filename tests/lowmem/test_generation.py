@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -265,15 +267,27 @@ def test_progress_is_told_after_every_token(llama: Path) -> None:
     assert len(told) == num_tokens
 
 
-def test_bar_shows_tokens_rows_and_time_left(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_shows_tokens_rows_and_time_left(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamed(llama)
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
     with lowmem.TokenBar(model):
         generate(model)
-    shown = capsys.readouterr().err
-    assert "token 1/24, " in shown
-    assert " of 6 rows, " in shown
-    assert " left " in shown
+    assert "token 1/24, " in shown.getvalue()
+    assert " of 6 rows, " in shown.getvalue()
+    assert " left " in shown.getvalue()
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
     generate(model)
+    assert "token" not in shown.getvalue()
+
+
+def test_a_log_file_gets_no_bar(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lowmem.TokenBar(model := streamed(llama)):
+        generate(model)
     assert "token" not in capsys.readouterr().err
 
 

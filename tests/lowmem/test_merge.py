@@ -498,9 +498,9 @@ def test_bias_without_a_place_is_refused(bases: Path, tmp_path: Path) -> None:
 def test_quantised_checkpoint_is_refused(lora: tuple[Path, Path], tmp_path: Path) -> None:
     base = build("llama", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4"}
+    config["quantization_config"] = {"quant_method": "hqq"}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="mxfp4"):
+    with pytest.raises(UnsupportedError, match="hqq"):
         merge(base, adapter=lora[1], output=tmp_path / "out")
 
 
