@@ -99,7 +99,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_the_first_block(folder: Pat
         folder, budget=lowmem.Budget(device=smallest(folder, batch_size=1, seq_len=32), host=0), device="cpu"
     )
     seen, plan = visits_of(model), runtime_of(model).plan
-    with pytest.raises(BudgetError, match=r"needs at least .* bytes\); .*gradient_accumulation_steps=64") as caught:
+    with pytest.raises(BudgetError, match=r"needs at least .* bytes\)\. .*gradient_accumulation_steps=64") as caught:
         trained(model, num_sequences=64, seq_len=256)
     assert seen == []
     assert runtime_of(model).plan is plan
