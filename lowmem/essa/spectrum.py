@@ -90,7 +90,7 @@ class Spectrum:
         """
         device = self._factors[0].down.weight.device
         self._values = self.values_at(coordinates).to(device)
-        self._member_of_row = member_of_row
+        self._member_of_row = member_of_row.to(device)
         try:
             yield
         finally:
@@ -135,7 +135,9 @@ class Spectrum:
             if self._values is None or self._member_of_row is None:
                 return None
             index = self._rows.index
-            members = self._member_of_row if index is None else self._member_of_row[index]
+            members = (
+                self._member_of_row if index is None else self._member_of_row[index.to(self._member_of_row.device)]
+            )
             if output.ndim != 3 or output.shape[0] != len(members):
                 raise UnsupportedError(
                     "ESSA with an adapter on experts",

@@ -326,15 +326,20 @@ class StreamedCache(DynamicCache):
             for index, layer in enumerate(self.layers)
         )
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, which are numbers in the batch that the generation began with, in order."""
+    def keep(self, rows: Sequence[int], *, device: torch.device | None = None) -> None:
+        """Drop all rows but these, which are numbers in the batch that the generation began with, in order.
+
+        Args:
+            rows: The numbers.
+            device: Where blocks compute, so that their inputs are cut by rows without waiting for it.
+        """
         held = list(range(max(rows, default=0) + 1)) if self.rows is None else self.rows.tolist()
         places = {row: place for place, row in enumerate(held)}
         chosen = torch.tensor([places[row] for row in rows], dtype=torch.long)
         for layer in self.layers:
             if layer.is_initialized:
                 layer.batch_select_indices(chosen.to(layer.keys.device))
-        self.rows = torch.tensor(list(rows), dtype=torch.long)
+        self.rows = torch.tensor(list(rows), dtype=torch.long, device=device)
 
     def allocated_bytes(self) -> dict[str, int]:
         """Bytes by tier. Sliding windows count as they are."""

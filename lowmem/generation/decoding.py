@@ -96,7 +96,7 @@ class CachedBlock:
             return self._run_part(args, kwargs)
         batch_size, num_tokens = call.batch_size, call.num_tokens // call.batch_size
         inputs = call.take_inputs()
-        index = torch.arange(batch_size) if alive is None else alive
+        index = torch.arange(batch_size, device=inputs[0].device) if alive is None else alive
         size = max(1, self._max_tokens // num_tokens) if is_long else None
         outputs = []
         for window in micro_batches(len(index), size):

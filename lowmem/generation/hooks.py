@@ -163,7 +163,7 @@ class _NotedCriteria(StoppingCriteriaList):
         changed = self._generation.note(num_tokens, unfinished)
         cache = self._cache_to_cut
         if changed and unfinished and cache is not None and cache.can_drop_rows:
-            cache.keep(unfinished)
+            cache.keep(unfinished, device=is_done.device)
         return is_done
 
 
