@@ -100,12 +100,14 @@ class ExpertReader:
         held = self._held[key]
         self._held.move_to_end(key)
         if held.transfer is not None:
-            transfer, held.transfer = held.transfer, None
             try:
-                transfer.wait()
+                held.transfer.wait()
             except BaseException:
-                self._idle.append(self._held.pop(key).buffer)
+                # An interrupted wait ends before the read does, which is still writing to the buffer.
+                if held.transfer.done():
+                    self._idle.append(self._held.pop(key).buffer)
                 raise
+            held.transfer = None
         tensors = {
             spec.name: view_tensor(held.buffer.tensor, held.layout.tensor_offsets[spec.name], spec=spec)
             for spec in held.spec.tensors
