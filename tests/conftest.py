@@ -14,8 +14,6 @@ os.environ.update(
     HF_HOME=str(_HF_HOME),
     HF_DATASETS_CACHE=str(_HF_HOME / "datasets"),
     HF_HUB_DISABLE_TELEMETRY="1",
-    # What `lowmem bench` keeps, and headers of hub repositories.
-    XDG_CACHE_HOME=str(_HF_HOME / "cache"),
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )
@@ -43,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `lowmem bench` keeps and headers of hub repositories: one test's are not found by the next."""
+    monkeypatch.setenv("XDG_CACHE_HOME", tempfile.mkdtemp(dir=_HF_HOME))
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ alone. Each is a process forked from this one, which has imported everything and
 takes longer than training.
 """
 
+import json
 import os
 import random
 import signal
@@ -24,9 +25,18 @@ from tests.lowmem.tiny_training import streamed, trainer
 NUM_STEPS = 12
 
 
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state last, in place."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
 def last_complete_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    written = [folder for folder in output.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    """The newest checkpoint that was written to its end."""
+    written = filter(_is_complete, output.glob("checkpoint-*"))
     return max(written, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
