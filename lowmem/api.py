@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -29,7 +30,7 @@ from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
 from lowmem.quantization.packing import packer_for
-from offload import Budget
+from offload import Budget, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -220,7 +221,7 @@ def plan(
         model: Folder of a safetensors checkpoint, or of its config.json alone; or a hub id: only headers are fetched.
         task: "sft", "dpo", "kto", "reward", "grpo", "rloo" or "generate".
         batch_size: Examples of one forward, pairs in DPO and Reward; "auto" for the smallest that is nearly as
-            fast per token as any that fits.
+            fast per token as any that fits; the advice then says what packed weights would change.
         seq_len: Tokens of one sequence, prompt and completion together.
         peft_config: The adapter that will be trained; a LoRA of rank 16 on all linear layers is assumed if not given.
         quantization: None: weights move as they are stored. "nf4", "fp4" or "int8": with the sizes that the packed
@@ -259,15 +260,42 @@ def plan(
     job = Job(task=task, seq_len=seq_len, device=kind_of(chosen), tuning=tuning, **given)
     opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     opening |= {"attn_implementation": attn_implementation, "dtype": _model_dtype(dtype, tuning=tuning, device=chosen)}
-    with describing(model, device=chosen, has_bf16=_has_bf16(machine), **opening) as opened:
-        if quantization is not None:
-            opened = as_if_packed(opened, quantization, trust_remote_code=trust_remote_code)
-        shapes = _shapes_for(opened, job, peft_config=peft_config)
-        found = rates_for(opened, shapes, rates) if machine is None else machine.rates
     bounds = (budget or Budget()).measured(chosen) if machine is None else machine.budget(budget)
     name = THIS_MACHINE if machine is None else str(machine)
     finds_batch = batch_size == "auto"
-    return plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
+
+    def planned(quantization: str | None) -> Plan:
+        with describing(model, device=chosen, has_bf16=_has_bf16(machine), **opening) as opened:
+            if quantization is not None:
+                opened = as_if_packed(opened, quantization)
+            shapes = _shapes_for(opened, job, peft_config=peft_config)
+            found = rates_for(opened, shapes, rates) if machine is None else machine.rates
+        return plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
+
+    made = planned(quantization)
+    if finds_batch and quantization is None and tuning == "adapter":
+        made = replace(made, advice=(*made.advice, *_packed_advice(made, planned)))
+    return made
+
+
+_COMPARED = {"int8": "8 bits", "nf4": "4 bits"}
+_WORTH = 0.95
+"""As for other advice: a change is worth a sentence if a token takes at most this part of its time."""
+
+
+def _packed_advice(made: Plan, planned: Callable[[str], Plan]) -> Iterator[str]:
+    """What a search found for packed weights, which change the result and are never chosen by themselves."""
+    for quantization, bits in _COMPARED.items():
+        try:
+            other = planned(quantization)
+        except UnsupportedError:  # It is quantised already, or has nothing to pack.
+            return
+        if other.fits and (not made.fits or other.token_s <= _WORTH * made.token_s):
+            yield (
+                f'quantization="{quantization}" (frozen weights rounded to {bits}; another result): a batch of '
+                f"{other.batch_size} takes {format_seconds(other.step_s)} per step, {1 / other.token_s:.3g} tokens/s, "
+                f"on {format_bytes(other.device_bytes)} of the device and {format_bytes(other.host_bytes)} of the host."
+            )
 
 
 def _device_of(machine: object, **others: object) -> torch.device:

@@ -50,6 +50,7 @@ Model = Annotated[str, typer.Argument(help="Local folder, or hub id, of a safete
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code of the checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quantization = Annotated[str | None, typer.Option(help="Packed weights: nf4, fp4 or int8.")]
 ComputeOn = Annotated[str | None, typer.Option(help="Compute device: cpu or cuda; the GPU if there is one.")]
 ComputeIn = Annotated[str | None, typer.Option(help="Compute dtype; float32 on a CPU.")]
 
@@ -77,6 +78,7 @@ def plan(
     disk: Annotated[Path | None, typer.Option(help="Folder for what must be written.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences that go through a block at a time.")] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens of each that go through it at a time.")] = None,
+    quantization: Quantization = None,
     tuning: Annotated[str, typer.Option(help="adapter, or full: every weight.")] = "adapter",
     use_reference: Annotated[
         bool | None, typer.Option(help="Compute reference log-probabilities; as TRL does if neither is given.")
@@ -119,6 +121,7 @@ def plan(
         peft_config=None
         if tuning == "full"
         else _lora(lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules),
+        quantization=quantization,
         tuning=tuning,  # type: ignore[arg-type]  # an unknown one is refused by name
         use_reference=use_reference,
         chunk_tokens=chunk_tokens,
@@ -235,7 +238,7 @@ def merge(
 @app.command()
 def pack(
     model: Model,
-    quantization: Annotated[str | None, typer.Option(help="nf4, fp4 or int8.")] = None,
+    quantization: Quantization = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be empty or absent.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare a packed folder with its checksums instead.")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lowmem.models.build import skeleton
 from lowmem.models.checkpoint import Described, Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.bake import bake, is_baked
 from lowmem.packing.selection import select
@@ -173,20 +172,10 @@ def open_packed(
     )
 
 
-def as_if_packed(opened: Described, quantization: str, *, trust_remote_code: bool = False) -> Described:
+def as_if_packed(opened: Described, quantization: str) -> Described:
     """The same checkpoint with the sizes that its packed form will have, for plans; nothing is packed."""
     packer = packer_for(quantization)
-    tensors, packed = select(opened, packer).as_found(opened.folder, packer)
-    built = skeleton(
-        opened.built.model.config,
-        tensors,
-        dtype=opened.dtype,
-        folder=opened.folder,
-        classifies=opened.num_labels is not None,
-        trust_remote_code=trust_remote_code,
-        packed=packed,
-    )
-    return replace(opened, built=built)
+    return replace(opened, built=select(opened, packer).as_found(opened.built, packer))
 
 
 def _manifest(opened: Opened, packer: Packer) -> PackManifest:

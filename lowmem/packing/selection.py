@@ -8,7 +8,7 @@ follows, wider elements first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -17,9 +17,8 @@ from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, StreamedBlock
 from lowmem.models.checkpoint import Described, Opened
 from lowmem.models.mapping import Recipe
-from lowmem.quantization.format import PackedWeight
 from lowmem.quantization.packing import Packer
-from offload import PAGE_BYTES, OutputTensor, TensorSpec, shard_header
+from offload import PAGE_BYTES, BlockSpec, OutputTensor, TensorSpec, shard_header
 
 _LENGTH_BYTES = 8
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -100,13 +99,33 @@ class PackSelection:
         """Parameters that are packed."""
         return sum(len(unit.packed) for unit in self.units)
 
-    def as_found(self, folder: Path, packer: Packer) -> tuple[dict[str, TensorSpec], dict[str, PackedWeight]]:
-        """Stored tensors and packed weights as they will be found when the folder is opened, for plans before it is."""
-        specs = {spec.name: spec for unit in self.units for spec in unit.specs(folder)}
-        packed = {
-            entry.name: packer.found(entry.name, entry.shape, specs) for unit in self.units for entry in unit.packed
-        }
-        return specs, packed
+    def as_found(self, built: Skeleton, packer: Packer) -> Skeleton:
+        """A model as it will be found when the folder is opened, for plans before it is; outside the blocks as it is.
+
+        Args:
+            built: What was selected from. Blocks may stand for one another, as those of a configuration alone do.
+            packer: The one that it was selected for.
+        """
+        blocks = zip(built.blocks, self.units[1:], strict=True)
+        return replace(built, blocks=tuple(_as_found(one, unit, built.folder, packer) for one, unit in blocks))
+
+
+def _as_found(streamed: StreamedBlock, unit: OutputUnit, folder: Path, packer: Packer) -> StreamedBlock:
+    specs = {spec.name: spec for spec in unit.specs(folder)}
+    packed = {id(entry.recipe) for entry in unit.packed}
+    recipes = []
+    for recipe in streamed.recipes:
+        if id(recipe) not in packed:
+            recipes.append(replace(recipe, inputs=tuple(specs[spec.name] for spec in recipe.sources)))
+    for entry in unit.packed:
+        weight = packer.found(entry.name, entry.shape, specs)
+        weight = weight.transposed() if entry.is_transposed else weight
+        recipes.append(Recipe(targets=(entry.target,), inputs=(weight,), dtype=entry.recipe.dtype))
+    for recipe, target in unit.converted:
+        recipes.append(Recipe(targets=(target,), inputs=(specs[target],), dtype=recipe.dtype))
+    read = {spec.name: spec for recipe in recipes for spec in recipe.sources}
+    spec = BlockSpec(name=streamed.spec.name, tensors=tuple(read.values()))
+    return replace(streamed, recipes=tuple(recipes), spec=spec)
 
 
 def select(opened: Described, packer: Packer) -> PackSelection:

@@ -110,6 +110,12 @@ class Plan:
         return self.time.step_s
 
     @property
+    def token_s(self) -> float:
+        """Predicted seconds for each token that a step trains on, or that is generated."""
+        job = self.job
+        return self.time.step_s / (job.step_tokens if job.trains else job.num_generated * job.num_decodes)
+
+    @property
     def bottleneck(self) -> Lane:
         """What a step waits for longest."""
         return self.time.bottleneck
@@ -390,12 +396,11 @@ def _verdict(plan: Plan) -> list[str]:
     job, time = plan.job, plan.time
     lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
     lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
-    tokens_per_s = (job.step_tokens if job.trains else job.num_generated * job.num_decodes) / time.step_s
     what = "step" if job.trains else "generation"
     would = "" if plan.fits else "would take "
     lines.append(
-        f"{would}{format_seconds(time.step_s)} per {what}, {tokens_per_s:.3g} tokens/s, limited by {plan.bottleneck} "
-        f"({lanes})"
+        f"{would}{format_seconds(time.step_s)} per {what}, {1 / plan.token_s:.3g} tokens/s, "
+        f"limited by {plan.bottleneck} ({lanes})"
     )
     lines.append(f"{_run_words(plan)}; {_hiding_words(plan)}" if plan.fits else _run_words(plan))
     return lines

@@ -135,7 +135,12 @@ def _weight(
         format=state.code,
         dequantise=partial(dequantise, state),
     )
-    return replace(made, entry=partial(_entry, made, state)) if _has_entries(state, packed) else made
+    return with_entries(made, state)
+
+
+def with_entries(weight: PackedWeight, state: NibbleState) -> PackedWeight:
+    """A weight that is a stack, with a way to unpack its entries one by one where they can be; else it as it is."""
+    return replace(weight, entry=partial(_entry, weight, state)) if _has_entries(state, weight.parts[0]) else weight
 
 
 def _has_entries(state: NibbleState, packed: TensorSpec) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, refuse_weight
+from lowmem.quantization.format import PackedWeight, ReadBytes, along_first, part_of, refuse_weight
 from lowmem.quantization.kernels import rows
 from offload import TensorSpec
 
@@ -87,7 +87,12 @@ def _weight(name: str, scales: TensorSpec, *, tensors: Mapping[str, TensorSpec],
             reason="its weight is stored in tiles of one kind of GPU, as versions of bitsandbytes before 0.43 did",
             instead="the checkpoint saved again by a newer bitsandbytes, or the one that is not quantised",
         )
-    return PackedWeight(
+    return row_scaled(name, codes, scales, layout)
+
+
+def row_scaled(name: str, codes: TensorSpec, scales: TensorSpec, layout: TensorSpec | None) -> PackedWeight:
+    """A weight, or a stack of them whose entries can be unpacked one by one, from its stored tensors."""
+    made = PackedWeight(
         name=name,
         shape=tuple(codes.shape),
         parts=(codes, scales),
@@ -95,6 +100,8 @@ def _weight(name: str, scales: TensorSpec, *, tensors: Mapping[str, TensorSpec],
         format="int8",
         dequantise=dequantise,
     )
+    is_stack = len(codes.shape) == 3 and scales.shape[:1] == codes.shape[:1]
+    return along_first(made) if is_stack else made
 
 
 def dequantise(parts: Sequence[Tensor], out: Tensor) -> None:

@@ -142,7 +142,7 @@ class NibblePacker:
         state = four_bit.NibbleState(
             code=self.code, block_size=self.block_size, shape=shape, nested_block_size=_NESTED_BLOCK_SIZE
         )
-        return PackedWeight(
+        made = PackedWeight(
             name=name,
             shape=shape,
             parts=tuple(
@@ -152,6 +152,7 @@ class NibblePacker:
             format=self.code,
             dequantise=partial(four_bit.dequantise, state),
         )
+        return four_bit.with_entries(made, state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,15 +196,7 @@ class RowPacker:
 
     def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
         """See `Packer`."""
-        codes, scales, layout = (specs[output.name] for output in self.outputs(name, shape))
-        return PackedWeight(
-            name=name,
-            shape=shape,
-            parts=(codes, scales),
-            read_once=(layout,),
-            format="int8",
-            dequantise=int8.dequantise,
-        )
+        return int8.row_scaled(name, *(specs[output.name] for output in self.outputs(name, shape)))
 
 
 def packer_for(quantization: str) -> Packer:

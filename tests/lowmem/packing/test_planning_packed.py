@@ -1,0 +1,79 @@
+"""Plans for packed weights before anything is packed: the sizes that the packed folder then has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lowmem
+from lowmem.cli import app
+from lowmem.models.checkpoint import open_checkpoint
+from lowmem.packing.place import as_if_packed
+from lowmem.planning.planner import bare_shapes
+from offload import Budget
+from tests.zoo.architectures import build, tiny_config
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+BIG = lowmem.Machine(gpu="RTX 4090", ram="64GiB", disk_gbps=1)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_sizes_before_packing_are_those_after(name: str, quantization: str, tmp_path: Path) -> None:
+    base = build(name, tmp_path / "base", dtype=torch.bfloat16)
+    packed = lowmem.pack(base, quantization=quantization, output=tmp_path / "packed", device="cpu")
+    before, after = (
+        open_checkpoint(folder, name=str(folder), device=torch.device("cpu"), dtype=None) for folder in (base, packed)
+    )
+    with closing(before.source), closing(after.source):
+        expected, found = bare_shapes(after), bare_shapes(as_if_packed(before, quantization))
+    assert found.blocks == expected.blocks
+    assert (found.stored_bytes, found.workspace_bytes) == (expected.stored_bytes, expected.workspace_bytes)
+    assert set(found.stored_dtypes) == set(expected.stored_dtypes)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_configuration_alone_is_planned_as_its_checkpoint(name: str, tmp_path: Path) -> None:
+    base = build(name, tmp_path / "base", dtype=torch.bfloat16)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(base / "config.json", tmp_path / "bare")
+    plans = [lowmem.plan(folder, seq_len=16, quantization="nf4", machine=BIG) for folder in (base, tmp_path / "bare")]
+    assert plans[0].placement == plans[1].placement
+    assert plans[0].roles == plans[1].roles
+
+
+def test_command_plans_what_is_not_packed_yet(tmp_path: Path) -> None:
+    base = build("llama", tmp_path / "base", dtype=torch.bfloat16, changes=WIDE)
+    options = ["--seq-len", "16", "--on", "cpu", "--device", "1GiB", "--host", "0", "--json"]
+    told = [CliRunner().invoke(app, ["plan", str(base), *options, *more]) for more in ([], ["--quantization", "nf4"])]
+    plain, packed = (json.loads(one.stdout) for one in told)
+    made = lowmem.plan(base, seq_len=16, quantization="nf4", device="cpu", budget=Budget(device="1GiB", host="0"))
+    assert packed["placement"]["block_bytes"] == list(made.placement.block_bytes)
+    assert sum(packed["placement"]["block_bytes"]) < 0.5 * sum(plain["placement"]["block_bytes"])
+    assert packed["stored_dtypes"] != plain["stored_dtypes"]
+    refused = CliRunner().invoke(app, ["plan", str(base), *options, "--quantization", "nf5"])
+    assert isinstance(refused.exception, lowmem.UnsupportedError)
+
+
+def test_search_says_what_packed_weights_would_change_and_leaves_the_choice(tmp_path: Path) -> None:
+    changes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "head_dim": 128}
+    changes["num_hidden_layers"] = 24
+    base = tmp_path / "base"
+    tiny_config("llama", changes | {"dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}).save_pretrained(base)
+    slow = lowmem.Machine(gpu="RTX 4090", ram="8GiB", vram="3GiB", disk_gbps=0.1)
+    budget = Budget(device="2GiB", host="0")
+    found = lowmem.plan(base, seq_len=64, batch_size="auto", machine=slow, budget=budget)
+    advised = [text for text in found.advice if "quantization=" in text]
+    assert [text.partition('"')[2].partition('"')[0] for text in advised] == ["int8", "nf4"]
+    assert all("another result" in text for text in advised)
+    packed = lowmem.plan(base, seq_len=64, batch_size="auto", machine=slow, budget=budget, quantization="nf4")
+    assert f"a batch of {packed.batch_size} takes" in advised[1]
+    assert not any("quantization=" in text for text in packed.advice)
+    # Only where it was searched: an ordinary plan looks at one form of the model.
+    assert not any("quantization=" in text for text in lowmem.plan(base, seq_len=64, machine=slow).advice)
