@@ -11,54 +11,118 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lowmem.errors import UnsupportedError
-from lowmem.models.absent import read_now
-from lowmem.models.checkpoint import Opened, stays_inside
-from lowmem.packing.selection import OutputUnit, PackedEntry, PackSelection, select
-from lowmem.quantization.manifest import MANIFEST, PackManifest, checksum, damaged, read_manifest
-from lowmem.quantization.packing import Packer
+from lowmem.models.build import Skeleton
+from lowmem.models.checkpoint import Opened
+from lowmem.packing.beside import change_config, copy_files, files_beside
+from lowmem.packing.selection import Included, OutputUnit, PackSelection, select
+from lowmem.packing.writing import Contents, StoredContents, UnitWriter
+from lowmem.quantization.manifest import PackManifest, damaged, read_manifest
+from lowmem.quantization.packing import Observe, Packer
 from offload import (
     NO_ROOM,
     PAGE_BYTES,
-    BlockSpec,
-    FileIO,
     Folder,
     SafetensorsSource,
     ShardFile,
     SourceError,
+    TensorSpec,
     TierFull,
     format_bytes,
     sync_folder,
     write_index,
 )
 
-_COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken"})
-_CODE_SUFFIX = ".py"
-_CODE_FIELD = "auto_map"
-_INDEX_SUFFIX = ".index.json"
 _QUIET_S = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class BakeInput:
+    """What a packed folder is made of."""
+
+    name: str
+    """The checkpoint, as the user named it."""
+    built: Skeleton
+    """Its model on meta, matched with its tensors."""
+    tensors: Mapping[str, TensorSpec]
+    """Its tensors by name; those that the model has no place for are copied."""
+    folder: Path
+    """Where it lies; only read."""
+    fingerprint: str
+    """Of all that the output depends on, but for the settings."""
+    contents: Callable[[], Contents]
+    """Opens its values."""
+    check: Callable[[], None]
+    """Sees that nothing of it has changed meanwhile."""
+    copies: Mapping[str, Path]
+    """Files to copy."""
+    has_code: bool = False
+    """Whether code is among them."""
+    config_changes: Mapping[str, object] = field(default_factory=dict)
+    """Fields of its config.json that get new values."""
+    keeps_packed: bool = False
+    """Whether weights that are packed in the same format already are copied as they are; else they are refused."""
+    said_dtype: torch.dtype | None = None
+    """Dtype that weights are said to have been quantised from; that of their values if None."""
+    observe: Observe | None = None
+    """Sees what is quantised, and what of it is stored."""
+
+    @classmethod
+    def of(cls, opened: Opened, *, trust_remote_code: bool = False) -> Self:
+        """A checkpoint as it is."""
+
+        def check() -> None:
+            for file in opened.source.files:
+                opened.source.check_unchanged(file)
+
+        return cls(
+            name=str(opened.built.model.config.name_or_path),
+            built=opened.built,
+            tensors=opened.source.tensors,
+            folder=opened.folder,
+            fingerprint=opened.source.fingerprint(),
+            contents=StoredContents,
+            check=check,
+            copies=files_beside(opened.folder, has_code=trust_remote_code),
+            has_code=trust_remote_code,
+        )
+
+    def select(self, packer: Packer, include: Collection[Included] = ()) -> PackSelection:
+        """What of it is packed; see `select`."""
+        return select(
+            self.built,
+            packer,
+            tensors=self.tensors,
+            include=include,
+            keeps_packed=self.keeps_packed,
+            said_dtype=self.said_dtype,
+        )
+
+    def manifest(self, packer: Packer, include: Collection[Included] = ()) -> PackManifest:
+        """What the output's manifest will say, without its files."""
+        settings = dict(packer.settings) | ({"include": sorted(include)} if include else {})
+        return PackManifest(source=self.name, fingerprint=self.fingerprint, settings=settings)
+
+
 def bake(
-    opened: Opened, packer: Packer, *, output: Path, device: torch.device, trust_remote_code: bool = False
+    given: BakeInput, packer: Packer, *, output: Path, device: torch.device, include: Collection[Included] = ()
 ) -> Path:
     """Write a packed folder, or return it where it is there already.
 
     Args:
-        opened: The checkpoint; only read.
+        given: What it is made of.
         packer: Writes the format.
         output: The folder to make; must not exist, be empty, or be what would be made.
         device: Where values are quantised.
-        trust_remote_code: Copy the checkpoint's model code too.
+        include: What is packed outside the blocks.
 
     Returns:
         `output`.
@@ -69,27 +133,21 @@ def bake(
         offload.TierFull: The disk has no room. What is done stays, and the next call goes on.
         offload.SourceError: The checkpoint is damaged.
     """
-    chosen = select(opened, packer)
-    manifest = PackManifest(
-        source=str(opened.built.model.config.name_or_path),
-        fingerprint=opened.source.fingerprint(),
-        settings=dict(packer.settings),
-    )
+    chosen, manifest = given.select(packer, include), given.manifest(packer, include)
     output = output.absolute()
     if is_baked(output, manifest):
         return output
-    _refuse_output(output, opened.folder)
+    _refuse_output(output, given.folder)
     with _working(output) as work:
         if is_baked(output, manifest):
             return output
-        _refuse_output(output, opened.folder)
+        _refuse_output(output, given.folder)
         try:
             done = _go_on(work, manifest, chosen)
             _check_room(output, chosen, done)
-            done = _write_units(work, opened, packer, chosen, done, device=device)
-            for file in opened.source.files:
-                opened.source.check_unchanged(file)
-            _finish(work, opened, packer, chosen, trust_remote_code=trust_remote_code)
+            done = _write_units(work, given, packer, chosen, done, device=device)
+            given.check()
+            _finish(work, given, packer, chosen)
             _in_order(done, chosen).write(work)
             for file in work.iterdir():
                 _sync(file)
@@ -221,11 +279,11 @@ def _check_room(output: Path, chosen: PackSelection, done: PackManifest) -> None
 
 
 def _write_units(
-    work: Path, opened: Opened, packer: Packer, chosen: PackSelection, done: PackManifest, *, device: torch.device
+    work: Path, given: BakeInput, packer: Packer, chosen: PackSelection, done: PackManifest, *, device: torch.device
 ) -> PackManifest:
     left = [unit for unit in chosen.units if unit.file not in done.files]
     with (
-        FileIO(stamps=opened.source.stamps) as reader,
+        closing(given.contents()) as contents,
         tqdm(
             total=chosen.nbytes,
             initial=sum(done.files.values()),
@@ -237,13 +295,12 @@ def _write_units(
         ) as bar,
     ):
         for unit in left:
-            writer = _UnitWriter(unit, packer, reader=reader, device=device)
+            writer = UnitWriter(unit, packer, contents=contents, device=device, observe=given.observe)
             unfinished = work / f"{unit.file}.unfinished"
             with ShardFile(unfinished, unit.outputs, align_bytes=PAGE_BYTES) as shard:
-                for output_name, values in writer.values():
-                    shard.write(values)
-                    bar.update(values.nbytes)
-                    writer.sums[output_name] = checksum(values)
+                for part in writer.parts():
+                    shard.write(part)
+                    bar.update(part.nbytes)
             unfinished.rename(work / unit.file)
             sync_folder(work)
             done = replace(done, files={**done.files, unit.file: unit.nbytes}, tensors={**done.tensors, **writer.sums})
@@ -252,87 +309,15 @@ def _write_units(
     return done
 
 
-class _UnitWriter:
-    """Makes the tensors of one file in the order in which they lie there."""
-
-    def __init__(self, unit: OutputUnit, packer: Packer, *, reader: FileIO, device: torch.device) -> None:
-        self._unit, self._packer, self._reader, self._device = unit, packer, reader, device
-        self._entries: dict[str, PackedEntry] = {
-            output.name: entry for entry in unit.packed for output in packer.outputs(entry.name, entry.shape)
-        }
-        self._copied = {spec.name: spec for spec in unit.copied}
-        self._converted = {target: recipe for recipe, target in unit.converted}
-        self._made: dict[str, Tensor] = {}
-        self._recipe: tuple[int, dict[str, Tensor]] | None = None
-        self.sums: dict[str, str] = {}
-        """Checksums of what was written."""
-
-    def values(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and values, on the CPU. A weight's small parts wait until their place comes."""
-        for output in self._unit.outputs:
-            if output.name in self._copied:
-                spec = self._copied[output.name]
-                yield output.name, self._read((spec,), spec.name)[spec.name]
-                continue
-            if output.name in self._converted:
-                yield output.name, self._run(self._converted[output.name].targets[0])[output.name].contiguous()
-                continue
-            if output.name not in self._made:
-                entry = self._entries[output.name]
-                self._made |= self._pack(entry)
-            yield output.name, self._made.pop(output.name).contiguous()
-
-    def _pack(self, entry: PackedEntry) -> dict[str, Tensor]:
-        values = self._run(entry.target)[entry.target]
-        if entry.is_transposed:
-            values = values.t().contiguous()
-        pieces = values if values.dim() == 3 else (values,)
-        return self._packer.pack(entry.name, (piece.to(self._device) for piece in pieces), entry.shape)
-
-    def _run(self, target: str) -> Mapping[str, Tensor]:
-        """Parameters of the recipe that makes one, in the stored dtype; the last recipe's are kept."""
-        recipes = (*(entry.recipe for entry in self._unit.packed), *self._converted.values())
-        recipe = next(recipe for recipe in recipes if target in recipe.targets)
-        if self._recipe is None or self._recipe[0] != id(recipe):
-            self._recipe = None
-            self._recipe = id(recipe), recipe.run(self._read(recipe.sources, target))
-        return self._recipe[1]
-
-    def _read(self, specs: tuple[object, ...], name: str) -> dict[str, Tensor]:
-        return read_now(BlockSpec(name=name, tensors=specs), reader=self._reader, device=torch.device("cpu"))  # type: ignore[arg-type]
-
-
-def _finish(work: Path, opened: Opened, packer: Packer, chosen: PackSelection, *, trust_remote_code: bool) -> None:
+def _finish(work: Path, given: BakeInput, packer: Packer, chosen: PackSelection) -> None:
     """Write what is beside the weights: index, configuration, tokenizer."""
     write_index(work, {unit.file: unit.outputs for unit in chosen.units})
-    suffixes = _COPIED_SUFFIXES | ({_CODE_SUFFIX} if trust_remote_code else set())
-    for file in sorted(opened.folder.iterdir()):
-        is_wanted = file.suffix in suffixes or file.name.upper().startswith(("LICENSE", "NOTICE"))
-        if not is_wanted or not file.is_file() or file.name.endswith(_INDEX_SUFFIX) or file.name == MANIFEST:
-            continue
-        if not stays_inside(file, opened.folder):
-            raise UnsupportedError(
-                f"{file} -> {file.resolve()}",
-                reason="the link leads out of its folder, and the output would have a copy of what it leads to",
-                instead="a copy of that file in the folder if it belongs to the model, or no link",
-            )
-        _copy(file, work / file.name, has_code=trust_remote_code)
+    copy_files(given.copies, work, has_code=given.has_code)
+    change_config(work, given.config_changes)
     config = json.loads((work / "config.json").read_text())
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     config["quantization_config"] = packer.config(compute_dtype=str(stored), skipped=list(chosen.skipped))
     (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _copy(file: Path, copy: Path, *, has_code: bool) -> None:
-    """Copy a file; a configuration loses its references to code that is not copied."""
-    if not has_code and file.suffix == ".json":
-        with suppress(ValueError, RecursionError):
-            values = json.loads(file.read_bytes())
-            if isinstance(values, dict) and _CODE_FIELD in values:
-                values = {name: value for name, value in values.items() if name != _CODE_FIELD}
-                copy.write_text(json.dumps(values, indent=2) + "\n")
-                return
-    shutil.copyfile(file, copy)
 
 
 def _sync(file: Path) -> None:

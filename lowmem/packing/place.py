@@ -11,15 +11,16 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import Described, Opened, open_checkpoint, pick_device, resolve
-from lowmem.packing.bake import bake, is_baked
-from lowmem.packing.selection import select
-from lowmem.quantization.manifest import PackManifest, check_packed, damaged
+from lowmem.packing.bake import BakeInput, bake, is_baked
+from lowmem.packing.selection import Included, select
+from lowmem.quantization.manifest import check_packed, damaged
 from lowmem.quantization.packing import Packer, packer_for
 from offload import SafetensorsSource, SourceError, format_bytes
 
@@ -34,21 +35,25 @@ def pack(
     *,
     quantization: str,
     output: str | os.PathLike[str],
+    include: Sequence[Included] = (),
     device: torch.device | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a checkpoint whose decoder blocks are quantised, as bitsandbytes stores them; one block in RAM at a time.
+    """Write a checkpoint whose decoder blocks are quantised, as bitsandbytes stores them, in bounded memory.
 
     What is written is an ordinary folder: `lowmem.from_pretrained` streams it, and transformers with bitsandbytes loads
-    it unless the model has fused experts. Linear layers and experts of the blocks are packed; embeddings, head, norms
-    and routers stay as they are. A call that was interrupted goes on where it was; the folder has its name only when it
-    is whole. Several processes may pack the same model: one works, the others wait and find it done.
+    it unless the model has fused experts or its embeddings are packed. Linear layers and experts of the blocks are
+    packed; norms and routers stay as they are, and so do embeddings and head unless `include` names them. A call that
+    was interrupted goes on where it was; the folder has its name only when it is whole. Several processes may pack the
+    same model: one works, the others wait and find it done.
 
     Args:
         model: Local folder, or hub id, of a safetensors checkpoint that is not quantised.
         quantization: "nf4" or "fp4" in blocks of 64 with quantised absmaxes, or "int8" by rows.
         output: The folder; must not exist, be empty, or be what would be made.
+        include: "embeddings", "head", or both, where they are two tables: packed too. They take less on disk, and are
+            unpacked when the model is opened; embeddings that stay as they are may be read row by row.
         device: Where values are quantised: the GPU if there is one, else the CPU. On a GPU, codes of values that lie
             in the middle between two may differ from those of a CPU.
         revision: Branch, tag or commit of the hub repository.
@@ -58,12 +63,13 @@ def pack(
         The folder.
 
     Raises:
-        UnsupportedError: An unknown format, or a checkpoint that cannot be packed or is quantised already.
+        UnsupportedError: An unknown format, a checkpoint that cannot be packed or is quantised already, or an
+            `include` that it cannot have.
         FileExistsError: Something else lies at `output`.
         offload.TierFull: The disk has no room; what is done stays beside `output`, and the next call goes on.
         offload.SourceError: The checkpoint is damaged.
     """
-    packer = packer_for(quantization)
+    packer, chosen = packer_for(quantization), _included(include)
     opened = open_checkpoint(
         resolve(model, revision=revision),
         name=str(model),
@@ -72,13 +78,25 @@ def pack(
         trust_remote_code=trust_remote_code,
     )
     with closing(opened.source):
-        return bake(
-            opened,
-            packer,
-            output=Path(output).expanduser(),
-            device=pick_device(device),
-            trust_remote_code=trust_remote_code,
-        )
+        given = BakeInput.of(opened, trust_remote_code=trust_remote_code)
+        return bake(given, packer, output=Path(output).expanduser(), device=pick_device(device), include=chosen)
+
+
+def _included(include: Sequence[str] | None) -> frozenset[Included]:
+    """Check what is to be packed outside the blocks.
+
+    Raises:
+        UnsupportedError: There is no such part.
+    """
+    names = (include,) if isinstance(include, str) else tuple(include or ())
+    for name in names:
+        if name not in get_args(Included):
+            raise UnsupportedError(
+                f"include={name!r}",
+                reason="nothing of that name can be packed outside the decoder blocks",
+                instead=" or ".join(map(repr, get_args(Included))),
+            )
+    return frozenset(names)  # type: ignore[arg-type]  # checked above
 
 
 def verify_pack(folder: str | os.PathLike[str]) -> Sequence[str]:
@@ -154,13 +172,14 @@ def open_packed(
     with closing(opened.source):
         packer = packer_for(quantization)
         place = packed_place(opened, packer, packed_dir)
-        if not is_baked(place, _manifest(opened, packer)):
-            size = format_bytes(select(opened, packer).nbytes)
+        given = BakeInput.of(opened, trust_remote_code=trust_remote_code)
+        if not is_baked(place, given.manifest(packer)):
+            size = format_bytes(given.select(packer).nbytes)
             tqdm.write(
                 f"lowmem: packing {opened_name(opened)} to {quantization}, once, into {place} ({size})", file=sys.stderr
             )
             place.parent.mkdir(parents=True, exist_ok=True)
-            bake(opened, packer, output=place, device=opened.device, trust_remote_code=trust_remote_code)
+            bake(given, packer, output=place, device=opened.device)
     return open_checkpoint(
         place,
         name=opened_name(opened),
@@ -175,10 +194,4 @@ def open_packed(
 def as_if_packed(opened: Described, quantization: str) -> Described:
     """The same checkpoint with the sizes that its packed form will have, for plans; nothing is packed."""
     packer = packer_for(quantization)
-    return replace(opened, built=select(opened, packer).as_found(opened.built, packer))
-
-
-def _manifest(opened: Opened, packer: Packer) -> PackManifest:
-    return PackManifest(
-        source=opened_name(opened), fingerprint=opened.source.fingerprint(), settings=dict(packer.settings)
-    )
+    return replace(opened, built=select(opened.built, packer).as_found(opened.built, packer))

@@ -7,18 +7,24 @@ follows, wider elements first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import nn
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, StreamedBlock
-from lowmem.models.checkpoint import Described, Opened
 from lowmem.models.mapping import Recipe
+from lowmem.quantization.format import PackedWeight
 from lowmem.quantization.packing import Packer
 from offload import PAGE_BYTES, BlockSpec, OutputTensor, TensorSpec, shard_header
+
+Included = Literal["embeddings", "head"]
+"""What can be packed outside the blocks, where it is asked for."""
 
 _LENGTH_BYTES = 8
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -38,6 +44,8 @@ class PackedEntry:
     """Its shape as it is packed: (out, in), with experts in front."""
     is_transposed: bool
     """Whether the model keeps it as (in, out)."""
+    dtype: torch.dtype | None = None
+    """Dtype that it is said to have been quantised from; that of its values if None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,41 +136,57 @@ def _as_found(streamed: StreamedBlock, unit: OutputUnit, folder: Path, packer: P
     return replace(streamed, recipes=tuple(recipes), spec=spec)
 
 
-def select(opened: Described, packer: Packer) -> PackSelection:
+def select(
+    built: Skeleton,
+    packer: Packer,
+    *,
+    tensors: Mapping[str, TensorSpec] | None = None,
+    include: Collection[Included] = (),
+    keeps_packed: bool = False,
+    said_dtype: torch.dtype | None = None,
+) -> PackSelection:
     """Choose what is packed: linear layers and stacks of experts of the decoder blocks, routers left out.
 
     Args:
-        opened: The checkpoint, or what is known of one that is not here.
+        built: The model, matched with its checkpoint.
         packer: Knows the sizes.
+        tensors: The checkpoint's tensors by name, where they are here: those that the model has no place for are
+            copied too.
+        include: What is packed outside the blocks.
+        keeps_packed: Copy weights that are packed in the same format already; else they are refused.
+        said_dtype: Dtype that weights are said to have been quantised from; that of their values if None.
 
     Raises:
-        UnsupportedError: The checkpoint is quantised already, or has nothing that can be packed.
+        UnsupportedError: The checkpoint is quantised already, has nothing that can be packed, or `include` has what
+            this model cannot have packed.
     """
-    built = opened.built
-    formats = sorted({name for recipe in built.mapping.recipes.values() for name in recipe.formats})
-    if formats:
+    formats = {name for recipe in built.mapping.recipes.values() for name in recipe.formats}
+    if formats - ({packer.settings["format"]} if keeps_packed else set()):
         raise UnsupportedError(
-            f"packing a checkpoint that is stored as {', '.join(formats)}",
+            f"packing a checkpoint that is stored as {', '.join(sorted(formats))}",
             reason="its weights would be rounded a second time",
             instead="that checkpoint as it is, without quantization=, or the bf16, fp16 or fp32 one of the same model",
         )
     num_experts = _num_experts(built)
-    units: list[OutputUnit] = []
+    outer = _outer(built, include)
     skipped = [
         name
         for name, module in built.model.named_modules()
-        if _is_linear(module) and not any(name.startswith(f"{one.block.name}.") for one in built.blocks)
+        if _is_linear(module)
+        and f"{name}.weight" not in outer
+        and not any(name.startswith(f"{one.block.name}.") for one in built.blocks)
     ]
     num_files = 1 + len(built.blocks)
-    outer = tuple(recipe.sources for recipe in built.resident)
-    loose = _loose(opened)
-    copied = tuple(dict.fromkeys(spec for specs in outer for spec in specs)) + loose
-    units.append(_unit(0, num_files, packer, packed=(), copied=copied, converted=()))
+    state = {name: tuple(value.shape) for name, value in built.model.state_dict().items()}
+    loose = tuple((tensors or {})[name] for name in sorted(built.mapping.unexpected if tensors else ()))
+    numbered = partial(_unit_of, num_files=num_files, packer=packer, said_dtype=said_dtype)
+    units = [numbered(0, built.resident, transposed=outer, shapes=state, loose=loose)]
     for number, streamed in enumerate(built.blocks, start=1):
         names = dict(_packable(streamed, num_experts, skipped))
-        units.append(_block_unit(number, num_files, packer, streamed=streamed, transposed=names))
+        shapes = {slot.key: tuple(slot.shape) for slot in streamed.slots}
+        units.append(numbered(number, streamed.recipes, transposed=names, shapes=shapes))
     made = PackSelection(units=tuple(units), skipped=tuple(skipped))
-    if not made.num_packed:
+    if not made.num_packed and not formats:
         raise UnsupportedError(
             f"packing architecture {type(built.model).__name__}",
             reason="its decoder blocks have no linear layers or stacks of experts",
@@ -171,11 +195,39 @@ def select(opened: Described, packer: Packer) -> PackSelection:
     return made
 
 
-def _loose(opened: Described) -> tuple[TensorSpec, ...]:
-    """Stored tensors that the model has no place for; they are copied."""
-    if not isinstance(opened, Opened):
-        return ()
-    return tuple(opened.source.tensors[name] for name in sorted(opened.built.mapping.unexpected))
+def _outer(built: Skeleton, include: Collection[Included]) -> dict[str, bool]:
+    """Names of the parameters outside the blocks that are packed; none is kept as (in, out).
+
+    Raises:
+        UnsupportedError: They are one table, or no table or layer of the usual kind.
+    """
+    model = built.model
+    modules = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    names = {id(param): name for name, param in model.named_parameters()}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    found = {}
+    for part in sorted(include):
+        module = modules[part]
+        weight = getattr(module, "weight", None)
+        name = names.get(id(weight), "")
+        what = f"include={part} of {type(model).__name__}"
+        if (
+            name in tied
+            or name in tied.values()
+            or modules["embeddings"].weight is getattr(modules["head"], "weight", None)
+        ):
+            raise UnsupportedError(
+                what,
+                reason="embeddings and head are one table, which would be rounded for both",
+                instead="packing without it",
+            )
+        if not isinstance(module, nn.Embedding if part == "embeddings" else nn.Linear) or not name:
+            raise UnsupportedError(what, reason=f"it is no ordinary {_KINDS[part]}", instead="packing without it")
+        found[name] = False
+    return found
+
+
+_KINDS = {"embeddings": "table", "head": "linear layer"}
 
 
 def _num_experts(built: Skeleton) -> int | None:
@@ -203,38 +255,46 @@ def _packable(streamed: StreamedBlock, num_experts: int | None, skipped: list[st
             yield slot.key, False
 
 
-def _block_unit(
-    number: int, num_files: int, packer: Packer, *, streamed: StreamedBlock, transposed: Mapping[str, bool]
+def _unit_of(
+    number: int,
+    recipes: Sequence[Recipe],
+    *,
+    transposed: Mapping[str, bool],
+    shapes: Mapping[str, tuple[int, ...]],
+    num_files: int,
+    packer: Packer,
+    said_dtype: torch.dtype | None,
+    loose: Sequence[TensorSpec] = (),
 ) -> OutputUnit:
-    shapes = {slot.key: tuple(slot.shape) for slot in streamed.slots}
+    """A file of what some recipes make: what `transposed` names is packed, the rest is copied."""
     packed: list[PackedEntry] = []
     copied: list[TensorSpec] = []
     converted: list[tuple[Recipe, str]] = []
-    for recipe in streamed.recipes:
-        if not any(target in transposed for target in recipe.targets):
+    for recipe in recipes:
+        if recipe.formats or not any(target in transposed for target in recipe.targets):
             copied.extend(recipe.sources)
+            copied.extend(spec for one in recipe.inputs if isinstance(one, PackedWeight) for spec in one.read_once)
             continue
         for target in recipe.targets:
             if target not in transposed:
                 converted.append((recipe, target))
                 continue
-            is_transposed = transposed[target]
             shape = shapes[target]
-            packed.append(
-                PackedEntry(
-                    recipe=recipe,
-                    target=target,
-                    name=target if recipe.plain is None else recipe.plain.name,
-                    shape=shape[::-1] if is_transposed else shape,
-                    is_transposed=is_transposed,
-                )
+            entry = PackedEntry(
+                recipe=recipe,
+                target=target,
+                name=target if recipe.plain is None else recipe.plain.name,
+                shape=shape[::-1] if transposed[target] else shape,
+                is_transposed=transposed[target],
+                dtype=said_dtype,
             )
+            packed.append(entry)
     return _unit(
         number,
         num_files,
         packer,
         packed=tuple(packed),
-        copied=tuple(dict.fromkeys(copied)),
+        copied=tuple(dict.fromkeys((*copied, *loose))),
         converted=tuple(converted),
         shapes=shapes,
     )
@@ -248,13 +308,12 @@ def _unit(
     packed: tuple[PackedEntry, ...],
     copied: tuple[TensorSpec, ...],
     converted: tuple[tuple[Recipe, str], ...],
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> OutputUnit:
     outputs = [output for entry in packed for output in packer.outputs(entry.name, entry.shape)]
     outputs += [OutputTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in copied]
     outputs += [
-        OutputTensor(name=target, dtype=recipe.sources[0].dtype, shape=(shapes or {})[target])
-        for recipe, target in converted
+        OutputTensor(name=target, dtype=recipe.sources[0].dtype, shape=shapes[target]) for recipe, target in converted
     ]
     whole = [output for output in outputs if output.nbytes and output.nbytes % PAGE_BYTES == 0]
     rest = [output for output in outputs if not output.nbytes or output.nbytes % PAGE_BYTES]

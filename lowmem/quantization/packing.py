@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
@@ -20,7 +20,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.internals.bitsandbytes import Code, pack_bytes, pack_nibbles, pack_rows
 from lowmem.quantization import four_bit, int8
 from lowmem.quantization.format import PackedWeight
-from lowmem.quantization.kernels import CODES
+from lowmem.quantization.kernels import CODES, nibbles, rows
 from offload import OutputTensor, TensorSpec
 
 Quantization = Literal["nf4", "fp4", "int8"]
@@ -32,8 +32,13 @@ _NESTED_BLOCK_SIZE = 256
 _STATE_BYTES = 256
 """Length of a weight's JSON, with spaces behind it: the number in it is known only at the end."""
 
-_RUN_ELEMENTS = 1 << 22
+_RUN_ELEMENTS = 1 << 21
 """Values quantised at a time: bitsandbytes' temporaries on a processor take about 20 bytes for each."""
+
+
+Observe = Callable[[Tensor, Tensor], None]
+"""Sees some values of a weight and what their codes stand for, both flat float32; may overwrite them. Absmaxes that are
+quantised again are seen before that."""
 
 
 class Packer(Protocol):
@@ -54,16 +59,27 @@ class Packer(Protocol):
     def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[OutputTensor, ...]:
         """The stored tensors of a weight, the largest first."""
 
-    def pack(self, name: str, values: Iterable[Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Quantise a weight.
+    def pack(
+        self,
+        name: str,
+        values: Iterable[Tensor],
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype | None = None,
+        observe: Observe | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Quantise a weight as its values come.
 
         Args:
             name: Its name.
-            values: Its rows in order, in pieces of the stored dtype; each may be overwritten after it was taken.
+            values: Its values in order, in pieces of one dtype; each may be overwritten after it was taken.
             shape: Its shape.
+            dtype: The dtype that it is said to have been quantised from; that of the values if not given.
+            observe: Sees what is quantised.
 
-        Returns:
-            Its stored tensors by name, on the CPU.
+        Yields:
+            Names and values of its stored tensors, on the device of the values: its codes in flat parts, one behind
+            the other, then each of the others whole.
         """
 
     def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
@@ -110,16 +126,26 @@ class NibblePacker:
         )
         return tuple(OutputTensor(name=name + end, dtype=dtype, shape=size) for end, dtype, size in made)
 
-    def pack(self, name: str, values: Iterable[Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    def pack(
+        self,
+        name: str,
+        values: Iterable[Tensor],
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype | None = None,
+        observe: Observe | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
         """See `Packer`."""
-        packed, scales = [], []
-        dtype = None
+        packed, *others = (output.name for output in self.outputs(name, shape))
+        scales = _Scales(-(-math.prod(shape) // self.block_size))
         for run in _runs(values, self.block_size):
             codes, absmax = pack_nibbles(run, code=self.code, block_size=self.block_size)
-            packed.append(codes.cpu())
-            scales.append(absmax.cpu())
-            dtype = run.dtype
-        absmax = torch.cat(scales)
+            if observe is not None:
+                observe(run.float(), self._values(codes, absmax, run.numel()))
+            scales.add(absmax)
+            dtype = dtype or run.dtype
+            yield packed, codes.view(-1)
+        absmax = scales.values
         offset = absmax.mean()
         codes, nested, table = pack_bytes(absmax - offset, block_size=_NESTED_BLOCK_SIZE)
         state = {
@@ -134,8 +160,13 @@ class NibblePacker:
         raw = json.dumps(state).encode().ljust(_STATE_BYTES)
         assert len(raw) == _STATE_BYTES
         described = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        made = (torch.cat(packed), codes, table, torch.tensor(CODES[self.code]), nested, described)
-        return {output.name: value for output, value in zip(self.outputs(name, shape), made, strict=True)}
+        yield from zip(others, (codes, table, torch.tensor(CODES[self.code]), nested, described), strict=True)
+
+    def _values(self, codes: Tensor, absmax: Tensor, num: int) -> Tensor:
+        made = torch.empty(num, dtype=torch.float32, device=codes.device)
+        table = torch.tensor(CODES[self.code], device=codes.device)
+        nibbles(codes.view(-1), absmax, table, made, code=self.code, block_size=self.block_size)
+        return made
 
     def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
         """See `Packer`."""
@@ -184,15 +215,28 @@ class RowPacker:
             OutputTensor(name=f"{stem}.weight_format", dtype=torch.uint8, shape=()),
         )
 
-    def pack(self, name: str, values: Iterable[Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """See `Packer`."""
-        runs = [pack_rows(run.view(-1, shape[-1])) for run in _runs(values, shape[-1])]
-        made = (
-            torch.cat([codes.cpu() for codes, _ in runs]).view(shape),
-            torch.cat([scales.cpu() for _, scales in runs]).view(shape[:-1]),
-            torch.tensor(0, dtype=torch.uint8),
-        )
-        return {output.name: value for output, value in zip(self.outputs(name, shape), made, strict=True)}
+    def pack(
+        self,
+        name: str,
+        values: Iterable[Tensor],
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype | None = None,
+        observe: Observe | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `Packer`; nothing is said of a dtype in this format."""
+        packed, scale, layout = (output.name for output in self.outputs(name, shape))
+        scales = _Scales(math.prod(shape[:-1]))
+        for run in _runs(values, shape[-1]):
+            codes, largest = pack_rows(run.view(-1, shape[-1]))
+            if observe is not None:
+                made = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+                rows(codes, largest, int8.RECIPROCAL, made)
+                observe(run.float(), made.view(-1))
+            scales.add(largest)
+            yield packed, codes.view(-1)
+        yield scale, scales.values
+        yield layout, torch.tensor(0, dtype=torch.uint8)
 
     def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
         """See `Packer`."""
@@ -212,6 +256,30 @@ def packer_for(quantization: str) -> Packer:
     raise UnsupportedError(
         f"quantization={quantization!r}", reason="nothing is packed to it", instead="'nf4', 'fp4' or 'int8'"
     )
+
+
+class _Scales:
+    """Scales of one run after the other, in memory that is taken once.
+
+    Small pieces that stay would lie between the temporaries of runs and keep their memory from being used again:
+    packing grew by two bytes for each weight (`tests/lowmem/packing/test_memory.py`).
+    """
+
+    def __init__(self, num: int) -> None:
+        self._num, self._end = num, 0
+        self._values: Tensor | None = None
+
+    def add(self, scales: Tensor) -> None:
+        if self._values is None:
+            self._values = torch.empty(self._num, dtype=torch.float32, device=scales.device)
+        self._values[self._end : self._end + scales.numel()].copy_(scales)
+        self._end += scales.numel()
+
+    @property
+    def values(self) -> Tensor:
+        assert self._values is not None
+        assert self._end == self._num, f"{self._end} of {self._num} scales"
+        return self._values
 
 
 def _runs(values: Iterable[Tensor], unit: int) -> Iterable[Tensor]:

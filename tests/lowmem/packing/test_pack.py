@@ -176,6 +176,21 @@ def test_killed_bakes_go_on_and_two_bakers_share(num_deaths: int, llama: Path, t
     }
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_stacks_have_the_shape_of_the_models_parameter(name: str, tmp_path: Path) -> None:
+    base = build(name, tmp_path / "base", dtype=torch.bfloat16)
+    packed = lowmem.pack(base, quantization="nf4", output=tmp_path / "packed", device="cpu")
+    shapes = {key: list(param.shape) for key, param in resident(base).named_parameters()}
+    found = {
+        key.partition(".quant_state.")[0]: json.loads(bytes(value.tolist()))["shape"]
+        for key, value in tensors_of(packed).items()
+        if ".quant_state." in key
+    }
+    stacks = {key: shape for key, shape in found.items() if len(shape) == 3}
+    assert len(stacks) >= 4
+    assert all(shapes[key] == shape for key, shape in found.items())
+
+
 def test_full_disk_is_said_and_the_next_call_goes_on(
     llama: Path, nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +301,8 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_written(llama: Path
     refused(r"full exists, and is not this model", FileExistsError, output=tmp_path / "full")
     with pytest.raises(UnsupportedError, match=r"quantization='nf4' with tuning='full'"):
         lowmem.from_pretrained(llama, quantization="nf4", tuning="full", packed_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"packed_dir=.* without quantization="):
+        lowmem.from_pretrained(llama, packed_dir=tmp_path / "out", device="cpu")
     with pytest.raises(UnsupportedError, match=r"packing a checkpoint that is stored as nf4"):
         lowmem.from_pretrained(nf4, quantization="nf4", packed_dir=tmp_path / "out", device="cpu")
 
@@ -295,8 +312,11 @@ def test_bounded_runs_give_the_codes_of_a_whole_weight(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(packing, "_RUN_ELEMENTS", 192)
     weight = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    made = packing.packer_for("nf4").pack("p", (weight[:20], weight[20:]), (50, 37))
+    parts = packing.packer_for("nf4").pack("p", (weight[:20], weight[20:]), (50, 37))
+    made: dict[str, Tensor] = {}
+    for name, part in parts:
+        made[name] = torch.cat([made[name], part]) if name in made else part
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    assert torch.equal(made["p"], packed)
+    assert torch.equal(made["p"], packed.view(-1))
     assert torch.equal(made["p.absmax"], state.absmax)
     assert torch.equal(made["p.nested_absmax"], state.state2.absmax)
