@@ -324,11 +324,15 @@ class _FrozenExperts:
         trace: Trace,
     ) -> None:
         self._blocks, self._experts = built.blocks, experts
-        self._single = expert_reader(built.blocks, experts, reader=reader, device=device)
         self._num_per_token = experts_per_token(built.model.config)
+        self._single, self._foresight = expert_reader(
+            built.blocks, experts, num_per_token=self._num_per_token, reader=reader, device=device
+        )
         self._schedule = partial(Scheduler, reader=reader, device=open_device(device), trace=trace)
         self.scheduler = self._open(plan)
-        self.unpacker = ExpertUnpacker(built.blocks, experts, reader=self._single, device=device)
+        self.unpacker = ExpertUnpacker(
+            built.blocks, experts, reader=self._single, device=device, foresight=self._foresight
+        )
 
     def announce(self, phase: Phase, num_tokens: int) -> None:
         """Say what the next visit is for."""
@@ -344,6 +348,8 @@ class _FrozenExperts:
         """Stop the transfers and free the buffers."""
         self.scheduler.close()
         self._single.close()
+        if self._foresight is not None:
+            self._foresight.close()
 
     def _open(self, plan: Plan) -> ExpertScheduler:
         specs, both = with_dense_blocks(self._blocks, self._experts, plan.placement)
@@ -353,6 +359,7 @@ class _FrozenExperts:
             plan=plan.placement,
             num_per_token=self._num_per_token,
             reader=self._single,
+            foresight=self._foresight,
         )
 
 

@@ -7,7 +7,8 @@ product nothing else is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -32,17 +33,27 @@ class OpenStack(Protocol):
         """One expert's matrix, frozen, on the compute device; valid until another one is asked for."""
 
 
+Foresee = Callable[[Tensor], None]
+"""Sees the hidden states (tokens, hidden) that experts are about to work on, once these are being read."""
+
 _STACKS = "_lowmem_open_stacks"
 
 
-def lend(module: nn.Module, stacks: Mapping[str, OpenStack]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Lent:
+    stacks: Mapping[str, OpenStack]
+    foresee: Foresee | None
+
+
+def lend(module: nn.Module, stacks: Mapping[str, OpenStack], foresee: Foresee | None = None) -> None:
     """Have a module of experts run on open stacks from now on.
 
     Args:
         module: The module; its own parameters of these names are not read.
         stacks: By the names of the parameters.
+        foresee: Called in each forward, for whoever wants to guess what comes after it; changes nothing.
     """
-    object.__setattr__(module, _STACKS, stacks)
+    object.__setattr__(module, _STACKS, _Lent(stacks=stacks, foresee=foresee))
 
 
 def take_back(module: nn.Module) -> None:
@@ -62,14 +73,18 @@ def run_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tenso
     Returns:
         Shape (tokens, hidden).
     """
-    stacks: Mapping[str, OpenStack] | None = getattr(module, _STACKS, None)
-    if stacks is None:
+    lent: _Lent | None = getattr(module, _STACKS, None)
+    if lent is None:
         return grouped_experts(module, hidden, index, weights)
+    stacks = lent.stacks
     traits = experts_traits(module)
     assert traits is not None
     num_tokens, num_each = index.shape
     experts, order = torch.sort(index.reshape(-1))
     runs = _runs(experts)
+    if lent.foresee is not None:
+        stacks[traits.up].expect([expert for expert, _, _ in runs])
+        lent.foresee(hidden)
     values = hidden[order // num_each]
     values = _product(module, traits, traits.up, stacks, values, experts=experts, runs=runs)
     values = traits.gate(values)

@@ -1,12 +1,14 @@
 """Single experts brought from disk when a token is sent to them, and kept as stored while there is room.
 
-For forwards of few tokens, which would not touch most of what a whole block's read brings.
+For forwards of few tokens, which would not touch most of what a whole block's read brings. Experts of the next block
+may be foreseen: their reads begin behind those that are needed now, in buffers that these do not need, and nothing but
+the time of their end changes. Wrong guesses are read for nothing; where more than half are wrong, no more are made.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +63,12 @@ class ExpertReader:
         """Experts asked for so far."""
         self.num_read = 0
         """Experts read so far, those that were expected and then not asked for included."""
+        self.num_foreseen = 0
+        """Experts read because they were foreseen, so far."""
+        self.num_came_true = 0
+        """Those of them that were asked for afterwards."""
+        self._foreseen: set[Key] = set()
+        self._wanted: list[Key] = []
 
     @property
     def capacity_bytes(self) -> int:
@@ -79,13 +87,39 @@ class ExpertReader:
             block: Number of the block.
             experts: Their numbers, the first needed first.
         """
-        wanted = [(block, expert) for expert in experts][: self._num_buffers]
+        wanted = self._wanted = [(block, expert) for expert in experts][: self._num_buffers]
         for key in reversed(wanted):
             if key in self._held:
                 self._held.move_to_end(key)
         for key in wanted:
             if key not in self._held:
                 self._start(key, keep=wanted)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether guesses are worth their reads, as far as is known: at least half of them came true."""
+        return self.num_foreseen < _FIRST_GUESSES or 2 * self.num_came_true >= self.num_foreseen - len(self._foreseen)
+
+    def foresee(self, block: int, experts: Sequence[int]) -> None:
+        """Start reading experts that may be asked for later, as far as there is room beside those expected now.
+
+        Waits for nothing: buffers that are still being written to are left alone.
+
+        Args:
+            block: Number of the block.
+            experts: Their numbers, the likeliest first.
+        """
+        if not self.foresees:
+            return
+        keep = set(self._wanted)
+        for key in [(block, expert) for expert in experts][: self._num_buffers - len(keep)]:
+            keep.add(key)
+            if key in self._held:
+                self._held.move_to_end(key)
+            elif self._has_room(keep):
+                self._start(key, keep=[*keep])
+                self._foreseen.add(key)
+                self.num_foreseen += 1
 
     def bring(self, block: int, expert: int) -> Mapping[str, Tensor]:
         """An expert's stored tensors by name, on the compute device; valid until another one is asked for.
@@ -95,6 +129,9 @@ class ExpertReader:
         """
         key = (block, expert)
         self.num_asked += 1
+        if key in self._foreseen:
+            self._foreseen.remove(key)
+            self.num_came_true += 1
         if key not in self._held:
             self._start(key, keep=[key])
         held = self._held[key]
@@ -127,9 +164,17 @@ class ExpertReader:
             buffer.close()
         self._held.clear()
         self._idle.clear()
+        self._foreseen.clear()
         self._num_allocated = 0
 
-    def _start(self, key: Key, *, keep: Sequence[Key]) -> None:
+    def _has_room(self, keep: Collection[Key]) -> bool:
+        if self._idle or self._num_allocated < self._num_buffers:
+            return True
+        oldest = next((key for key in self._held if key not in keep), None)
+        transfer = None if oldest is None else self._held[oldest].transfer
+        return oldest is not None and (transfer is None or transfer.done())
+
+    def _start(self, key: Key, *, keep: Collection[Key]) -> None:
         spec = self._spec_of(*key)
         # Gaps are not read: what lies between is other experts.
         layout = lay_out(spec, max_gap_bytes=_MAX_GAP_BYTES)
@@ -139,7 +184,7 @@ class ExpertReader:
         self.bytes_read += layout.read_bytes
         self.num_read += 1
 
-    def _buffer(self, keep: Sequence[Key]) -> StagingBuffer:
+    def _buffer(self, keep: Collection[Key]) -> StagingBuffer:
         if self._idle:
             return self._idle.pop()
         if self._num_allocated < self._num_buffers:
@@ -147,6 +192,7 @@ class ExpertReader:
             return StagingBuffer(self._buffer_bytes)
         oldest = next((key for key in self._held if key not in keep), next(iter(self._held)))
         held = self._held.pop(oldest)
+        self._foreseen.discard(oldest)
         if held.transfer is not None:
             # Still being written to. What came of it concerns nobody.
             held.transfer.outcome()
@@ -154,3 +200,6 @@ class ExpertReader:
 
 
 _MAX_GAP_BYTES = 4096
+
+_FIRST_GUESSES = 64
+"""Guesses that are made before it is asked whether they come true."""

@@ -98,6 +98,8 @@ class RoutedExperts:
     """The block that it stands in."""
     stacks: Mapping[str, ExpertStack]
     """By the name of the parameter in the module."""
+    router: ParamSlot | None = None
+    """What scores experts, (experts, inputs), where exactly one parameter of the block has that shape."""
 
     @property
     def num_experts(self) -> int:
@@ -158,7 +160,15 @@ def routed_experts(streamed: StreamedBlock) -> RoutedExperts | None:
         if slot is None or experts is None:
             return None
         stacks[name] = ExpertStack(slot=slot, experts=experts)
-    return RoutedExperts(module=module, block=streamed.block.module, stacks=stacks)
+    inputs = stacks[traits.up].slot.shape[1 if traits.is_transposed else 2]
+    scoring = (stacks[traits.up].slot.shape[0], inputs)
+    routers = [slot for slot in streamed.slots if tuple(slot.shape) == scoring and slot.module is not module]
+    return RoutedExperts(
+        module=module,
+        block=streamed.block.module,
+        stacks=stacks,
+        router=routers[0] if len(routers) == 1 else None,
+    )
 
 
 def without_stacks(streamed: StreamedBlock, experts: RoutedExperts) -> StreamedBlock:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from lowmem.experts.foresight import Foresight, routers_bytes
 from lowmem.experts.products import OpenStack, lend, take_back
 from lowmem.experts.reading import ExpertReader
 from lowmem.experts.stacks import ExpertStack, RoutedExperts, routed_experts, without_stacks
@@ -87,7 +88,7 @@ def workspace_bytes(streamed: StreamedBlock, *, device: torch.device) -> int:
     return Unpacker([without_stacks(streamed, experts)], device=device).workspace_bytes + matrices + read
 
 
-_EXPERT_PASSES = 1.5
+EXPERT_PASSES = 1.5
 """A forward makes an expert's values once, a backward twice: for the recomputation, and for the gradient."""
 
 
@@ -105,7 +106,7 @@ def packed_values_bytes(streamed: StreamedBlock) -> int:
         for target in recipe.targets if recipe.formats else ():
             if target in slots:
                 nbytes = slots[target].shape.numel() * slots[target].dtype.itemsize
-                total += nbytes * (_EXPERT_PASSES if target in one_by_one else 1)
+                total += nbytes * (EXPERT_PASSES if target in one_by_one else 1)
     return int(total)
 
 
@@ -138,6 +139,10 @@ class MatrixSlots:
             return None
         self._used.move_to_end(key)
         return self._at(place)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether a matrix is there still; does not count as a use of it."""
+        return key in self._used
 
     @contextmanager
     def filling(self, key: object) -> Iterator[Tensor]:
@@ -227,6 +232,7 @@ class ExpertUnpacker:
         *,
         reader: ExpertReader | None,
         device: torch.device,
+        foresight: Foresight | None = None,
     ) -> None:
         """Plan the workspaces; allocates nothing.
 
@@ -235,9 +241,11 @@ class ExpertUnpacker:
             experts: Of each block, what is taken one by one.
             reader: Reads experts that a visit finds not fetched; stays the caller's.
             device: Compute device.
+            foresight: Guesses for the reader; stays the caller's.
         """
         pairs = list(zip(blocks, experts, strict=True))
         self._experts, self._reader, self._device = tuple(experts), reader, device
+        self._foresight = foresight
         self._dense = Unpacker([one if own is None else without_stacks(one, own) for one, own in pairs], device=device)
         # Adapted stacks are unpacked whole; allocated when there is one.
         self._whole = Unpacker(blocks, device=device)
@@ -268,12 +276,17 @@ class ExpertUnpacker:
             return self._whole.unpack(index, stored)
         first = next(iter(experts.stacks.values())).experts[0][0].wholes[0].name
         reader = self._reader if first not in stored else None
+        values = self._dense.unpack(index, stored)
+        foresee = None
+        if reader is not None and self._foresight is not None:
+            foresee = self._foresight.over(index, values, is_unpacked=self._is_unpacked)
         lend(
             experts.module,
             {name: self._open(index, name, stack, stored, reader) for name, stack in experts.stacks.items()},
+            foresee,
         )
         self._lent = experts
-        return self._dense.unpack(index, stored)
+        return values
 
     def release(self) -> None:
         """The visit has ended: stored tensors are no longer there."""
@@ -294,6 +307,13 @@ class ExpertUnpacker:
         self._whole.close()
         for slots in self._slots.values():
             slots.close()
+
+    def _is_unpacked(self, block: int, number: int) -> bool:
+        experts = self._experts[block]
+        return experts is not None and all(
+            (block, name, number) in self._slots[stack.slot.shape[1:], stack.slot.dtype]
+            for name, stack in experts.stacks.items()
+        )
 
     def _open(
         self, index: int, name: str, stack: ExpertStack, stored: Mapping[str, Tensor], reader: ExpertReader | None
@@ -319,6 +339,7 @@ class ExpertScheduler:
         plan: PlacementPlan,
         num_per_token: int,
         reader: ExpertReader,
+        foresight: Foresight | None = None,
     ) -> None:
         """Take over a scheduler of `with_dense_blocks`; closed with this.
 
@@ -328,12 +349,16 @@ class ExpertScheduler:
             plan: Where whole blocks live.
             num_per_token: Experts that a token is sent to.
             reader: For what it holds; stays the caller's.
+            foresight: Is told which blocks are read without their experts; stays the caller's.
         """
         self._scheduler, self._experts, self._reader = scheduler, tuple(experts), reader
         self._has_dense = scheduler.num_blocks > len(experts)
         self._streamed = frozenset(block for block, place in enumerate(plan.placements) if place == Placement.STREAMED)
         self._num_per_token = num_per_token
         self._few = False
+        self._foresight = foresight
+        if foresight is not None:
+            foresight.guess_for(self._streamed)
 
     def announce(self, phase: Phase, num_tokens: int) -> None:
         """Say what the next visit is for, before its block is asked for."""
@@ -345,7 +370,8 @@ class ExpertScheduler:
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated now, by role."""
-        return {**self._scheduler.memory(), "expert_bytes": self._reader.allocated_bytes}
+        kept = 0 if self._foresight is None else self._foresight.nbytes
+        return {**self._scheduler.memory(), "expert_bytes": self._reader.allocated_bytes + kept}
 
     @property
     def bytes_read(self) -> int:
@@ -411,22 +437,32 @@ def expert_reader(
     blocks: Sequence[StreamedBlock],
     experts: Sequence[RoutedExperts | None],
     *,
+    num_per_token: int,
     reader: FileIO,
     device: torch.device,
-) -> ExpertReader:
-    """What reads single experts of some blocks."""
+) -> tuple[ExpertReader, Foresight | None]:
+    """What reads single experts of some blocks, and what guesses for it where its memory leaves room for routers.
+
+    Args:
+        blocks: The model's blocks.
+        experts: Of each block, what is taken one by one.
+        num_per_token: Experts that a token is sent to.
+        reader: Reads; stays the caller's.
+        device: Compute device.
+    """
     largest = max((buffer_bytes(own) for own in experts if own is not None), default=PAGE_BYTES)
     most = max((own.num_experts for own in experts if own is not None), default=1)
+    num_buffers = max(MIN_READ, min(most, READ_BYTES // largest))
+    # Those of this block, and those of the next one beside them.
+    beside = num_buffers - -(-routers_bytes(experts) // largest)
+    guesses = routers_bytes(experts) > 0 and beside >= 2 * min(num_per_token, most)
 
     def spec_of(block: int, expert: int) -> BlockSpec:
         own = experts[block]
         assert own is not None
         return own.alone(expert, name=blocks[block].spec.name)
 
-    return ExpertReader(
-        spec_of,
-        reader=reader,
-        device=device,
-        buffer_bytes=largest,
-        num_buffers=max(MIN_READ, min(most, READ_BYTES // largest)),
+    single = ExpertReader(
+        spec_of, reader=reader, device=device, buffer_bytes=largest, num_buffers=beside if guesses else num_buffers
     )
+    return single, Foresight(experts, reader=single, num_per_token=num_per_token) if guesses else None

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
-from lowmem.experts import visiting
+import lowmem
+from lowmem.experts import reading, visiting
+from lowmem.experts.reading import ExpertReader
 from lowmem.experts.stacks import ExpertStack
 from lowmem.experts.visiting import ExpertScheduler, experts_by_block
 from lowmem.streaming.runtime import runtime_of
@@ -123,6 +126,22 @@ def test_generation_reads_only_the_experts_that_tokens_are_sent_to(
     assert 0 < reader.num_read <= reader.num_asked
 
 
+def test_stacks_in_int8_are_taken_apart(tmp_path: Path) -> None:
+    base = build("qwen3_moe", tmp_path / "base", changes=CHANGES["qwen3_moe"])
+    model = streamed(lowmem.pack(base, quantization="int8", output=tmp_path / "packed", device="cpu"))
+    plain = resident(base)
+    with torch.no_grad():
+        for key, param in plain.named_parameters():
+            param.copy_(model.get_parameter(key).clone())
+    tokens = torch.tensor([[5, 17, 9]])
+    expected = plain.generate(tokens, **GENERATING)
+    assert torch.equal(model.generate(tokens, **GENERATING), expected)
+    assert reader_of(model).num_asked > 0
+    outcomes = [run(adapt(one, on_attention()), batch_of()) for one in (plain, model)]
+    assert torch.equal(outcomes[1].loss, outcomes[0].loss)
+    assert all(torch.equal(outcomes[1].gradients[key], value) for key, value in outcomes[0].gradients.items())
+
+
 def test_a_module_called_outside_a_visit_reads_true_weights(written: Callable[[str, str], tuple[Path, Path]]) -> None:
     packed, plain = written("qwen3_moe", "fp8")
     model, expected = streamed(packed), resident(plain)
@@ -168,3 +187,84 @@ def test_an_interrupted_visit_leaves_nothing_lent(
     outcome = run(model, batch_of())
     assert torch.equal(outcome.loss, expected.loss)
     assert all(torch.equal(outcome.gradients[key], gradient) for key, gradient in expected.gradients.items())
+
+
+def reader_of(model: torch.nn.Module) -> ExpertReader:
+    source = runtime_of(model).scheduler
+    assert isinstance(source, ExpertScheduler)
+    return source._reader
+
+
+GENERATING = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("guess", ["the router's", "all wrong", "none"])
+def test_tokens_do_not_depend_on_what_is_foreseen(
+    guess: str, written: Callable[[str, str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, plain = written("qwen3_moe", "nf4")
+    tokens = torch.tensor([[5, 17, 9]])
+    expected = resident(plain).generate(tokens, **GENERATING)
+    foresee = ExpertReader.foresee
+    if guess == "all wrong":
+        # Two others than those that the next router takes; the cache would keep them all from the second token on.
+        monkeypatch.setattr(visiting, "READ_BYTES", 1)
+        monkeypatch.setattr(visiting, "MIN_READ", 6)
+        monkeypatch.setattr(
+            ExpertReader,
+            "foresee",
+            lambda self, block, experts: foresee(self, block, [one for one in range(8) if one not in experts][:2]),
+        )
+    if guess == "none":
+        monkeypatch.setattr(ExpertReader, "foresee", lambda self, block, experts: None)
+    model = streamed(packed)
+    assert torch.equal(model.generate(tokens, **GENERATING), expected)
+    reader = reader_of(model)
+    assert 0 < reader.num_read <= reader.num_asked + reader.num_foreseen - reader.num_came_true
+    assert reader.num_came_true <= reader.num_foreseen
+    if guess == "none":
+        assert reader.num_foreseen == 0
+    elif guess == "the router's":
+        assert reader.num_came_true > 0
+    held = runtime_of(model).scheduler.memory()["expert_bytes"]
+    assert held <= visiting.READ_BYTES if guess != "all wrong" else held > 0
+
+
+def test_guesses_are_right_where_blocks_change_nothing(tmp_path: Path) -> None:
+    base = build("qwen3_moe", tmp_path / "base", changes=CHANGES["qwen3_moe"])
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, value in tensors.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                value.zero_()
+            elif name.endswith("layernorm.weight"):
+                value.fill_(1.0)
+        save_file(tensors, file, metadata={"format": "pt"})
+    model = streamed(quantised(base, tmp_path / "written", "nf4")[0])
+    model.generate(torch.tensor([[5, 17, 9]]), **GENERATING)
+    reader = reader_of(model)
+    # Routers are known from the first token's visits on; what is unpacked still is not read.
+    assert reader.num_came_true == reader.num_foreseen > 0
+
+
+def test_wrong_guesses_end(written: Callable[[str, str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, plain = written("qwen3_moe", "nf4")
+    monkeypatch.setattr(visiting, "READ_BYTES", 1)
+    monkeypatch.setattr(visiting, "MIN_READ", 6)
+    monkeypatch.setattr(reading, "_FIRST_GUESSES", 8)
+    guesses: list[int] = []
+    foresee = ExpertReader.foresee
+
+    def wrong(self: ExpertReader, block: int, experts: list[int]) -> None:
+        guesses.append(block)
+        foresee(self, block, [one for one in range(8) if one not in experts][:2])
+
+    monkeypatch.setattr(ExpertReader, "foresee", wrong)
+    model = streamed(packed)
+    tokens = torch.tensor([[5, 17, 9]])
+    options = GENERATING | {"max_new_tokens": 20}
+    assert torch.equal(model.generate(tokens, **options), resident(plain).generate(tokens, **options))
+    reader = reader_of(model)
+    assert not reader.foresees
+    assert reader.num_foreseen <= len(guesses) * 2
+    assert len(guesses) < 19 * 5, "nothing is guessed any more"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem.experts.visiting import ExpertScheduler
+from lowmem.streaming.runtime import runtime_of
 from tests.fakecuda.steps import Step, open_model, run
 from tests.lowmem.quantization.checkpoints import quantised, tensors_of
 from tests.zoo.architectures import build
@@ -55,3 +57,16 @@ def test_packed_bytes_cross_to_the_gpu_and_values_do_not(tmp_path: Path) -> None
     # Two passes meet at a turn, where the ring still holds blocks; what is fetched ahead counts too.
     assert 0 < crossed < 2.2 * stored
     assert crossed < values / 3
+
+
+def test_experts_read_ahead_on_the_gpu_change_no_token(tmp_path: Path) -> None:
+    changes = {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 5}
+    packed, _ = quantised(build("qwen3_moe", tmp_path / "base", changes=changes), tmp_path, "nf4")
+    ids = torch.tensor([[5, 17, 9]])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = open_model(packed, Step(), device="cpu").generate(ids, **options)
+    model = open_model(packed, Step(), device="cuda:0")
+    assert torch.equal(model.generate(ids.to("cuda:0"), **options).cpu(), expected)
+    scheduler = runtime_of(model).scheduler
+    assert isinstance(scheduler, ExpertScheduler)
+    assert scheduler._reader.num_foreseen > 0
