@@ -122,7 +122,7 @@ def load(job: Job, lora: LoraConfig) -> tuple[PreTrainedModel, "lowmem.Plan | No
     if job.mode == "plain":
         return AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, job.dtype)), None
     plan = make_plan(job, lora, device_budget=device_budget_of(job, lora))
-    return lowmem.from_pretrained(str(job.folder), plan=plan, dtype=getattr(torch, job.dtype)), plan
+    return lowmem.from_pretrained(str(job.folder), plan=plan), plan
 
 
 def device_budget_of(job: Job, lora: LoraConfig) -> str | int | None:
@@ -143,6 +143,7 @@ def make_plan(job: Job, lora: LoraConfig, *, device_budget: str | int | None) ->
         seq_len=job.seq_len,
         peft_config=lora,
         budget=lowmem.Budget(device=device_budget, host=job.host_budget),
+        dtype=getattr(torch, job.dtype),
     )
 
 

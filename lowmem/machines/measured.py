@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowmem.adapters.dora import install as install_dora
+from lowmem.experts.stacks import RoutedExperts, without_stacks
+from lowmem.experts.visiting import EXPERT_PASSES, experts_by_block
 from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
-from lowmem.models.build import Unpacker
+from lowmem.models.build import StreamedBlock, Unpacker
 from lowmem.planning.dry_run import BlockWalk
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, ShapeRates, Trained
 from lowmem.streaming.head import TiledLogProbFunction
-from offload import probe_compute, probe_disk
+from offload import BlockSpec, probe_compute, probe_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -341,20 +343,43 @@ def _unpack_s(opened: Described, watch: _Stopwatch) -> float:
     for streamed in opened.built.blocks:
         kind = tuple((spec.dtype, spec.shape) for spec in streamed.spec.tensors)
         if kind not in first:
-            unpacker = Unpacker([streamed], device=opened.device)
-            stored = {
-                spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=opened.device)
-                for spec in streamed.spec.tensors
-            }
-
-            def run(unpacker: Unpacker = unpacker, stored: dict[str, Tensor] = stored) -> None:
-                unpacker.forget()
-                unpacker.unpack(0, stored)
-
-            first[kind] = watch.best_s(run) if unpacker.workspace_bytes else 0.0
-            unpacker.close()
+            (experts,) = experts_by_block([streamed])
+            dense = streamed if experts is None else without_stacks(streamed, experts)
+            first[kind] = _whole_s(dense, opened.device, watch)
+            if experts is not None:
+                first[kind] += EXPERT_PASSES * experts.num_experts * _expert_s(experts, opened.device, watch)
         total_s += first[kind]
     return total_s / len(opened.built.blocks)
+
+
+def _whole_s(streamed: StreamedBlock, device: torch.device, watch: _Stopwatch) -> float:
+    """Seconds of making a block's parameters at once."""
+    unpacker, stored = Unpacker([streamed], device=device), _zeros(streamed.spec, device)
+
+    def run() -> None:
+        unpacker.forget()
+        unpacker.unpack(0, stored)
+
+    seconds = watch.best_s(run) if unpacker.workspace_bytes else 0.0
+    unpacker.close()
+    return seconds
+
+
+def _expert_s(experts: RoutedExperts, device: torch.device, watch: _Stopwatch) -> float:
+    """Seconds of making the matrices of one expert."""
+    stored = _zeros(experts.alone(0, name=""), device)
+    stacks = tuple(experts.stacks.values())
+    made = [torch.empty(one.slot.shape[1:], dtype=one.slot.dtype, device=device) for one in stacks]
+
+    def run() -> None:
+        for stack, matrix in zip(stacks, made, strict=True):
+            stack.make(0, stored, matrix)
+
+    return watch.best_s(run)
+
+
+def _zeros(spec: BlockSpec, device: torch.device) -> dict[str, Tensor]:
+    return {one.name: torch.zeros(one.shape, dtype=one.dtype, device=device) for one in spec.tensors}
 
 
 def _update_s(device: torch.device, watch: _Stopwatch) -> float:
