@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -88,12 +89,12 @@ def from_pretrained(
 
     Raises:
         UnsupportedError: An option or the architecture cannot be honoured exactly; nothing was loaded.
-        ValueError: The plan is for another model, device or dtype than is asked for.
+        ValueError: The plan is for another model, device or dtype than is asked for, or `packed_dir` has no meaning.
         FileNotFoundError: There is no such folder or repository.
         offload.SourceError: A file is missing, damaged, or does not fit the configuration.
         offload.BudgetError: The budget is too small; says the smallest that works.
     """
-    refuse_options(tuning=tuning, quantization=quantization, budget=budget, others=others)
+    refuse_options(tuning=tuning, quantization=quantization, packed_dir=packed_dir, budget=budget, others=others)
     _refuse_other_types(model, plan, num_labels=num_labels, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
     if plan is not None:
         if (budget, micro_batch, chunk_tokens) != (None, None, None):
@@ -260,22 +261,39 @@ def plan(
     job = Job(task=task, seq_len=seq_len, device=kind_of(chosen), tuning=tuning, **given)
     opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     opening |= {"attn_implementation": attn_implementation, "dtype": _model_dtype(dtype, tuning=tuning, device=chosen)}
-    bounds = (budget or Budget()).measured(chosen) if machine is None else machine.budget(budget)
-    name = THIS_MACHINE if machine is None else str(machine)
     finds_batch = batch_size == "auto"
-
-    def planned(quantization: str | None) -> Plan:
-        with describing(model, device=chosen, has_bf16=_has_bf16(machine), **opening) as opened:
-            if quantization is not None:
-                opened = as_if_packed(opened, quantization)
-            shapes = _shapes_for(opened, job, peft_config=peft_config)
-            found = rates_for(opened, shapes, rates) if machine is None else machine.rates
-        return plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
-
+    planned = partial(
+        _planned, model, job, device=chosen, opening=opening, peft_config=peft_config, budget=budget, rates=rates
+    )
+    planned = partial(planned, machine=machine, finds_batch=finds_batch)
     made = planned(quantization)
     if finds_batch and quantization is None and tuning == "adapter":
         made = replace(made, advice=(*made.advice, *_packed_advice(made, planned)))
     return made
+
+
+def _planned(
+    model: str | os.PathLike[str],
+    job: Job,
+    quantization: str | None,
+    *,
+    device: torch.device,
+    opening: Mapping[str, Any],
+    peft_config: PeftConfig | None,
+    budget: Budget | None,
+    rates: Rates | str | None,
+    machine: Machine | None,
+    finds_batch: bool,
+) -> Plan:
+    """The plan with the weights as they are stored, or as they would be packed."""
+    with describing(model, device=device, has_bf16=_has_bf16(machine), **opening) as opened:
+        if quantization is not None:
+            opened = as_if_packed(opened, quantization)
+        shapes = _shapes_for(opened, job, peft_config=peft_config)
+        found = rates_for(opened, shapes, rates) if machine is None else machine.rates
+    bounds = (budget or Budget()).measured(device) if machine is None else machine.budget(budget)
+    name = THIS_MACHINE if machine is None else str(machine)
+    return plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
 
 
 _COMPARED = {"int8": "8 bits", "nf4": "4 bits"}
@@ -406,6 +424,7 @@ def refuse_options(
     *,
     tuning: str,
     quantization: str | None,
+    packed_dir: object = None,
     budget: object = None,
     peft_config: PeftConfig | None = None,
     others: Mapping[str, object] | None = None,
@@ -414,6 +433,7 @@ def refuse_options(
 
     Raises:
         UnsupportedError: Full tuning, a quantisation, or an adapter that cannot be trained exactly.
+        ValueError: A folder to pack into, and nothing to pack.
         TypeError: A budget that is none, or an option that is not known.
     """
     if budget is not None and not isinstance(budget, Budget):
@@ -433,6 +453,11 @@ def refuse_options(
             'peft_config with tuning="full"',
             reason="an adapter is trained on frozen weights",
             instead='tuning="adapter" with the adapter, or tuning="full" without it',
+        )
+    if packed_dir is not None and quantization is None:
+        raise ValueError(
+            f"packed_dir={str(packed_dir)!r} without quantization=: it is the folder that quantization= packs into; a "
+            "folder that is packed already is opened as the model"
         )
     if quantization is not None:
         packer_for(quantization)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from lowmem.machines.cards import Machine
+    from lowmem.packing.selection import Included
     from lowmem.planning.job import Task
 
 
@@ -216,18 +217,26 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Folder of the saved adapter.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must be empty or absent.")],
     dtype: Annotated[str | None, typer.Option(help="Type to store weights in; each keeps its own if absent.")] = None,
+    quantization: Quantization = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write model and adapter as one ordinary checkpoint, a tensor at a time.
+    """Write model and adapter as one ordinary checkpoint, a tensor at a time; packed with --quantization.
 
-    Says how much of the adapter's change was lost to rounding, where that is more than 1%.
+    Says how much of the adapter's change was lost to rounding, where that is more than 1%, or how far packing moved the
+    weights.
     """
     from lowmem.adapters.merge import merge as merge_adapter
 
     with warnings.catch_warnings(record=True) as warned:
         folder = merge_adapter(
-            model, adapter=adapter, output=output, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            adapter=adapter,
+            output=output,
+            dtype=dtype,
+            quantization=quantization,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
     for warning in warned:
         if warning.category is UserWarning:
@@ -240,6 +249,9 @@ def pack(
     model: Model,
     quantization: Quantization = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write; must be empty or absent.")] = None,
+    include: Annotated[
+        str | None, typer.Option(help="embeddings, head, or both with a comma between them: packed too.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare a packed folder with its checksums instead.")
     ] = False,
@@ -268,6 +280,7 @@ def pack(
         model,
         quantization=quantization,
         output=output,
+        include=cast("list[Included]", include.split(",") if include else []),
         device=on,
         revision=revision,
         trust_remote_code=trust_remote_code,

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from lowmem.adapters.merge_plan import MergedTensor, MergePlan, num_rows, plan_merge
-from lowmem.adapters.updates import Update, apply_all
-from lowmem.errors import UnsupportedError
-from lowmem.models.checkpoint import resolve, stays_inside
-from lowmem.quantization.values import ValueReader
+from lowmem.adapters.merge_packed import merge_into_packed
+from lowmem.adapters.merge_plan import MergePlan, plan_merge
+from lowmem.adapters.merged_values import MergedValues, Rounding
+from lowmem.models.checkpoint import resolve
+from lowmem.packing.beside import change_config, copy_files, files_beside
+from lowmem.quantization.packing import packer_for
 from offload import (
     NO_ROOM,
     OutputTensor,
@@ -35,37 +33,14 @@ from offload import (
     write_index,
 )
 
-# Values computed at a time, in bytes of fp32. Small enough that the allocator gives the same memory again: tiles of
-# 8 MiB let the heap grow by 55 to 115 MiB from run to run, these by 15 to 30 (tests/lowmem/test_merge.py, full disk).
-_TILE_BYTES = 2 << 20
-
-
-# But no fewer rows: MKL sums a product of 9 rows on two threads in another order than PEFT's of all rows, one of 18 in
-# the same (fp32 matrices of 28672 columns).
-_TILE_ROWS = 32
-
 _QUIET_S = 5.0
 """Seconds after which a merge shows how far it is."""
 
+_SHARD_BYTES = 5_000_000_000
+"""transformers' usual size of a shard."""
+
 _TOLD_LOSS = 0.01
 """Part of the adapter's change that may be lost to rounding without a word."""
-
-_COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".py", ".tiktoken"})
-_ADAPTER_CONFIG = "adapter_config.json"
-
-# What names code of the repository in the configurations of models, tokenizers and pipelines.
-_CODE_FIELDS = ("auto_map", "custom_pipelines")
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 def merge(
@@ -74,7 +49,8 @@ def merge(
     adapter: str | os.PathLike[str],
     output: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
-    max_shard_bytes: int | str = 5_000_000_000,
+    quantization: str | None = None,
+    max_shard_bytes: int | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -87,13 +63,20 @@ def merge(
     packed weight, its values. The output appears complete or not at all; model and adapter are only read. Says in a
     warning if rounding to the stored dtype loses more than a hundredth of what the adapter changes.
 
+    With a `quantization` the output is a packed folder as `lowmem.pack` writes it, block by block: an interrupted merge
+    goes on where it was. Weights that are packed in the same format in the base and that the adapter leaves alone keep
+    their bytes; the others are quantised from the merged values. That rounds each of them by far more than an adapter
+    usually changes it: a warning says by how much, and the adapter beside its base keeps all of it.
+
     Args:
         model: Local folder or hub id of the safetensors checkpoint that the adapter was trained on.
         adapter: Folder of the adapter, as PEFT's `save_pretrained` and the Trainer write it. Its tokenizer, if it has
             one, goes into the output.
         output: Folder to write; must not exist or be empty.
         dtype: Type to store all floating-point weights in; each keeps its own where None.
-        max_shard_bytes: Largest shard, as a number or "5GB".
+        quantization: Pack the result, to "nf4", "fp4" or "int8"; what is not packed keeps its dtype.
+        max_shard_bytes: Largest shard, as a number or "5GB", which is what None means; a packed folder has one for each
+            block.
         revision: Branch, tag or commit of the model's hub repository.
         trust_remote_code: Run model code that comes with the checkpoint, and copy it to the output.
 
@@ -101,7 +84,7 @@ def merge(
         The output folder.
 
     Raises:
-        UnsupportedError: The adapter has no merged form in an ordinary checkpoint of this model.
+        UnsupportedError: The adapter has no merged form in an ordinary checkpoint of this model, or in a packed one.
         ValueError: The adapter does not fit the model.
         FileExistsError: The output folder is not empty.
         offload.TierFull: The disk has no room for the output.
@@ -109,29 +92,59 @@ def merge(
     """
     base, adapter_folder = resolve(model, revision=revision), Path(adapter).expanduser()
     target = Path(output).expanduser().absolute()
-    stored, shard_bytes = _stored_dtype(dtype), parse_bytes(max_shard_bytes, field="max_shard_bytes")
-    check_output(target, base)
-    copies = _copies(base, adapter_folder, trust_remote_code=trust_remote_code)
-    rounding = _Rounding()
+    if quantization is None:
+        told = _merge_into_ordinary(
+            base,
+            adapter_folder,
+            output=target,
+            dtype=_stored_dtype(dtype),
+            shard_bytes=parse_bytes(
+                _SHARD_BYTES if max_shard_bytes is None else max_shard_bytes, field="max_shard_bytes"
+            ),
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        for name, value in (("dtype", dtype), ("max_shard_bytes", max_shard_bytes)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} with quantization={quantization!r}: give one of them, not both")
+        packer = packer_for(quantization)
+        told = merge_into_packed(
+            base, adapter_folder, packer, name=str(model), output=target, trust_remote_code=trust_remote_code
+        )
+    if told is not None:
+        warnings.warn(told, UserWarning, stacklevel=2)
+    return target
+
+
+def _merge_into_ordinary(
+    base: Path,
+    adapter: Path,
+    *,
+    output: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    trust_remote_code: bool,
+) -> str | None:
+    """Write the ordinary checkpoint; returns what rounding lost in a sentence, where that is worth one."""
+    check_output(output, base)
+    copies = files_beside(base, has_code=trust_remote_code, adapter=adapter)
+    rounding = Rounding()
     with SafetensorsSource(base) as source:
-        plan = plan_merge(base, adapter_folder, source=source, dtype=stored, trust_remote_code=trust_remote_code)
+        plan = plan_merge(base, adapter, source=source, dtype=dtype, trust_remote_code=trust_remote_code)
         shards = split_into_shards([tensor.output for tensor in plan.tensors], max_shard_bytes=max(1, shard_bytes))
-        _check_room(target, sum(tensor.output.nbytes for tensor in plan.tensors))
+        _check_room(output, sum(tensor.output.nbytes for tensor in plan.tensors))
         try:
-            with taking_the_place_of(target) as folder:
+            with taking_the_place_of(output) as folder:
                 _write_shards(folder, plan, shards, rounding)
                 for file in source.files:
                     source.check_unchanged(file)
-                for name, file in copies.items():
-                    _copy(file, folder / name, has_code=trust_remote_code)
-                _change_config(folder / "config.json", plan.config_changes)
+                copy_files(copies, folder, has_code=trust_remote_code)
+                change_config(folder, plan.config_changes)
         except (OSError, TierFull) as error:
             if isinstance(error, TierFull) or error.errno in NO_ROOM:
-                raise TierFull(f"disk: writing {target} failed ({error}); nothing of it was left there") from error
+                raise TierFull(f"disk: writing {output} failed ({error}); nothing of it was left there") from error
             raise
-    if rounding.lost > _TOLD_LOSS:
-        warnings.warn(rounding.told(), UserWarning, stacklevel=2)
-    return target
+    return rounding.told() if rounding.lost > _TOLD_LOSS else None
 
 
 def _stored_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -190,10 +203,10 @@ def _check_room(target: Path, needed_bytes: int) -> None:
 
 
 def _write_shards(
-    folder: Path, plan: MergePlan, shards: Mapping[str, tuple[OutputTensor, ...]], rounding: _Rounding
+    folder: Path, plan: MergePlan, shards: Mapping[str, tuple[OutputTensor, ...]], rounding: Rounding
 ) -> None:
     by_name = {tensor.output.name: tensor for tensor in plan.tensors}
-    writer = _TensorWriter(plan, rounding)
+    writer = MergedValues(plan, rounding)
     num_bytes = sum(tensor.output.nbytes for tensor in plan.tensors)
     try:
         with tqdm(total=num_bytes, desc="merging", unit="B", unit_scale=True, leave=False, delay=_QUIET_S) as bar:
@@ -206,184 +219,6 @@ def _write_shards(
     finally:
         writer.close()
     write_index(folder, shards)
-
-
-@dataclass(kw_only=True)
-class _Rounding:
-    """How much of the changes is lost because the weights are stored in fewer bits than they are computed in."""
-
-    wanted: float = 0.0
-    """Sum of squares of the changes."""
-    kept: float = 0.0
-    """Scalar product of the changes and what is stored of them."""
-    num_changed: int = 0
-    """Values that change."""
-    num_unmoved: int = 0
-    """Those of them that are stored as before."""
-    dtype: torch.dtype | None = None
-    """What was rounded to."""
-
-    def add(self, old: Tensor, new: Tensor, stored: Tensor) -> None:
-        """Count values: before, after, and after as they are stored. Works in the memory of the first two."""
-        old_stored = old.to(stored.dtype)
-        change = new.sub_(old).reshape(-1)
-        moved = old.copy_(stored).sub_(old_stored).reshape(-1)
-        self.wanted += float(change @ change)
-        self.kept += float(change @ moved)
-        self.num_changed += int(change.count_nonzero())
-        self.num_unmoved += int((change != 0).logical_and_(moved == 0).sum())
-        self.dtype = stored.dtype
-
-    @property
-    def lost(self) -> float:
-        """Part of the change that is lost, from 0 to 1."""
-        return min(1.0, max(0.0, 1 - self.kept / self.wanted)) if self.wanted else 0.0
-
-    def told(self) -> str:
-        """The loss in a sentence."""
-        unmoved = self.num_unmoved / max(1, self.num_changed)
-        return (
-            f"rounding to {str(self.dtype).removeprefix('torch.')} lost {self.lost:.0%} of what the adapter changes "
-            f"({unmoved:.0%} of the changed values are stored as before); "
-            'dtype="float32" (--dtype float32) keeps all of it'
-        )
-
-
-class _TensorWriter:
-    """Makes the values of the output's tensors, a tile at a time."""
-
-    def __init__(self, plan: MergePlan, rounding: _Rounding) -> None:
-        self._reader = ValueReader(plan.packed)
-        self._sources, self._rounding = plan.sources, rounding
-
-    def values(self, tensor: MergedTensor) -> Iterator[Tensor]:
-        """The tensor's values in its stored dtype, part by part; each is valid until the next."""
-        spec, dtype = tensor.source, tensor.output.dtype
-        if tensor.whole_layer is not None:
-            layer, attribute = tensor.whole_layer
-            merged = layer.merged(attribute, self._whole)
-            yield self._rounded(merged, dtype, old=self._whole(f"{layer.prefix}.{attribute}"))
-        elif not tensor.segments:
-            step = _TILE_BYTES - _TILE_BYTES % spec.dtype.itemsize
-            for start in range(0, spec.nbytes, step):
-                yield self._reader.read(spec, start, nbytes=min(step, spec.nbytes - start)).to(dtype)
-        else:
-            for segment in tensor.segments:
-                shift = segment.target_start - segment.start
-                stop = segment.start + segment.num_rows
-                for number, update in enumerate(segment.updates):
-                    if update.sees_all_rows:
-                        update.measure(self._updated(tensor, segment.updates[:number]))
-                for start, tile in self._tiles(tensor, segment.start, stop):
-                    old = tile.clone() if segment.updates and dtype.itemsize < tile.dtype.itemsize else None
-                    yield self._rounded(apply_all(segment.updates, tile, start + shift), dtype, old=old)
-
-    def _rounded(self, new: Tensor, dtype: torch.dtype, *, old: Tensor | None) -> Tensor:
-        stored = new.to(dtype)
-        if old is not None and dtype.itemsize < new.dtype.itemsize:
-            self._rounding.add(old, new, stored)
-        return stored
-
-    def _updated(self, tensor: MergedTensor, updates: Iterable[Update]) -> Iterator[tuple[int, Tensor]]:
-        for start, tile in self._tiles(tensor, 0, num_rows(tensor.output.shape)):
-            yield start, apply_all(updates, tile, start)
-
-    def _tiles(self, tensor: MergedTensor, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Rows of a tensor before the merge, in the dtype to compute in, in new memory; zeros for one of a new size."""
-        spec, shape = tensor.source, tensor.output.shape
-        width = torch.Size(shape).numel() // max(1, num_rows(shape))
-        compute = _compute_dtype(spec.dtype)
-        step = max(_TILE_ROWS, _TILE_BYTES // max(1, width * compute.itemsize))
-        row_bytes = width * spec.dtype.itemsize
-        for first in range(start, stop, step):
-            count = min(step, stop - first)
-            if shape != spec.shape:
-                yield first, torch.zeros(count, width, dtype=compute)
-                continue
-            tile = self._reader.read(spec, first * row_bytes, nbytes=count * row_bytes)
-            yield first, tile.to(compute, copy=True).view(count, -1)
-
-    def _whole(self, name: str) -> Tensor:
-        spec = self._sources[name]
-        values = self._reader.read(spec, 0, nbytes=spec.nbytes)
-        return values.to(_compute_dtype(spec.dtype), copy=True).view(spec.shape)
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-def _compute_dtype(stored: torch.dtype) -> torch.dtype:
-    return torch.float64 if stored == torch.float64 else torch.float32
-
-
-def _copies(base: Path, adapter: Path, *, trust_remote_code: bool) -> dict[str, Path]:
-    """Files to copy, by their name in the output.
-
-    Configuration, tokenizer and licence of the base, its code where that is trusted, the tokenizer of the adapter.
-
-    Raises:
-        UnsupportedError: One is a link to a file elsewhere, which nobody meant to give away with the model.
-    """
-    suffixes = _COPIED_SUFFIXES if trust_remote_code else _COPIED_SUFFIXES - {".py"}
-    found = {
-        file.name: _inside(file, base)
-        for file in sorted(base.iterdir())
-        if (file.suffix in suffixes or file.name.upper().startswith(("LICENSE", "NOTICE")))
-        and file.is_file()
-        and not file.name.endswith(".index.json")
-        and file.name != _ADAPTER_CONFIG
-    }
-    if (adapter / "tokenizer_config.json").is_file():
-        found |= {name: _inside(adapter / name, adapter) for name in _TOKENIZER_FILES if (adapter / name).is_file()}
-    return found
-
-
-def _inside(file: Path, folder: Path) -> Path:
-    real = file.resolve()
-    if not stays_inside(file, folder):
-        raise UnsupportedError(
-            f"{file} -> {real}",
-            reason="the link leads out of its folder, and the output would have a copy of what it leads to",
-            instead="a copy of that file in the folder if it belongs to the model, or no link",
-        )
-    return real
-
-
-def _copy(file: Path, copy: Path, *, has_code: bool) -> None:
-    content = _without_code(file) if file.suffix == ".json" or copy.suffix == ".json" else None
-    if has_code or content is None:
-        shutil.copyfile(file, copy)
-    else:
-        copy.write_text(content)
-
-
-def _without_code(file: Path) -> str | None:
-    """A configuration without its references to code that is not copied; None if it has none."""
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict) or not any(name in values for name in _CODE_FIELDS):
-        return None
-    return json.dumps({name: value for name, value in values.items() if name not in _CODE_FIELDS}, indent=2) + "\n"
-
-
-def _change_config(file: Path, changes: Mapping[str, object]) -> None:
-    if not changes:
-        return
-    config = json.loads(file.read_text())
-    if "dtype" in changes:
-        config.pop("torch_dtype", None)
-    for name, value in changes.items():
-        if value is None:
-            for part in (config, config.get("text_config")):
-                if isinstance(part, dict):
-                    part.pop(name, None)
-            continue
-        holders = [part for part in (config, config.get("text_config")) if isinstance(part, dict) and name in part]
-        for holder in holders or [config]:
-            holder[name] = value
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _sync_folder(folder: Path) -> None:

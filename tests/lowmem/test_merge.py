@@ -321,7 +321,7 @@ def test_result_does_not_depend_on_the_tile(
 ) -> None:
     base, adapter = lora
     whole = stored(merge(base, adapter=adapter, output=tmp_path / "whole"))
-    monkeypatch.setattr("lowmem.adapters.merge._TILE_BYTES", max(tile_bytes, 8))
+    monkeypatch.setattr("lowmem.adapters.merged_values._TILE_BYTES", max(tile_bytes, 8))
     tiled = stored(merge(base, adapter=adapter, output=tmp_path / "tiled"))
     for name, value in whole.items():
         assert (tiled[name].float() - value.float()).abs().max() <= 2**-8 * value.float().abs().max()
