@@ -257,6 +257,11 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
 _VALUES_BYTES_PER_S = 2.3e9
 """Values that a processor makes of packed weights, fp32, one thread: `python -m benchmarks.dequantisation`."""
 
+_CARD_VALUES_BYTES_PER_S = 1.4e11
+"""Values that a card makes: half of what an RTX 4060's memory takes by its data sheet, 272 GB/s; a guess until
+`lowmem bench` has measured the card.
+"""
+
 
 def _unpack_s(block: BlockShape, rates: Rates) -> float:
     if block.packed_values_bytes:
@@ -275,11 +280,11 @@ class _Costs:
 
     @property
     def unpack_s(self) -> float:
-        """Of all blocks in one pass. A processor converts weights itself; a GPU waits for copies, and converts fast."""
+        """Of all blocks in one pass. A processor converts weights itself; a GPU waits for copies, and unpacks only."""
         if self._shape is not None:
             return self._shape.unpack_s * len(self._shapes.blocks)
         if self._job.device != "cpu":
-            return 0.0
+            return sum(block.packed_values_bytes for block in self._shapes.blocks) / _CARD_VALUES_BYTES_PER_S
         return sum(_unpack_s(block, self._rates) for block in self._shapes.blocks)
 
     @property

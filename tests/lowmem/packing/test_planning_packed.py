@@ -77,3 +77,12 @@ def test_search_says_what_packed_weights_would_change_and_leaves_the_choice(tmp_
     assert not any("quantization=" in text for text in packed.advice)
     # Only where it was searched: an ordinary plan looks at one form of the model.
     assert not any("quantization=" in text for text in lowmem.plan(base, seq_len=64, machine=slow).advice)
+
+
+def test_unpacking_counts_on_a_card_too(tmp_path: Path) -> None:
+    changes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "head_dim": 128}
+    base = tmp_path / "base"
+    tiny_config("llama", changes | {"dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}).save_pretrained(base)
+    plain, packed = (lowmem.plan(base, seq_len=64, machine=BIG, quantization=name) for name in (None, "nf4"))
+    assert packed.time.compute_s > plain.time.compute_s
+    assert packed.time.copy_s < plain.time.copy_s or plain.time.copy_s == packed.time.copy_s == 0
