@@ -9,11 +9,10 @@ import argparse
 import json
 from collections.abc import Sequence
 
+import lowmem
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-import lowmem
 
 
 def parse() -> argparse.Namespace:

@@ -13,13 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
+import lowmem
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
-
-import lowmem
 
 
 def parse() -> argparse.Namespace:

@@ -14,13 +14,12 @@ import statistics
 import sys
 from pathlib import Path
 
+import lowmem
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
-
-import lowmem
 
 
 def exact_match(completions: list[list[dict[str, str]]], answer: list[str], **columns: object) -> list[float]:

@@ -11,14 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
+import lowmem
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
-
-import lowmem
 
 
 def parse() -> argparse.Namespace:

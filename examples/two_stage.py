@@ -11,13 +11,12 @@ it is the reference. After each stage the share of questions that are answered e
 import argparse
 from pathlib import Path
 
+import lowmem
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-
-import lowmem
 
 
 def exact_match(completions: list[list[dict[str, str]]], answer: list[str], **columns: object) -> list[float]:

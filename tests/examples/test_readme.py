@@ -46,3 +46,18 @@ def test_files_that_readme_names_are_there() -> None:
         target = link.partition(")")[0].partition("#")[0]
         if target and "://" not in target:
             assert (ROOT / target).exists(), target
+
+
+# PEFT imports bitsandbytes, which asks for a package of kernels that nothing here needs; lowmem keeps that quiet.
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))),
+        *(path.read_text().replace("\\n", "\n") for path in sorted((ROOT / "examples").glob("*.ipynb"))),
+        printed_lines(),
+    ],
+    ids=lambda text: text.strip().splitlines()[0][:40],
+)
+def test_scripts_to_copy_import_lowmem_before_peft(text: str) -> None:
+    if "import lowmem" in text and "from peft import" in text:
+        assert text.index("import lowmem") < text.index("from peft import")
