@@ -1,9 +1,11 @@
 """Traces: bounded, shared by threads, readable by Perfetto."""
 
 import json
+import random
 import threading
 import time
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,43 @@ def test_overlapping_spans_of_a_lane_get_rows_of_their_own(tmp_path: Path) -> No
         "b": "disk (2)",
         "c": "disk",
     }
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_saved_trace_keeps_to_the_formats_rules(tmp_path: Path) -> None:
+    """What the description of the Trace Event Format asks of complete and metadata events (its "ph" X and M)."""
+    trace = Trace()
+    generator = random.Random(0)
+    for number in range(300):
+        start_ns = generator.randrange(10_000)
+        lane = generator.choice(["disk", "copy", "compute", "stall", 'own "lane"\n'])
+        end_ns = start_ns + generator.randrange(800)
+        trace.add(lane, f"blöck {number % 7}", start_ns, end_ns, nbytes=generator.randrange(2) * number)
+    trace.save(tmp_path / "trace.json", notes={"plan": None})
+    document = json.loads((tmp_path / "trace.json").read_bytes(), parse_constant=no_constant)
+    assert set(document) == {"traceEvents", "displayTimeUnit", "otherData"}
+    rows: dict[int, list[tuple[float, float]]] = {}
+    for event in document["traceEvents"]:
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["name"], str)
+        assert isinstance(event["args"], dict)
+        if event["ph"] == "X":
+            assert set(event) == {"ph", "pid", "tid", "name", "cat", "args", "ts", "dur"}
+            assert event["ts"] >= 0
+            assert event["dur"] >= 0
+            rows.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+        else:
+            assert event["ph"] == "M"
+            assert event["name"] in ("process_name", "thread_name", "thread_sort_index")
+    named = [event["tid"] for event in document["traceEvents"] if event["name"] == "thread_name"]
+    assert sorted(named) == sorted(rows)
+    for spans in rows.values():
+        # Spans of a row may nest, but not overlap in part.
+        for (_, end), (start, _) in pairwise(sorted(spans)):
+            assert start >= end - 1e-6
 
 
 def test_an_empty_trace_is_saved_too(tmp_path: Path) -> None:
