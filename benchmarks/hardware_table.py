@@ -8,13 +8,16 @@ and disk as said in the table. Every number is planned, none is measured.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import lowmem
 from benchmarks.harness import ROOT
+from lowmem import Plan
 
 SEQ_LEN = 2048
 MACHINES = (
@@ -38,6 +41,14 @@ _MOE = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "Llama 3.1 8B": {**_LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
+    "Qwen3 8B": {
+        **_QWEN,
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
     "Qwen3 14B": {
         **_QWEN,
         "hidden_size": 5120,
@@ -80,21 +91,43 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def cells(folder: Path, *, is_mixture: bool) -> Iterator[str]:
-    """One row: for each machine the fastest batch, what a step takes, and what it waits for."""
+def plan_on(
+    folder: Path,
+    name: str,
+    machine: tuple[str, str, float],
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+    seq_len: int = SEQ_LEN,
+) -> Plan:
+    """Plan for a model of the table on a machine, from a configuration that is written now.
+
+    Args:
+        folder: Where; made if need be.
+        name: The model's.
+        machine: Card, RAM, and GB/s of the drive.
+        batch_size: Sequences per step.
+        seq_len: Tokens of each.
+    """
     from peft import LoraConfig
 
-    import lowmem
+    config = MODELS[name]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"] if "num_experts" in config else "all-linear"
+    gpu, ram, disk_gbps = machine
+    return lowmem.plan(
+        folder,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        peft_config=LoraConfig(r=16, target_modules=names),
+        machine=lowmem.Machine(gpu=gpu, ram=ram, disk_gbps=disk_gbps),
+    )
 
-    lora = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if is_mixture else "all-linear")
-    for gpu, ram, disk_gbps in MACHINES:
-        plan = lowmem.plan(
-            folder,
-            seq_len=SEQ_LEN,
-            batch_size="auto",
-            peft_config=lora,
-            machine=lowmem.Machine(gpu=gpu, ram=ram, disk_gbps=disk_gbps),
-        )
+
+def cells(folder: Path, name: str) -> Iterator[str]:
+    """One row: for each machine the fastest batch, what a step takes, and what it waits for."""
+    for machine in MACHINES:
+        plan = plan_on(folder, name, machine)
         if not plan.fits:
             yield f"no: needs {plan.smallest_device_bytes / 2**30:.1f} GiB"
             continue
@@ -112,8 +145,6 @@ waits for. `lowmem plan MODEL --gpu ... --search` gives the same for yours."""
 
 def table() -> Iterator[str]:
     """The page, line by line."""
-    import json
-
     yield "# What fits where"
     yield ""
     yield from _ABOUT.splitlines()
@@ -122,11 +153,8 @@ def table() -> Iterator[str]:
     yield f"| | {' | '.join(heads)} |"
     yield "|---" * (len(heads) + 1) + "|"
     with tempfile.TemporaryDirectory() as root:
-        for name, config in MODELS.items():
-            folder = Path(root) / name.replace(" ", "-")
-            folder.mkdir()
-            (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-            yield f"| {name} | {' | '.join(cells(folder, is_mixture='num_experts' in config))} |"
+        for name in MODELS:
+            yield f"| {name} | {' | '.join(cells(Path(root) / name.replace(' ', '-'), name))} |"
             print(name, file=sys.stderr, flush=True)
 
 

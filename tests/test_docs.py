@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import offload.errors
+from benchmarks.hardware_table import MODELS, plan_on, table
 from docs.make_tables import DOCS, architectures_page, refusals, refusals_page
+from lowmem.machines.cards import find_card
 from offload import OffloadError
 from tests.zoo.architectures import ARCHITECTURES
 
@@ -52,6 +54,45 @@ def test_every_architecture_has_its_line() -> None:
 @pytest.mark.slow
 def test_the_page_of_architectures_is_what_the_survey_finds() -> None:
     assert (DOCS / "architectures.md").read_text() == architectures_page()
+
+
+def _planned_rows() -> list[list[str]]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.endswith("| planned |")]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[ -]", "", name.partition(",")[0])
+
+
+@pytest.mark.parametrize("row", _planned_rows(), ids=lambda row: _plain(row[0]))
+def test_planned_rows_of_readme_are_what_the_planner_says(row: list[str], tmp_path: Path) -> None:
+    name = next(known for known in MODELS if _plain(known) == _plain(row[0]))
+    gpu, _, ram = row[1].partition(", ")
+    card = next(gpu[:end] for end in range(len(gpu), 0, -1) if _is_card(gpu[:end]))
+    batch_size, seq_len = map(int, row[2].split(" x "))
+    machine = (card, ram.replace(" RAM", "").replace(" ", ""), 5.0)
+    plan = plan_on(tmp_path, name, machine, batch_size=batch_size, seq_len=seq_len)
+    assert plan.fits
+    assert row[3] == f"{plan.device_bytes / 2**30:.1f}, {plan.kept_host_bytes / 2**30:.1f}"
+    assert row[4] == f"{plan.step_s:.0f}"
+
+
+def _is_card(name: str) -> bool:
+    try:
+        return bool(find_card(name))
+    except ValueError:
+        return False
+
+
+@pytest.mark.slow
+def test_the_page_of_hardware_is_what_the_planner_says() -> None:
+    assert (DOCS / "hardware.md").read_text() == "\n".join(table()) + "\n"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [page.name for page in PAGES if not re.search(rf": {re.escape(page.name)}$", navigation, re.M)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
