@@ -4,9 +4,9 @@
         [--cpu-time]
 
 36 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
-tiers. Each runs in a process of its own, forked from one that has imported everything and trained a tiny model. Memory
-is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there; time
-is the median of the steps after the second.
+tiers. Each runs in a process of its own, forked from one that has imported everything, and trains a tiny model first.
+Memory is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there;
+time is the median of the steps after the second.
 Steps are predicted twice: with the rates that `lowmem bench` keeps for the shape (measured here once for each), and
 after the first step, as lowmem.Monitor corrects them. What lies in FILE already is not run again. About ten minutes on
 two quiet cores. With --cpu-time everything is timed by the processor's time instead of the wall's, which says as much
@@ -14,6 +14,7 @@ of computation where other programs run, and nothing of disks.
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -158,6 +159,7 @@ def run(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
             gradient_accumulation_steps=case.accumulation,
             peft_config=lora,
             tuning="full" if case.kind == "full" else "adapter",
+            optimizer=case.optimizer,
             budget=lowmem.Budget(device=device_bytes, host=case.host_mib * _MIB, disk=scratch if case.disk else None),
             device="cpu",
             dtype=case.dtype,
@@ -175,7 +177,7 @@ def run(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
     with PeakMeter() as meter:
         model = lowmem.from_pretrained(folder, plan=planned, tuning=planned.job.tuning)
         moments = _Moments(meter, num_blocks=len(planned.placements), clock=clock)
-        steps.moments = moments
+        steps.moments, steps.planned_update_s = moments, planned.time.update_s
         runtime_of(model).listen(moments.visited)
         _train(model, lora, case, callbacks=[steps])
     measured_s = statistics.median(steps.steps_s[2:])
@@ -192,6 +194,12 @@ def run(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
         "predicted_step_s": round(planned.step_s, 4),
         "step_s": round(measured_s, 4),
         "steps_s": [round(step_s, 4) for step_s in steps.steps_s],
+        "update_s": [round(update_s, 4) for update_s in steps.update_s],
+        "visits_s": {
+            phase: round(sum(seconds for seen, seconds in moments.visits if seen == phase), 4)
+            for phase in ("forward", "backward", "no_grad")
+        },
+        "planned_update_s": round(planned.time.update_s, 4),
         "is_cpu_time": clock is time.process_time,
         "corrected_step_s": [round(step_s, 4) for step_s in steps.corrected_s],
         "step_over_corrected": [round(measured_s / step_s, 4) for step_s in steps.corrected_s],
@@ -249,15 +257,24 @@ def _lora(case: Case) -> Any:
     )
 
 
-def _warm_up(root: Path) -> None:
-    """Have libraries allocate what they keep, with another model."""
+def _warm_up(root: Path, *, dtype: str = "float32") -> None:
+    """Have libraries allocate what they keep, with another model; in bf16 that is 9 MiB more."""
     import lowmem
 
     case = Case(batch_size=2, seq_len=64)
     model = lowmem.from_pretrained(
-        ensure_checkpoint("tiny", root=root), budget=lowmem.Budget(device="256MiB", host=0), device="cpu"
+        ensure_checkpoint("tiny", root=root), budget=lowmem.Budget(device="256MiB", host=0), device="cpu", dtype=dtype
     )
     _train(model, _lora(case), case, callbacks=[], num_steps=2)
+
+
+def _import_everything() -> None:
+    """Have children find all libraries imported. Nothing is computed: threads of the parent's would hang them."""
+    import lowmem
+
+    importlib.import_module("trl").SFTTrainer  # noqa: B018 - TRL imports what it is asked for
+    importlib.import_module("trl").DPOTrainer  # noqa: B018
+    lowmem.from_pretrained  # noqa: B018
 
 
 def _clock(clock: Clock) -> Any:
@@ -269,8 +286,10 @@ def _clock(clock: Clock) -> Any:
         def __init__(self) -> None:
             self.steps_s: list[float] = []
             self.corrected_s: list[float] = []
-            self._correction = StepCorrection()
+            self.planned_update_s: float | None = None
+            self.update_s: list[float] = []
             self.moments: Any = None
+            self._correction: StepCorrection | None = None
             self._start_s = 0.0
 
         def on_step_begin(self, *_: object, **__: object) -> None:
@@ -278,10 +297,17 @@ def _clock(clock: Clock) -> Any:
             if self.moments is not None:
                 self.moments.visits.clear()
 
+        def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+            self.update_s.append(clock())
+
+        def on_optimizer_step(self, *_: object, **__: object) -> None:
+            self.update_s[-1] = clock() - self.update_s[-1]
+
         def on_step_end(self, *_: object, **__: object) -> None:
             self.steps_s.append(clock() - self._start_s)
             if self.moments is not None and len(self.corrected_s) < 2:
-                self._correction.see(self.steps_s[-1], self.moments.visits)
+                self._correction = self._correction or StepCorrection(self.planned_update_s)
+                self._correction.see(self.steps_s[-1], self.moments.visits, update_s=self.update_s[-1])
                 self.corrected_s.append(self._correction.step_s or 0.0)
 
     return StepClock()
@@ -379,7 +405,7 @@ def _run_forked(run: Callable[..., dict[str, object]], case: Case, *, root: Path
             code = 1
             try:
                 # Pages of libraries are not copied with the process: touch them, or they would count as growth.
-                _warm_up(root)
+                _warm_up(root, dtype=case.dtype)
                 json.dump(run(case, root=root, clock=clock), file)
                 file.flush()
                 code = 0
@@ -405,7 +431,7 @@ def main() -> None:
     found = read_results(arguments.results)
     names = [] if arguments.table else arguments.case or [name for name in CASES if name not in found]
     if names:
-        _warm_up(arguments.root)
+        _import_everything()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     # Kept apart from what `lowmem bench` has measured for this machine's user.
     os.environ["XDG_CACHE_HOME"] = str(arguments.root / ("rates-of-cpu-time" if arguments.cpu_time else "rates"))

@@ -25,6 +25,7 @@ from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
 from lowmem.monitoring.training_checks import check_every_trainer
 from lowmem.packing.place import as_if_packed, open_packed
 from lowmem.planning.job import Job, Task, Tuning, kind_of
+from lowmem.planning.optimizer_sizes import OptimizerChoice, read_optimizer
 from lowmem.planning.plan import THIS_MACHINE, Plan
 from lowmem.planning.planner import plan_for, plan_step, read_with_assumed_adapter
 from lowmem.planning.read_model import read_shapes
@@ -46,6 +47,7 @@ def from_pretrained(
     plan: Plan | None = None,
     budget: Budget | None = None,
     tuning: Tuning = "adapter",
+    optimizer: OptimizerChoice | None = None,
     quantization: str | None = None,
     packed_dir: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
@@ -70,7 +72,8 @@ def from_pretrained(
             batch of one sequence if not given.
         budget: Bounds for device and host memory, where no plan is given; measured where absent.
         tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained, by
-            `lowmem.optim.AdamW`.
+            `lowmem.optim.AdamW` or any other optimizer.
+        optimizer: What will train it, as in `plan`; AdamW if not given.
         quantization: None: weights move as they are stored, which may be quantised. "nf4", "fp4" or "int8": those of
             an ordinary checkpoint are packed once, into a folder that later runs read (`lowmem.pack`).
         packed_dir: That folder; one in the user's cache if not given. Said with its size before it is made.
@@ -97,9 +100,9 @@ def from_pretrained(
     refuse_options(tuning=tuning, quantization=quantization, packed_dir=packed_dir, budget=budget, others=others)
     _refuse_other_types(model, plan, num_labels=num_labels, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
     if plan is not None:
-        if (budget, micro_batch, chunk_tokens) != (None, None, None):
+        if (budget, micro_batch, chunk_tokens, optimizer) != (None, None, None, None):
             raise ValueError(
-                "give plan, or budget, micro_batch and chunk_tokens, not both: the plan holds them already"
+                "give plan, or budget, micro_batch, chunk_tokens and optimizer, not both: the plan holds them already"
             )
         device, dtype = device or plan.job.device, dtype or plan.compute_dtype
         num_labels = 1 if num_labels is None and plan.job.task == "reward" else num_labels
@@ -109,9 +112,9 @@ def from_pretrained(
     opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, num_labels=num_labels, **opening)
     if quantization is not None:
         opened = open_packed(opened, quantization, packed_dir=packed_dir, **opening)
-    split = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
+    given: dict[str, Any] = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "optimizer": optimizer}
     try:
-        plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, split=split)
+        plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, given=given)
         _cap_device(opened.device, plan if cap_device else None)
         check_every_trainer()
         return load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen))
@@ -121,13 +124,13 @@ def from_pretrained(
 
 
 def _checked_plan(
-    opened: Opened, plan: Plan | None, *, tuning: Tuning, budget: Budget | None, split: dict[str, int | None]
+    opened: Opened, plan: Plan | None, *, tuning: Tuning, budget: Budget | None, given: Mapping[str, Any]
 ) -> Plan:
     """The plan given, or one for a job that nobody has described; refused where it does not fit."""
     if tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
     if plan is None:
-        plan = plan_for(opened, budget=budget, rates=rates_as_loaded(opened), tuning=tuning, **split)
+        plan = plan_for(opened, budget=budget, rates=rates_as_loaded(opened), tuning=tuning, **given)
     else:
         _refuse_another_plan(plan, opened, tuning=tuning)
     plan.require_fit()
@@ -199,6 +202,7 @@ def plan(
     peft_config: PeftConfig | None = None,
     quantization: str | None = None,
     tuning: Tuning = "adapter",
+    optimizer: OptimizerChoice | None = None,
     budget: Budget | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -228,11 +232,12 @@ def plan(
         quantization: None: weights move as they are stored. "nf4", "fp4" or "int8": with the sizes that the packed
             checkpoint will have; nothing is packed.
         tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained.
+        optimizer: A name ("galore", "badam", or one of `SFTConfig(optim=...)`), a class of `lowmem.optim` or
+            `torch.optim`, or `functools.partial` of one with its options; AdamW if not given.
         budget: Bounds for device and host memory; measured where absent.
         device: Compute device; the GPU if there is one, else the CPU.
         dtype: Compute dtype; float32 on a CPU, on a GPU bfloat16 where it can.
-        rates: How fast this machine is: "measure" to find out in a second; what `lowmem bench` has kept, if not given,
-            else assumed, and named so.
+        rates: How fast this machine is: "measure" to find out now; if not given, what `lowmem bench` kept, or assumed.
         micro_batch: Sequences that go through a block at a time; None for the planner's choice.
         chunk_tokens: Tokens of a sequence that go through a block at a time; None for the planner's choice.
         revision: Branch, tag or commit of the hub repository.
@@ -262,11 +267,9 @@ def plan(
     opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     opening |= {"attn_implementation": attn_implementation, "dtype": _model_dtype(dtype, tuning=tuning, device=chosen)}
     finds_batch = batch_size == "auto"
-    planned = partial(
-        _planned, model, job, device=chosen, opening=opening, peft_config=peft_config, budget=budget, rates=rates
-    )
-    planned = partial(planned, machine=machine, finds_batch=finds_batch)
-    made = planned(quantization)
+    how: dict[str, Any] = {"peft_config": peft_config, "optimizer": optimizer, "budget": budget, "rates": rates}
+    planned: Callable[..., Plan] = partial(_planned, model, job, device=chosen, opening=opening, machine=machine, **how)
+    made = planned(quantization, finds_batch=finds_batch)
     if finds_batch and quantization is None and tuning == "adapter":
         made = replace(made, advice=(*made.advice, *_packed_advice(made, planned)))
     return made
@@ -277,19 +280,20 @@ def _planned(
     job: Job,
     quantization: str | None,
     *,
+    finds_batch: bool = True,
     device: torch.device,
     opening: Mapping[str, Any],
     peft_config: PeftConfig | None,
+    optimizer: OptimizerChoice | None,
     budget: Budget | None,
     rates: Rates | str | None,
     machine: Machine | None,
-    finds_batch: bool,
 ) -> Plan:
     """The plan with the weights as they are stored, or as they would be packed."""
     with describing(model, device=device, has_bf16=_has_bf16(machine), **opening) as opened:
         if quantization is not None:
             opened = as_if_packed(opened, quantization)
-        shapes = _shapes_for(opened, job, peft_config=peft_config)
+        shapes = _shapes_for(opened, job, peft_config=peft_config, optimizer=optimizer)
         found = rates_for(opened, shapes, rates) if machine is None else machine.rates
     bounds = (budget or Budget()).measured(device) if machine is None else machine.budget(budget)
     name = THIS_MACHINE if machine is None else str(machine)
@@ -469,7 +473,9 @@ def refuse_options(
             )
 
 
-def _shapes_for(opened: Described, job: Job, *, peft_config: PeftConfig | None) -> ModelShapes:
+def _shapes_for(
+    opened: Described, job: Job, *, peft_config: PeftConfig | None, optimizer: OptimizerChoice | None
+) -> ModelShapes:
     if job.tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
     if peft_config is None and job.tuning == "adapter" and job.trains:
@@ -478,4 +484,6 @@ def _shapes_for(opened: Described, job: Job, *, peft_config: PeftConfig | None) 
         shapes = read_shapes(opened, peft_config=peft_config, seq_len=job.seq_len)
     if job.tuning == "full":
         shapes = shapes.with_every_weight()
+    if job.trains:
+        shapes = replace(shapes, optimizer=read_optimizer(optimizer, shapes, opened.built.model))
     return shapes.with_score_head() if job.task == "reward" else shapes

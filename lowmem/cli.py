@@ -81,9 +81,8 @@ def plan(
     chunk_tokens: Annotated[int | None, typer.Option(help="Tokens of each that go through it at a time.")] = None,
     quantization: Quantization = None,
     tuning: Annotated[str, typer.Option(help="adapter, or full: every weight.")] = "adapter",
-    use_reference: Annotated[
-        bool | None, typer.Option(help="Compute reference log-probabilities; as TRL does if neither is given.")
-    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="galore, badam, adafactor, ...; AdamW if absent.")] = None,
+    use_reference: Annotated[bool | None, typer.Option(help="Compute a reference's values; else as TRL does.")] = None,
     gpu: Annotated[str | None, typer.Option(help='Plan for a machine with this card, "RTX 4090" for instance.')] = None,
     ram: Annotated[str | None, typer.Option(help="Plan for a machine with so much RAM, 64GiB for instance.")] = None,
     disk_gbps: Annotated[float | None, typer.Option(help="GB/s that its drive reads.")] = None,
@@ -124,6 +123,7 @@ def plan(
         else _lora(lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules),
         quantization=quantization,
         tuning=tuning,  # type: ignore[arg-type]  # an unknown one is refused by name
+        optimizer=optimizer,
         use_reference=use_reference,
         chunk_tokens=chunk_tokens,
         budget=Budget(device=device, host=host, disk=disk),

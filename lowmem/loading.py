@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -219,7 +220,7 @@ def _shapes_within_memory(opened: Opened, plan: Plan) -> ModelShapes:
         BudgetError: The machine has not the memory that the plan takes.
     """
     _require_memory(plan, opened.device)
-    shapes = bare_shapes(opened)
+    shapes = replace(bare_shapes(opened), optimizer=plan.optimizer)
     return shapes.with_every_weight() if plan.job.tuning == "full" else shapes
 
 

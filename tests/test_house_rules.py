@@ -57,6 +57,7 @@ COUNTED_APART = {
     "lowmem/monitoring/account.py": "where a run's seconds and bytes went, for `lowmem trace` and the report",
     "lowmem/monitoring/report.py": "the page that shows it",
     "lowmem/headers": "models whose weights are not here: known from the hub's headers, or from config.json",
+    "lowmem/planning/optimizer_sizes.py": "what any optimizer keeps of a model, for plans that are told of one",
     "lowmem/machines": "machines that are planned for, and what was measured on this one",
 }
 MAX_ROOT_FILES = 9

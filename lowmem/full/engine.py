@@ -17,6 +17,7 @@ from lowmem.full.flat import ParamPlace, ParamUpdate, segments_of
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.tier import WEIGHT, Contribution, Edit, StateTier
 from lowmem.models.absent import AbsentParameter
+from lowmem.planning.shapes import OptimizerShape
 from offload import JsonObject
 
 
@@ -82,6 +83,8 @@ class FullTuning:
         """Counts changes of weights and moments."""
         self.updates_now: Callable[[Sequence[str]], Mapping[str, ParamUpdate]] | None = None
         """Settings by name for updates within the backward; None where they wait for `step`."""
+        self.optimizer: OptimizerShape | None = None
+        """What the optimizer that serves it keeps besides the tier; None before there is one."""
         self.saved: Saved | None = None
         """What `save_pretrained` wrote last."""
 

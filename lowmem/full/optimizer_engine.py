@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,7 +33,7 @@ from lowmem.full.saving import (
 from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
 from lowmem.host_memory import give_back_freed
 from lowmem.optim.optimizer import RuleOptimizer, check_saved_group, engine_of, mark_active, restored_state
-from lowmem.optim.plain import AdamWRule
+from lowmem.planning.optimizer_sizes import is_flat, sizes_of
 from offload import Store
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class OptimizerEngine:
         self._num_steps, self._steps = 0, {}
         self._states.clear()
         self._full.updates_now = None
+        self._full.optimizer = sizes_of(optimizer)
 
     @torch.no_grad()
     def step(self, optimizer: RuleOptimizer) -> None:
@@ -92,7 +94,7 @@ class OptimizerEngine:
             hyper = optimizer.hyper(group)
             for param in group["params"]:
                 key, rule = self._full.key_of(param), optimizer.rule_of(param)
-                if not _is_flat(rule):
+                if not is_flat(rule):
                     if self._takes_part(key, rule, hyper):
                         others.append(_RuleCall(key, rule, hyper))
                 # A gradient that is used up has done its work in the backward.
@@ -227,6 +229,7 @@ class OptimizerEngine:
         if not self._keeps_states_on_disk:
             self._states = DiskStates(tier.files, begin=tier.begin_updates)
             tier.keeps_live = True
+            self._full.optimizer = replace(sizes_of(optimizer), state_bytes=0)
 
     @property
     def _keeps_states_on_disk(self) -> bool:
@@ -338,18 +341,8 @@ def _plain(value: object) -> object:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _is_flat(rule: Rule) -> bool:
-    """Whether the fused kernel on flat fp32 buffers does what a rule says."""
-    return (
-        isinstance(rule, AdamWRule)
-        and rule.state_dtype in (None, "fp32")
-        and rule.writer in ("nearest", "fp32")
-        and rule.fused
-    )
-
-
 def _are_flat(optimizer: RuleOptimizer) -> bool:
-    return all(_is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"])
+    return all(is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"])
 
 
 def resume_last_step(optimizer: torch.optim.Optimizer) -> int:

@@ -28,20 +28,26 @@ class StepCorrection:
     """What a step takes, by those that were seen.
 
     The first step warms up: pages are touched and kernels made for the first time. Most blocks do not feel it, so that
-    the median of their visits stands for all; what is between them counts as it was. From the second step on the median
-    of all but the first is taken.
+    the median of their visits stands for all. The first update makes the optimizer's state, whose memory is touched for
+    the first time: of it what was planned counts, where that is less. The rest counts as it was. From the second step
+    on the median of all but the first is taken.
+
+    Args:
+        planned_update_s: What the optimizer's update takes by measured rates; None where it was not measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, planned_update_s: float | None = None) -> None:
+        self._planned_update_s = planned_update_s
         self._first_s: float | None = None
         self._others_s: list[float] = []
 
-    def see(self, step_s: float, visits: Iterable[tuple[str, float]]) -> None:
+    def see(self, step_s: float, visits: Iterable[tuple[str, float]], *, update_s: float = 0.0) -> None:
         """Take in a step.
 
         Args:
             step_s: What it took.
             visits: Of each block's visit its phase, and what it took, waits for weights included.
+            update_s: The part of the step that the optimizer's update took.
         """
         if self._first_s is not None:
             self._others_s.append(step_s)
@@ -52,6 +58,8 @@ class StepCorrection:
             by_phase[phase].append(visit_s)
         usual_s = sum(len(seen) * median(seen) for seen in by_phase.values())
         between_s = step_s - sum(map(sum, by_phase.values()))
+        if self._planned_update_s is not None:
+            between_s -= max(0.0, update_s - self._planned_update_s)
         self._first_s = usual_s + max(0.0, between_s)
 
     @property

@@ -39,8 +39,8 @@ _MIB = 1 << 20
 _COPY_BYTES = 32 * _MIB
 
 
-_SMALL_CALL, _MOST_TOKENS = 32, 1024
-"""Tokens of the two calls that a block is timed with, and the most of the larger one."""
+_SMALL_CALL, _MIDDLE_CALL, _MOST_TOKENS = 32, 128, 1024
+"""Tokens of the calls that a block is timed with, and the most of the largest one."""
 
 
 _CALL_S = 1.0
@@ -55,6 +55,9 @@ _HEAD_TOKENS, _HEAD_WORDS = 256, 32_768
 
 _UPDATE_PARAMS = 1 << 24
 """More than fits a cache."""
+
+
+_DROPPED_VALUES = 1 << 20
 
 
 _NUM_REPEATS = 3
@@ -135,32 +138,33 @@ def measure_shape(
     """
     watch = _Stopwatch(opened.device, clock)
     timing = _BlockTiming(opened, shapes, watch, trains=trains)
-    small, large = timing.measured()
-    tokens = large.num_tokens - small.num_tokens
+    calls = timing.measured()
     attention, backward = _attention_rates(shapes, opened, watch)
-    pairs = _pairs_s(shapes, small.num_tokens, large.num_tokens)
-    forward_token_s = max(0.0, (large.forward_s - small.forward_s - pairs / attention) / tokens)
-    backward_token_s = max(0.0, (large.backward_s - small.backward_s - pairs / backward) / tokens)
+    scores = [_scores(shapes, call.num_tokens) for call in calls]
     head_s, head_backward_s = _head_rates(shapes, opened, watch)
     return ShapeRates(
         trains=trains,
-        forward_call_s=max(0.0, small.forward_s - small.num_tokens * forward_token_s),
-        forward_token_s=forward_token_s,
-        backward_call_s=max(0.0, small.backward_s - small.num_tokens * backward_token_s),
-        backward_token_s=backward_token_s,
+        call_tokens=tuple(call.num_tokens for call in calls),
+        forward_calls_s=tuple(
+            max(0.0, call.forward_s - flops / attention) for call, flops in zip(calls, scores, strict=True)
+        ),
+        backward_calls_s=tuple(
+            max(0.0, call.backward_s - flops / backward) for call, flops in zip(calls, scores, strict=True)
+        ),
         attention_flops_per_s=attention,
         attention_backward_flops_per_s=backward,
         head_token_s=head_s,
         head_backward_token_s=head_backward_s,
         unpack_s=_unpack_s(opened, watch),
         update_s_per_param=_update_s(opened.device, watch),
+        dropout_s=_dropout_s(opened, watch),
     )
 
 
-def _pairs_s(shapes: ModelShapes, small: int, large: int) -> float:
-    """Operations of attention that the larger call has more than the smaller one, of the mean block."""
+def _scores(shapes: ModelShapes, num_tokens: int) -> float:
+    """Operations of attention of one sequence, of the mean block."""
     widths = [block.query_size for block in shapes.blocks]
-    return 2.0 * (large**2 - small**2) * sum(widths) / len(widths)
+    return 2.0 * num_tokens**2 * sum(widths) / len(widths)
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class _Call:
 
 
 class _BlockTiming:
-    """The mean block's two calls."""
+    """The mean block's calls, small ones and a large one."""
 
     def __init__(self, opened: Described, shapes: ModelShapes, watch: _Stopwatch, *, trains: Trained) -> None:
         self._opened, self._shapes, self._watch = opened, shapes, watch
@@ -182,20 +186,20 @@ class _BlockTiming:
             for index in set(self._kinds):
                 blocks[index].module.requires_grad_(True)
 
-    def measured(self) -> tuple[_Call, _Call]:
+    def measured(self) -> list[_Call]:
         built = self._opened.built
         used = {id(built.blocks[index].block.module) for index in set(self._kinds)}
         skipped = {id(streamed.block.module) for streamed in built.blocks} - used
         _make_real(built.model, skipped=skipped, device=self._opened.device)
         # As before the first block of a streamed model: PEFT's own norm forms the adapted weight.
         install_dora(built.model, frozen_base=True)
-        small = self._call(_SMALL_CALL)
-        # As many as can be timed in about a second.
-        per_token_s = max(small.backward_s, 1e-6) / _SMALL_CALL
         config = self._opened.built.model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None) or _MOST_TOKENS
-        num_tokens = int(min(_MOST_TOKENS, longest, max(2 * _SMALL_CALL, _CALL_S / per_token_s)))
-        return small, self._call(num_tokens // _SMALL_CALL * _SMALL_CALL)
+        longest = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
+        small, middle = self._call(_SMALL_CALL), self._call(min(_MIDDLE_CALL, max(2 * _SMALL_CALL, longest)))
+        # As many as can be timed in about a second.
+        per_token_s = max(middle.backward_s, 1e-6) / middle.num_tokens
+        large = int(min(longest, _CALL_S / per_token_s)) // _SMALL_CALL * _SMALL_CALL
+        return [small, middle, self._call(large)] if large > middle.num_tokens else [small, middle]
 
     def _call(self, num_tokens: int) -> _Call:
         model, device = self._opened.built.model, self._opened.device
@@ -314,11 +318,14 @@ def _attention_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) 
 
 
 def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tuple[float, float]:
-    """Seconds of one token's loss and of its gradient."""
+    """Seconds of one token's loss and of its gradient, that of the head's weight included where every weight trains."""
     words = max(1, min(_HEAD_WORDS, shapes.num_head_params // shapes.hidden_size))
     make = dict[str, Any](dtype=opened.dtype, device=opened.device)
     weight = torch.randn(words, shapes.hidden_size, **make).mul_(0.02)
     hidden = torch.randn(_HEAD_TOKENS, shapes.hidden_size, **make).requires_grad_()
+    wanted = [hidden]
+    if shapes.trains_every_weight:
+        wanted.append(weight.requires_grad_())
     targets = torch.randint(words, (_HEAD_TOKENS,), device=opened.device)
     gradient = torch.ones(_HEAD_TOKENS, device=opened.device)
     made: list[Tensor] = []
@@ -328,7 +335,7 @@ def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tu
 
     def both() -> None:
         forward()
-        torch.autograd.grad(made[0], hidden, gradient.to(made[0].dtype))
+        torch.autograd.grad(made[0], wanted, gradient.to(made[0].dtype))
 
     forward_s = watch.best_s(forward)
     both_s = watch.best_s(both)
@@ -380,6 +387,12 @@ def _expert_s(experts: RoutedExperts, device: torch.device, watch: _Stopwatch) -
 
 def _zeros(spec: BlockSpec, device: torch.device) -> dict[str, Tensor]:
     return {one.name: torch.zeros(one.shape, dtype=one.dtype, device=device) for one in spec.tensors}
+
+
+def _dropout_s(opened: Described, watch: _Stopwatch) -> float:
+    """Seconds of dropping one value, where an adapter does: in fp32."""
+    values = torch.ones(_DROPPED_VALUES, device=opened.device)
+    return watch.best_s(lambda: functional.dropout(values, 0.1)) / _DROPPED_VALUES
 
 
 def _update_s(device: torch.device, watch: _Stopwatch) -> float:

@@ -28,7 +28,7 @@ from lowmem.planning.step_time import Rates, ShapeRates, Trained, assumed_rates
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Described
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +104,14 @@ def read_kept(shapes: ModelShapes, device: torch.device) -> KeptRates | None:
         general = {field.name: found["rates"][field.name] for field in fields(Rates) if field.name != "shape"}
         return KeptRates(
             rates=Rates(**{**general, "measured": tuple(general["measured"])}),
-            shapes={kind: ShapeRates(**values) for kind, values in found["shapes"].items()},
+            shapes={kind: ShapeRates(**_tuples(values)) for kind, values in found["shapes"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def keep(kept: KeptRates, shapes: ModelShapes, device: torch.device) -> Path | None:

@@ -336,12 +336,19 @@ class Monitor(TrainerCallback):
         if self._run is not None:
             self._run.start_step(state.global_step + 1, state.max_steps)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object
+    ) -> None:
+        """Begin the optimizer's update."""
+        if self._run is not None:
+            self._run.update_start_s = time.perf_counter()
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object
     ) -> None:
-        """See what is held while gradients and the optimizer's state both are."""
+        """End the update, and see what is held while gradients and the optimizer's state both are."""
         if self._run is not None:
-            self._run.see_memory(kwargs.get("optimizer"))
+            self._run.finish_update(kwargs.get("optimizer"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """End the optimizer step."""
@@ -402,7 +409,9 @@ class _Run:
         self._held: dict[str, int] = {}
         self._last_steps: deque[StepTimeline] = deque(maxlen=NUM_REPORTED_STEPS)
         self._representative = RepresentativeStep()
-        self._correction = StepCorrection()
+        plan = runtime.plan
+        self._correction = StepCorrection(None if plan.rates.shape is None else plan.time.update_s)
+        self.update_start_s = self._update_s = 0.0
         self._has_told_growth = False
         self._estimate: StepEstimate | None = None
         self._progress: StepProgress | None = None
@@ -435,7 +444,8 @@ class _Run:
             self._estimate.start_step(time.monotonic())
         self.recorder.start_step(step)
 
-    def see_memory(self, optimizer: object) -> None:
+    def finish_update(self, optimizer: object) -> None:
+        self._update_s = time.perf_counter() - self.update_start_s
         model = self._model()
         if model is not None:
             for role, nbytes in held_bytes(model, self._runtime, optimizer).items():
@@ -461,7 +471,8 @@ class _Run:
         self._last_steps.append(timeline)
         self._representative.offer(timeline)
         visits = ((seen.phase, (seen.end_ns - seen.start_ns) / 1e9) for seen in timeline.passes)
-        self._correction.see(record.duration_s, visits)
+        self._correction.see(record.duration_s, visits, update_s=self._update_s)
+        self._update_s = 0.0
         self._tell_growth(record)
 
     def _tell_growth(self, record: StepRecord) -> None:

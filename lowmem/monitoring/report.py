@@ -127,9 +127,11 @@ def _curve(points: Sequence[tuple[int, float]], *, name: str, level: float = 0.0
     )
     if level:
         y = at(first, level)[1]
+        # Below the line where there is no room above it.
+        word_y = y - 5 if y > 20 else y + 14
         marks += (
             f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1495b" stroke-dasharray="5 4"/>'
-            f'<text x="{width - 10}" y="{y - 5:.1f}" text-anchor="end">planned</text>'
+            f'<text x="{width - 10}" y="{word_y:.1f}" text-anchor="end">planned</text>'
         )
     drawn = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in points)
     dots = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="var(--line)"/>'.format(*at(*p)) for p in points[-1:])

@@ -20,6 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from lowmem.errors import UnsupportedError
 from lowmem.internals.transformers import add_default_callback, before_resume, leave_where_it_is, on_interruption
 from lowmem.monitoring.resume_checks import check_before_resume
+from lowmem.optim.optimizer import RuleOptimizer
+from lowmem.planning.optimizer_sizes import sizes_in_training
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 
 if TYPE_CHECKING:
@@ -124,6 +126,11 @@ class TrainingChecks(TrainerCallback):
                 'is_trainable=True), or open it with tuning="full"'
             )
         runtime = runtime_of(model)
+        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
+        if runtime.full is None or not isinstance(optimizer, RuleOptimizer):
+            # One of lowmem's on weights of its own has told already.
+            trained = [param for param in model.parameters() if param.requires_grad]
+            runtime.optimizer = sizes_in_training(optimizer, str(getattr(args.optim, "value", args.optim)), trained)
         self._runtime = weakref.ref(runtime)
         self._stop_listening = runtime.listen(self._visited)
         runtime.advise_interrupted = partial(how_to_go_on, args.output_dir)

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -193,6 +194,13 @@ class ProjectedRule(DirectionRule):
         """Whether the coming step takes a new basis."""
         step = int(state["step"])
         return step == 0 or (step + self._offset) % self.method.update_gap == 0
+
+    def num_flops(self) -> int:
+        """See `Rule.num_flops`: P^T G, and P N where anything is lifted; refreshes are rare."""
+        if self.method.projector in BY_DENSITY:
+            return 0
+        num_products = 1 + (self.method.scale_gradient == "none") + (self.method.residual != "none")
+        return 2 * self._rank * prod(self.shape) * num_products
 
     def init(self, weight: Tensor) -> State:
         """Counters, a basis if it is read off the gradient, moments of R, the last norm, and what the writer keeps."""

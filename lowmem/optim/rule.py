@@ -80,6 +80,10 @@ class Rule(ABC):
         del clock
         return True
 
+    def num_flops(self) -> int:
+        """Operations of the products of one update: what it does besides to each element is left out."""
+        return 0
+
     @abstractmethod
     def init(self, weight: Tensor) -> State:
         """The state before the first step: every tensor there will ever be, in its final shape and dtype.

@@ -259,6 +259,7 @@ def _to_fit(room: Room, draft: Draft) -> Iterator[str]:
                 f"{format_bytes(with_host.device_bytes)} on the device are enough."
             )
     yield from _with_disk(room, needed)
+    yield from _state_elsewhere(room, draft)
     yield from _smaller_job(room, draft)
 
 
@@ -273,6 +274,17 @@ def _with_disk(room: Room, needed: int) -> Iterator[str]:
             f"With a folder on disk for {what}, Budget(disk=...), {format_bytes(with_disk.device_bytes)} on the device "
             "are enough."
         )
+
+
+def _state_elsewhere(room: Room, draft: Draft) -> Iterator[str]:
+    """What to do about an optimizer that keeps its state in RAM where the weights are on disk."""
+    optimizer = room.shapes.optimizer
+    if optimizer is None or optimizer.is_flat or draft.choice.state_tier != "disk" or not optimizer.state_bytes:
+        return
+    yield (
+        f"{optimizer.name} keeps {format_bytes(optimizer.state_bytes)} of state in RAM: lowmem.optim.AdamW(model) has "
+        "its own on disk with the weights, and lowmem.full.state_on_disk(optimizer) brings those of others there."
+    )
 
 
 def _smaller_job(room: Room, draft: Draft) -> Iterator[str]:

@@ -230,6 +230,10 @@ _BACKWARD_HEAP = 2.2
 # Of routed experts, whose tokens are gathered in pieces of any size: benchmarks/plan_accuracy.py, 1 x 256 and 4 x 256.
 _EXPERTS_HEAP = 3.4
 
+# Of chunks whose adapters are wider than the blocks: what passes between them is converted each time
+# (benchmarks/plan_accuracy.py, 4 x 512 in bf16 by 128 tokens).
+_MIXED_CHUNKS_HEAP = 2.8
+
 # Of what a backward has taken there, temporaries included, the part that stays until the next step's head runs, whose
 # own are too large for the pieces: benchmarks/plan_accuracy.py, 14 jobs on hidden 512 and 1024.
 _STAYING_HEAP = 0.8
@@ -308,6 +312,8 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
     block = replace(block, linears=tuple(replace(linear, has_dropout=False) for linear in block.linears))
     kept = _BACKWARD_HEAP if block.experts is None else _EXPERTS_HEAP
     if chunk_tokens is not None:
+        if _adapter_itemsize(block) > itemsize(batch.dtype) and block.experts is None:
+            kept = _MIXED_CHUNKS_HEAP
         parts = chunk_bytes(block, batch, chunk_tokens)
         forward = forward_chunk_bytes(block, batch, chunk_tokens) - parts.keys_values
         return int(_FORWARD_HEAP * forward), int(kept * (parts.activations + parts.attention))

@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lowmem.planning.advice import Change
 from lowmem.planning.job import Job, Task
+from lowmem.planning.shapes import OptimizerShape
 from lowmem.planning.step_memory import ALWAYS, Choice, RoleBytes, Tier, counted_host_bytes, peak_bytes, peak_phase
 from lowmem.planning.step_time import Lane, Rates, StepTime
 from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
 
-_VERSION = 3
+_VERSION = 4
 
 
 THIS_MACHINE = "this machine"
@@ -71,6 +72,8 @@ class Plan:
     """Batch from which on transfers hide behind computation; None where none that fits does."""
     advice: tuple[str, ...] = ()
     """Sentences on what to change: to make it fit, or to make it faster."""
+    optimizer: OptimizerShape | None = None
+    """What it was told of the optimizer; None for AdamW."""
     changes: tuple[Change, ...] = ()
     """Where it does not fit: changes that each make it fit, those first that change least of what is trained."""
 
@@ -329,7 +332,9 @@ def plan_html(plan: Plan) -> str:
         for row in _rows(plan)
     )
     header = "".join(f"<th>{cell}</th>" for cell in ("role", *_TIERS, "when"))
-    facts = "".join(f"<li>{html.escape(line)}</li>" for line in (*_facts(plan), *plan.advice))
+    strip = {line: f"<code>{html.escape(line.strip())}</code>" for line in _strip(plan)}
+    lines = (strip.get(line, html.escape(line)) for line in (*_facts(plan), *plan.advice))
+    facts = "".join(f"<li>{line}</li>" for line in lines)
     return (
         f"<div><b>{html.escape(_title(plan))}</b><br>{'<br>'.join(map(html.escape, _verdict(plan)))}"
         f"{tier_bars(plan)}<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
@@ -489,7 +494,7 @@ def _facts(plan: Plan) -> list[str]:
     numbers = {
         "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
         "copy": f"{rates.copy_bytes_per_s / 1e9:.3g} GB/s",
-        "compute": f"{rates.compute_flops_per_s / 1e9:.4g} GFLOP/s",
+        "compute": _flops_words(rates.compute_flops_per_s),
     }
     words = (
         f"{name} {number} {'measured' if name in rates.measured else 'assumed'}" for name, number in numbers.items()
@@ -499,9 +504,14 @@ def _facts(plan: Plan) -> list[str]:
         lines.append("           blocks, attention, head and unpacking of these shapes measured")
     if plan.machine != THIS_MACHINE:
         lines.append(f"machine    {plan.machine}")
-    lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}")
+    by = "" if plan.optimizer is None else f", by {plan.optimizer.name}"
+    lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}{by}")
     lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")
     return lines
+
+
+def _flops_words(flops_per_s: float) -> str:
+    return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.4g} GFLOP/s"
 
 
 def _written_words(plan: Plan) -> str:

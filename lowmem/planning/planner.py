@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowmem.planning.advice import advise, changes_that_fit, fastest_batch, hiding_batch
 from lowmem.planning.job import Job, Tuning, kind_of
+from lowmem.planning.optimizer_sizes import OptimizerChoice, read_optimizer
 from lowmem.planning.plan import THIS_MACHINE, Plan
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.search import Room
@@ -117,6 +118,7 @@ def plan_step(
         framework_bytes=_FRAMEWORK_BYTES,
         advice=advise(room, drafted, fits=best is not None),
         machine=machine,
+        optimizer=shapes.optimizer,
         hiding_batch=None if best is None else hiding_batch(room, best),
         changes=() if best is not None or loaded is not None else changes_that_fit(room),
     )
@@ -130,6 +132,7 @@ def plan_for(
     micro_batch: int | None = None,
     chunk_tokens: int | None = None,
     tuning: Tuning = "adapter",
+    optimizer: OptimizerChoice | None = None,
 ) -> Plan:
     """Plan for a model that is about to be loaded for a job that nobody has described.
 
@@ -143,10 +146,13 @@ def plan_for(
         micro_batch: As in `plan`.
         chunk_tokens: As in `plan`.
         tuning: As in `plan`.
+        optimizer: As in `plan`.
     """
     bare = bare_shapes(opened)
     filled = (budget or Budget()).measured(opened.device)
-    trained = (bare.with_every_weight(),) if tuning == "full" else (bare.with_lora(ASSUMED_RANK), bare)
+    trained = [bare.with_every_weight()] if tuning == "full" else [bare.with_lora(ASSUMED_RANK), bare]
+    model = opened.built.model
+    trained = [replace(shapes, optimizer=read_optimizer(optimizer, shapes, model)) for shapes in trained]
     for shapes, seq_len in product(trained, _unplanned_seq_lens(opened)):
         job = Job(
             task="sft" if opened.num_labels is None else "reward",

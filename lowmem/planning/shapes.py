@@ -121,6 +121,28 @@ class BlockShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizerShape:
+    """What an optimizer keeps of a model's trained parameters, and how much of them a step changes."""
+
+    name: str
+    """Its name."""
+    state_bytes: int
+    """Bytes of its state, in all."""
+    is_flat: bool = False
+    """Whether it is AdamW in fp32 as `lowmem.optim` has it: its moments are kept in the tier of the weights."""
+    num_updated: int
+    """Parameters that a step changes."""
+    block_share: float = 1.0
+    """Which part of the decoder blocks' weights a step changes: all of it but for methods that go by blocks."""
+    update_flops: int = 0
+    """Operations of its products in one step."""
+
+    def __post_init__(self) -> None:
+        if min(self.state_bytes, self.num_updated, self.update_flops) < 0 or not 0 <= self.block_share <= 1:
+            raise ValueError(f"{self.name}: {self.state_bytes} bytes of state, {self.num_updated} parameters updated")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShapes:
     """A model and its adapter."""
 
@@ -158,6 +180,8 @@ class ModelShapes:
     """Dtypes the blocks are stored in, by torch's name."""
     unchunkable: str = ""
     """Why its blocks cannot be walked along the sequence in chunks; empty if they can."""
+    optimizer: OptimizerShape | None = None
+    """What updates the parameters that are trained; None for AdamW: with an adapter torch's, else lowmem's."""
 
     def __post_init__(self) -> None:
         if not self.blocks:

@@ -151,11 +151,15 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
     if job.trains:
         yield _device("adapter gradients", shapes.adapter_bytes)
         # AdamW: first and second moments in the parameters' own dtype.
-        yield _device("optimizer state", 2 * shapes.adapter_bytes)
+        state_bytes = 2 * shapes.adapter_bytes if shapes.optimizer is None else shapes.optimizer.state_bytes
+        yield _device("optimizer state", state_bytes)
 
 
 def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> Iterable[RoleBytes]:
-    """Gradients and AdamW's moments of every weight, in fp32; the master weights are the decoder blocks themselves.
+    """Gradients of every weight and what the optimizer keeps; the master weights are the decoder blocks themselves.
+
+    AdamW's moments in fp32 lie in the tier of the weights; what another optimizer keeps is in RAM wherever these are,
+    unless `lowmem.full.state_on_disk` brings it there.
 
     Gradients of what is outside the blocks are ordinary ones, on the device; of a block's weights, one has a gradient
     of its own at a time. On a GPU those of a whole block may be on their way down, what is outside the blocks has its
@@ -175,10 +179,14 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
     else:
         yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
     yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.stored_bytes)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)
+    near: Tier = "host" if on_gpu else "device"
+    if shapes.optimizer is not None and not shapes.optimizer.is_flat:
+        kept: Tier = tier if tier != "disk" else near
+        yield RoleBytes(role="optimizer state", tier=kept, nbytes=shapes.optimizer.state_bytes)
+    else:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)
     if tier == "disk":
-        near: Tier = "host" if on_gpu else "device"
         yield RoleBytes(role="gradient buffer", tier=near, nbytes=widest_bytes)
         # Weight, both moments and gradient of the chunks that are read, updated and written.
         chunks = NUM_CHUNK_BUFFERS * 4 * state_chunk_bytes(widest_bytes)
@@ -282,17 +290,28 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         # own. benchmarks/budgets.py: 8192 tokens in chunks, 64 sequences in micro-batches; benchmarks/plan_accuracy.py:
         # 4096 tokens in chunks.
         in_chunks = (1 if choice.boundary_tier == "disk" else 2) if choice.chunk_tokens is not None else 0
-        num_between = 3 if choice.micro_batch < job.num_sequences else in_chunks
+        # Parts of a batch in chunks: 4 x 512 by 128 tokens there.
+        in_parts = 3 if choice.chunk_tokens is None else 5
+        num_between = in_parts if choice.micro_batch < job.num_sequences else in_chunks
         on_heap = job.device == "cpu" and hidden_bytes < LARGEST_ON_HEAP_BYTES
         between = num_between * hidden_bytes if on_heap else 0
+        gradient_bytes = _heap_gradient_bytes(shapes, job)
+        if choice.state_tier == "disk":
+            # Gradients come and go one by one there: benchmarks/plan_accuracy.py, 4 x 128 and 1 x 128 of every weight.
+            between += 3 * gradient_bytes
         for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
             yield _device(FREED_HEAP, max(kept) + between, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
-            after_block = recompute_bytes(shapes, job, choice) + freed + between
-            if job.tuning == "full":
-                gradient_bytes = max(map(_largest_weight_bytes, shapes.blocks))
-                after_block += gradient_bytes if gradient_bytes < LARGEST_ON_HEAP_BYTES else 0
+            after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
             yield _device(FREED_HEAP, heap_at_head_bytes(after_block), phase="head")
+
+
+def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:
+    """The largest weight's gradient where every weight is trained on a CPU, and it is small enough for the heap."""
+    if job.tuning != "full" or job.device != "cpu":
+        return 0
+    gradient_bytes = max(map(_largest_weight_bytes, shapes.blocks))
+    return gradient_bytes if gradient_bytes < LARGEST_ON_HEAP_BYTES else 0
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:

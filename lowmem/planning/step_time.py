@@ -12,7 +12,7 @@ where every weight is trained. Updates of state on disk move with the next forwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -53,14 +53,12 @@ class ShapeRates:
 
     trains: Trained
     """What the blocks were measured with."""
-    forward_call_s: float
-    """Of a call without gradients, whatever it computes."""
-    forward_token_s: float
-    """Of each token in it, the scores of attention aside."""
-    backward_call_s: float
-    """Of a call that recomputes with gradients and differentiates."""
-    backward_token_s: float
-    """Of each token in it."""
+    call_tokens: tuple[int, ...]
+    """Tokens of the calls that were timed, ascending: few tokens are multiplied less efficiently than many."""
+    forward_calls_s: tuple[float, ...]
+    """What each took without gradients, the scores of attention aside."""
+    backward_calls_s: tuple[float, ...]
+    """What each took recomputed with gradients and differentiated, the scores aside."""
     attention_flops_per_s: float
     """Scores and weighted values, without gradients."""
     attention_backward_flops_per_s: float
@@ -73,12 +71,36 @@ class ShapeRates:
     """Of making one block's parameters from its stored tensors; 0 where they are used as they lie."""
     update_s_per_param: float
     """Of AdamW in fp32, where the update runs."""
+    dropout_s: float
+    """Of dropping one value of an adapter's input, in a forward."""
 
     def __post_init__(self) -> None:
+        if not 2 <= len(self.call_tokens) == len(self.forward_calls_s) == len(self.backward_calls_s):
+            raise ValueError(f"ShapeRates: expected two calls or more, each with both times, got {self.call_tokens}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and value < 0:
+            if not isinstance(value, str) and min(value if isinstance(value, tuple) else (value,)) < 0:
                 raise ValueError(f"ShapeRates.{field.name} is {value}; expected 0 or more")
+
+    def forward_call_s(self, num_tokens: float) -> float:
+        """Seconds of a call without gradients, the scores of attention aside."""
+        return _between(self.call_tokens, self.forward_calls_s, num_tokens)
+
+    def backward_call_s(self, num_tokens: float) -> float:
+        """Seconds of a call that recomputes and differentiates, the scores aside."""
+        return _between(self.call_tokens, self.backward_calls_s, num_tokens)
+
+
+def _between(sizes: Sequence[int], seconds: Sequence[float], size: float) -> float:
+    """What a call of some size takes, on the line through the two measured ones that are next to it; never less than 0.
+
+    Beyond the last, as many times as much as it has tokens: from there on products are as efficient as they get.
+    """
+    if size >= sizes[-1]:
+        return seconds[-1] * size / sizes[-1]
+    after = next(index for index in range(1, len(sizes)) if sizes[index] >= size)
+    share = (size - sizes[after - 1]) / (sizes[after] - sizes[after - 1])
+    return max(0.0, seconds[after - 1] + share * (seconds[after] - seconds[after - 1]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +174,21 @@ class StateTraffic:
 def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic:
     """What moves where state is on disk; nothing where it is in memory, or where adapters are trained.
 
-    A block's weight is read with its visits; gradients outside the blocks stay in memory.
+    A block's weight is read with its visits; gradients outside the blocks stay in memory. An optimizer that keeps its
+    state in RAM reads weights and gradients of the blocks that it changes, and writes the weights, within its step.
     """
     if job.tuning != "full" or choice.state_tier != "disk":
         return StateTraffic()
     blocks = shapes.stored_bytes
     outer = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
+    if shapes.optimizer is not None and not shapes.optimizer.is_flat:
+        changed = round(blocks * shapes.optimizer.block_share)
+        return StateTraffic(
+            update_read_bytes=2 * changed,
+            update_written_bytes=changed,
+            gradient_read_bytes=(job.num_backwards - 1) * changed,
+            gradient_written_bytes=job.num_backwards * changed,
+        )
     return StateTraffic(
         update_read_bytes=3 * blocks + 2 * outer,
         update_written_bytes=3 * (blocks + outer),
@@ -190,6 +221,8 @@ class StepTime:
     """Bytes read from disk."""
     written_bytes: int
     """Bytes written to disk."""
+    update_s: float = 0.0
+    """The part of `compute_s` that the optimizer's update takes."""
 
     @property
     def bottleneck(self) -> Lane:
@@ -244,13 +277,16 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     moved_bytes = _boundary_disk_bytes(shapes, job, choice)
     state = state_traffic(shapes, job, choice)
     update_s = costs.update_s if job.trains else 0.0
+    # An update that runs within the optimizer's step hides behind nothing.
+    alone_s = 0.0 if _updates_move_with_forward(shapes) else state.update_bytes / rates.disk_bytes_per_s
     return StepTime(
-        step_s=total["step"] + gather_s + update_s,
+        step_s=total["step"] + gather_s + update_s + alone_s,
         compute_s=total["compute"] + update_s,
-        disk_s=total["disk"] + gather_s,
+        disk_s=total["disk"] + gather_s + alone_s,
         copy_s=total["copy"],
         read_bytes=placement.step_read_bytes + moved_bytes + state.read_bytes,
         written_bytes=moved_bytes + state.written_bytes,
+        update_s=update_s,
     )
 
 
@@ -289,10 +325,19 @@ class _Costs:
 
     @property
     def update_s(self) -> float:
-        """Of the optimizer."""
+        """Of the optimizer: as AdamW takes for each parameter, and the products of those that project."""
+        optimizer = self._shapes.optimizer
+        num_updated = self._shapes.num_trainable if optimizer is None else optimizer.num_updated
+        products_s = 0.0 if optimizer is None else optimizer.update_flops / self._rates.compute_flops_per_s
         if self._shape is not None:
-            return self._shape.update_s_per_param * self._shapes.num_trainable + _STEP_S
-        return _UPDATE_S_PER_PARAM * self._shapes.num_params if self._job.tuning == "full" else 0.0
+            return self._shape.update_s_per_param * num_updated + products_s + _STEP_S
+        return _UPDATE_S_PER_PARAM * num_updated + products_s if self._job.tuning == "full" else 0.0
+
+    @property
+    def _block_share(self) -> float:
+        """Which part of the blocks' weights gets gradients, where every weight is trained."""
+        optimizer = self._shapes.optimizer
+        return 1.0 if optimizer is None else optimizer.block_share
 
     def forward_s(self, *, num_sequences: int, seq_len: int, num_calls: int | None = None) -> float:
         """All blocks once, without gradients."""
@@ -300,9 +345,16 @@ class _Costs:
         attention = _attention_flops(self._shapes, num_sequences=num_sequences, seq_len=seq_len)
         if shape is None:
             return (_product_flops(self._shapes, num_tokens) + attention) / self._rates.compute_flops_per_s
-        calls_s = (self._num_calls if num_calls is None else num_calls) * shape.forward_call_s
-        tokens_s = len(self._shapes.blocks) * num_tokens * shape.forward_token_s
-        return calls_s + tokens_s + attention / shape.attention_flops_per_s
+        calls = self._num_calls if num_calls is None else num_calls
+        calls_s = calls * shape.forward_call_s(len(self._shapes.blocks) * num_tokens / calls)
+        return calls_s + self._dropout_s(num_tokens) + attention / shape.attention_flops_per_s
+
+    def _dropout_s(self, num_tokens: int) -> float:
+        """Of drawing what adapters' inputs lose, in one pass of a model that trains; a backward draws it again."""
+        if self._shape is None or not self._job.has_dropout:
+            return 0.0
+        dropped = sum(linear.in_features for block in self._shapes.blocks for linear in block.linears if linear.rank)
+        return self._shape.dropout_s * dropped * num_tokens
 
     def backward_s(self) -> float:
         """All blocks once, recomputed and differentiated."""
@@ -315,15 +367,16 @@ class _Costs:
             flops = 2 * _product_flops(shapes, job.num_tokens) + 3.5 * attention + key_values
             if job.tuning == "full":
                 # The gradient of each product's weight.
-                flops += 2.0 * shapes.num_active_params * job.num_tokens
+                flops += 2.0 * self._block_share * shapes.num_active_params * job.num_tokens
             return flops / self._rates.compute_flops_per_s
-        tokens_s = len(shapes.blocks) * job.num_tokens
+        tokens = len(shapes.blocks) * job.num_tokens / self._num_calls
         share = key_values / _product_flops(shapes, job.num_tokens)
-        return (
-            self._num_calls * shape.backward_call_s
-            + tokens_s * (shape.backward_token_s + share * shape.forward_token_s)
-            + attention / shape.attention_backward_flops_per_s
-        )
+        backward_s = shape.backward_call_s(tokens)
+        if shape.trains == "full":
+            # Of a product, what it gives, its input's gradient and its weight's, where that is wanted.
+            backward_s *= (2 + self._block_share) / 3
+        calls_s = self._num_calls * (backward_s + share * shape.forward_call_s(tokens))
+        return calls_s + self._dropout_s(job.num_tokens) + attention / shape.attention_backward_flops_per_s
 
     def head_s(self, num_tokens: int) -> float:
         """The head and its loss, without gradients."""
@@ -348,7 +401,7 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         forward_s = costs.forward_s(num_sequences=job.num_sequences, seq_len=job.seq_len)
         evaluation_s = (forward_s + costs.head_s(job.num_tokens)) * job.num_evaluations / job.num_forwards
         # Only forwards that a backward follows leave boundary activations behind.
-        update = state.update_bytes / job.num_backwards
+        update = state.update_bytes / job.num_backwards if _updates_move_with_forward(shapes) else 0.0
         yield _Passes(count=job.num_backwards, compute_s=evaluation_s, copy_bytes=boundary, disk_bytes=on_disk + update)
         yield _Passes(count=job.num_forwards - job.num_backwards, compute_s=evaluation_s)
         backward_s = costs.backward_s() + costs.head_backward_s(job.num_tokens)
@@ -362,6 +415,11 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         token_s = costs.forward_s(num_sequences=num, seq_len=1, num_calls=num_blocks) + costs.head_s(num)
         yield _Passes(count=1, compute_s=first_s + costs.head_s(num))
         yield _Passes(count=job.num_decodes - 1, compute_s=token_s)
+
+
+def _updates_move_with_forward(shapes: ModelShapes) -> bool:
+    """Whether updates of blocks on disk are carried out as these are fetched for the next forward."""
+    return shapes.optimizer is None or shapes.optimizer.is_flat
 
 
 def _product_flops(shapes: ModelShapes, num_tokens: int) -> float:

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowmem.planning.plan import Plan
-    from lowmem.planning.shapes import ModelShapes
+    from lowmem.planning.shapes import ModelShapes, OptimizerShape
     from lowmem.streaming.boundary import BoundaryTier
     from lowmem.streaming.runtime import BlockSource
 
@@ -182,8 +183,12 @@ class Replanning(SplitChoice):
         num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
         if not num_trainable:
             return
-        plan = next((plan for plan in self._plans if _covers(plan, num_sequences, seq_len, num_trainable)), None)
+        told = runtime.optimizer or (None if runtime.full is None else runtime.full.optimizer)
+        optimizer = told or self._shapes.optimizer
+        covers = partial(_covers, num_trainable=num_trainable, optimizer=optimizer)
+        plan = next((plan for plan in self._plans if covers(plan, num_sequences, seq_len)), None)
         if plan is None:
+            self._shapes = replace(self._shapes, optimizer=optimizer)
             if num_trainable != self._shapes.num_trainable:
                 self._shapes = with_what_trains(self._shapes, model, runtime.blocks)
             plan = plan_again(runtime.plan, self._shapes, num_sequences=num_sequences, seq_len=seq_len)
@@ -208,6 +213,14 @@ class Replanning(SplitChoice):
         self._seen.clear()
 
 
-def _covers(plan: Plan, num_sequences: int, seq_len: int, num_trainable: int) -> bool:
+def _covers(
+    plan: Plan, num_sequences: int, seq_len: int, *, num_trainable: int, optimizer: OptimizerShape | None
+) -> bool:
     job = plan.job
-    return num_sequences <= job.num_sequences and seq_len <= job.seq_len and num_trainable <= plan.num_trainable
+    if num_sequences > job.num_sequences or seq_len > job.seq_len or num_trainable > plan.num_trainable:
+        return False
+    if optimizer is None or optimizer.is_flat:
+        return True
+    kept = ("optimizer state", "exp_avg", "exp_avg_sq")
+    planned_bytes = sum(role.nbytes for role in plan.roles if role.role in kept and role.tier != "disk")
+    return optimizer.state_bytes <= planned_bytes

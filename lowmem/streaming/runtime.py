@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
     from lowmem.planning.plan import Plan
+    from lowmem.planning.shapes import OptimizerShape
     from lowmem.streaming.chunking.chunks import InChunks
     from offload import Trace
 
@@ -214,6 +215,9 @@ class CachedForwards(Protocol):
 class TrainedWeights(Protocol):
     """Takes the gradients of blocks whose own weights are trained; it lies in a room above this one."""
 
+    optimizer: OptimizerShape | None
+    """What the optimizer that serves them keeps, once there is one."""
+
     def taking_gradients(self, index: int) -> AbstractContextManager[Callable[[str, Tensor], None]]:
         """What takes a weight's gradient by name, for the time of one backward of a block."""
 
@@ -280,6 +284,8 @@ class Runtime:
         """Says how to go on after an interruption, while a Trainer trains."""
         self.announce: Callable[[Phase, int], None] | None = None
         """Told what a visit is for, and how many tokens it is for, before its block is asked for."""
+        self.optimizer: OptimizerShape | None = None
+        """What updates what trains, where somebody has told; a plan for a batch counts what it keeps."""
         self.add_to_log: Callable[[TrainerState, dict[str, float]], None] | None = None
         """Adds what a monitor measured to a log of the Trainer's, while one watches."""
         self.note_interrupted: Callable[[], None] | None = None

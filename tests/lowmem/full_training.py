@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def full(folder: Path, tier: str, scratch: Path) -> PreTrainedModel:
 
     plan = planned("64MiB" if tier == "device" else planned(0).smallest_device_bytes)
     assert plan.choice.state_tier == tier, plan
+    # Room for optimizers that keep their state in RAM wherever the weights are.
+    plan = replace(plan, device_budget_bytes=plan.device_budget_bytes + (64 << 20))
     return lowmem.from_pretrained(folder, tuning="full", plan=plan, device="cpu")
 
 

@@ -28,6 +28,13 @@ def test_the_first_step_counts_by_its_usual_blocks() -> None:
     assert correction.step_s == pytest.approx(10 + 20 + 3)
 
 
+@pytest.mark.parametrize(("planned_s", "expected_s"), [(None, 4.0), (0.5, 1.5), (9.0, 4.0)])
+def test_the_first_update_makes_state_and_counts_as_planned(planned_s: float | None, expected_s: float) -> None:
+    correction = StepCorrection(planned_s)
+    correction.see(14.0, [("forward", 1.0)] * 10, update_s=3.0)
+    assert correction.step_s == pytest.approx(10 + expected_s)
+
+
 def test_later_steps_replace_it_by_their_median() -> None:
     correction = StepCorrection()
     for step_s in (50.0, 10.0, 12.0, 11.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from lowmem.machines import rates
 from lowmem.machines.bench import bench_lines
 from lowmem.machines.measured import measure_shape
 from lowmem.models.checkpoint import Opened, open_checkpoint
+from lowmem.planning.job import Job
+from lowmem.planning.planner import plan_step
 from lowmem.planning.read_model import read_shapes
-from lowmem.planning.step_time import ShapeRates
+from lowmem.planning.step_time import Rates, ShapeRates
 from tests.zoo.architectures import build
 
 BUDGET = lowmem.Budget(device="64MiB", host="64MiB")
@@ -80,14 +83,45 @@ def test_blocks_of_every_kind_are_timed(architecture: str, tmp_path: Path) -> No
     checkpoint = opened(build(architecture, tmp_path, dtype=torch.bfloat16))
     shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, target_modules="all-linear"))
     found = measure_shape(checkpoint, shapes, trains="lora")
-    assert found.forward_call_s + found.forward_token_s > 0
-    assert found.backward_call_s + 100 * found.backward_token_s > found.forward_call_s
+    assert 0 < found.forward_call_s(16) < found.forward_call_s(4096)
+    assert found.backward_call_s(100) > found.forward_call_s(100)
+    assert found.dropout_s > 0
     assert found.head_token_s > 0
     assert found.unpack_s > 0
 
 
 def test_measured_shapes_must_be_possible() -> None:
-    names = [name for name in ShapeRates.__dataclass_fields__ if name != "trains"]
-    values = dict.fromkeys(names, 1.0)
     with pytest.raises(ValueError, match="head_token_s is -1"):
-        ShapeRates(trains="lora", **{**values, "head_token_s": -1.0})
+        shape_rates(head_token_s=-1.0)
+    with pytest.raises(ValueError, match="forward_calls_s is"):
+        shape_rates(forward_calls_s=(1.0, -1.0, 2.0))
+    with pytest.raises(ValueError, match="two calls or more"):
+        shape_rates(call_tokens=(32,))
+
+
+def shape_rates(**changes: Any) -> ShapeRates:
+    calls = {"call_tokens": (32, 128, 1024), "forward_calls_s": (1.0, 2.0, 16.0), "backward_calls_s": (2.0, 5.0, 40.0)}
+    names = [name for name in ShapeRates.__dataclass_fields__ if name != "trains" and name not in calls]
+    return ShapeRates(trains="lora", **{**dict.fromkeys(names, 1.0), **calls, **changes})
+
+
+def test_a_call_takes_what_those_next_to_it_took() -> None:
+    found = shape_rates()
+    assert [found.forward_call_s(tokens) for tokens in (32, 80, 128, 576, 1024)] == [1.0, 1.5, 2.0, 9.0, 16.0]
+    assert found.forward_call_s(2048) == 32
+    assert found.backward_call_s(1) == pytest.approx(2 - 31 * 3 / 96)
+    assert shape_rates(forward_calls_s=(0.0, 4.0, 5.0)).forward_call_s(1) == 0
+
+
+def test_dropout_takes_its_time_in_each_pass(llama: Path) -> None:
+    checkpoint = opened(llama)
+    shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"))
+    given = Rates(shape=shape_rates())
+    steps = [
+        plan_step(
+            shapes, Job(seq_len=16, has_dropout=drops), budget=lowmem.Budget(device=1 << 30, host=0), rates=given
+        ).step_s
+        for drops in (False, True)
+    ]
+    dropped = sum(linear.in_features for block in shapes.blocks for linear in block.linears)
+    assert steps[1] - steps[0] == pytest.approx(2 * 16 * dropped)

@@ -1,0 +1,279 @@
+"""What an optimizer keeps of the parameters that it trains, found without a weight: by its name, or by its class.
+
+lowmem's optimizers say it themselves, rule by rule. One of torch's takes a step on parameters of the meta device, which
+makes its state and computes nothing. The Trainer's names stand for what transformers makes of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from inspect import signature
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import lowmem.optim as own
+from lowmem.errors import UnsupportedError
+from lowmem.optim.optimizer import RuleOptimizer, block_name
+from lowmem.optim.plain import AdamWRule
+from lowmem.planning.shapes import ModelShapes, OptimizerShape, itemsize
+
+if TYPE_CHECKING:
+    from lowmem.optim.rule import Rule
+
+OptimizerChoice = str | type[torch.optim.Optimizer] | partial[torch.optim.Optimizer]
+"""A name, a class, or a class with options."""
+
+
+_Maker = Callable[..., torch.optim.Optimizer]
+
+
+_LR = 1e-3
+"""Any: sizes do not depend on it."""
+
+
+_FP32_BYTES = 4
+
+
+_OWN: dict[str, type[RuleOptimizer]] = {
+    _plain.lower(): getattr(own, _plain) for _plain in own.__all__ if _plain not in ("Method", "Projected")
+}
+
+
+_ELEMENTWISE = {
+    "adamw_torch": 2,
+    "adamw_torch_fused": 2,
+    "sgd": 0,
+    "adagrad": 1,
+    "rmsprop": 1,
+}
+"""fp32 values that each parameter keeps, by the names that the Trainer has for an optimizer."""
+
+
+_BITSANDBYTES = re.compile(
+    r"(paged_)?(?:(?P<kind>adamw|lion|ademamix|rmsprop)(_bnb)?)(?:_(?P<bits>8bit|32bit))?|adamw_bnb_8bit"
+)
+_BITSANDBYTES_STATES = {"adamw": 2, "lion": 1, "ademamix": 3, "rmsprop": 1}
+_SMALLEST_8BIT = 4096
+"""bitsandbytes keeps smaller parameters' state in fp32 (min_8bit_size)."""
+
+
+_WAYS = frozenset(("fused", "foreach", "capturable", "differentiable"))
+
+
+_BLOCK_8BIT = 256
+"""Values that share a scale there."""
+
+
+def read_optimizer(optimizer: OptimizerChoice | None, shapes: ModelShapes, model: nn.Module) -> OptimizerShape | None:
+    """What an optimizer keeps of a model's trained parameters; None where none is named, which means AdamW.
+
+    Args:
+        optimizer: A name ("galore", or as in `SFTConfig(optim=...)`), a class of `lowmem.optim` or `torch.optim`, or
+            `functools.partial` of one with its options.
+        shapes: The model with what trains in it.
+        model: On the meta device; where every weight is trained, its parameters are looked at.
+
+    Raises:
+        UnsupportedError: What it keeps cannot be found out.
+        TypeError: Neither a name nor an optimizer's class.
+    """
+    if optimizer is None:
+        return None
+    trained = model if shapes.trains_every_weight else _Adapters(shapes)
+    if not any(True for _ in trained.parameters()):
+        return None
+    # Methods that go by blocks turn the gradients of the others off.
+    before = [(param, param.requires_grad) for param in trained.parameters()]
+    try:
+        return _read(optimizer, trained.requires_grad_(True))
+    finally:
+        for param, required in before:
+            param.requires_grad_(required)
+
+
+def _read(optimizer: OptimizerChoice, trained: nn.Module) -> OptimizerShape:
+    if isinstance(optimizer, str):
+        name = optimizer.lower().replace("-", "_")
+        found = _OWN.get(name.replace("_", "")) if name != "adam" else None
+        if found is None:
+            return _by_name(optimizer, name, trained)
+        optimizer = found
+    made = optimizer.func if isinstance(optimizer, partial) else optimizer
+    if not isinstance(made, type) or not issubclass(made, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r}: expected a name, such as 'galore' or 'adamw_torch_fused', a class of "
+            "lowmem.optim or torch.optim, or functools.partial of one with its options"
+        )
+    make: _Maker = optimizer
+    if issubclass(made, RuleOptimizer):
+        own_made = make(trained, lr=_LR)
+        assert isinstance(own_made, RuleOptimizer)
+        return sizes_of(own_made)
+    return _by_one_step(made.__name__, make, list(trained.parameters()))
+
+
+def sizes_in_training(optimizer: object, name: str, params: Sequence[Tensor]) -> OptimizerShape | None:
+    """What the optimizer of a training loop keeps; None where that is not known.
+
+    Args:
+        optimizer: It, before its first step.
+        name: The Trainer's name for it, if that made it.
+        params: What it trains.
+    """
+    if isinstance(optimizer, RuleOptimizer):
+        return sizes_of(optimizer)
+    kind: type = type(optimizer)
+    meta = [nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device="meta")) for param in params]
+    try:
+        if kind.__module__.startswith(("bitsandbytes.", "transformers.")):
+            return _by_name(name, name, nn.ParameterList(meta))
+        if isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim."):
+            known = signature(kind).parameters
+            # How it goes about it says nothing of sizes, and some ways do not go without values.
+            fields = optimizer.defaults.items()
+            options = {field: value for field, value in fields if field in known and field not in _WAYS}
+            make: _Maker = partial(kind, **options)
+            return _by_one_step(kind.__name__, make, meta)
+    except UnsupportedError:
+        pass
+    # What somebody else's keeps cannot be asked for without running its code.
+    return None
+
+
+def sizes_of(optimizer: RuleOptimizer) -> OptimizerShape:
+    """What one of lowmem's optimizers keeps, by what its rules say."""
+    rules = list(_rules(optimizer))
+    active = [(rule, param, name) for rule, param, name, clock in rules if rule.is_active(clock)]
+    in_blocks = sum(param.numel() for _, param, name, _ in rules if block_name(name) is not None)
+    updated = sum(param.numel() for _, param, name in active if block_name(name) is not None)
+    return OptimizerShape(
+        name=optimizer.method_name,
+        state_bytes=sum(_state_bytes(rule, param) for rule, param, _ in active),
+        is_flat=all(is_flat(rule) for rule, *_ in rules),
+        num_updated=sum(param.numel() for _, param, _ in active),
+        block_share=updated / in_blocks if in_blocks else 1.0,
+        update_flops=sum(rule.num_flops() for rule, *_ in active),
+    )
+
+
+def is_flat(rule: Rule) -> bool:
+    """Whether the fused kernel on flat fp32 buffers does what a rule says."""
+    return (
+        isinstance(rule, AdamWRule)
+        and rule.state_dtype in (None, "fp32")
+        and rule.writer in ("nearest", "fp32")
+        and rule.fused
+    )
+
+
+def _rules(optimizer: RuleOptimizer) -> Iterable[tuple[Rule, Tensor, str, int]]:
+    """Rule, parameter, its name and the steps taken."""
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [""] * len(group["params"]))
+        for name, param in zip(names, group["params"], strict=True):
+            yield optimizer.rule_of(param), param, name, group["clock"]
+
+
+def _state_bytes(rule: Rule, param: Tensor) -> int:
+    state = rule.init(torch.empty(param.shape, dtype=param.dtype, device="meta"))
+    return sum(value.nbytes for value in state.values() if value.device.type == "meta")
+
+
+def _by_name(given: str, name: str, trained: nn.Module) -> OptimizerShape:
+    params = list(trained.parameters())
+    if name in _ELEMENTWISE:
+        return _elementwise(given, params, lambda param: _ELEMENTWISE[name] * param.numel() * _FP32_BYTES)
+    if name == "adafactor":
+        return _elementwise(given, params, _factored_bytes)
+    found = _BITSANDBYTES.fullmatch(name)
+    if found is not None and (found["bits"] or "bnb" in name or "ademamix" in name or found[1]):
+        num_states = _BITSANDBYTES_STATES[found["kind"] or "adamw"]
+        in_8_bits = found["bits"] == "8bit" or name == "adamw_bnb_8bit"
+        return _elementwise(given, params, partial(_quantised_bytes, num_states=num_states, in_8_bits=in_8_bits))
+    known = ", ".join(sorted((*_OWN, *_ELEMENTWISE, "adafactor")))
+    raise UnsupportedError(
+        f"optimizer={given!r}",
+        reason="what it keeps is not known",
+        instead=f"one of {known}, bitsandbytes' names as the Trainer has them, or the optimizer's class",
+    )
+
+
+def _elementwise(name: str, params: Sequence[Tensor], nbytes: Callable[[Tensor], int]) -> OptimizerShape:
+    num = sum(param.numel() for param in params)
+    return OptimizerShape(name=name, state_bytes=sum(map(nbytes, params)), num_updated=num)
+
+
+def _factored_bytes(param: Tensor) -> int:
+    """A second moment by rows and columns, of vectors whole; the Trainer's Adafactor has no first one."""
+    if param.ndim < 2:
+        return param.numel() * _FP32_BYTES
+    return (param.shape[:-1].numel() + param.shape[:-2].numel() * param.shape[-1]) * _FP32_BYTES
+
+
+def _quantised_bytes(param: Tensor, *, num_states: int, in_8_bits: bool) -> int:
+    if not in_8_bits or param.numel() < _SMALLEST_8BIT:
+        return num_states * param.numel() * _FP32_BYTES
+    return num_states * (param.numel() + -(-param.numel() // _BLOCK_8BIT) * _FP32_BYTES)
+
+
+def _by_one_step(name: str, make: _Maker, params: list[nn.Parameter]) -> OptimizerShape:
+    """Have an optimizer make its state of parameters without values.
+
+    Raises:
+        UnsupportedError: It looks at values.
+    """
+    meta = [nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device="meta")) for param in params]
+    for param in meta:
+        param.grad = torch.empty_like(param)
+    try:
+        optimizer = make(meta, lr=_LR)
+        optimizer.step()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"optimizer={name}",
+            reason=f"what it keeps cannot be found out without weights: {error}",
+            instead="its name, as in SFTConfig(optim=...), where it has one, or a class of lowmem.optim",
+        ) from error
+    num = sum(param.numel() for param in meta)
+    state_bytes = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.device.type == "meta"
+    )
+    return OptimizerShape(name=name, state_bytes=state_bytes, num_updated=num)
+
+
+class _Adapters(nn.Module):
+    """Parameters as an adapter has them, by the widths of the layers that it is on; named as in a model's blocks."""
+
+    def __init__(self, shapes: ModelShapes) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for block in shapes.blocks:
+            matrices = chain.from_iterable(
+                ((linear.rank, linear.in_features), (linear.out_features, linear.rank))
+                for linear in block.linears
+                if linear.rank
+            )
+            width = block.adapter_bytes // block.num_adapter_params if block.num_adapter_params else 0
+            self.layers.append(_parameters(matrices, block.num_adapter_params, width))
+        num, nbytes = shapes.num_outer_adapter_params, shapes.outer_adapter_bytes
+        self.outer = _parameters((), num, nbytes // num if num else 0)
+
+
+def _parameters(matrices: Iterable[tuple[int, int]], num_params: int, width: int) -> nn.ParameterList:
+    """Some matrices, and one vector that makes as many parameters of them as there are."""
+    dtype = {itemsize("float32"): torch.float32, itemsize("float64"): torch.float64}.get(width, torch.bfloat16)
+    shapes: list[tuple[int, ...]] = [*matrices]
+    if sum(rows * columns for rows, columns in shapes) > num_params:
+        # Layers that share an adapter, as VeRA's do.
+        shapes = []
+    if rest := num_params - sum(rows * columns for rows, columns in shapes):
+        shapes.append((rest,))
+    return nn.ParameterList(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
