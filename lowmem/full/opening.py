@@ -65,10 +65,16 @@ class BaseWeights:
                 self._buffer = StagingBuffer(read.buffer_bytes)
             self._reader.read(read, self._buffer.tensor).wait()
             into[: self._layouts[index].numel].zero_()
-            for place in self._layouts[index].places:
-                spec = self._recipes[place.key].sources[0]
-                stored = view_tensor(self._buffer.tensor, read.tensor_offsets[spec.name], spec=spec)
-                into[place.start : place.stop].view(place.shape).copy_(stored)
+            places = {
+                place.key: into[place.start : place.stop].view(place.shape) for place in self._layouts[index].places
+            }
+            # One recipe at a time: what a conversion makes (a block's experts, stacked) is there once.
+            for recipe in {id(found): found for found in map(self._recipes.__getitem__, places)}.values():
+                stored = {
+                    spec.name: view_tensor(self._buffer.tensor, read.tensor_offsets[spec.name], spec=spec)
+                    for spec in recipe.sources
+                }
+                recipe.run_into(stored, places)
 
     def load_once(self, index: int, into: Tensor) -> None:
         """As `load`, and keep no memory: where a block is read from the checkpoint hardly more than once."""
@@ -284,12 +290,12 @@ def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dt
                 reason="a trained weight would be rounded to a few bits in every step",
                 instead="tuning='adapter', or the bf16, fp16 or fp32 checkpoint of the same model",
             )
-        if recipe.convert is not None:
+        why = recipe.why_not_undone()
+        if why is not None:
             raise UnsupportedError(
                 f"tuning='full' for architecture {type(built.model).__name__}",
-                reason=f"{recipe.targets[0]} is made of {len(recipe.sources)} stored tensors by a conversion, which "
-                "saving would have to undo",
-                instead="tuning='adapter', or a model whose checkpoint stores each parameter as it is",
+                reason=f"{recipe.targets[0]} is made of {len(recipe.sources)} stored tensors {why}",
+                instead="tuning='adapter', or a checkpoint that transformers has saved of this model",
             )
     for name, param in built.model.named_parameters():
         if param.dtype != torch.float32:
@@ -355,7 +361,7 @@ def open_full(
     on_optimizer_resume(tell_engine)
     for entry in full.params.values():
         give_to_engine(entry.param, engine)
-    install_saving(model, full, StoredNames(by_key=_stored_names(full, built)), source=opened.folder)
+    install_saving(model, full, _stored_names(full, built), source=opened.folder)
     return MasterWeights(full, engine)
 
 
@@ -415,7 +421,14 @@ def _param(module: torch.nn.Module, attribute: str) -> torch.nn.Parameter:
     return param
 
 
-def _stored_names(full: FullTuning, built: Skeleton) -> dict[str, str]:
+def _stored_names(full: FullTuning, built: Skeleton) -> StoredNames:
     """Names in the checkpoint; a parameter that it does not hold (a head of its own made later) keeps its own name."""
     recipes = built.mapping.recipes
-    return {key: recipes[key].sources[0].name if key in recipes else key for key in full.params}
+    converted = {id(found): found for found in recipes.values() if found.convert is not None}
+    apart = {key for found in converted.values() for key in found.targets}
+    return StoredNames(
+        by_key={
+            key: recipes[key].sources[0].name if key in recipes else key for key in full.params if key not in apart
+        },
+        converted=tuple(converted.values()),
+    )

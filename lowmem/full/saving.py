@@ -11,7 +11,7 @@ import re
 import shutil
 import weakref
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from hashlib import sha256
@@ -49,6 +49,8 @@ from offload import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lowmem.models.mapping import Recipe
 
 
 FOLDER = "optimizer_state"
@@ -369,12 +371,23 @@ class StoredNames:
     """What parameters are called in the checkpoint that the model was opened from."""
 
     by_key: Mapping[str, str]
-    """Stored names by model name."""
+    """Stored names by model name, of parameters that are stored as they are."""
+    converted: Sequence[Recipe] = ()
+    """How the others are made of stored tensors, such as a block's experts of one tensor each."""
 
     def keys_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under model names, whichever of the two names they come under."""
+        """Tensors under model names, whichever of the two names they come under.
+
+        Stored tensors that are converted are so where all of a group are there; of others `load_state_dict` says that
+        it does not know them.
+        """
         by_stored = {name: key for key, name in self.by_key.items()}
-        return {by_stored.get(name, name): value for name, value in stored.items()}
+        found = dict(stored)
+        for recipe in self.converted:
+            names = [spec.name for spec in recipe.sources]
+            if all(name in found for name in names):
+                found |= recipe.run({name: found.pop(name) for name in names})
+        return {by_stored.get(name, name): value for name, value in found.items()}
 
 
 class Saving:
@@ -433,18 +446,13 @@ class Saving:
         max_shard_bytes = parse_bytes(max_shard_size, field="max_shard_size")
         self._full.finish()
         shards = split_into_shards(self._outputs(model), max_shard_bytes=max_shard_bytes)
-        keys = {name: key for key, name in self._names.by_key.items()}
         checksums: dict[str, int] = {}
         model.config.dtype = torch.float32
         model.config.architectures = [type(model).__name__]
         with replacing_checkpoint(folder) as beside:
             for file, tensors in shards.items():
                 with ShardFile(beside / file, tensors) as shard:
-                    for tensor in tensors:
-                        key = keys.get(tensor.name, tensor.name)
-                        value = self._value(model, key)
-                        if key in self._full.params:
-                            checksums[key] = _checksum(value)
+                    for value in self._values(model, tensors, checksums):
                         shard.write(value)
             write_index(beside, shards)
             model.config.save_pretrained(beside)
@@ -472,17 +480,51 @@ class Saving:
         self._full.version += 1
         return loaded
 
-    def _outputs(self, model: PreTrainedModel) -> list[OutputTensor]:
-        """Parameters first, then the persistent buffers that the checkpoint has."""
-        found = [
-            OutputTensor(name=self._names.by_key[key], dtype=torch.float32, shape=tuple(entry.place.shape))
-            for key, entry in self._full.params.items()
-        ]
+    def _outputs(self, model: PreTrainedModel) -> list[OutputTensor | tuple[OutputTensor, ...]]:
+        """Parameters first, then the persistent buffers that the checkpoint has.
+
+        What one conversion is undone to stays together: so that it can be read back from one file.
+        """
+        first = {recipe.targets[0]: recipe for recipe in self._names.converted}
+        converted = {key for recipe in self._names.converted for key in recipe.targets}
+        found: list[OutputTensor | tuple[OutputTensor, ...]] = []
+        for key, entry in self._full.params.items():
+            if key in first:
+                sources = first.pop(key).sources
+                group = (OutputTensor(name=spec.name, dtype=torch.float32, shape=tuple(spec.shape)) for spec in sources)
+                found.append(tuple(group))
+            elif key not in converted:
+                name = self._names.by_key[key]
+                found.append(OutputTensor(name=name, dtype=torch.float32, shape=tuple(entry.place.shape)))
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
-            if name in persistent:
+            if name in persistent and name not in converted:
                 found.append(OutputTensor(name=name, dtype=buffer.dtype, shape=tuple(buffer.shape)))
         return found
+
+    def _values(
+        self, model: PreTrainedModel, tensors: Iterable[OutputTensor], checksums: dict[str, int]
+    ) -> Iterator[Tensor]:
+        """What is written, one tensor at a time in memory, or what one conversion is undone to."""
+        keys = {name: key for key, name in self._names.by_key.items()}
+        recipes = {spec.name: recipe for recipe in self._names.converted for spec in recipe.sources}
+        undone: dict[str, Tensor] = {}
+        for tensor in tensors:
+            recipe = recipes.get(tensor.name)
+            if recipe is None:
+                yield self._checked(model, keys.get(tensor.name, tensor.name), checksums)
+                continue
+            if tensor.name not in undone:
+                undone = dict(
+                    recipe.stored_again({key: self._checked(model, key, checksums) for key in recipe.targets})
+                )
+            yield undone.pop(tensor.name).contiguous()
+
+    def _checked(self, model: PreTrainedModel, key: str, checksums: dict[str, int]) -> Tensor:
+        value = self._value(model, key)
+        if key in self._full.params:
+            checksums[key] = _checksum(value)
+        return value
 
     def _value(self, model: PreTrainedModel, key: str) -> Tensor:
         if key in self._full.params:

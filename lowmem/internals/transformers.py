@@ -207,11 +207,14 @@ class Conversions:
 
 
 def stored_layout(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `save_pretrained` stores for some parameters: names and shapes of a checkpoint, before any conversion.
+    """What `save_pretrained` stores for some parameters: tensors of a checkpoint by name, before any conversion.
 
     Args:
-        model: The model, on meta.
-        state: Parameters of it by name, on meta; whole groups that are converted together.
+        model: The model.
+        state: Parameters of it by name, or tensors on meta like them; whole groups that are converted together.
+
+    Returns:
+        Views of them where the conversion allows it; on meta where they are.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

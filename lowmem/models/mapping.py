@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lowmem.internals.transformers import Conversions
+from lowmem.internals.transformers import Conversions, stored_layout
 from lowmem.quantization.format import PackedWeight, values_dtype
 from offload import SourceError, TensorSpec
 
@@ -43,6 +44,8 @@ class Recipe:
     """None where the one input is the parameter; else inputs -> parameters by name."""
     cast_first: torch.dtype | None = None
     """Dtype to cast the inputs to before `convert`, where the conversion does arithmetic."""
+    undo: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = field(default=None, compare=False)
+    """Parameters by name -> what they would be stored as; None where there is no conversion."""
 
     @property
     def sources(self) -> tuple[TensorSpec, ...]:
@@ -78,6 +81,26 @@ class Recipe:
         if self.cast_first is not None:
             tensors = [tensor.to(self.cast_first) for tensor in tensors]
         return self.convert(tensors)
+
+    def why_not_undone(self) -> str | None:
+        """Why the parameters cannot be stored again as they were, in a few words; None where they can, bit by bit."""
+        if self.convert is None:
+            return None
+        if self.cast_first is not None or self.undo is None:
+            return "by arithmetic, which rounding does not let undo"
+        wanted = {given.name: tuple(given.shape) for given in self.inputs}
+        made = self.convert([torch.empty(given.shape, dtype=self.dtype, device="meta") for given in self.inputs])
+        found = {name: tuple(value.shape) for name, value in self.undo(made).items()}
+        return None if found == wanted else "by a conversion that transformers undoes to other names or shapes"
+
+    def stored_again(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the parameters, all of its targets, are stored as: tensors by stored name, views where possible.
+
+        For recipes that `why_not_undone` says nothing of.
+        """
+        if self.undo is None:
+            return {self.inputs[0].name: params[self.targets[0]]}
+        return self.undo(params)
 
     def run_into(self, stored: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Make the parameters where they are to be.
@@ -206,7 +229,12 @@ def _recipe(
     made = _convert_on_meta(target, convert, inputs, dtype=dtype)
     moving = all(type(operation).__name__ in _MOVING_OPERATIONS for operation in template.operations)
     return Recipe(
-        targets=tuple(made), inputs=inputs, dtype=dtype, convert=convert, cast_first=None if moving else dtype
+        targets=tuple(made),
+        inputs=inputs,
+        dtype=dtype,
+        convert=convert,
+        cast_first=None if moving else dtype,
+        undo=partial(stored_layout, model),
     )
 
 

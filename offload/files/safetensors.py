@@ -500,20 +500,28 @@ def shard_header(tensors: Sequence[OutputTensor], *, align_bytes: int = 8) -> by
     return header + b" " * (-(len(header) + _LENGTH_BYTES) % align_bytes)
 
 
-def split_into_shards(tensors: Iterable[OutputTensor], *, max_shard_bytes: int) -> dict[str, tuple[OutputTensor, ...]]:
+def split_into_shards(
+    tensors: Iterable[OutputTensor | Sequence[OutputTensor]], *, max_shard_bytes: int
+) -> dict[str, tuple[OutputTensor, ...]]:
     """Spread tensors over files in their order; a tensor larger than a shard gets one of its own.
+
+    Args:
+        tensors: What is written; tensors given as a sequence come into the same file.
+        max_shard_bytes: Largest file.
 
     Returns:
         File names and the tensors of each, widest elements first so that every tensor is aligned.
     """
     shards: list[list[OutputTensor]] = [[]]
     shard_bytes = 0
-    for tensor in tensors:
-        if shards[-1] and shard_bytes + tensor.nbytes > max_shard_bytes:
+    for one in tensors:
+        group = (one,) if isinstance(one, OutputTensor) else tuple(one)
+        group_bytes = sum(tensor.nbytes for tensor in group)
+        if shards[-1] and shard_bytes + group_bytes > max_shard_bytes:
             shards.append([])
             shard_bytes = 0
-        shards[-1].append(tensor)
-        shard_bytes += tensor.nbytes
+        shards[-1].extend(group)
+        shard_bytes += group_bytes
     ordered = [tuple(sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)) for shard in shards]
     if len(ordered) == 1:
         return {SINGLE_NAME: ordered[0]}

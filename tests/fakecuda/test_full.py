@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +83,12 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, parts: in
         ("llama", 4, "host"),
         ("qwen3", 1, "host"),
         ("gemma3_text", 1, "host"),
+        ("mixtral", 1, "host"),
+        ("gpt_oss", 4, "host"),
         ("llama", 1, "disk"),
         ("llama", 4, "disk"),
+        ("mixtral", 4, "disk"),
+        ("gpt_oss", 1, "disk"),
     ],
 )
 def test_twenty_steps_are_those_of_a_resident_model(
@@ -99,8 +106,9 @@ def test_twenty_steps_are_those_of_a_resident_model(
         torch.testing.assert_close(value.cpu(), expected[name].cpu(), rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_weights_that_move_as_bf16_give_what_autocast_gives_of_a_resident_model(root: Path) -> None:
-    folder = checkpoint("llama", root)
+@pytest.mark.parametrize("arch", ["llama", "mixtral", "gpt_oss"])
+def test_weights_that_move_as_bf16_give_what_autocast_gives_of_a_resident_model(arch: str, root: Path) -> None:
+    folder = checkpoint(arch, root)
     ours = on_gpu(folder, dtype="bf16")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to("cuda")
     with pytest.raises(lowmem.UnsupportedError, match=r"outside of autocast to bfloat16.*bf16=True"):
@@ -157,6 +165,35 @@ def test_a_run_goes_on_from_its_last_step_on_disk(root: Path, tmp_path: Path) ->
     expected = weights(whole)
     for name, value in weights(second).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("arch", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_bitwise(arch: str, root: Path, tmp_path: Path) -> None:
+    folder, num_steps = checkpoint(arch, root), 6
+    whole = on_gpu(folder)
+    optimizer = lowmem.optim.AdamW(groups(whole), lr=3e-3)
+    expected = [weights(whole)]
+    for step in range(num_steps):
+        train(whole, optimizer, parts=1, steps=range(step, step + 1))
+        expected.append(weights(whole))
+    kind = "simulated" if torch.cuda.get_device_name() == "Simulated GPU" else "real"
+    job = [sys.executable, "-W", "ignore", "-m", "tests.fakecuda.full_kill_job", str(folder), str(tmp_path), kind]
+    with subprocess.Popen(job, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line.strip() == "3":
+                break
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    resumed = on_gpu(folder, tmp_path)
+    optimizer = lowmem.optim.AdamW(groups(resumed), lr=3e-3)
+    start = lowmem.full.resume_last_step(optimizer)
+    assert 2 <= start < num_steps
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, expected[start][name]), name
+    train(resumed, optimizer, parts=1, steps=range(start, num_steps))
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, expected[-1][name]), name
 
 
 def test_gradients_and_weights_are_read_and_written_as_those_of_any_model(root: Path) -> None:

@@ -143,6 +143,3 @@ def test_adapters_and_other_compute_types_are_refused(folder: Path, tmp_path: Pa
     trainer = sft_trainer(model, tmp_path / "out", peft_config=lora())
     with pytest.raises(lowmem.UnsupportedError, match="PEFT"):
         trainer.train()
-    mixture = Path(build("mixtral", tmp_path / "mixture"))
-    with pytest.raises(lowmem.UnsupportedError, match="by a conversion"):
-        lowmem.from_pretrained(mixture, tuning="full", device="cpu")
