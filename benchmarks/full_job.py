@@ -47,6 +47,10 @@ class FullJob:
     max_grad_norm: float = 1.0
     optimizer: str = "AdamW"
     """Name in `lowmem.optim`; GaLore has rank 128 and projects embeddings and head as well."""
+    masters: str = "fp32"
+    """Type of the weights; bf16 ones are rounded stochastically."""
+    state_dtype: str | None = None
+    """How AdamW's moments are stored; None for the weights' type."""
     update_in_backward: bool = False
     """Whether blocks on disk are updated within their backward; takes max_grad_norm 0."""
     seed: int = 0
@@ -101,7 +105,7 @@ def load(job: FullJob) -> tuple[PreTrainedModel, "lowmem.Plan | None"]:
     budget = lowmem.Budget(device="1TiB", host="0")
     if job.mode == "disk":
         budget = lowmem.Budget(device=job.device_budget, host="0", disk=job.disk)
-    plan = lowmem.plan(job.folder, seq_len=job.seq_len, tuning="full", budget=budget, device="cpu")
+    plan = lowmem.plan(job.folder, seq_len=job.seq_len, tuning="full", masters=job.masters, budget=budget, device="cpu")
     assert plan.choice.state_tier == {"host": "device"}.get(job.mode, job.mode), plan
     return lowmem.from_pretrained(job.folder, tuning="full", plan=plan, device="cpu"), plan
 
@@ -110,7 +114,11 @@ def make_optimizer(job: FullJob, model: PreTrainedModel) -> torch.optim.Optimize
     """As the job names it."""
     if job.mode == "plain":
         return torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    options = {"rank": GALORE_RANK, "project_embeddings": True} if job.optimizer == "GaLore" else {}
+    options: dict[str, object] = {}
+    if job.optimizer == "GaLore":
+        options = {"rank": GALORE_RANK, "project_embeddings": True}
+    elif job.optimizer == "AdamW":
+        options = {"state_dtype": job.state_dtype, "writer": "stochastic" if job.masters == "bf16" else "nearest"}
     optimizer: torch.optim.Optimizer = getattr(lowmem.optim, job.optimizer)(model, lr=1e-5, **options)
     if job.update_in_backward:
         update_in_backward(optimizer)
@@ -155,6 +163,8 @@ def parse(arguments: list[str] | None = None) -> tuple[FullJob, bool]:
     parser.add_argument("--max-grad-norm", type=float, default=FullJob.max_grad_norm)
     parser.add_argument("--device-budget", default=FullJob.device_budget)
     parser.add_argument("--optimizer", default=FullJob.optimizer)
+    parser.add_argument("--masters", default=FullJob.masters)
+    parser.add_argument("--state-dtype")
     parser.add_argument("--update-in-backward", action="store_true")
     parser.add_argument("--lockstep", action="store_true")
     options = vars(parser.parse_args(arguments))

@@ -1,6 +1,7 @@
 """Training every weight: inside an enforced limit with state on disk, beside training in memory, and the update alone.
 
     python -m benchmarks.full_tuning memory --root /nvme/checkpoints --disk /nvme/state
+    python -m benchmarks.full_tuning memory --masters bf16 --state-dtype 8bit --limit 2GiB --device-budget 1200MiB ...
     python -m benchmarks.full_tuning step   --root /nvme/checkpoints --disk /nvme/state
     python -m benchmarks.full_tuning update
 
@@ -31,6 +32,7 @@ from benchmarks.raw_disk import best_setting, read_raw, write_raw
 from lowmem.full.flat import ParamUpdate, Segment, lay_out_unit
 from lowmem.full.tier import MemoryTier
 from lowmem.optim.rule import Hyper
+from lowmem.optim.state import STATE_DTYPES
 from offload.budget import parse_bytes
 
 BENCHMARK = "full_tuning"
@@ -51,10 +53,16 @@ def memory(arguments: argparse.Namespace) -> None:
         device_budget=arguments.device_budget,
         optimizer=arguments.optimizer,
         max_grad_norm=0.0 if arguments.update_in_backward else 1.0,
+        masters=arguments.masters,
+        state_dtype=arguments.state_dtype,
         update_in_backward=arguments.update_in_backward,
     )
-    before = _rates(folder, arguments.disk, seq_len=arguments.seq_len, hidden=shape.hidden, mlp=shape.mlp)
+    sizes: dict[str, int] = {"seq_len": arguments.seq_len, "hidden": shape.hidden, "mlp": shape.mlp}
+    dtype = torch.bfloat16 if arguments.masters == "bf16" else torch.float32
+    before = _rates(folder, arguments.disk, dtype=dtype, **sizes)
     case = f"{arguments.shape}-{arguments.optimizer}-{arguments.limit}"
+    case += f"-{arguments.masters}-masters" if arguments.masters != "fp32" else ""
+    case += f"-{arguments.state_dtype}-moments" if arguments.state_dtype else ""
     case += "-in-backward" if arguments.update_in_backward else ""
     try:
         outcome = run_module(
@@ -63,7 +71,7 @@ def memory(arguments: argparse.Namespace) -> None:
     except LimitUnavailable as error:
         emit_skip(BENCHMARK, case, str(error))
         return
-    after = _rates(folder, arguments.disk, seq_len=arguments.seq_len, hidden=shape.hidden, mlp=shape.mlp)
+    after = _rates(folder, arguments.disk, dtype=dtype, **sizes)
     held: dict[str, Value] = {
         "limit_bytes": parse_bytes(arguments.limit),
         "peak_group_bytes": outcome.peak_bytes,
@@ -77,7 +85,8 @@ def memory(arguments: argparse.Namespace) -> None:
     steps = sample(report["step_s"], num_warmup=min(NUM_WARMUP, arguments.steps - 1))  # type: ignore[arg-type]
     rates = {name: (before[name] + after[name]) / 2 for name in before}
     rank = GALORE_RANK if arguments.optimizer == "GaLore" else 0
-    limit = physical_limit(shape.num_parameters, num_tokens=arguments.seq_len, rates=rates, rank=rank)
+    moved = moved_bytes(masters=arguments.masters, state_dtype=arguments.state_dtype, rank=rank)
+    limit = physical_limit(shape.num_parameters, num_tokens=arguments.seq_len, rates=rates, rank=rank, moved=moved)
     emit(
         BENCHMARK,
         case,
@@ -98,38 +107,59 @@ def memory(arguments: argparse.Namespace) -> None:
     )
 
 
-def physical_limit(num_parameters: int, *, num_tokens: int, rates: dict[str, float], rank: int = 0) -> dict[str, float]:
-    """Least seconds of a step: recomputation included, fp32 state on one disk whose reads and writes add up.
+def moved_bytes(*, masters: str = "fp32", state_dtype: str | None = None, rank: int = 0) -> tuple[float, float]:
+    """Bytes of each parameter that a step at least reads from disk and writes there.
+
+    In fp32: 16 and 14, and 16 and 8 where the state is in RAM. A weight is read twice and written once, both moments
+    once each.
+
+    Args:
+        masters: Type of the weights.
+        state_dtype: How moments are stored; as the weights, if not given.
+        rank: Of an optimizer that projects, with its state in RAM; else 0.
+    """
+    weight_less = 2 if masters == "bf16" else 0
+    if rank:
+        return 16 - 2 * weight_less, 8 - weight_less
+    # 8 bits and a 256th of an fp32 scale, twice.
+    moments_less = {"fp32": 0.0, "bf16": 4.0, "8bit": 6 - 2 * 4 / 256}[state_dtype or masters]
+    return 16 - 2 * weight_less - moments_less, 14 - weight_less - moments_less
+
+
+def physical_limit(
+    num_parameters: int, *, num_tokens: int, rates: dict[str, float], moved: tuple[float, float], rank: int = 0
+) -> dict[str, float]:
+    """Least seconds of a step: recomputation included, state on one disk whose reads and writes add up.
 
     Args:
         num_parameters: P.
         num_tokens: T, of one step.
         rates: flops_per_s, read_bytes_per_s, write_bytes_per_s.
+        moved: Of `moved_bytes`.
         rank: r of an optimizer that projects, with state in RAM: each element of a gradient goes into r products, and
             each of a weight comes from r.
     """
     model = 8.0 * num_parameters * num_tokens / rates["flops_per_s"]
     projection = 4.0 * num_parameters * rank / rates["flops_per_s"]
-    moved = (16, 8) if rank else (16, 14)
     disk = num_parameters * (moved[0] / rates["read_bytes_per_s"] + moved[1] / rates["write_bytes_per_s"])
     step = max(model + projection, disk)
     return {"model": model, "projection": projection, "disk": disk, "step": step}
 
 
-def _rates(folder: Path, disk: Path, *, seq_len: int, hidden: int, mlp: int) -> dict[str, float]:
+def _rates(folder: Path, disk: Path, *, seq_len: int, hidden: int, mlp: int, dtype: torch.dtype) -> dict[str, float]:
     files = sorted(folder.glob("*.safetensors"))
     setting = best_setting(files, max_bytes=256 << 20)
     return {
-        "flops_per_s": _flops(seq_len, hidden, mlp),
+        "flops_per_s": _flops(seq_len, hidden, mlp, dtype),
         "read_bytes_per_s": read_raw(files, setting, max_bytes=1 << 30).bytes_per_s,
         "write_bytes_per_s": write_raw(disk, setting, nbytes=1 << 30).bytes_per_s,
     }
 
 
-def _flops(num_tokens: int, hidden: int, mlp: int) -> float:
+def _flops(num_tokens: int, hidden: int, mlp: int, dtype: torch.dtype) -> float:
     """Of the product that a block does most of: its MLP's."""
-    left, right = torch.randn(num_tokens, hidden), torch.randn(mlp, hidden)
-    into = torch.empty(num_tokens, mlp)
+    left, right = torch.randn(num_tokens, hidden).to(dtype), torch.randn(mlp, hidden).to(dtype)
+    into = torch.empty(num_tokens, mlp, dtype=dtype)
     seconds = _median_s(lambda: torch.mm(left, right.T, out=into), num_repeats=_NUM_PRODUCTS)
     return 2.0 * num_tokens * hidden * mlp / seconds
 
@@ -248,6 +278,8 @@ def main() -> None:
     parser.add_argument("--limit", default="3GiB", help="of `memory`")
     parser.add_argument("--device-budget", default="2100MiB", help="for state on disk")
     parser.add_argument("--optimizer", default="AdamW", help="of `memory`: AdamW or GaLore")
+    parser.add_argument("--masters", choices=("fp32", "bf16"), default="fp32", help="of `memory`: the weights' type")
+    parser.add_argument("--state-dtype", choices=STATE_DTYPES, help="of `memory`: how AdamW's moments are stored")
     parser.add_argument(
         "--update-in-backward", action="store_true", help="of `memory`: no clipping, no gradients on disk"
     )

@@ -16,7 +16,7 @@ import torch
 
 from lowmem.adapters.support import check_peft_config
 from lowmem.errors import UnsupportedError
-from lowmem.full.opening import moved_dtype, refuse_unsupported
+from lowmem.full.opening import master_dtype, moved_dtype, refuse_unsupported
 from lowmem.headers.description import describing
 from lowmem.loading import load
 from lowmem.machines.cards import Machine
@@ -48,6 +48,7 @@ def from_pretrained(
     budget: Budget | None = None,
     tuning: Tuning = "adapter",
     optimizer: OptimizerChoice | None = None,
+    masters: torch.dtype | str | None = None,
     quantization: str | None = None,
     packed_dir: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
@@ -74,6 +75,8 @@ def from_pretrained(
         tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained, by
             `lowmem.optim.AdamW` or any other optimizer.
         optimizer: What will train it, as in `plan`; AdamW if not given.
+        masters: Type of the weights with tuning="full": fp32, or "bf16", in which blocks then compute and which
+            `lowmem.optim.AdamW(writer="stochastic")` changes without losing small updates.
         quantization: None: weights move as they are stored, which may be quantised. "nf4", "fp4" or "int8": those of
             an ordinary checkpoint are packed once, into a folder that later runs read (`lowmem.pack`).
         packed_dir: That folder; one in the user's cache if not given. Said with its size before it is made.
@@ -100,15 +103,12 @@ def from_pretrained(
     refuse_options(tuning=tuning, quantization=quantization, packed_dir=packed_dir, budget=budget, others=others)
     _refuse_other_types(model, plan, num_labels=num_labels, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
     if plan is not None:
-        if (budget, micro_batch, chunk_tokens, optimizer) != (None, None, None, None):
-            raise ValueError(
-                "give plan, or budget, micro_batch, chunk_tokens and optimizer, not both: the plan holds them already"
-            )
-        device, dtype = device or plan.job.device, dtype or plan.compute_dtype
+        _refuse_beside_plan(budget, micro_batch, chunk_tokens, optimizer)
+        device, (dtype, masters) = device or plan.job.device, _types_of(plan, dtype, masters)
         num_labels = 1 if num_labels is None and plan.job.task == "reward" else num_labels
     chosen = pick_device(device)
     opening: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    compute, folder = _model_dtype(dtype, tuning=tuning, device=chosen), resolve(model, revision=revision)
+    compute, folder = _dtype(dtype, masters, tuning=tuning, device=chosen), resolve(model, revision=revision)
     opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, num_labels=num_labels, **opening)
     if quantization is not None:
         opened = open_packed(opened, quantization, packed_dir=packed_dir, **opening)
@@ -117,10 +117,26 @@ def from_pretrained(
         plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, given=given)
         _cap_device(opened.device, plan if cap_device else None)
         check_every_trainer()
-        return load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen))
+        return load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen, masters=compute))
     except BaseException:
         opened.source.close()
         raise
+
+
+def _refuse_beside_plan(*others: object) -> None:
+    if any(other is not None for other in others):
+        raise ValueError(
+            "give plan, or budget, micro_batch, chunk_tokens and optimizer, not both: the plan holds them already"
+        )
+
+
+def _types_of(
+    plan: Plan, dtype: torch.dtype | str | None, masters: torch.dtype | str | None
+) -> tuple[torch.dtype | str | None, torch.dtype | str | None]:
+    """Compute dtype and the masters' type: those given, else those of the plan."""
+    if plan.job.tuning == "full":
+        return dtype, masters or plan.compute_dtype
+    return dtype or plan.compute_dtype, masters
 
 
 def _checked_plan(
@@ -159,10 +175,21 @@ def _cap_device(device: torch.device, plan: Plan | None) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes / total_bytes), device)
 
 
-def _model_dtype(dtype: torch.dtype | str | None, *, tuning: str, device: torch.device) -> torch.dtype | str | None:
-    """Type of the model's parameters: fp32 where every weight is trained, also where blocks get them in another one."""
+def _dtype(
+    dtype: torch.dtype | str | None, masters: torch.dtype | str | None, *, tuning: str, device: torch.device
+) -> torch.dtype | str | None:
+    """Type of the model's parameters: the masters' where every weight is trained, also where blocks get another one."""
+    kept = master_dtype(masters, dtype, tuning=tuning)
+    if tuning != "full":
+        return dtype
     moved = moved_dtype(dtype, tuning=tuning, device=device)
-    return torch.float32 if tuning == "full" and (dtype is None or moved != torch.float32) else dtype
+    if kept == torch.float32 and moved == torch.float32 and dtype not in (None, torch.float32, "float32", "fp32"):
+        raise UnsupportedError(
+            f"tuning='full' with dtype={dtype}",
+            reason="blocks compute from the fp32 master weights, or on a GPU from copies of them in bf16",
+            instead="masters='bf16', dtype=torch.float32, or the trainer's bf16=True",
+        )
+    return kept
 
 
 def _check_disk(plan: Plan) -> None:
@@ -203,6 +230,7 @@ def plan(
     quantization: str | None = None,
     tuning: Tuning = "adapter",
     optimizer: OptimizerChoice | None = None,
+    masters: torch.dtype | str | None = None,
     budget: Budget | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -229,11 +257,11 @@ def plan(
             fast per token as any that fits; the advice then says what packed weights would change.
         seq_len: Tokens of one sequence, prompt and completion together.
         peft_config: The adapter that will be trained; a LoRA of rank 16 on all linear layers is assumed if not given.
-        quantization: None: weights move as they are stored. "nf4", "fp4" or "int8": with the sizes that the packed
-            checkpoint will have; nothing is packed.
+        quantization: None: weights move as they are stored. "nf4", "fp4" or "int8": sized as if they were packed.
         tuning: "adapter": every weight is frozen and PEFT adapters train; "full": every weight is trained.
         optimizer: A name ("galore", "badam", or one of `SFTConfig(optim=...)`), a class of `lowmem.optim` or
             `torch.optim`, or `functools.partial` of one with its options; AdamW if not given.
+        masters: As in `from_pretrained`.
         budget: Bounds for device and host memory; measured where absent.
         device: Compute device; the GPU if there is one, else the CPU.
         dtype: Compute dtype; float32 on a CPU, on a GPU bfloat16 where it can.
@@ -264,15 +292,14 @@ def plan(
     given |= {"gradient_accumulation_steps": gradient_accumulation_steps, "uses_reference": use_reference}
     given |= {"batch_size": 1 if batch_size == "auto" else batch_size, "has_dropout": _has_dropout(peft_config)}
     job = Job(task=task, seq_len=seq_len, device=kind_of(chosen), tuning=tuning, **given)
-    opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    opening |= {"attn_implementation": attn_implementation, "dtype": _model_dtype(dtype, tuning=tuning, device=chosen)}
+    opening: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation}
+    opening |= {"trust_remote_code": trust_remote_code, "dtype": _dtype(dtype, masters, tuning=tuning, device=chosen)}
     finds_batch = batch_size == "auto"
     how: dict[str, Any] = {"peft_config": peft_config, "optimizer": optimizer, "budget": budget, "rates": rates}
     planned: Callable[..., Plan] = partial(_planned, model, job, device=chosen, opening=opening, machine=machine, **how)
     made = planned(quantization, finds_batch=finds_batch)
-    if finds_batch and quantization is None and tuning == "adapter":
-        made = replace(made, advice=(*made.advice, *_packed_advice(made, planned)))
-    return made
+    compares = finds_batch and quantization is None and tuning == "adapter"
+    return replace(made, advice=(*made.advice, *(_packed_advice(made, planned) if compares else ())))
 
 
 def _planned(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from offload.blocks import ceil_div
@@ -101,13 +101,32 @@ class PlacementPlan:
         After a pass the ring still holds its last blocks, and a pass in the other direction begins with them: each turn
         saves as many blocks as the ring has slots. An upper bound for an odd number of passes.
         """
+        return self._step_bytes([block for block in self.moving if self.placements[block] == Placement.STREAMED])
+
+    def step_copied_bytes(self, *, changes: bool = False) -> int:
+        """Bytes copied to a device in one step once the run is under way; 0 where the device is the host.
+
+        Args:
+            changes: Whether every block changes with the step: then the first pass of the next begins with none of
+                them in the ring, and copies all.
+        """
+        if self.device_is_host:
+            return 0
+        if not changes:
+            return self._step_bytes(self.moving)
+        first = self.moving[: self.ring_size]
+        again = self.num_passes % 2 == 0 or len(self.moving) <= self.ring_size
+        return self._step_bytes(self.moving) + (sum(self.block_bytes[block] for block in first) if again else 0)
+
+    def _step_bytes(self, blocks: Collection[int]) -> int:
+        """Bytes of those of some blocks that no visit of a step finds in the ring still."""
         if len(self.moving) <= self.ring_size:
             return 0
         saved = 0
         if self.num_passes % 2 == 0 and self.ring_size:
             ends = self.moving[: self.ring_size] + self.moving[-self.ring_size :]
-            saved = sum(self.block_bytes[block] for block in ends if self.placements[block] == Placement.STREAMED)
-        return self.num_passes * self.streamed_bytes - self.num_passes // 2 * saved
+            saved = sum(self.block_bytes[block] for block in ends if block in blocks)
+        return self.num_passes * sum(self.block_bytes[block] for block in blocks) - self.num_passes // 2 * saved
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: the fields, and the bytes by tier."""

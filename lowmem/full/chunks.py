@@ -12,8 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, UnitLayout
-from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from lowmem.full.flat import (
+    ELEMENT_BYTES,
+    PAGE_ELEMENTS,
+    FlatMoment,
+    ParamPlace,
+    UnitLayout,
+    lay_out_moments,
+)
+from lowmem.full.tier import WEIGHT
 from lowmem.planning.limits import state_chunk_bytes
 from offload import (
     BlockLayout,
@@ -26,6 +33,7 @@ from offload import (
     TensorSpec,
     Trace,
     Transfer,
+    ceil_div,
     lay_out_object,
 )
 
@@ -44,6 +52,10 @@ class Chunk:
     """First element of the unit's buffers."""
     stop: int
     """One past the last; whole pages."""
+    num_wide: int
+    """Elements, the first ones, whose moments may be in 8 bits."""
+    weight_dtype: torch.dtype
+    """Type of its weight."""
 
     @property
     def numel(self) -> int:
@@ -62,19 +74,22 @@ class Chunk:
 
     @property
     def weight_layout(self) -> ObjectLayout:
-        """One flat fp32 tensor."""
-        return lay_out_object({WEIGHT: (torch.float32, (self.numel,))})
+        """One flat tensor."""
+        return lay_out_object({WEIGHT: (self.weight_dtype, (self.numel,))})
 
-    @property
-    def moments_layout(self) -> ObjectLayout:
-        """Two flat fp32 tensors, one after the other."""
-        shape = (torch.float32, (self.numel,))
-        return lay_out_object({EXP_AVG: shape, EXP_AVG_SQ: shape})
+    def moments_layout(self, state_dtype: str) -> ObjectLayout:
+        """Both moments, one after the other, stored in this way."""
+        return lay_out_moments(state_dtype, self.numel, num_wide=self.num_wide)
+
+    def moment(self, name: str, state_dtype: str, buffer: Tensor) -> FlatMoment:
+        """One moment in a buffer of this layout."""
+        return FlatMoment(name, self.moments_layout(state_dtype).views(buffer))
 
 
 def chunk_numel(layouts: Sequence[UnitLayout]) -> int:
     """Elements of the largest chunk."""
-    return state_chunk_bytes(max(layout.numel for layout in layouts) * ELEMENT_BYTES) // ELEMENT_BYTES
+    widest_bytes = max(layout.numel for layout in layouts) * ELEMENT_BYTES
+    return ceil_div(state_chunk_bytes(widest_bytes), PAGE_ELEMENTS * ELEMENT_BYTES) * PAGE_ELEMENTS
 
 
 def cut(layouts: Sequence[UnitLayout]) -> list[tuple[Chunk, ...]]:
@@ -89,6 +104,8 @@ def cut(layouts: Sequence[UnitLayout]) -> list[tuple[Chunk, ...]]:
                 name=f"{layout.name} {number:06d}",
                 start=start,
                 stop=min(start + size, layout.numel),
+                num_wide=max(0, min(size, layout.num_wide - start, layout.numel - start)),
+                weight_dtype=layout.weight_dtype,
             )
             for number, start in enumerate(range(0, layout.numel, size))
         )
@@ -130,11 +147,11 @@ def block_spec(layout: UnitLayout, folder: Path) -> BlockSpec:
     shape = (layout.numel,)
     weight = TensorSpec(
         name=WEIGHT,
-        dtype=torch.float32,
+        dtype=layout.weight_dtype,
         shape=shape,
         file=folder / "newest" / layout.name,
         offset_bytes=0,
-        nbytes=layout.numel * ELEMENT_BYTES,
+        nbytes=layout.weight_bytes,
     )
     return BlockSpec(name=layout.name, tensors=(weight,))
 
@@ -152,7 +169,7 @@ class ChunkFiles:
         folder: The store's folder.
         fingerprint: What the state belongs to.
         chunks: Of each unit.
-        load_base: Fills a flat fp32 buffer with a block's weight as the checkpoint has it.
+        load_base: Fills a flat buffer with a block's weight as the checkpoint has it.
         trace: Where transfers are recorded.
     """
 
@@ -166,8 +183,10 @@ class ChunkFiles:
         trace: Trace,
     ) -> None:
         self._chunks = chunks
+        self.state_dtype = "fp32"
+        """How moments are stored."""
         self.load_base = load_base
-        """Fills a flat fp32 buffer with a block's weight as the checkpoint has it, by the block's number."""
+        """Fills a flat buffer with a block's weight as the checkpoint has it, by the block's number."""
         self._folder, self._fingerprint, self._io = folder, fingerprint, StoreIo(trace=trace)
         self._store = self._open()
         self._have: set[str] = set()
@@ -210,7 +229,7 @@ class ChunkFiles:
         """Start writing a chunk's new weight and moments; either may be None, and then stays."""
         parts: tuple[tuple[str, ObjectLayout, Tensor | None], ...] = (
             (chunk.weight_name, chunk.weight_layout, weight),
-            (chunk.moments_name, chunk.moments_layout, moments),
+            (chunk.moments_name, chunk.moments_layout(self.state_dtype), moments),
         )
         writes = []
         for name, layout, data in parts:
@@ -251,18 +270,32 @@ class ChunkFiles:
         return self._store.load([chunk.weight_name for chunk in self._chunks[unit]], into)
 
     def read_chunk(self, chunk: Chunk, field: str) -> Tensor:
-        """A chunk's weight or moment, flat fp32: zeros where there is none, else a view, valid until the next call."""
-        nbytes = chunk.numel * ELEMENT_BYTES
-        name = chunk.weight_name if field == WEIGHT else chunk.moments_name
-        if self._buffer is None or self._buffer.nbytes < 2 * nbytes:
-            self._buffer, self._in_buffer = StagingBuffer(2 * nbytes), None
+        """A chunk's weight, flat, or moment in fp32: zeros where there is none, else valid until the next call."""
+        is_weight = field == WEIGHT
+        name, layout = (
+            (chunk.weight_name, chunk.weight_layout)
+            if is_weight
+            else (chunk.moments_name, chunk.moments_layout(self.state_dtype))
+        )
+        if self._buffer is None or self._buffer.nbytes < layout.nbytes:
+            self._buffer, self._in_buffer = StagingBuffer(layout.nbytes), None
         if name not in self._have:
-            return torch.zeros(chunk.numel)
+            return torch.zeros(chunk.numel, dtype=chunk.weight_dtype if is_weight else torch.float32)
         if self._in_buffer != name:
             self._store.load(name, self._buffer.tensor).wait()
             self._in_buffer = name
-        flat = self._buffer.tensor.view(torch.float32)
-        return flat[: chunk.numel] if field in (WEIGHT, EXP_AVG) else flat[chunk.numel : 2 * chunk.numel]
+        if is_weight:
+            return layout.views(self._buffer.tensor)[WEIGHT]
+        return chunk.moment(field, self.state_dtype, self._buffer.tensor).values(chunk.numel)
+
+    def drop_moments(self, state_dtype: str) -> None:
+        """Have no moments any more, and store those to come in another way."""
+        self.state_dtype, self._in_buffer = state_dtype, None
+        for name in [chunk.moments_name for unit in self._chunks for chunk in unit]:
+            if name in self._have:
+                self.begin()
+                self._have.discard(name)
+                self._store.remove(name)
 
     def begin(self) -> None:
         """Begin a step unless one is under way."""

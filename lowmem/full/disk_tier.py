@@ -15,10 +15,11 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.chunks import Chunk, ChunkFiles, NewestBlocks, block_spec, chunk_numel, cut, parts
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
-from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, UnitLayout
+from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, UnitLayout, UpdateNoise
 from lowmem.full.gpu_tier import landing_for
 from lowmem.full.rules import RuleStream
 from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, StateTier, weakly
+from lowmem.optim.state import STATE_DTYPES
 from offload import JsonObject, OffloadError, PlacementPlan, Scheduler, Trace, Transfer, WorkerThread, open_device
 
 
@@ -61,7 +62,7 @@ class DiskTier(StateTier):
         trace: Trace,
         device: torch.device,
     ) -> None:
-        self.layouts = tuple(layouts)
+        self.layouts, self.state_dtype = tuple(layouts), "fp32"
         self._live, self._num_blocks, self._read_base = dict(live), num_blocks, read_base
         self._chunks = cut(self.layouts)
         self._gradients = DiskGradients(
@@ -93,6 +94,16 @@ class DiskTier(StateTier):
         widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in self.layouts[:num_blocks])
         self._landing = None if device.type == "cpu" else landing_for(device, widest_bytes=widest_bytes)
 
+    def store_moments_as(self, state_dtype: str) -> None:
+        """See `StateTier.store_moments_as`. What is pending comes first."""
+        if state_dtype != self.state_dtype:
+            self.finish()
+            with self._lock:
+                drop = UpdateJob(name="state", at_last=partial(self.files.drop_moments, state_dtype))
+                done = self._thread.submit(drop)
+            done.wait()
+            self.state_dtype = state_dtype
+
     @contextmanager
     def lend(self, index: int) -> Iterator[FlatWeight]:
         """See `StateTier.lend`: a slot of the ring."""
@@ -116,7 +127,8 @@ class DiskTier(StateTier):
 
         Called by the scheduler's thread.
         """
-        flat = into.view(torch.float32)[: self.layouts[index].numel]
+        layout = self.layouts[index]
+        flat = into.view(layout.weight_dtype)[: layout.numel]
         with self._lock:
             segments = self._pending.pop(index, None)
             if segments is not None:
@@ -211,7 +223,8 @@ class DiskTier(StateTier):
         for transfer in outer:
             transfer.wait()
         with self._lock:
-            self._is_updating, self._has_ended, self._last = False, True, (step, record)
+            self._last = (step, record | {_STATE_DTYPE: self.state_dtype})
+            self._is_updating, self._has_ended = False, True
             self._commit_if_complete()
 
     def finish(self) -> None:
@@ -232,7 +245,7 @@ class DiskTier(StateTier):
             return self._live[index][place.start : place.stop].view(place.shape).to("cpu", copy=True)
         if field == WEIGHT and not self.files.has_weight(index):
             return self._read_base(place.key)
-        found = torch.empty(place.shape)
+        found = torch.empty(place.shape, dtype=self.layouts[index].weight_dtype if field == WEIGHT else torch.float32)
         for chunk, here, there in parts(self._chunks[index], place):
             found.view(-1)[there] = self.files.read_chunk(chunk, field)[here]
         return found
@@ -306,6 +319,7 @@ class DiskTier(StateTier):
         else:
             self.files.restore(folder)
         record = self.files.record
+        self.state_dtype = self.files.state_dtype = _state_dtype(record)
         self._last = (self.files.step, dict(record.members))
         self._scheduler.invalidate(range(self._num_blocks))
         for index, live in self._live.items():
@@ -325,7 +339,7 @@ class DiskTier(StateTier):
     def _submit_update(
         self, index: int, segments: Sequence[Segment], *, into: Tensor | None = None, gradient: Tensor | None = None
     ) -> Transfer:
-        job = self._job(index, change=partial(update_chunk, segments), moments=True)
+        job = self._job(index, change=partial(update_chunk, segments, UpdateNoise()), moments=True)
         job.into, job.live, job.gradient = into, self._live.get(index), gradient
         job.reads_gradient = gradient is None
         return self._submit(job)
@@ -372,3 +386,18 @@ class DiskTier(StateTier):
             working = self._working.get(index)
         if working is not None:
             working.wait()
+
+
+_STATE_DTYPE = "state_dtype"
+
+
+def _state_dtype(record: JsonObject) -> str:
+    """How the moments of a state are stored.
+
+    Raises:
+        SourceError: In no way that is known.
+    """
+    found = record.members.get(_STATE_DTYPE, "fp32")
+    if not isinstance(found, str) or found not in STATE_DTYPES:
+        record.refuse(_STATE_DTYPE, f"expected one of {', '.join(STATE_DTYPES)}")
+    return found

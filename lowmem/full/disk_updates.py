@@ -13,10 +13,19 @@ from torch import Tensor
 
 from lowmem.full.chunks import Chunk, ChunkFiles, parts
 from lowmem.full.disk_gradients import DiskGradients
-from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, update_run
-from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ, WEIGHT
-from lowmem.planning.limits import NUM_CHUNK_BUFFERS
-from offload import Closed, StagingBuffer, Transfer, WorkerThread
+from lowmem.full.flat import (
+    ELEMENT_BYTES,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FlatBuffers,
+    ParamPlace,
+    Segment,
+    UpdateNoise,
+    update_run,
+)
+from lowmem.full.tier import WEIGHT
+from lowmem.planning.limits import NUM_CHUNK_BUFFERS, PAGES_OF_SCALES
+from offload import PAGE_BYTES, Closed, StagingBuffer, Transfer, WorkerThread
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,7 +47,7 @@ class UpdateJob:
     change: Callable[[Chunk, FlatBuffers], None] | None = None
     """Changes a chunk in place; None where weights are only fetched."""
     into: Tensor | None = None
-    """Gets the new weight: flat fp32, or None."""
+    """Gets the new weight: flat, or None."""
     live: Tensor | None = None
     """The weight itself, flat, where the model holds it."""
     gradient: Tensor | None = None
@@ -53,19 +62,22 @@ class UpdateJob:
         self.done = Transfer(self.name, nbytes=nbytes, num_pieces=1, memory=torch.empty(0, dtype=torch.uint8))
 
 
-def update_chunk(segments: Sequence[Segment], chunk: Chunk, at: FlatBuffers) -> None:
-    """The change of an AdamW step."""
+def update_chunk(segments: Sequence[Segment], rounding: UpdateNoise, chunk: Chunk, at: FlatBuffers) -> None:
+    """The change of an AdamW step; called for a unit's chunks in their order."""
     for segment in segments:
         start, stop = max(segment.start, chunk.start), min(segment.stop, chunk.stop)
         if start < stop:
-            update_run(segment.update, at, start=start - chunk.start, stop=stop - chunk.start)
+            update_run(segment.update, at, start=start - chunk.start, stop=stop - chunk.start, rounding=rounding)
 
 
 def put_values(field: str, place: ParamPlace, value: Tensor, chunk: Chunk, at: FlatBuffers) -> None:
     """The change that sets a parameter's weight or moment."""
-    flat = {WEIGHT: at.weight, EXP_AVG: at.exp_avg, EXP_AVG_SQ: at.exp_avg_sq}[field]
     for _, here, there in parts((chunk,), place):
-        flat[here].copy_(value.detach().reshape(-1)[there])
+        part = value.detach().reshape(-1)[there]
+        if field == WEIGHT:
+            at.weight[here].copy_(part)
+        else:
+            (at.exp_avg if field == EXP_AVG else at.exp_avg_sq).write(here, part.to("cpu", torch.float32), None)
 
 
 def keep_as_it_is(chunk: Chunk, at: FlatBuffers) -> None:
@@ -81,13 +93,12 @@ class _Set:
     gradient: Tensor
     writes: list[Transfer] = field(default_factory=list)
 
-    def views(self, numel: int) -> FlatBuffers:
-        moments = self.moments.view(torch.float32)
+    def views(self, chunk: Chunk, state_dtype: str) -> FlatBuffers:
         return FlatBuffers(
-            weight=self.weight.view(torch.float32)[:numel],
-            exp_avg=moments[:numel],
-            exp_avg_sq=moments[numel : 2 * numel],
-            gradient=self.gradient.view(torch.float32)[:numel],
+            weight=self.weight.view(chunk.weight_dtype)[: chunk.numel],
+            exp_avg=chunk.moment(EXP_AVG, state_dtype, self.moments),
+            exp_avg_sq=chunk.moment(EXP_AVG_SQ, state_dtype, self.moments),
+            gradient=self.gradient.view(torch.float32)[: chunk.numel],
         )
 
 
@@ -115,10 +126,12 @@ class UpdateThread:
     def __init__(self, files: ChunkFiles, gradients: DiskGradients, *, chunk_numel: int) -> None:
         self._files, self._gradients = files, gradients
         nbytes = chunk_numel * ELEMENT_BYTES
-        self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * 4 * nbytes, in_children=False)
+        # The widest format of moments; of others, and of weights in fewer bytes, the rest is never touched.
+        moments_bytes = 2 * nbytes + PAGES_OF_SCALES * PAGE_BYTES
+        self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * (2 * nbytes + moments_bytes), in_children=False)
         self._sets = deque(
-            _Set(weight=own[:nbytes], moments=own[nbytes : 3 * nbytes], gradient=own[3 * nbytes :])
-            for own in torch.split(self._memory.tensor, 4 * nbytes)
+            _Set(weight=own[:nbytes], gradient=own[nbytes : 2 * nbytes], moments=own[2 * nbytes :])
+            for own in torch.split(self._memory.tensor, 2 * nbytes + moments_bytes)
         )
         self._queue: SimpleQueue[UpdateJob | None] = SimpleQueue()
         self._tasks: deque[_Task] = deque()
@@ -196,7 +209,8 @@ class UpdateThread:
             self._files.begin()
         base = None
         if job.weight and job.live is None and job.chunks and not self._files.has_weight(job.unit):
-            base = job.into if job.into is not None else torch.empty(job.chunks[-1].stop)
+            last = job.chunks[-1]
+            base = job.into if job.into is not None else torch.empty(last.stop, dtype=last.weight_dtype)
             self._files.load_base(job.unit, base)
         if not job.chunks or (job.change is None and base is not None):
             self._end(job)
@@ -211,12 +225,11 @@ class UpdateThread:
             yield _Task(job=job, chunk=chunk, buffers=buffers, base=base, reads=reads)
 
     def _start_reads(self, job: UpdateJob, chunk: Chunk, buffers: _Set, base: Tensor | None) -> list[Transfer]:
-        nbytes = chunk.numel * ELEMENT_BYTES
         from_files = job.weight and job.live is None and base is None
         reads = self._files.start_load(
             chunk,
-            weight=buffers.weight[:nbytes] if from_files else None,
-            moments=buffers.moments[: 2 * nbytes] if job.moments else None,
+            weight=buffers.weight[: chunk.weight_layout.nbytes] if from_files else None,
+            moments=self._moments(chunk, buffers) if job.moments else None,
         )
         if job.reads_gradient:
             reads.append(self._gradients.start_read(chunk, buffers.gradient))
@@ -235,7 +248,7 @@ class UpdateThread:
 
     def _work_on(self, task: _Task) -> None:
         job, chunk, buffers = task.job, task.chunk, task.buffers
-        at = buffers.views(chunk.numel)
+        at = buffers.views(chunk, self._files.state_dtype)
         source = job.live if job.live is not None else task.base
         if job.weight and source is not None:
             _copy(source[chunk.start : chunk.stop], at.weight)
@@ -248,12 +261,14 @@ class UpdateThread:
                 part = target[chunk.start : chunk.stop]
                 part.copy_(at.weight[: part.numel()])
         if job.change is not None:
-            nbytes = chunk.numel * ELEMENT_BYTES
             buffers.writes = self._files.start_save(
                 chunk,
-                weight=buffers.weight[:nbytes] if job.weight else None,
-                moments=buffers.moments[: 2 * nbytes] if job.moments else None,
+                weight=buffers.weight[: chunk.weight_layout.nbytes] if job.weight else None,
+                moments=self._moments(chunk, buffers) if job.moments else None,
             )
+
+    def _moments(self, chunk: Chunk, buffers: _Set) -> Tensor:
+        return buffers.moments[: chunk.moments_layout(self._files.state_dtype).nbytes]
 
     def _end(self, job: UpdateJob) -> None:
         if job.at_last is not None:

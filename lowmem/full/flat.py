@@ -1,5 +1,7 @@
 """Where the parameters of one unit lie in its flat buffers: one place for weight, gradient and both moments.
 
+Moments in flat buffers: fp32, bf16, or 8 bits for parameters that are large enough.
+
 AdamW on flat buffers: which elements share their settings, and torch's fused update of a run of them.
 
 Decoupled weight decay (Loshchilov and Hutter, Decoupled weight decay regularization, 2019), in the arithmetic of
@@ -9,23 +11,35 @@ Decoupled weight decay (Loshchilov and Hutter, Decoupled weight decay regulariza
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowmem.optim.plain import adamw_step
-from lowmem.optim.rule import Hyper
-from offload import round_up
+from lowmem.optim.rule import Hyper, mix
+from lowmem.optim.state import (
+    BLOCK_VALUES,
+    SMALLEST_8BIT_VALUES,
+    decode,
+    encode,
+    num_scales,
+    round_to_bf16,
+    rounding_of_moment,
+    rounding_of_weight,
+)
+from offload import ObjectLayout, lay_out_object, round_up
 
 ELEMENT_BYTES = 4
-"""All buffers are fp32."""
+"""Gradients are fp32, and so are weights and moments unless their layout says otherwise."""
 
-_ALIGN_ELEMENTS = 16
-"""A cache line of fp32: vector instructions cover a parameter from its first element on."""
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 
-PAGE_ELEMENTS = 1024
-"""A page of fp32: buffers end on one, so that they can be read and written past the page cache."""
+_ALIGN_ELEMENTS = BLOCK_VALUES
+"""A parameter begins with a block of 8-bit values of its own; and with a cache line, as vector instructions do."""
+
+PAGE_ELEMENTS = 4096
+"""A page of bytes: buffers of whatever type end on one, so that they can be read and written past the page cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +69,28 @@ class UnitLayout:
     """Its parameters in the order of the buffer."""
     numel: int
     """Elements of one buffer, a whole number of pages; what belongs to no parameter stays zero."""
+    weight_dtype: torch.dtype = torch.float32
+    """Type of the weight."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the flat weight."""
+        return self.numel * self.weight_dtype.itemsize
+
+    @property
+    def num_wide(self) -> int:
+        """Elements, the first ones, of parameters that are large enough for moments in 8 bits."""
+        return min((place.start for place in self.places if _is_narrow(place.shape)), default=self.numel)
 
 
-def lay_out_unit(name: str, shapes: Iterable[tuple[str, torch.Size]]) -> UnitLayout:
-    """Lay out a unit: matrices first, then vectors.
+def _is_narrow(shape: torch.Size) -> bool:
+    return shape.numel() < SMALLEST_8BIT_VALUES
+
+
+def lay_out_unit(
+    name: str, shapes: Iterable[tuple[str, torch.Size]], *, weight_dtype: torch.dtype = torch.float32
+) -> UnitLayout:
+    """Lay out a unit: large parameters first, and of these matrices first, then vectors.
 
     Norms and biases usually have a decay of their own. Apart from the matrices, they leave two long runs of equal
     settings, each of which is one call of the fused update.
@@ -66,17 +98,106 @@ def lay_out_unit(name: str, shapes: Iterable[tuple[str, torch.Size]]) -> UnitLay
     Args:
         name: The unit's name.
         shapes: Name and shape of each parameter.
+        weight_dtype: Type of the weights: fp32 or bf16.
     """
     places: list[ParamPlace] = []
     end = 0
-    for key, shape in sorted(shapes, key=lambda entry: len(entry[1]) < 2):
+    for key, shape in sorted(shapes, key=lambda entry: (_is_narrow(entry[1]), len(entry[1]) < 2)):
         places.append(ParamPlace(key=key, shape=shape, start=end))
         end += round_up(shape.numel(), _ALIGN_ELEMENTS)
-    return UnitLayout(name=name, places=tuple(places), numel=max(PAGE_ELEMENTS, round_up(end, PAGE_ELEMENTS)))
+    numel = max(PAGE_ELEMENTS, round_up(end, PAGE_ELEMENTS))
+    return UnitLayout(name=name, places=tuple(places), numel=numel, weight_dtype=weight_dtype)
+
+
+def lay_out_moments(state_dtype: str, numel: int, *, num_wide: int) -> ObjectLayout:
+    """How both moments of a run of elements lie in a buffer or a file.
+
+    Args:
+        state_dtype: "fp32", "bf16" or "8bit".
+        numel: Elements, whole pages.
+        num_wide: How many of them, the first ones, may be in 8 bits; whole blocks.
+    """
+    if state_dtype != "8bit":
+        dtype = torch.bfloat16 if state_dtype == "bf16" else torch.float32
+        return lay_out_object({EXP_AVG: (dtype, (numel,)), EXP_AVG_SQ: (dtype, (numel,))})
+    tensors: dict[str, tuple[torch.dtype, tuple[int]]] = {}
+    for name, codes in ((EXP_AVG, torch.int8), (EXP_AVG_SQ, torch.uint8)):
+        if num_wide:
+            tensors[name] = (codes, (num_wide,))
+            tensors[f"{name}{_SCALE}"] = (torch.float32, (num_scales(num_wide),))
+        if num_wide < numel:
+            tensors[f"{name}{_REST}"] = (torch.float32, (numel - num_wide,))
+    return lay_out_object(tensors)
+
+
+_SCALE, _REST = "_scale", "_rest"
+
+
+class FlatMoment:
+    """One moment of a run of elements, as it is stored; read and written in fp32.
+
+    Args:
+        name: exp_avg or exp_avg_sq.
+        stored: Views of memory laid out by `lay_out_moments`.
+    """
+
+    def __init__(self, name: str, stored: Mapping[str, Tensor]) -> None:
+        self._name = name
+        self._values, self._scales = stored.get(name), stored.get(f"{name}{_SCALE}")
+        self._rest = stored.get(f"{name}{_REST}")
+        self._num_wide = 0 if self._values is None else self._values.numel()
+
+    def read(self, piece: slice) -> Tensor:
+        """Some elements in fp32: the stored ones themselves where they are.
+
+        Args:
+            piece: They begin with a block, and are all wide or all narrow.
+        """
+        part = self._part(piece)
+        if part.dtype in (torch.int8, torch.uint8):
+            return decode(part, self._scales_of(piece))
+        return part if part.dtype == torch.float32 else part.float()
+
+    def values(self, numel: int) -> Tensor:
+        """All of so many elements in fp32."""
+        if self._rest is None:
+            return self.read(slice(0, numel))
+        rest = self.read(slice(self._num_wide, numel))
+        return torch.cat([self.read(slice(0, self._num_wide)), rest]) if self._num_wide else rest
+
+    def write(self, piece: slice, values: Tensor, source: torch.Generator | None) -> None:
+        """Store some elements.
+
+        Args:
+            piece: As for `read`.
+            values: fp32, flat.
+            source: For rounding to bf16; None where the values are bf16's own.
+        """
+        part = self._part(piece)
+        if part.dtype in (torch.int8, torch.uint8):
+            codes, scales = encode(values, signed=part.dtype == torch.int8)
+            part.copy_(codes)
+            self._scales_of(piece).copy_(scales)
+        elif part.data_ptr() != values.data_ptr():
+            is_rounded = part.dtype == torch.bfloat16 and source is not None
+            part.copy_(round_to_bf16(values, source) if is_rounded and source is not None else values)
+
+    def _part(self, piece: slice) -> Tensor:
+        if self._rest is not None and piece.start >= self._num_wide:
+            return self._rest[piece.start - self._num_wide : piece.stop - self._num_wide]
+        assert self._values is not None, "there are wide elements"
+        return self._values[piece]
+
+    def _scales_of(self, piece: slice) -> Tensor:
+        assert self._scales is not None, "8-bit values have scales"
+        return self._scales[piece.start // BLOCK_VALUES : num_scales(piece.stop)]
 
 
 SCALED_ELEMENTS = 1 << 21
 """A gradient is scaled 8 MiB at a time, so that the update finds it in the cache; smaller pieces cost more in calls."""
+
+_CONVERTED_ELEMENTS = 1 << 18
+"""Weights and moments that are not stored as fp32 are made so 1 MiB at a time: whole blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +210,8 @@ class ParamUpdate:
     """Number of this update, 1 for the first."""
     scales: tuple[float, ...] = ()
     """What the gradient is multiplied with first, one after the other."""
+    seed: int | None = None
+    """Of the parameter, where weights or moments are not stored as fp32; then each parameter is a run of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,27 +240,62 @@ def segments_of(layout: UnitLayout, updates: Mapping[str, ParamUpdate]) -> tuple
         update = updates.get(place.key)
         if update is None:
             continue
-        if runs and runs[-1].stop == place.start and runs[-1].update == update:
+        if runs and runs[-1].stop == place.start and runs[-1].update == update and update.seed is None:
             runs[-1] = Segment(start=runs[-1].start, stop=stop, update=update)
         else:
             runs.append(Segment(start=place.start, stop=stop, update=update))
     return tuple(runs)
 
 
+def clipped(segments: Iterable[Segment], start: int, stop: int) -> tuple[Segment, ...]:
+    """The parts of runs that lie between two elements."""
+    return tuple(
+        replace(segment, start=max(segment.start, start), stop=min(segment.stop, stop))
+        for segment in segments
+        if max(segment.start, start) < min(segment.stop, stop)
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlatBuffers:
-    """A unit, or a chunk of one, in memory: flat fp32 tensors of one length, all on one device."""
+    """A unit, or a chunk of one, in memory: flat buffers of one length, all on one device."""
 
     weight: Tensor
-    exp_avg: Tensor
+    """fp32 or bf16."""
+    exp_avg: FlatMoment
     """First moments."""
-    exp_avg_sq: Tensor
+    exp_avg_sq: FlatMoment
     """Second moments."""
     gradient: Tensor
-    """As accumulated."""
+    """As accumulated; fp32, or the weight's type."""
 
 
-def update_run(update: ParamUpdate, at: FlatBuffers, *, start: int, stop: int, scaled: Tensor | None = None) -> None:
+class UpdateNoise:
+    """The random numbers of one unit's update, each parameter's going on from one piece of it to the next."""
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[int, str], torch.Generator] = {}
+
+    def of(self, update: ParamUpdate, name: str, device: torch.device) -> torch.Generator:
+        """Those of one parameter's weight (an empty name) or moment. Pieces are asked for in order."""
+        assert update.seed is not None, "only runs of one parameter are rounded"
+        source = self._sources.get((update.seed, name))
+        if source is None:
+            seed = mix(update.seed, update.step)
+            source = rounding_of_moment(seed, name, device) if name else rounding_of_weight(seed, device)
+            self._sources[update.seed, name] = source
+        return source
+
+
+def update_run(
+    update: ParamUpdate,
+    at: FlatBuffers,
+    *,
+    start: int,
+    stop: int,
+    scaled: Tensor | None = None,
+    rounding: UpdateNoise | None = None,
+) -> None:
     """Update a run of elements in place.
 
     Args:
@@ -146,13 +304,29 @@ def update_run(update: ParamUpdate, at: FlatBuffers, *, start: int, stop: int, s
         start: First element.
         stop: One past the last.
         scaled: Room for `SCALED_ELEMENTS` of a scaled gradient, which stay in the cache; scaled in place if not given.
+        rounding: Of the unit's update, where not all is fp32.
     """
-    size = SCALED_ELEMENTS if update.scales else stop - start
+    is_converted = update.seed is not None
+    size = _CONVERTED_ELEMENTS if is_converted else SCALED_ELEMENTS if update.scales else stop - start
     for first in range(start, stop, size):
         piece = slice(first, min(first + size, stop))
         part = at.gradient[piece]
+        if part.dtype != torch.float32:
+            part = part.float()
         for scale in update.scales:
             part = part.mul_(scale) if scaled is None else torch.mul(part, scale, out=scaled[: part.numel()])
         # It counts the step itself.
-        step = torch.tensor(float(update.step - 1), device=part.device)
-        adamw_step(at.weight[piece], part, at.exp_avg[piece], at.exp_avg_sq[piece], step, hyper=update.hyper)
+        # Made where it is used: copied to a GPU, it would have the host wait.
+        step = torch.full((), float(update.step - 1), device=part.device)
+        stored = at.weight[piece]
+        weight = stored if stored.dtype == torch.float32 else stored.float()
+        exp_avg, exp_avg_sq = at.exp_avg.read(piece), at.exp_avg_sq.read(piece)
+        adamw_step(weight, part, exp_avg, exp_avg_sq, step, hyper=update.hyper)
+        if not is_converted:
+            continue
+        assert rounding is not None, "what is not fp32 is rounded"
+        device = part.device
+        at.exp_avg.write(piece, exp_avg, rounding.of(update, EXP_AVG, device))
+        at.exp_avg_sq.write(piece, exp_avg_sq, rounding.of(update, EXP_AVG_SQ, device))
+        if weight is not stored:
+            stored.copy_(round_to_bf16(weight, rounding.of(update, "", device)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +22,20 @@ import torch
 from torch import Tensor
 
 from lowmem.full.chunks import NewestBlocks
-from lowmem.full.flat import ELEMENT_BYTES, ParamPlace, Segment, UnitLayout
+from lowmem.full.flat import (
+    ELEMENT_BYTES,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FlatBuffers,
+    FlatMoment,
+    ParamPlace,
+    Segment,
+    UnitLayout,
+    clipped,
+    update_run,
+)
 from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, MemoryTier, weakly
-from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING
+from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING, NUM_UPDATE_PIECES, UPDATE_PIECE_BYTES
 from offload import (
     PAGE_BYTES,
     BlockSpec,
@@ -56,8 +67,10 @@ class GpuMemoryTier(MemoryTier):
         num_slots: Blocks that are on the device at a time.
         num_passes: Visits of each block in one optimizer step.
         trace: Where copies and stalls are recorded.
-        moved_dtype: Type in which matrices go up, and their gradients come down; vectors stay fp32. For blocks that run
-            under autocast, which would make the same of fp32 matrices.
+        moved_dtype: Type in which weights of products go up, and their gradients come down; what else there is stays as
+            it is. For blocks that run under autocast, which would make the same of them.
+        products: Names of the weights that go up so: those that autocast casts.
+        update_share: Which part of each block's state is updated on the device, where all of it is fp32.
     """
 
     def __init__(
@@ -71,14 +84,20 @@ class GpuMemoryTier(MemoryTier):
         num_passes: int,
         trace: Trace,
         moved_dtype: torch.dtype = torch.float32,
+        products: Collection[str] = (),
+        update_share: float = 0.0,
     ) -> None:
-        super().__init__(layouts, live={})
+        super().__init__(layouts, live={}, pin=update_share > 0)
+        self._updates = DeviceUpdates(device) if update_share > 0 else None
+        self._update_share = update_share
+        # Held while a master changes beside the host: nobody reads it meanwhile.
+        self._masters = threading.Lock()
         self._on_device = dict(live)
         self._num_blocks = num_blocks
         for index, weight in live.items():
             self.weight(index)[: weight.numel()].copy_(weight)
         blocks = self.layouts[:num_blocks]
-        self._halves = [_Halves(layout, moved_dtype) for layout in blocks]
+        self._halves = [_Halves(layout, moved_dtype, products=products) for layout in blocks]
         widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in blocks)
         self._landing = landing_for(device, widest_bytes=widest_bytes)
         self._lifts = MasterLifts()
@@ -129,10 +148,26 @@ class GpuMemoryTier(MemoryTier):
         self._landing.finish()
         if gradient is not None:
             down = torch.zeros(self.layouts[index].numel)
-            down[: gradient.numel()].copy_(gradient)
+            # In its own type: it becomes fp32 here.
+            down[: gradient.numel()].copy_(gradient.cpu())
             gradient = down
-        super().update(index, segments, gradient)
+        with self._masters:
+            cut = self._num_on_device(index)
+            if cut and self._updates is not None:
+                self._updates.begin(self._buffers_of(index, gradient), clipped(segments, 0, cut))
+                segments = clipped(segments, cut, self.layouts[index].numel)
+            super().update(index, segments, gradient)
+            if cut and self._updates is not None:
+                self._updates.finish()
         self._replace(index)
+
+    def _num_on_device(self, index: int) -> int:
+        """Elements of a unit, the first ones, that the device updates while the processor updates the others."""
+        layout = self.layouts[index]
+        is_fp32 = self.state_dtype == "fp32" and layout.weight_dtype == torch.float32
+        if index >= self._num_blocks or not is_fp32:
+            return 0
+        return min(layout.numel, round_up(round(layout.numel * self._update_share), _ALIGN_BYTES))
 
     def change(self, edit: Edit) -> None:
         self._landing.finish()
@@ -176,9 +211,13 @@ class GpuMemoryTier(MemoryTier):
             weight = self._on_device[index]
             weight.copy_(self.weight(index)[: weight.numel()])
 
+    def _fill(self, index: int, into: Tensor) -> None:
+        with self._masters:
+            self._halves[index].fill(into, self.weight(index))
+
     def _lift(self, index: int, into: Tensor) -> Transfer:
         """Start copying a block's master weight into a staging buffer; called by the scheduler's thread."""
-        fill = partial(self._halves[index].fill, into, self.weight(index))
+        fill = partial(self._fill, index, into)
         return self._lifts.start(self.layouts[index].name, fill, memory=into)
 
 
@@ -186,52 +225,120 @@ _MATRICES, _VECTORS = "matrices", "vectors"
 
 
 class _Halves:
-    """How a block's flat weight goes up: its matrices, which come first, in one type, its vectors in fp32."""
+    """How a block's weight goes up: what autocast multiplies with in one type, the rest as the masters have it."""
 
-    def __init__(self, layout: UnitLayout, dtype: torch.dtype) -> None:
-        vectors = (place.start for place in layout.places if len(place.shape) < 2)
-        self._split = min(vectors, default=layout.numel)
-        num_vectors = layout.numel - self._split
+    def __init__(self, layout: UnitLayout, dtype: torch.dtype, *, products: Collection[str]) -> None:
+        if layout.weight_dtype != torch.float32:
+            dtype = layout.weight_dtype
+        self._places = layout.places
+        self._at: dict[int, tuple[str, int]] = {}
+        numels = {_MATRICES: 0, _VECTORS: 0}
+        for place in layout.places:
+            half = _MATRICES if place.key in products else _VECTORS
+            self._at[place.start] = half, numels[half]
+            numels[half] += round_up(place.shape.numel(), _ALIGN_BYTES)
         # No file has this name: what the scheduler reads are the masters.
         matrices = TensorSpec(
             name=_MATRICES,
             dtype=dtype,
-            shape=(self._split,),
+            shape=(numels[_MATRICES],),
             file=Path("/masters"),
             offset_bytes=0,
-            nbytes=self._split * dtype.itemsize,
+            nbytes=numels[_MATRICES] * dtype.itemsize,
         )
-        start = round_up(matrices.nbytes, PAGE_BYTES)
         rest = replace(
             matrices,
             name=_VECTORS,
-            dtype=torch.float32,
-            shape=(num_vectors,),
-            offset_bytes=start,
-            nbytes=num_vectors * ELEMENT_BYTES,
+            dtype=layout.weight_dtype,
+            shape=(numels[_VECTORS],),
+            offset_bytes=round_up(matrices.nbytes, PAGE_BYTES),
+            nbytes=numels[_VECTORS] * layout.weight_dtype.itemsize,
         )
         self.spec = BlockSpec(name=layout.name, tensors=(matrices, rest))
         self.read = lay_out(self.spec)
 
     def fill(self, into: Tensor, master: Tensor) -> None:
-        """Fill a staging buffer from the flat fp32 master."""
-        for spec, part in zip(self.spec.tensors, (master[: self._split], master[self._split :]), strict=True):
-            start = self.read.tensor_offsets[spec.name]
-            into[start : start + spec.nbytes].view(spec.dtype).copy_(part)
+        """Fill a staging buffer from the flat master."""
+        starts = self.read.tensor_offsets
+        joined = self.joined(
+            {spec.name: into[starts[spec.name] :][: spec.nbytes].view(spec.dtype) for spec in self.spec.tensors}
+        )
+        for place in self._places:
+            joined[place.start : place.stop].copy_(master[place.start : place.stop])
 
     def joined(self, tensors: Mapping[str, Tensor]) -> FlatWeight:
-        """What can be sliced like the flat master."""
-        return _Joined(tensors[_MATRICES], tensors[_VECTORS], split=self._split)
+        """What can be sliced, a parameter at a time, like the flat master."""
+        return _Joined(tensors, self._at)
 
 
 class _Joined:
-    def __init__(self, matrices: Tensor, vectors: Tensor, *, split: int) -> None:
-        self._matrices, self._vectors, self._split = matrices, vectors, split
+    def __init__(self, tensors: Mapping[str, Tensor], at: Mapping[int, tuple[str, int]]) -> None:
+        self._tensors, self._at = tensors, at
 
     def __getitem__(self, elements: slice, /) -> Tensor:
-        if elements.start < self._split:
-            return self._matrices[elements]
-        return self._vectors[elements.start - self._split : elements.stop - self._split]
+        half, start = self._at[elements.start]
+        return self._tensors[half][start : start + elements.stop - elements.start]
+
+
+_PIECE_ELEMENTS = UPDATE_PIECE_BYTES // ELEMENT_BYTES
+
+
+class DeviceUpdates:
+    """Runs AdamW on a GPU for state in page-locked memory: pieces go up, are updated, and come down.
+
+    Two streams take turns, so that one piece comes down while the next goes up. The host waits in `finish` only.
+
+    Args:
+        device: The GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
+        # Weight, both moments and gradient of a piece, for each stream; made once: the streams keep it to themselves.
+        self._pieces = [
+            torch.empty((NUM_UPDATE_PIECES // len(self._streams), _PIECE_ELEMENTS), device=device)
+            for _ in self._streams
+        ]
+        for stream in self._streams:
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def begin(self, state: FlatBuffers, segments: Iterable[Segment]) -> None:
+        """Start updating some runs of a unit; leave its buffers alone until `finish` returns.
+
+        Args:
+            state: Flat buffers in page-locked memory, fp32.
+            segments: The runs.
+        """
+        whole = slice(0, state.weight.numel())
+        kept = (state.weight, state.exp_avg.read(whole), state.exp_avg_sq.read(whole), state.gradient)
+        turn = 0
+        for run in segments:
+            for first in range(run.start, run.stop, _PIECE_ELEMENTS):
+                piece = slice(first, min(first + _PIECE_ELEMENTS, run.stop))
+                with torch.cuda.stream(self._streams[turn]):
+                    self._update(run, [flat[piece] for flat in kept], self._pieces[turn])
+                turn = 1 - turn
+
+    def _update(self, run: Segment, kept: Sequence[Tensor], own: Tensor) -> None:
+        numel = kept[0].numel()
+        weight, exp_avg, exp_avg_sq, gradient = (part[:numel] for part in own)
+        for there, here in zip((weight, exp_avg, exp_avg_sq, gradient), kept, strict=True):
+            there.copy_(here, non_blocking=True)
+        at = FlatBuffers(
+            weight=weight,
+            exp_avg=FlatMoment(EXP_AVG, {EXP_AVG: exp_avg}),
+            exp_avg_sq=FlatMoment(EXP_AVG_SQ, {EXP_AVG_SQ: exp_avg_sq}),
+            gradient=gradient,
+        )
+        update_run(run.update, at, start=0, stop=numel)
+        for there, here in zip((weight, exp_avg, exp_avg_sq), kept[:3], strict=True):
+            here.copy_(there, non_blocking=True)
+
+    def finish(self) -> None:
+        """Wait until everything has come down."""
+        for stream in self._streams:
+            stream.synchronize()
 
 
 class MasterLifts:

@@ -1,4 +1,4 @@
-"""The weights that full tuning starts from: a block's parameters as the checkpoint has them, in fp32.
+"""The weights that full tuning starts from: a block's parameters as the checkpoint has them, in the masters' type.
 
 What the runtime visits blocks through when their weights are masters that change: scheduler and unpacker in one.
 
@@ -58,7 +58,7 @@ class BaseWeights:
         self._buffer: StagingBuffer | None = None
 
     def load(self, index: int, into: Tensor) -> None:
-        """Fill a flat fp32 buffer with a block's weights."""
+        """Fill a flat buffer with a block's weights."""
         read = lay_out(self._specs[index])
         with self._lock:
             if self._buffer is None or self._buffer.nbytes < read.buffer_bytes:
@@ -85,7 +85,7 @@ class BaseWeights:
         """One parameter."""
         recipe = self._recipes[key]
         stored = read_now(BlockSpec(name=key, tensors=recipe.sources), reader=self._reader, device=torch.device("cpu"))
-        return recipe.run(stored)[key].to(torch.float32, copy=True)
+        return recipe.run(stored)[key].to(recipe.dtype, copy=True)
 
     def release(self) -> None:
         """Give the buffer back until it is needed again."""
@@ -231,15 +231,18 @@ class AutocastCheck:
             )
 
 
-def moved_dtype(dtype: torch.dtype | str | None, *, tuning: str, device: torch.device) -> torch.dtype:
+def moved_dtype(
+    dtype: torch.dtype | str | None, *, tuning: str, device: torch.device, masters: torch.dtype | str | None = None
+) -> torch.dtype:
     """Type in which the matrices of blocks go to a GPU where every weight is trained: the one asked for, else fp32.
 
     Args:
         dtype: What was asked for.
+        masters: Type of the master weights; those in bf16 are what goes.
         tuning: What is trained; without "full", weights go as they are stored, and fp32 is returned.
         device: Compute device; a CPU computes from the masters.
     """
-    if tuning != "full" or dtype is None or device.type == "cpu":
+    if tuning != "full" or dtype is None or device.type == "cpu" or masters == torch.bfloat16:
         return torch.float32
     found = pick_dtype(dtype, device=device, stored=torch.float32)
     return found if found == torch.bfloat16 else torch.float32
@@ -266,22 +269,58 @@ class AdapterRefusal:
             )
 
 
+def master_dtype(masters: torch.dtype | str | None, dtype: torch.dtype | str | None, *, tuning: str) -> torch.dtype:
+    """Type of the master weights where every weight is trained: what was asked for, else fp32.
+
+    Args:
+        masters: "fp32" or "bf16", or a type of torch.
+        dtype: The compute dtype that was asked for.
+        tuning: What is trained.
+
+    Raises:
+        UnsupportedError: Another type, masters without full tuning, or a compute dtype that bf16 masters are not in.
+    """
+    cpu = torch.device("cpu")
+    found = torch.float32 if masters is None else pick_dtype(masters, device=cpu, stored=torch.float32)
+    if masters is not None and tuning != "full":
+        raise UnsupportedError(
+            f"masters={masters!r} with tuning={tuning!r}",
+            reason="no weight is changed, so there are no master weights",
+            instead="tuning='full', or no masters",
+        )
+    if found not in (torch.float32, torch.bfloat16):
+        raise UnsupportedError(
+            f"masters={masters!r}",
+            reason="small changes are kept in fp32, or in bf16 by rounding at random",
+            instead="masters='fp32' or masters='bf16'",
+        )
+    if found == torch.bfloat16 and dtype is not None:
+        computed = pick_dtype(dtype, device=cpu, stored=torch.float32)
+        if computed != torch.bfloat16:
+            raise UnsupportedError(
+                f"dtype={dtype!r} with masters='bf16'",
+                reason="blocks compute from the master weights as they are",
+                instead="no dtype, or masters='fp32'",
+            )
+    return found
+
+
 def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what full tuning cannot do exactly, before anything loads.
 
     Args:
         built: The model on meta.
         device: Compute device.
-        dtype: Compute dtype.
+        dtype: Type of its parameters, which are the master weights.
 
     Raises:
         UnsupportedError: Names the option or architecture, the reason and what to use instead.
     """
-    if dtype != torch.float32:
+    if dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedError(
             f"tuning='full' with dtype={dtype}",
-            reason="blocks compute from the fp32 master weights, or from copies of them",
-            instead="dtype=torch.float32, the default for it; on a GPU, the trainer's bf16=True multiplies in bf16",
+            reason="blocks compute from the master weights, or from copies of them",
+            instead="dtype=torch.float32, the default for it, or masters='bf16'",
         )
     for recipe in (*built.resident, *(recipe for block in built.blocks for recipe in block.recipes)):
         if recipe.formats:
@@ -298,11 +337,11 @@ def refuse_unsupported(built: Skeleton, *, device: torch.device, dtype: torch.dt
                 instead="tuning='adapter', or a checkpoint that transformers has saved of this model",
             )
     for name, param in built.model.named_parameters():
-        if param.dtype != torch.float32:
+        if param.dtype != dtype:
             raise UnsupportedError(
                 f"tuning='full' for architecture {type(built.model).__name__}",
-                reason=f"{name} is of dtype {param.dtype}",
-                instead="tuning='adapter'",
+                reason=f"{name} is of dtype {param.dtype}, and other weights are of {dtype}",
+                instead="tuning='adapter'" if dtype == torch.float32 else "masters='fp32'",
             )
 
 
@@ -338,12 +377,11 @@ def open_full(
     blocks = [{slot.key: _param(slot.module, slot.attribute) for slot in streamed.slots} for streamed in built.blocks]
     inside = {id(param) for params in blocks for param in params.values()}
     outer = {key: param for key, param in model.named_parameters() if id(param) not in inside}
+    named = [*((streamed.block.name, params) for streamed, params in zip(built.blocks, blocks, strict=True))]
+    named += [(key, {key: param}) for key, param in outer.items()]
     layouts = [
-        *(
-            lay_out_unit(streamed.block.name, [(key, param.shape) for key, param in params.items()])
-            for streamed, params in zip(built.blocks, blocks, strict=True)
-        ),
-        *(lay_out_unit(key, [(key, param.shape)]) for key, param in outer.items()),
+        lay_out_unit(name, [(key, param.shape) for key, param in params.items()], weight_dtype=opened.dtype)
+        for name, params in named
     ]
     live = {len(blocks) + index: param.data.view(-1) for index, param in enumerate(outer.values())}
     base = BaseWeights(built, layouts[: len(blocks)], reader=reader)
@@ -385,6 +423,14 @@ def _memory_tier(
         num_passes=plan.placement.num_passes,
         trace=trace,
         moved_dtype=moved_dtype,
+        update_share=plan.choice.update_share,
+        products=frozenset(
+            slot.key
+            for streamed in opened.built.blocks
+            for slot in streamed.slots
+            # Autocast casts what these multiply with; of experts' stacks and other parameters it casts some.
+            if isinstance(slot.module, torch.nn.Linear) and slot.attribute == "weight"
+        ),
     )
 
 
@@ -405,9 +451,9 @@ def _disk_tier(
         live=live,
         num_blocks=num_blocks,
         # The planner knows the number of weights, not how each is aligned.
-        placement=replace(plan.placement, block_bytes=tuple(4 * layout.numel for layout in layouts[:num_blocks])),
+        placement=replace(plan.placement, block_bytes=tuple(layout.weight_bytes for layout in layouts[:num_blocks])),
         folder=Path(plan.disk_folder) / STATE_FOLDER,
-        fingerprint=sha256(repr((opened.source.fingerprint(), places)).encode()).hexdigest(),
+        fingerprint=sha256(repr((opened.source.fingerprint(), opened.dtype, places)).encode()).hexdigest(),
         load_base=base.load_once,
         read_base=base.read,
         trace=trace,

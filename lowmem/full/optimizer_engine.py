@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning, TunedParam
-from lowmem.full.flat import ParamUpdate
+from lowmem.full.flat import EXP_AVG, EXP_AVG_SQ, ParamUpdate
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saving import (
@@ -30,10 +30,10 @@ from lowmem.full.saving import (
     save_moments,
     steps_of,
 )
-from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
 from lowmem.host_memory import give_back_freed
 from lowmem.optim.optimizer import RuleOptimizer, check_saved_group, engine_of, mark_active, restored_state
-from lowmem.planning.optimizer_sizes import is_flat, sizes_of
+from lowmem.optim.plain import AdamWRule
+from lowmem.planning.optimizer_sizes import sizes_of
 from offload import Store
 
 if TYPE_CHECKING:
@@ -79,6 +79,38 @@ class OptimizerEngine:
         self._states.clear()
         self._full.updates_now = None
         self._full.optimizer = sizes_of(optimizer)
+        self._choose_moments(optimizer)
+
+    def _choose_moments(self, optimizer: RuleOptimizer) -> None:
+        """Have the tier store moments as the optimizer wants them, where all of it wants the same."""
+        found = {
+            moments
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if (moments := self._flat_moments(optimizer.rule_of(param), param)) is not None
+        }
+        self._full.tier.store_moments_as(found.pop() if len(found) == 1 else "fp32")
+
+    @staticmethod
+    def _flat_moments(rule: Rule, param: Tensor) -> str | None:
+        return rule.flat_moments(param.dtype) if isinstance(rule, AdamWRule) else None
+
+    def _is_flat(self, rule: Rule, param: Tensor) -> bool:
+        """Whether the fused kernel on the tier's flat buffers does what a rule says."""
+        return self._flat_moments(rule, param) == self._full.tier.state_dtype
+
+    def _are_flat(self, optimizer: RuleOptimizer) -> bool:
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        return all(self._is_flat(optimizer.rule_of(param), param) for param in params)
+
+    def _update_of(self, key: str, rule: Rule, hyper: Hyper) -> ParamUpdate:
+        """The settings of a parameter's next update, which is counted."""
+        self._steps[key] = self._steps.get(key, 0) + 1
+        entry = self._full.params[key]
+        layout = self._full.tier.layouts[entry.unit]
+        is_plain = self._full.tier.state_dtype == "fp32" and layout.weight_dtype == torch.float32
+        seed = rule.seed if isinstance(rule, AdamWRule) and not is_plain else None
+        return ParamUpdate(hyper=hyper, step=self._steps[key], seed=seed)
 
     @torch.no_grad()
     def step(self, optimizer: RuleOptimizer) -> None:
@@ -94,13 +126,12 @@ class OptimizerEngine:
             hyper = optimizer.hyper(group)
             for param in group["params"]:
                 key, rule = self._full.key_of(param), optimizer.rule_of(param)
-                if not is_flat(rule):
+                if not self._is_flat(rule, param):
                     if self._takes_part(key, rule, hyper):
                         others.append(_RuleCall(key, rule, hyper))
                 # A gradient that is used up has done its work in the backward.
                 elif param.grad is not None and not getattr(param.grad, "is_used_up", False):
-                    self._steps[key] = self._steps.get(key, 0) + 1
-                    updates[key] = ParamUpdate(hyper=hyper, step=self._steps[key])
+                    updates[key] = self._update_of(key, rule, hyper)
         self._run_rules(others)
         self._num_steps += 1
         self._full.step(updates, number=self._num_steps, record=self._record(optimizer))
@@ -152,6 +183,9 @@ class OptimizerEngine:
                 reason=f"this optimizer keeps it {now}",
                 instead=f"{'' if saved.states_on_disk else 'no '}lowmem.full.state_on_disk(optimizer), as it was then",
             )
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            self._choose_moments(optimizer)
         stale = set(self._steps) - set(saved.steps)
         folder = None if saved.moments is None else find_moments(saved.moments, self._folders(saved))
         brings_weights = folder is not None and Store.exists(folder)
@@ -192,7 +226,7 @@ class OptimizerEngine:
 
     def resume(self, optimizer: RuleOptimizer) -> int:
         """As `resume_last_step`."""
-        if not _are_flat(optimizer) and not self._keeps_states_on_disk:
+        if not self._are_flat(optimizer) and not self._keeps_states_on_disk:
             raise UnsupportedError(
                 f"resuming {type(optimizer).__name__} from state on disk",
                 reason="it keeps state in memory, which a killed run has lost",
@@ -229,7 +263,8 @@ class OptimizerEngine:
         if not self._keeps_states_on_disk:
             self._states = DiskStates(tier.files, begin=tier.begin_updates)
             tier.keeps_live = True
-            self._full.optimizer = replace(sizes_of(optimizer), state_bytes=0)
+            if not self._are_flat(optimizer):
+                self._full.optimizer = replace(sizes_of(optimizer), state_bytes=0)
 
     @property
     def _keeps_states_on_disk(self) -> bool:
@@ -238,7 +273,7 @@ class OptimizerEngine:
     def update_in_backward(self, optimizer: RuleOptimizer) -> None:
         """As the function of this name."""
         self._check_serves(optimizer)
-        if not isinstance(self._full.tier, DiskTier) or not _are_flat(optimizer):
+        if not isinstance(self._full.tier, DiskTier) or not self._are_flat(optimizer):
             raise UnsupportedError(
                 "update_in_backward",
                 reason="it saves the traffic of gradients to and from disk; there is none where state is in memory",
@@ -254,9 +289,9 @@ class OptimizerEngine:
         updates: dict[str, ParamUpdate] = {}
         for group in optimizer.param_groups:
             hyper = optimizer.hyper(group)
-            for key in wanted.intersection(self._group_keys(group)):
-                self._steps[key] = self._steps.get(key, 0) + 1
-                updates[key] = ParamUpdate(hyper=hyper, step=self._steps[key])
+            for param in group["params"]:
+                if (key := self._full.key_of(param)) in wanted:
+                    updates[key] = self._update_of(key, optimizer.rule_of(param), hyper)
         return updates
 
     def _takes_part(self, key: str, rule: Rule, hyper: Hyper) -> bool:
@@ -339,10 +374,6 @@ class _RuleCall(NamedTuple):
 
 def _plain(value: object) -> object:
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _are_flat(optimizer: RuleOptimizer) -> bool:
-    return all(is_flat(optimizer.rule_of(param)) for group in optimizer.param_groups for param in group["params"])
 
 
 def resume_last_step(optimizer: torch.optim.Optimizer) -> int:

@@ -240,15 +240,16 @@ class _Window:
 
     def __init__(self, files: ChunkFiles, gradients: DiskGradients, chunks: Sequence[Chunk]) -> None:
         self._files, self._gradients, self._chunks = files, gradients, chunks
-        nbytes = chunks[-1].stop * ELEMENT_BYTES
-        self._weight, self._gradient = StagingBuffer(nbytes), StagingBuffer(nbytes)
+        self._dtype = chunks[-1].weight_dtype
+        self._weight = StagingBuffer(chunks[-1].stop * self._dtype.itemsize)
+        self._gradient = StagingBuffer(chunks[-1].stop * ELEMENT_BYTES)
         self._weight_reads: dict[Chunk, list[Transfer]] = {}
         self._gradient_reads: dict[Chunk, Transfer] = {}
         self._writes: dict[Chunk, list[Transfer]] = {}
         self._dirty: set[Chunk] = set()
         if not files.has_weight(chunks[0].unit):
             # As the checkpoint has it, and written as a whole: from now on parts of it may differ.
-            files.load_base(chunks[0].unit, self._weight.tensor.view(torch.float32))
+            files.load_base(chunks[0].unit, self._weight.tensor.view(self._dtype))
             self._weight_reads = {chunk: [] for chunk in chunks}
             self._dirty.update(chunks)
 
@@ -259,7 +260,8 @@ class _Window:
                 # It may have been here before.
                 for write in self._writes.pop(chunk, []):
                     write.wait()
-                self._weight_reads[chunk] = self._files.start_load(chunk, weight=_at(self._weight, chunk), moments=None)
+                weight = _at(self._weight, chunk, self._dtype)
+                self._weight_reads[chunk] = self._files.start_load(chunk, weight=weight, moments=None)
             if chunk not in self._gradient_reads:
                 self._gradient_reads[chunk] = self._gradients.start_read(chunk, _at(self._gradient, chunk))
 
@@ -270,8 +272,8 @@ class _Window:
                 read.wait()
             self._dirty.add(chunk)
         weight, gradient = (
-            buffer.tensor.view(torch.float32)[place.start : place.stop].view(place.shape)
-            for buffer in (self._weight, self._gradient)
+            buffer.tensor.view(dtype)[place.start : place.stop].view(place.shape)
+            for buffer, dtype in ((self._weight, self._dtype), (self._gradient, torch.float32))
         )
         return weight, gradient
 
@@ -283,7 +285,8 @@ class _Window:
                 read.wait()
             if chunk in self._dirty:
                 self._dirty.discard(chunk)
-                self._writes[chunk] = self._files.start_save(chunk, weight=_at(self._weight, chunk), moments=None)
+                weight = _at(self._weight, chunk, self._dtype)
+                self._writes[chunk] = self._files.start_save(chunk, weight=weight, moments=None)
         for chunk in [chunk for chunk in self._gradient_reads if chunk not in kept]:
             self._gradient_reads.pop(chunk).wait()
             _give_back(self._gradient, chunk)
@@ -294,7 +297,7 @@ class _Window:
             chunk, writes = self._writes.popitem()
             for write in writes:
                 write.wait()
-            _give_back(self._weight, chunk)
+            _give_back(self._weight, chunk, self._dtype)
 
     @property
     def is_empty(self) -> bool:
@@ -309,9 +312,9 @@ class _Window:
             transfer.outcome()
 
 
-def _at(buffer: StagingBuffer, chunk: Chunk) -> Tensor:
-    return buffer.tensor[chunk.start * ELEMENT_BYTES : chunk.stop * ELEMENT_BYTES]
+def _at(buffer: StagingBuffer, chunk: Chunk, dtype: torch.dtype = torch.float32) -> Tensor:
+    return buffer.tensor[chunk.start * dtype.itemsize : chunk.stop * dtype.itemsize]
 
 
-def _give_back(buffer: StagingBuffer, chunk: Chunk) -> None:
-    buffer.give_back(chunk.start * ELEMENT_BYTES, chunk.stop * ELEMENT_BYTES)
+def _give_back(buffer: StagingBuffer, chunk: Chunk, dtype: torch.dtype = torch.float32) -> None:
+    buffer.give_back(chunk.start * dtype.itemsize, chunk.stop * dtype.itemsize)

@@ -26,8 +26,7 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning, Saved
-from lowmem.full.flat import ParamPlace
-from lowmem.full.tier import EXP_AVG, EXP_AVG_SQ
+from lowmem.full.flat import EXP_AVG, EXP_AVG_SQ, ParamPlace
 from lowmem.optim.rule import State
 from offload import (
     JsonObject,
@@ -447,7 +446,7 @@ class Saving:
         self._full.finish()
         shards = split_into_shards(self._outputs(model), max_shard_bytes=max_shard_bytes)
         checksums: dict[str, int] = {}
-        model.config.dtype = torch.float32
+        model.config.dtype = next(iter(self._full.params.values())).param.dtype
         model.config.architectures = [type(model).__name__]
         with replacing_checkpoint(folder) as beside:
             for file, tensors in shards.items():
@@ -490,12 +489,12 @@ class Saving:
         found: list[OutputTensor | tuple[OutputTensor, ...]] = []
         for key, entry in self._full.params.items():
             if key in first:
-                sources = first.pop(key).sources
-                group = (OutputTensor(name=spec.name, dtype=torch.float32, shape=tuple(spec.shape)) for spec in sources)
-                found.append(tuple(group))
+                shapes = {spec.name: tuple(spec.shape) for spec in first.pop(key).sources}
+                dtype = entry.param.dtype
+                found.append(tuple(OutputTensor(name=name, dtype=dtype, shape=to) for name, to in shapes.items()))
             elif key not in converted:
                 name = self._names.by_key[key]
-                found.append(OutputTensor(name=name, dtype=torch.float32, shape=tuple(entry.place.shape)))
+                found.append(OutputTensor(name=name, dtype=entry.param.dtype, shape=tuple(entry.place.shape)))
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
             if name in persistent and name not in converted:

@@ -14,13 +14,26 @@ from typing import ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lowmem.full.flat import ELEMENT_BYTES, SCALED_ELEMENTS, FlatBuffers, ParamPlace, Segment, UnitLayout, update_run
+from lowmem.full.flat import (
+    ELEMENT_BYTES,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    SCALED_ELEMENTS,
+    FlatBuffers,
+    FlatMoment,
+    ParamPlace,
+    Segment,
+    UnitLayout,
+    UpdateNoise,
+    lay_out_moments,
+    update_run,
+)
 from offload import StagingBuffer
 
-WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+WEIGHT = "weight"
 
 FIELDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
-"""What a unit keeps from step to step, each a flat fp32 buffer. The gradient is a fourth, within a step."""
+"""What a unit keeps from step to step, each a flat buffer. The gradient is a fourth, in fp32, within a step."""
 
 
 _Given = ParamSpec("_Given")
@@ -97,6 +110,11 @@ class StateTier(Protocol):
 
     layouts: tuple[UnitLayout, ...]
     """The units."""
+    state_dtype: str
+    """How moments are stored: "fp32", "bf16" or "8bit"."""
+
+    def store_moments_as(self, state_dtype: str) -> None:
+        """Store moments in another way from now on; those that there are become zero."""
 
     def lend(self, index: int) -> AbstractContextManager[FlatWeight]:
         """A block's flat weight for the time of a visit; nobody writes to it meanwhile."""
@@ -153,7 +171,7 @@ class StateTier(Protocol):
         return
 
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
-        """A copy of a parameter's weight or moment, of its shape."""
+        """A copy of a parameter's weight, in its type, or of a moment, in fp32; of its shape."""
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
         """Set a parameter's weight or moment."""
@@ -169,7 +187,7 @@ class StateTier(Protocol):
         """Complete all updates, then give everything back. May be called twice."""
 
 
-_GRADIENT = "gradient"
+_GRADIENT, _MOMENTS = "gradient", "moments"
 
 
 class MemoryTier(StateTier):
@@ -181,14 +199,23 @@ class MemoryTier(StateTier):
     Args:
         layouts: The units.
         live: Flat views of the weights that the model itself holds, by unit.
+        pin: Whether to keep the state of blocks page-locked, for a GPU that copies from it and to it.
     """
 
-    def __init__(self, layouts: Sequence[UnitLayout], *, live: Mapping[int, Tensor]) -> None:
+    def __init__(self, layouts: Sequence[UnitLayout], *, live: Mapping[int, Tensor], pin: bool = False) -> None:
         self.layouts = tuple(layouts)
+        self._pin = pin
+        self.state_dtype = "fp32"
         self._live = dict(live)
         self._buffers: dict[tuple[int, str], StagingBuffer] = {}
         # Committed by the first update that scales a gradient.
         self._scaled = StagingBuffer(SCALED_ELEMENTS * ELEMENT_BYTES)
+
+    def store_moments_as(self, state_dtype: str) -> None:
+        if state_dtype != self.state_dtype:
+            self.state_dtype = state_dtype
+            for index in range(len(self.layouts)):
+                self._buffers.pop((index, _MOMENTS), None)
 
     def weight(self, index: int) -> Tensor:
         """A unit's flat master weight, to be filled."""
@@ -216,15 +243,10 @@ class MemoryTier(StateTier):
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
         """See `StateTier.update`: at once."""
-        unit = FlatBuffers(
-            weight=self._flat(index, WEIGHT),
-            exp_avg=self._flat(index, EXP_AVG),
-            exp_avg_sq=self._flat(index, EXP_AVG_SQ),
-            gradient=self._flat(index, _GRADIENT) if gradient is None else gradient,
-        )
-        scaled = self._scaled.tensor.view(torch.float32)
-        for segment in segments:
-            update_run(segment.update, unit, start=segment.start, stop=segment.stop, scaled=scaled)
+        unit = self._buffers_of(index, gradient)
+        scaled, rounding = self._scaled.tensor.view(torch.float32), UpdateNoise()
+        for run in segments:
+            update_run(run.update, unit, start=run.start, stop=run.stop, scaled=scaled, rounding=rounding)
 
     def change(self, edit: Edit) -> None:
         gradient = edit.gradient
@@ -235,29 +257,61 @@ class MemoryTier(StateTier):
         edit.run(_view(self._flat(edit.unit, WEIGHT), edit.place), gradient)
 
     def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
-        return _view(self._flat(index, field), place).clone()
+        if field == WEIGHT:
+            return _view(self._flat(index, field), place).clone()
+        return self._moment(index, field).read(slice(place.start, place.stop)).view(place.shape).clone()
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
-        _view(self._flat(index, field), place).copy_(value)
+        if field == WEIGHT:
+            _view(self._flat(index, field), place).copy_(value)
+        else:
+            flat = value.detach().to("cpu", torch.float32).reshape(-1)
+            self._moment(index, field).write(slice(place.start, place.stop), flat, None)
 
     def memory(self) -> dict[str, int]:
         by_field = dict.fromkeys((*FIELDS, _GRADIENT), 0)
         for (_, field), buffer in self._buffers.items():
-            by_field[field] += buffer.nbytes
+            if field == _MOMENTS:
+                # Both are equally large.
+                by_field[EXP_AVG] += buffer.nbytes // 2
+                by_field[EXP_AVG_SQ] += buffer.nbytes // 2
+            else:
+                by_field[field] += buffer.nbytes
         return {f"{field}_bytes": nbytes for field, nbytes in by_field.items()}
 
     def close(self) -> None:
         """Release all buffers."""
+        for buffer in self._buffers.values():
+            buffer.close()
         self._buffers.clear()
         self._live.clear()
+
+    def _buffers_of(self, index: int, gradient: Tensor | None) -> FlatBuffers:
+        """A unit, with the gradient that is given in place of the accumulated one."""
+        return FlatBuffers(
+            weight=self._flat(index, WEIGHT),
+            exp_avg=self._moment(index, EXP_AVG),
+            exp_avg_sq=self._moment(index, EXP_AVG_SQ),
+            gradient=self._flat(index, _GRADIENT) if gradient is None else gradient,
+        )
 
     def _flat(self, index: int, field: str) -> Tensor:
         if field == WEIGHT and index in self._live:
             return self._live[index]
+        layout = self.layouts[index]
+        dtype = layout.weight_dtype if field == WEIGHT else torch.float32
         buffer = self._buffers.get((index, field))
         if buffer is None:
-            buffer = self._buffers[index, field] = StagingBuffer(self.layouts[index].numel * ELEMENT_BYTES)
-        return buffer.tensor.view(torch.float32)
+            buffer = self._buffers[index, field] = StagingBuffer(layout.numel * dtype.itemsize, pin=self._pin)
+        return buffer.tensor.view(dtype)
+
+    def _moment(self, index: int, field: str) -> FlatMoment:
+        layout = self.layouts[index]
+        stored = lay_out_moments(self.state_dtype, layout.numel, num_wide=layout.num_wide)
+        buffer = self._buffers.get((index, _MOMENTS))
+        if buffer is None:
+            buffer = self._buffers[index, _MOMENTS] = StagingBuffer(stored.nbytes, pin=self._pin)
+        return FlatMoment(field, stored.views(buffer.tensor))
 
 
 def _view(flat: Tensor, place: ParamPlace) -> Tensor:

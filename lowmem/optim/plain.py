@@ -76,6 +76,20 @@ class AdamWRule(Rule):
     seed: int = 0
     """Seed of stochastic rounding."""
 
+    def flat_moments(self, weight_dtype: torch.dtype) -> str | None:
+        """How moments are stored where this rule can run on flat buffers, element by element; None where it cannot.
+
+        Args:
+            weight_dtype: Type of the weight.
+
+        Returns:
+            "fp32", "bf16" or "8bit".
+        """
+        is_exact = weight_dtype == torch.float32
+        if not self.fused or not (is_exact or self.writer == "stochastic"):
+            return None
+        return self.state_dtype or ("fp32" if is_exact else "bf16")
+
     def init(self, weight: Tensor) -> State:
         """The `step` of torch (fp32), `exp_avg` and `exp_avg_sq`, and what the writer keeps."""
         check_writable(weight)

@@ -23,6 +23,22 @@ from lowmem.errors import UnsupportedError
 from lowmem.optim.rule import Hyper, State, generator, mix
 
 
+def rounding_of_moment(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Random numbers with which a parameter's moment is rounded in one step, element after element.
+
+    Args:
+        seed: Of the parameter in this step.
+        name: exp_avg or exp_avg_sq.
+        device: Where.
+    """
+    return generator(mix(seed, len(name)), device)
+
+
+def rounding_of_weight(seed: int, device: torch.device) -> torch.Generator:
+    """Random numbers with which a parameter itself is rounded in one step, element after element."""
+    return generator(mix(seed, _SALT), device)
+
+
 def round_to_bf16(values: Tensor, source: torch.Generator) -> Tensor:
     """Round each fp32 value to one of its two bf16 neighbours, the nearer one more often.
 
@@ -107,7 +123,7 @@ def write_moment(state: State, name: str, value: Tensor, *, seed: int) -> None:
         state[f"{name}_scale"].copy_(scales)
     elif stored.dtype == torch.bfloat16:
         # To nearest, a second moment would stand still: one step changes it by less than bf16's spacing.
-        stored.copy_(round_to_bf16(value, generator(mix(seed, len(name)), value.device)))
+        stored.copy_(round_to_bf16(value, rounding_of_moment(seed, name, value.device)))
     elif stored is not value:
         stored.copy_(value)
 
@@ -154,7 +170,7 @@ def write_weight(writer: str, weight: Tensor, exact: Tensor, state: State, *, se
     if exact is weight:
         return
     if writer == "stochastic":
-        weight.copy_(round_to_bf16(exact, generator(mix(seed, _SALT), exact.device)))
+        weight.copy_(round_to_bf16(exact, rounding_of_weight(seed, exact.device)))
         return
     weight.copy_(exact)  # to nearest: the master, or Kahan's compensation, has the rest
     if writer == "kahan":

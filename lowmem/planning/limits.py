@@ -55,6 +55,10 @@ NUM_CHUNK_BUFFERS = 4
 """Chunks of state on disk that are in memory: one is updated while others are read and written."""
 
 
+PAGES_OF_SCALES = 8
+"""Pages that moments of a chunk in 8 bits may take more than those in fp32: each part of them ends on one."""
+
+
 NUM_MASTER_STAGING = 2
 """Page-locked buffers through which a block's master weights go to a GPU: one is filled while another is copied."""
 
@@ -63,12 +67,20 @@ NUM_LANDING_BLOCKS = 2
 """Blocks whose weights' gradients come down from a GPU at a time; a further one waits until some are added up."""
 
 
+UPDATE_PIECE_BYTES = 1 << 20
+"""Of each of weight, moments and gradient that a GPU updates at a time: a bus carries it at its full rate."""
+
+
+NUM_UPDATE_PIECES = 2 * 4
+"""Such pieces on the device: of two updates, one that comes and one that goes."""
+
+
 _LARGEST_STATE_CHUNK_BYTES = 16 << 20
 """Larger ones move no faster."""
 
 
 _SMALLEST_STATE_CHUNK_BYTES = 4 * PAGE_BYTES
-"""Each chunk is two files, and each file is brought to the disk for itself."""
+"""Each chunk is two files, and each file is brought to the disk for itself; in 8 bits it is one page."""
 
 
 _PARTS_OF_A_UNIT = 8
@@ -81,5 +93,6 @@ def state_chunk_bytes(widest_bytes: int) -> int:
     Args:
         widest_bytes: Bytes of the widest unit's weights in fp32.
     """
-    share_bytes = ceil_div(widest_bytes, _PARTS_OF_A_UNIT * PAGE_BYTES) * PAGE_BYTES
+    unit = _SMALLEST_STATE_CHUNK_BYTES
+    share_bytes = ceil_div(widest_bytes, _PARTS_OF_A_UNIT * unit) * unit
     return min(_LARGEST_STATE_CHUNK_BYTES, max(_SMALLEST_STATE_CHUNK_BYTES, share_bytes))

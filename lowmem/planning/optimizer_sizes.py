@@ -154,21 +154,16 @@ def sizes_of(optimizer: RuleOptimizer) -> OptimizerShape:
     return OptimizerShape(
         name=optimizer.method_name,
         state_bytes=sum(_state_bytes(rule, param) for rule, param, _ in active),
-        is_flat=all(is_flat(rule) for rule, *_ in rules),
+        is_flat=len(flat := {_flat_moments(rule, param) for rule, param, *_ in rules}) == 1 and None not in flat,
         num_updated=sum(param.numel() for _, param, _ in active),
         block_share=updated / in_blocks if in_blocks else 1.0,
         update_flops=sum(rule.num_flops() for rule, *_ in active),
     )
 
 
-def is_flat(rule: Rule) -> bool:
-    """Whether the fused kernel on flat fp32 buffers does what a rule says."""
-    return (
-        isinstance(rule, AdamWRule)
-        and rule.state_dtype in (None, "fp32")
-        and rule.writer in ("nearest", "fp32")
-        and rule.fused
-    )
+def _flat_moments(rule: Rule, param: Tensor) -> str | None:
+    """How AdamW's moments are stored in flat buffers; None where the rule wants single parameters."""
+    return rule.flat_moments(param.dtype) if isinstance(rule, AdamWRule) else None
 
 
 def _rules(optimizer: RuleOptimizer) -> Iterable[tuple[Rule, Tensor, str, int]]:

@@ -20,7 +20,7 @@ from lowmem.planning.step_memory import (
     peak_bytes,
     step_roles,
 )
-from lowmem.planning.step_time import Rates, StepTime, predict
+from lowmem.planning.step_time import Rates, StepTime, predict, update_share
 from offload import BudgetError, Placement, PlacementPlan, ceil_div, place_blocks
 
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -173,7 +173,9 @@ class Room:
         if self.loaded is not None:
             places = (self.loaded.embedding_on_disk,)
         keeps = (False, True) if chunk_tokens is not None and boundary else (False,)
-        for state, tier, kept, on_disk in product(self._state_tiers(), tiers, keeps, places):
+        for state, tier, kept, on_disk, share in product(self._state_tiers(), tiers, keeps, places, self._shares()):
+            if share and state != "host":
+                continue
             if kept and tier == "host" and boundary + key_value_bytes(self.shapes, self.job) > self.host_bytes:
                 continue
             yield Choice(
@@ -183,7 +185,15 @@ class Room:
                 keeps_keys_values=kept,
                 embedding_on_disk=on_disk,
                 state_tier=state,
+                update_share=share,
             )
+
+    def _shares(self) -> tuple[float, ...]:
+        """Parts of the blocks' state that a GPU may update."""
+        if self.loaded is not None:
+            return (self.loaded.update_share,)
+        share = update_share(self.shapes, self.job, self.rates)
+        return (share, 0.0) if share else (0.0,)
 
     def _state_tiers(self) -> tuple[Tier, ...]:
         """Where the state of full tuning can be, the fastest first."""

@@ -115,6 +115,11 @@ class BlockShape:
             adapter_bytes=num_params * itemsize("float32"),
         )
 
+    @property
+    def fp32_bytes(self) -> int:
+        """Bytes of its weights in fp32, in whole pages."""
+        return round_up(self.num_params * itemsize("float32"), PAGE_BYTES)
+
     def of_part(self, part: Part) -> tuple[LinearShape, ...]:
         """Its linear layers that stand in one place."""
         return tuple(linear for linear in self.linears if linear.part == part)
@@ -129,7 +134,7 @@ class OptimizerShape:
     state_bytes: int
     """Bytes of its state, in all."""
     is_flat: bool = False
-    """Whether it is AdamW in fp32 as `lowmem.optim` has it: its moments are kept in the tier of the weights."""
+    """Whether it is AdamW as `lowmem.optim` runs it on flat buffers: its moments are where the weights are."""
     num_updated: int
     """Parameters that a step changes."""
     block_share: float = 1.0
@@ -213,7 +218,7 @@ class ModelShapes:
                 block,
                 linears=tuple(replace(linear, rank=1) for linear in block.linears),
                 workspace_bytes=0,
-                buffer_bytes=round_up(block.num_params * itemsize("float32"), PAGE_BYTES),
+                buffer_bytes=round_up(block.num_params * itemsize(self.compute_dtype), PAGE_BYTES),
             )
             for block in self.blocks
         )
@@ -255,6 +260,31 @@ class ModelShapes:
     def stored_bytes(self) -> int:
         """Buffer bytes of all blocks."""
         return sum(block.buffer_bytes for block in self.blocks)
+
+    @property
+    def fp32_bytes(self) -> int:
+        """Bytes of all blocks' weights in fp32: of their gradients, and of either of AdamW's moments."""
+        return sum(block.fp32_bytes for block in self.blocks)
+
+    @property
+    def outer_fp32_bytes(self) -> int:
+        """Bytes of everything outside the blocks in fp32."""
+        outer_bytes = self.embedding_bytes + self.head_bytes + self.other_bytes
+        return outer_bytes * itemsize("float32") // itemsize(self.compute_dtype)
+
+    @property
+    def moments_bytes(self) -> int:
+        """Bytes of both of AdamW's moments of every weight: in fp32, or as the optimizer that is known stores them."""
+        in_fp32 = 2 * (self.fp32_bytes + self.outer_fp32_bytes)
+        return in_fp32 if self.optimizer is None else min(in_fp32, self.optimizer.state_bytes)
+
+    @property
+    def updates_fp32(self) -> bool:
+        """Whether what AdamW updates, weights and moments, is all fp32."""
+        if self.optimizer is None:
+            return self.compute_dtype == "float32"
+        num_bytes = 2 * itemsize("float32") * self.optimizer.num_updated
+        return self.compute_dtype == "float32" and self.optimizer.is_flat and self.optimizer.state_bytes >= num_bytes
 
     @property
     def workspace_bytes(self) -> int:

@@ -23,6 +23,8 @@ from lowmem.planning.limits import (
     NUM_CHUNK_BUFFERS,
     NUM_LANDING_BLOCKS,
     NUM_MASTER_STAGING,
+    NUM_UPDATE_PIECES,
+    UPDATE_PIECE_BYTES,
     HeadTiles,
     state_chunk_bytes,
 )
@@ -100,6 +102,8 @@ class Choice:
     """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
     state_tier: Tier = "device"
     """Where master weights, gradients and moments are, where every weight is trained."""
+    update_share: float = 0.0
+    """Which part of the blocks' state a GPU updates, while the processor updates the rest."""
 
 
 def peak_bytes(roles: Iterable[RoleBytes], tier: Tier) -> int:
@@ -166,26 +170,30 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
     master weights on the host, and weights and gradients pass page-locked memory.
     """
     outer_bytes = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
-    widest_bytes = max(block.buffer_bytes for block in shapes.blocks)
+    widest_bytes = max(block.fp32_bytes for block in shapes.blocks)
     yield _device("gradients", outer_bytes)
     tier = choice.state_tier
     if on_gpu:
-        yield _device("weight gradients", widest_bytes, phase="block")
+        lent_bytes = max(block.buffer_bytes for block in shapes.blocks)
+        yield _device("weight gradients", lent_bytes, phase="block")
         passing = NUM_LANDING_BLOCKS * widest_bytes
         if tier == "host":
             yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=outer_bytes)
-            passing += NUM_MASTER_STAGING * widest_bytes
+            passing += NUM_MASTER_STAGING * lent_bytes
+        if choice.update_share:
+            yield _device("state that is updated", NUM_UPDATE_PIECES * UPDATE_PIECE_BYTES)
         yield RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=passing)
     else:
         yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
-    yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.stored_bytes)
+    yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.fp32_bytes)
     near: Tier = "host" if on_gpu else "device"
-    if shapes.optimizer is not None and not shapes.optimizer.is_flat:
+    optimizer = shapes.optimizer
+    if optimizer is not None and not optimizer.is_flat:
         kept: Tier = tier if tier != "disk" else near
-        yield RoleBytes(role="optimizer state", tier=kept, nbytes=shapes.optimizer.state_bytes)
+        yield RoleBytes(role="optimizer state", tier=kept, nbytes=optimizer.state_bytes)
     else:
         for moment in ("exp_avg", "exp_avg_sq"):
-            yield RoleBytes(role=moment, tier=tier, nbytes=shapes.stored_bytes + outer_bytes)
+            yield RoleBytes(role=moment, tier=tier, nbytes=shapes.moments_bytes // 2)
     if tier == "disk":
         yield RoleBytes(role="gradient buffer", tier=near, nbytes=widest_bytes)
         # Weight, both moments and gradient of the chunks that are read, updated and written.
@@ -371,5 +379,7 @@ def _head_bytes(shapes: ModelShapes, job: Job) -> int:
     }
     num_words = tiles.num_words(num_tokens=num_tokens, vocab=shapes.vocab_size, **sizes)
     tile = num_words * (num_tokens * sizes["bytes_per_logit"] + sizes["bytes_per_word"])
+    # The norm's backward, in fp32: what it kept, and the terms of its input's gradient.
+    norm = 5 * num_tokens * shapes.hidden_size * _FP32_BYTES
     # A trained head's gradient is summed in fp32 and then brought into its own type.
-    return job.num_tokens * per_token + tile + 2 * shapes.outer_adapter_bytes
+    return job.num_tokens * per_token + max(tile, norm) + 2 * shapes.outer_adapter_bytes

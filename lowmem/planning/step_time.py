@@ -137,6 +137,29 @@ _UPDATE_S_PER_PARAM = 1.5e-9
 """torch's fused AdamW on a processor: it is limited by memory, 28 bytes for each parameter."""
 
 
+_UPDATE_UP_BYTES = 16
+_UPDATE_BYTES = 28
+"""Of each parameter that AdamW in fp32 reads (weight, moments, gradient) and writes (weight, moments)."""
+
+
+def update_share(shapes: ModelShapes, job: Job, rates: Rates) -> float:
+    """Which part of the blocks' state in RAM a GPU best updates: it is done when the processor is done with the rest.
+
+    Args:
+        shapes: The model.
+        job: The step.
+        rates: How fast a processor updates, and state goes up and comes down; both ways share what was measured of one.
+    """
+    if job.tuning != "full" or job.device == "cpu" or not shapes.updates_fp32:
+        return 0.0
+    on_host_s, on_device_s = _update_s_per_param(rates), _UPDATE_BYTES / rates.copy_bytes_per_s
+    return on_host_s / (on_host_s + on_device_s)
+
+
+def _update_s_per_param(rates: Rates) -> float:
+    return _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
+
+
 @dataclass(frozen=True, kw_only=True)
 class StateTraffic:
     """Bytes of one optimizer step, the weights that visits read left out."""
@@ -179,21 +202,23 @@ def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic
     """
     if job.tuning != "full" or choice.state_tier != "disk":
         return StateTraffic()
-    blocks = shapes.stored_bytes
-    outer = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
-    if shapes.optimizer is not None and not shapes.optimizer.is_flat:
-        changed = round(blocks * shapes.optimizer.block_share)
+    gradients = shapes.fp32_bytes
+    weights = shapes.stored_bytes + shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
+    optimizer = shapes.optimizer
+    if optimizer is not None and not optimizer.is_flat:
+        changed = optimizer.block_share
         return StateTraffic(
-            update_read_bytes=2 * changed,
-            update_written_bytes=changed,
-            gradient_read_bytes=(job.num_backwards - 1) * changed,
-            gradient_written_bytes=job.num_backwards * changed,
+            update_read_bytes=round((shapes.stored_bytes + gradients) * changed),
+            update_written_bytes=round(shapes.stored_bytes * changed),
+            gradient_read_bytes=(job.num_backwards - 1) * round(gradients * changed),
+            gradient_written_bytes=job.num_backwards * round(gradients * changed),
         )
+    moments = shapes.moments_bytes
     return StateTraffic(
-        update_read_bytes=3 * blocks + 2 * outer,
-        update_written_bytes=3 * (blocks + outer),
-        gradient_read_bytes=(job.num_backwards - 1) * blocks,
-        gradient_written_bytes=job.num_backwards * blocks,
+        update_read_bytes=moments + gradients,
+        update_written_bytes=moments + weights,
+        gradient_read_bytes=(job.num_backwards - 1) * gradients,
+        gradient_written_bytes=job.num_backwards * gradients,
     )
 
 
@@ -203,6 +228,34 @@ _STEP_S = 0.02
 
 _READ_LATENCY_S = 1e-4
 """One small random read of a solid-state drive."""
+
+
+def bus_traffic(shapes: ModelShapes, job: Job, choice: Choice, placement: PlacementPlan) -> tuple[int, int]:
+    """Bytes that go to a GPU, and that come from it, in one optimizer step once the run is under way; 0 on a CPU.
+
+    Ids, labels, losses and norms are left out.
+
+    Weights go up for each visit that does not find them in the ring, what lies between blocks comes down in the forward
+    and goes up in the backward. Where every weight is trained, gradients come down with each backward, and what is
+    outside the blocks once a step, whose new weights go up.
+    """
+    if job.device == "cpu":
+        return 0, 0
+    is_full = job.tuning == "full"
+    up = placement.step_copied_bytes(changes=is_full)
+    down = 0
+    if choice.boundary_tier != "device":
+        kept = boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
+        up += job.num_backwards * kept
+        down += job.num_backwards * kept
+    if is_full:
+        outer = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
+        updated = choice.update_share * _UPDATE_BYTES * shapes.num_params
+        up += outer + round(updated * _UPDATE_UP_BYTES / _UPDATE_BYTES)
+        # With state on disk, what is outside the blocks has no other master than the device's.
+        down += outer * (2 if choice.state_tier == "disk" else 1) + job.num_backwards * shapes.stored_bytes
+        down += round(updated * (_UPDATE_BYTES - _UPDATE_UP_BYTES) / _UPDATE_BYTES)
+    return up, down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +276,10 @@ class StepTime:
     """Bytes written to disk."""
     update_s: float = 0.0
     """The part of `compute_s` that the optimizer's update takes."""
+    up_bytes: int = 0
+    """Bytes that go to a GPU."""
+    down_bytes: int = 0
+    """Bytes that come from it."""
 
     @property
     def bottleneck(self) -> Lane:
@@ -279,14 +336,19 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     update_s = costs.update_s if job.trains else 0.0
     # An update that runs within the optimizer's step hides behind nothing.
     alone_s = 0.0 if _updates_move_with_forward(shapes) else state.update_bytes / rates.disk_bytes_per_s
+    # The share is such that both end together; a GPU that updates waits for what goes up and comes down.
+    updated_bytes = choice.update_share * _UPDATE_BYTES * shapes.num_params
+    up_bytes, down_bytes = bus_traffic(shapes, job, choice, placement)
     return StepTime(
         step_s=total["step"] + gather_s + update_s + alone_s,
         compute_s=total["compute"] + update_s,
         disk_s=total["disk"] + gather_s + alone_s,
-        copy_s=total["copy"],
+        copy_s=total["copy"] + updated_bytes / rates.copy_bytes_per_s,
         read_bytes=placement.step_read_bytes + moved_bytes + state.read_bytes,
         written_bytes=moved_bytes + state.written_bytes,
         update_s=update_s,
+        up_bytes=up_bytes,
+        down_bytes=down_bytes,
     )
 
 
@@ -325,9 +387,13 @@ class _Costs:
 
     @property
     def update_s(self) -> float:
-        """Of the optimizer: as AdamW takes for each parameter, and the products of those that project."""
+        """Of the optimizer: as AdamW takes for each parameter, and the products of those that project.
+
+        Without what a GPU updates beside the processor.
+        """
         optimizer = self._shapes.optimizer
         num_updated = self._shapes.num_trainable if optimizer is None else optimizer.num_updated
+        num_updated -= round(self._choice.update_share * self._shapes.num_params)
         products_s = 0.0 if optimizer is None else optimizer.update_flops / self._rates.compute_flops_per_s
         if self._shape is not None:
             return self._shape.update_s_per_param * num_updated + products_s + _STEP_S

@@ -10,7 +10,7 @@ from tests.fakecuda import simulated_gpu
 
 def watch_host_memory() -> None:
     """Note reads of blocks from disk, reads and writes of scratch space, and what full tuning does, as the host's."""
-    from lowmem.full.gpu_tier import MasterLifts
+    from lowmem.full.gpu_tier import MasterLifts, _Halves
     from lowmem.full.tier import Contribution
     from offload import FileIO, Scratch
 
@@ -25,6 +25,13 @@ def watch_host_memory() -> None:
         simulated_gpu.told_of(memory.numel(), memory.data_ptr(), writes=True, who="MasterLifts.start")
         return start(self, name, run, memory=memory)
 
+    fill = _Halves.fill
+
+    def noted_filling(self: _Halves, into: Any, master: Any) -> None:
+        simulated_gpu.told_of(master.nbytes, master.data_ptr(), writes=False, who="reading a master")
+        fill(self, into, master)
+
+    _Halves.fill = noted_filling  # type: ignore[method-assign]
     Contribution.add_to = noted_adding  # type: ignore[method-assign]
     MasterLifts.start = noted_lifting  # type: ignore[method-assign]
     FileIO.read = _noted(FileIO.read, writes=True, who="FileIO.read")  # type: ignore[method-assign]

@@ -38,8 +38,8 @@ _spec.loader.exec_module(simulator)
 
 places: Counter[tuple[str, str, str]] = Counter()
 """(kind, what, place) of waits and races, while `watch` is on. Kinds: "race"; "wait in a block", of the thread that
-trains while it computes a block; "wait", of that thread elsewhere; "wait in the background", of a thread that moves
-bytes."""
+trains while it computes a block; "wait in a grouped product", torch's own, there; "wait", of that thread elsewhere;
+"wait in the background", of a thread that moves bytes."""
 
 _OUR_FOLDERS = ("lowmem", "offload")
 _CUDA = int(torch._C._autograd.DeviceType.CUDA)
@@ -247,6 +247,14 @@ def _place(frames: list[traceback.FrameSummary]) -> str:
     return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno} {frame.name}"
 
 
+def _in_grouped_product(frames: list[traceback.FrameSummary]) -> bool:
+    """Whether torch multiplies with several experts: where it has no kernel for that, it asks where each one ends."""
+    node = torch._C._current_autograd_node()
+    if node is not None and "GroupedMm" in node.name():
+        return True
+    return bool(frames) and frames[-1].name == "grouped_mm" and "site-packages" in frames[-1].filename
+
+
 def _note(kind: str, what: str) -> None:
     frames = [frame for frame in traceback.extract_stack() if "fakecuda" not in frame.filename]
     if kind == "sync":
@@ -255,6 +263,8 @@ def _note(kind: str, what: str) -> None:
         in_block = bool(names) and "_prepare_masks" not in names
         moves_bytes = type(threading.current_thread()).__name__ == "WorkerThread"
         kind = "wait in the background" if moves_bytes else "wait in a block" if in_block else "wait"
+        if kind == "wait in a block" and _in_grouped_product(frames):
+            kind = "wait in a grouped product"
     places[kind, what, _place(frames)] += 1
 
 

@@ -18,7 +18,7 @@ TIERS = ("device", "host", "disk")
 NUM_WORDS = 90
 
 
-def full(folder: Path, tier: str, scratch: Path) -> PreTrainedModel:
+def full(folder: Path, tier: str, scratch: Path, *, masters: str | None = None) -> PreTrainedModel:
     """The model with every weight trainable and its state in one tier."""
     host, disk = ("64MiB" if tier == "host" else 0), (scratch if tier == "disk" else None)
 
@@ -26,7 +26,7 @@ def full(folder: Path, tier: str, scratch: Path) -> PreTrainedModel:
         budget = lowmem.Budget(device=device, host=host, disk=disk)
         # Whole batches: parts of one are summed in another order than the resident model's.
         shape: dict[str, Any] = {"seq_len": 24, "batch_size": 4, "micro_batch": 4}
-        return lowmem.plan(folder, **shape, tuning="full", budget=budget, device="cpu")
+        return lowmem.plan(folder, **shape, tuning="full", masters=masters, budget=budget, device="cpu")
 
     plan = planned("64MiB" if tier == "device" else planned(0).smallest_device_bytes)
     assert plan.choice.state_tier == tier, plan
@@ -35,9 +35,9 @@ def full(folder: Path, tier: str, scratch: Path) -> PreTrainedModel:
     return lowmem.from_pretrained(folder, tuning="full", plan=plan, device="cpu")
 
 
-def resident(folder: Path) -> PreTrainedModel:
+def resident(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The same model as transformers loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
