@@ -35,6 +35,7 @@ from offload.errors import (
     Closed,
     FolderInUse,
     OffloadError,
+    PeerLost,
     ReadError,
     SourceChanged,
     SourceError,
@@ -59,9 +60,12 @@ from offload.files.safetensors import (
 )
 from offload.files.scratch import FileSlot, Scratch
 from offload.files.strict_json import JsonObject, parse_json_object, read_json_object
+from offload.pipeline import KeptMemory
 from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
+from offload.sharing.reader import SharedReader
+from offload.sharing.server import NUM_SLOTS, BlockServer
 from offload.store.store import Store
 from offload.store.store_files import StoreIo, verify_store
 from offload.trace import LANES, Span, Trace
@@ -71,8 +75,10 @@ __all__ = [
     "DTYPES",
     "LANES",
     "NO_ROOM",
+    "NUM_SLOTS",
     "PAGE_BYTES",
     "BlockLayout",
+    "BlockServer",
     "BlockSpec",
     "Budget",
     "BudgetError",
@@ -87,9 +93,11 @@ __all__ = [
     "Folder",
     "FolderInUse",
     "JsonObject",
+    "KeptMemory",
     "ObjectLayout",
     "OffloadError",
     "OutputTensor",
+    "PeerLost",
     "Placement",
     "PlacementPlan",
     "ReadError",
@@ -97,6 +105,7 @@ __all__ = [
     "Scheduler",
     "Scratch",
     "ShardFile",
+    "SharedReader",
     "SourceChanged",
     "SourceError",
     "Span",

@@ -244,7 +244,7 @@ class Budget:
         """Bytes of host RAM, or None where they are to be measured."""
         return None if self.host is None else parse_bytes(self.host)
 
-    def measured(self, device: torch.device | str) -> Self:
+    def measured(self, device: torch.device | str, *, num_processes: int = 1) -> Self:
         """Fill in what is left open from the memory that is free now, less a margin.
 
         On a CPU both sizes come out of the same RAM: what is given for one is not counted again for the other, and with
@@ -252,6 +252,7 @@ class Budget:
 
         Args:
             device: Where the model computes.
+            num_processes: Processes like this one on this machine, each of which gets as much of the RAM.
 
         Returns:
             A budget with both sizes in bytes and the same folder.
@@ -269,7 +270,7 @@ class Budget:
                 # Torch has taken this from the driver and uses it for nothing.
                 idle_bytes = torch.cuda.memory_reserved(chosen) - torch.cuda.memory_allocated(chosen)
                 device_bytes = int((free_bytes + idle_bytes) * (1 - _CUDA_MARGIN))
-            ram_bytes = int(available_ram_bytes() * (1 - _RAM_MARGIN))
+            ram_bytes = int(available_ram_bytes() * (1 - _RAM_MARGIN)) // num_processes
             if chosen.type == "cpu":
                 if device_bytes is None:
                     device_bytes = max(0, ram_bytes - (host_bytes or 0))

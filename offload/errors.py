@@ -108,6 +108,21 @@ class FolderInUse(OffloadError):
         self.pid = pid
 
 
+class PeerLost(OffloadError):
+    """A process of this run on this machine has ended without a word.
+
+    Args:
+        who: Which one.
+    """
+
+    def __init__(self, who: str) -> None:
+        super().__init__(
+            f"{who}, which streams the same weights on this machine, has ended without a word (killed, or out of "
+            "memory: look at dmesg and at what the launcher says of it); start all ranks again, from the last "
+            "checkpoint"
+        )
+
+
 class Closed(OffloadError):
     """The reader, scheduler or buffer was closed before or while this was asked of it."""
 

@@ -17,6 +17,7 @@ from offload.blocks import BlockLayout
 from offload.buffers import StagingBuffer
 from offload.device import Copy, Device
 from offload.placement import Placement, PlacementPlan
+from offload.sharing.arena import SharedPlace
 from offload.trace import Trace
 from offload.transfer import Transfer
 
@@ -204,6 +205,10 @@ class BlockReader(Protocol):
         """Start reading a block into a staging buffer, as `FileIO.read` does."""
 
 
+KeptMemory = Callable[[BlockLayout], SharedPlace | None]
+"""Gives the memory that a block is kept in for all processes of this machine, or None where it has none for it."""
+
+
 class Pipeline:
     """The storage of all blocks and the transfers under way. Not safe by itself: one lock guards all of it.
 
@@ -217,6 +222,7 @@ class Pipeline:
         device: Where slots are; stays the caller's.
         trace: Gets a span for every finished read and copy.
         poison: Fill buffers with `POISON` when they are given free, so that a use after the release shows.
+        keep: Where blocks that stay in host memory lie; in memory of this process by default.
     """
 
     def __init__(
@@ -228,6 +234,7 @@ class Pipeline:
         device: Device,
         trace: Trace,
         poison: bool,
+        keep: KeptMemory = lambda layout: None,
     ) -> None:
         self._layouts = tuple(layouts)
         self._plan = plan
@@ -235,8 +242,9 @@ class Pipeline:
         self._device = device
         self._trace = trace
         self._poison = poison
+        self._keep = keep
         self._moving = frozenset(plan.moving)
-        self._buffers: dict[Slot, StagingBuffer] = {}
+        self._buffers: dict[Slot, StagingBuffer | SharedPlace] = {}
         self._reads: deque[_Read] = deque()
         self._copies: deque[_Moving] = deque()
         # A read is queued behind the one that the disk is busy with; more would only delay an unexpected visit.
@@ -434,7 +442,7 @@ class Pipeline:
         if placement == Placement.HOST or (placement == Placement.RESIDENT and self._device.is_host):
             # Page-locking takes 0.1 s and more per GB, during which visits begin and end.
             with self.outside():
-                slot = self._host_slot(self._layouts[block].buffer_bytes)
+                slot = self._own_slot(self._layouts[block])
             slot.block = block
             own[block] = slot
             return slot
@@ -519,6 +527,14 @@ class Pipeline:
             if self._poison:
                 source.tensor.fill_(POISON)
             source.clear()
+
+    def _own_slot(self, layout: BlockLayout) -> Slot:
+        place = self._keep(layout)
+        if place is None:
+            return self._host_slot(layout.buffer_bytes)
+        slot = Slot(tensor=place.tensor)
+        self._buffers[slot] = place
+        return slot
 
     def _host_slot(self, nbytes: int) -> Slot:
         buffer = self._device.staging(nbytes)

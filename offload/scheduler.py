@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -18,8 +18,9 @@ from offload.blocks import BlockLayout, BlockSpec, lay_out
 from offload.buffers import view_tensor
 from offload.device import Copy, Device
 from offload.errors import Closed, ClosedAfterwards, OffloadError
-from offload.pipeline import BlockReader, Pipeline, Slot
+from offload.pipeline import BlockReader, KeptMemory, Pipeline, Slot
 from offload.placement import Placement, PlacementPlan
+from offload.sharing.reader import SharedReader
 from offload.trace import Trace
 from offload.transfer import WorkerThread
 
@@ -300,6 +301,7 @@ class Scheduler(ClosedAfterwards):
         device: Where blocks are needed; stays the caller's.
         trace: Gets "disk", "copy" and "stall" spans.
         poison: For tests: overwrite a slot with 0xFF (NaN) as soon as its visit ends. Every visit then fetches anew.
+        keep: Where blocks that stay in host memory lie (`SharedReader.keep`); in memory of this process by default.
 
     Raises:
         ValueError: The plan is for other blocks, or for another kind of device, or has too few buffers.
@@ -314,12 +316,16 @@ class Scheduler(ClosedAfterwards):
         device: Device,
         trace: Trace,
         poison: bool = False,
+        keep: KeptMemory = lambda layout: None,
     ) -> None:
         self._blocks = tuple(blocks)
         self._layouts = tuple(lay_out(block) for block in self._blocks)
         _check_plan(plan, self._layouts, device)
         self._device = device
-        self._pipeline = Pipeline(self._layouts, plan=plan, reader=reader, device=device, trace=trace, poison=poison)
+        self._visited: Callable[[], None] = reader.visited if isinstance(reader, SharedReader) else _tell_nobody
+        self._pipeline = Pipeline(
+            self._layouts, plan=plan, reader=reader, device=device, trace=trace, poison=poison, keep=keep
+        )
         self._fetcher = Fetcher(self._pipeline, names=[block.name for block in self._blocks], trace=trace)
         self._finalizer = weakref.finalize(self, self._fetcher.close)
 
@@ -384,6 +390,7 @@ class Scheduler(ClosedAfterwards):
         if not 0 <= block < len(self._blocks):
             raise IndexError(f"block: expected a number from 0 to {len(self._blocks) - 1}, got {block}")
         hold = self._fetcher.acquire(block)
+        self._visited()
         try:
             if hold.slot.copy is not None:
                 self._device.wait_for(hold.slot.copy)
@@ -427,6 +434,10 @@ class Scheduler(ClosedAfterwards):
         A visit that is waiting gets `Closed`. Tensors of a visit that is going on stay as they are.
         """
         self._finalizer()
+
+
+def _tell_nobody() -> None:
+    """What a scheduler says of a visit to a reader that serves it alone."""
 
 
 def _check_plan(plan: PlacementPlan, layouts: Sequence[BlockLayout], device: Device) -> None:

@@ -226,12 +226,17 @@ class SafetensorsSource(ClosedAfterwards):
         """Every tensor of the checkpoint by name."""
         return self._tensors
 
-    def fingerprint(self) -> str:
-        """Hash over every file's name, size, time of last write and header: the same for the same checkpoint."""
+    def fingerprint(self, *, of_copies: bool = False) -> str:
+        """Hash over every file's name, size, time of last write and header: the same for the same checkpoint.
+
+        Args:
+            of_copies: Leave the time out, in which copies on several machines differ.
+        """
         digest = sha256()
         for file in sorted(self._files, key=lambda file: file.name):
             stamp = self._stamps[file]
-            digest.update(f"{file.name!a} {stamp.size_bytes} {stamp.mtime_ns} {self._digests[file]}\n".encode())
+            mtime_ns = 0 if of_copies else stamp.mtime_ns
+            digest.update(f"{file.name!a} {stamp.size_bytes} {mtime_ns} {self._digests[file]}\n".encode())
         return digest.hexdigest()
 
     def check_unchanged(self, file: Path) -> None:

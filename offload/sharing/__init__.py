@@ -1,0 +1,1 @@
+"""One reader and one copy of blocks for all processes of a machine."""
