@@ -21,6 +21,7 @@ from lowmem.headers.description import describing
 from lowmem.loading import load
 from lowmem.machines.cards import Machine
 from lowmem.machines.rates import rates_as_loaded, rates_for
+from lowmem.machines.scaling import with_scaling
 from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
 from lowmem.monitoring.training_checks import check_every_trainer
 from lowmem.packing.place import as_if_packed, open_packed
@@ -31,6 +32,8 @@ from lowmem.planning.planner import plan_for, plan_step, read_with_assumed_adapt
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
+from lowmem.processes.node import shared_bytes
+from lowmem.processes.ranks import Ranks, agreed, budget_of_rank, ranks, refuse_for_ranks
 from lowmem.quantization.packing import packer_for
 from offload import Budget, format_bytes, format_seconds
 
@@ -65,7 +68,7 @@ def from_pretrained(
     """Open a checkpoint as the real transformers model, with its decoder blocks left on disk until they are visited.
 
     The result is what `AutoModelForCausalLM.from_pretrained` gives, class and all, and goes where that goes: PEFT, the
-    Trainer, TRL's trainers, `generate`. Its weights are frozen.
+    Trainer, TRL's trainers, `generate`. Its weights are frozen. In processes of torchrun, DDP trains adapters.
 
     Args:
         model: Local folder, or hub id, of a safetensors checkpoint.
@@ -142,16 +145,47 @@ def _types_of(
 def _checked_plan(
     opened: Opened, plan: Plan | None, *, tuning: Tuning, budget: Budget | None, given: Mapping[str, Any]
 ) -> Plan:
-    """The plan given, or one for a job that nobody has described; refused where it does not fit."""
+    """The plan given, or one for a job that nobody has described; refused where it does not fit. Rank 0's for all."""
     if tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
-    if plan is None:
-        plan = plan_for(opened, budget=budget, rates=rates_as_loaded(opened), tuning=tuning, **given)
-    else:
-        _refuse_another_plan(plan, opened, tuning=tuning)
-    plan.require_fit()
-    _check_disk(plan)
-    return plan
+    _refuse_another_base(opened)
+
+    def make() -> Plan:
+        if plan is not None:
+            return plan
+        return plan_for(opened, budget=_bounds(budget, opened), rates=rates_as_loaded(opened), tuning=tuning, **given)
+
+    found = agreed("plan", make)
+    if plan is not None:
+        _refuse_another_plan(found, opened, tuning=tuning)
+    found.require_fit()
+    _check_disk(found)
+    return found
+
+
+def _bounds(budget: Budget | None, opened: Described, machine: Machine | None = None) -> Budget:
+    """What a plan has to keep to: one rank's part, where this process is one of several."""
+    specs = [streamed.spec for streamed in opened.built.blocks]
+    if machine is None:
+        return budget_of_rank(budget, opened.device, shared_bytes=shared_bytes(specs))
+    several = Ranks(size=machine.gpus, local_size=machine.gpus)
+    whole = machine.budget(budget)
+    return budget_of_rank(whole, opened.device, shared_bytes=shared_bytes(specs, several), found=several)
+
+
+def _refuse_another_base(opened: Opened) -> None:
+    """Refuse ranks whose checkpoints are not copies of one.
+
+    Raises:
+        ValueError: This rank's differs from rank 0's in a name, a size or a header.
+    """
+    folder, own = opened.folder, opened.source.fingerprint(of_copies=True)
+    first, fingerprint = agreed("checkpoint", lambda: (str(folder), own))
+    if fingerprint != own:
+        raise ValueError(
+            f"{ranks()}: the files of {folder} differ in names, sizes or headers from those of {first}, which rank 0 "
+            "has opened; give all ranks copies of the same checkpoint"
+        )
 
 
 def _cap_device(device: torch.device, plan: Plan | None) -> None:
@@ -317,14 +351,28 @@ def _planned(
     machine: Machine | None,
 ) -> Plan:
     """The plan with the weights as they are stored, or as they would be packed."""
+    job = replace(job, num_sharing=_num_sharing(machine, tuning=job.tuning))
     with describing(model, device=device, has_bf16=_has_bf16(machine), **opening) as opened:
         if quantization is not None:
             opened = as_if_packed(opened, quantization)
         shapes = _shapes_for(opened, job, peft_config=peft_config, optimizer=optimizer)
         found = rates_for(opened, shapes, rates) if machine is None else machine.rates
-    bounds = (budget or Budget()).measured(device) if machine is None else machine.budget(budget)
+        bounds = _bounds(budget, opened, machine)
     name = THIS_MACHINE if machine is None else str(machine)
-    return plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
+    made = plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
+    return made if machine is None else with_scaling(made, shapes, machine, alone=machine.budget(budget))
+
+
+def _num_sharing(machine: Machine | None, *, tuning: Tuning) -> int:
+    """Ranks of the machine that is planned for.
+
+    Raises:
+        UnsupportedError: It has several, which cannot do that together.
+    """
+    if machine is None:
+        return ranks().local_size
+    refuse_for_ranks(Ranks(size=machine.gpus * machine.nodes), tuning=tuning)
+    return machine.gpus
 
 
 _COMPARED = {"int8": "8 bits", "nf4": "4 bits"}
@@ -471,6 +519,7 @@ def refuse_options(
         given = repr(budget) if isinstance(budget, str) else '"6GiB"'
         raise TypeError(f"budget={budget!r}: expected lowmem.Budget(device={given}, host=...), each of them optional")
     _refuse_others(others or {})
+    refuse_for_ranks(ranks(), tuning=tuning)
     if peft_config is not None:
         if not hasattr(peft_config, "peft_type"):
             raise TypeError(f"peft_config: expected one of PEFT's, such as LoraConfig(r=16), got {peft_config!r:.80}")

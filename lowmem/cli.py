@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowmem.machines.cards import Machine
     from lowmem.packing.selection import Included
     from lowmem.planning.job import Task
+    from lowmem.planning.plan import Plan
 
 
 _FAILED = 2
@@ -89,6 +90,8 @@ def plan(
     vram: Annotated[str | None, typer.Option(help="Memory of its card, instead of the table's.")] = None,
     tflops: Annotated[float | None, typer.Option(help="Dense 16-bit TFLOP/s of its card.")] = None,
     pcie_gbps: Annotated[float | None, typer.Option(help="GB/s of copies to its card.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="How many such cards it has, each with a process.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="How many such machines there are.")] = None,
     on: ComputeOn = None,
     dtype: ComputeIn = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure disk and compute first (1 s).")] = False,
@@ -106,7 +109,9 @@ def plan(
     from lowmem.api import plan as make_plan
     from offload import Budget
 
-    machine = _machine(gpu=gpu, ram=ram, disk_gbps=disk_gbps, vram=vram, tflops=tflops, pcie_gbps=pcie_gbps)
+    lora = _lora(0 if tuning == "full" else lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules)
+    card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "gpus": gpus}
+    machine = _machine(ram=ram, disk_gbps=disk_gbps, nodes=nodes, **card)
     made = make_plan(
         model,
         task=cast("Task", task),
@@ -118,9 +123,7 @@ def plan(
         num_examples=examples,
         num_epochs=epochs,
         machine=machine,
-        peft_config=None
-        if tuning == "full"
-        else _lora(lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules),
+        peft_config=lora,
         quantization=quantization,
         tuning=tuning,  # type: ignore[arg-type]  # an unknown one is refused by name
         optimizer=optimizer,
@@ -134,6 +137,10 @@ def plan(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    _show(made, as_json=as_json)
+
+
+def _show(made: Plan, *, as_json: bool) -> None:
     typer.echo(json.dumps(made.to_dict()) if as_json else str(made))
     if not made.fits:
         raise typer.Exit(1)

@@ -39,8 +39,9 @@ from lowmem.models.blocks import can_chunk
 from lowmem.models.build import Skeleton, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding
 from lowmem.models.whole import install_resizing
-from lowmem.planning.planner import bare_shapes
+from lowmem.planning.planner import bare_shapes, plan_alone
 from lowmem.planning.step_memory import num_boundary_buffers
+from lowmem.processes.node import NodeBlocks, share_blocks
 from lowmem.streaming.attach import Replanning, attach
 from lowmem.streaming.boundary import BoundaryTier
 from lowmem.streaming.boundary_tiers import tier_for
@@ -141,11 +142,7 @@ def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32
     shapes = _shapes_within_memory(opened, plan)
     with ExitStack() as stack:
         stack.callback(opened.source.close)
-        reader = FileIO(
-            num_threads=plan.rates.disk_num_threads,
-            request_bytes=plan.rates.disk_request_bytes,
-            stamps=opened.source.stamps,
-        )
+        reader = _open_reader(opened, plan)
         stack.callback(reader.close)
         trace = Trace()
         tables = _Weights(built, reader=reader, device=device)
@@ -164,7 +161,9 @@ def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32
         install_resizing(model, room_bytes=plan.device_budget_bytes - plan.device_bytes, tuning=plan.job.tuning)
         weights: _FrozenWeights | _FrozenExperts | MasterWeights
         if masters is None:
-            weights = _open_frozen(model, built, plan=plan, reader=reader, device=device, trace=trace)
+            node, plan = _share(opened, plan, shapes, reader=reader)
+            stack.callback(node.close)
+            weights = _open_frozen(model, built, plan=plan, reader=reader, node=node, device=device, trace=trace)
             stack.callback(weights.close)
         else:
             weights = open_full(model, opened, masters, plan=plan, reader=reader, trace=trace)
@@ -191,6 +190,7 @@ def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32
         # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
     runtime.full, runtime.idle_bytes = weights.full, idle_bytes
+    runtime.find_lost = getattr(weights, "find_lost", None)
     if isinstance(weights, _FrozenExperts):
         runtime.announce = weights.announce
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
@@ -202,6 +202,29 @@ def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32
         hash_by_fingerprint(model, opened.source.fingerprint())
     _give_generation_config(model, opened.folder)
     return model
+
+
+def _open_reader(opened: Opened, plan: Plan) -> FileIO:
+    rates = plan.rates
+    return FileIO(
+        num_threads=rates.disk_num_threads, request_bytes=rates.disk_request_bytes, stamps=opened.source.stamps
+    )
+
+
+def _share(opened: Opened, plan: Plan, shapes: ModelShapes, *, reader: FileIO) -> tuple[NodeBlocks, Plan]:
+    """How this process's blocks come, and the plan for that: with a copy of its own where it cannot share.
+
+    Raises:
+        BudgetError: It cannot share, and its part of the budget is too small for a copy of its own.
+    """
+    specs = [streamed.spec for streamed in opened.built.blocks]
+    node = share_blocks(specs, reader=reader, files=opened.source.stamps, pin=opened.device.type == "cuda")
+    if node.note:
+        warnings.warn(node.note, stacklevel=2)
+    if not node.is_shared and plan.job.num_sharing > 1:
+        plan = plan_alone(plan, shapes)
+        plan.require_fit()
+    return node, replace(plan, advice=(*plan.advice, node.note)) if node.note else plan
 
 
 def _gather_rows(embedding: torch.nn.Module, name: str, opened: Opened) -> FileIO:
@@ -273,13 +296,20 @@ def _require_memory(plan: Plan, device: torch.device) -> None:
 
 
 def _open_frozen(
-    model: PreTrainedModel, built: Skeleton, *, plan: Plan, reader: FileIO, device: torch.device, trace: Trace
+    model: PreTrainedModel,
+    built: Skeleton,
+    *,
+    plan: Plan,
+    reader: FileIO,
+    node: NodeBlocks,
+    device: torch.device,
+    trace: Trace,
 ) -> _FrozenWeights | _FrozenExperts:
     experts = experts_by_block(built.blocks)
     if not any(experts) or experts_implementation(model) != GROUPED:
-        return _FrozenWeights(built, plan=plan, reader=reader, device=device, trace=trace)
+        return _FrozenWeights(built, plan=plan, node=node, device=device, trace=trace)
     use_experts_forward(model, "lowmem_grouped_mm", run_experts)
-    return _FrozenExperts(built, experts, plan=plan, reader=reader, device=device, trace=trace)
+    return _FrozenExperts(built, experts, plan=plan, reader=reader, node=node, device=device, trace=trace)
 
 
 class _FrozenWeights:
@@ -287,14 +317,16 @@ class _FrozenWeights:
 
     full = None
 
-    def __init__(self, built: Skeleton, *, plan: Plan, reader: FileIO, device: torch.device, trace: Trace) -> None:
+    def __init__(self, built: Skeleton, *, plan: Plan, node: NodeBlocks, device: torch.device, trace: Trace) -> None:
         self._schedule = partial(
             Scheduler,
             [streamed.spec for streamed in built.blocks],
-            reader=reader,
+            reader=node.reader,
+            keep=node.keep,
             device=open_device(device),
             trace=trace,
         )
+        self.find_lost = node.lost
         self.scheduler = self._schedule(plan=plan.placement)
         self.unpacker = Unpacker(built.blocks, device=device)
 
@@ -321,15 +353,17 @@ class _FrozenExperts:
         *,
         plan: Plan,
         reader: FileIO,
+        node: NodeBlocks,
         device: torch.device,
         trace: Trace,
     ) -> None:
-        self._blocks, self._experts = built.blocks, experts
+        self._blocks, self._experts, self.find_lost = built.blocks, experts, node.lost
         self._num_per_token = experts_per_token(built.model.config)
         self._single, self._foresight = expert_reader(
             built.blocks, experts, num_per_token=self._num_per_token, reader=reader, device=device
         )
-        self._schedule = partial(Scheduler, reader=reader, device=open_device(device), trace=trace)
+        # Whole blocks come from the node's reader; single experts, and blocks without theirs, are this rank's own.
+        self._schedule = partial(Scheduler, reader=node.reader, keep=node.keep, device=open_device(device), trace=trace)
         self.scheduler = self._open(plan)
         self.unpacker = ExpertUnpacker(
             built.blocks, experts, reader=self._single, device=device, foresight=self._foresight

@@ -20,6 +20,7 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.essa.spectrum import Spectrum
 from lowmem.essa.strategy import SeparableCma
+from lowmem.processes.ranks import refuse_several
 from lowmem.streaming.runtime import ActiveRows, is_streamed, runtime_of
 
 if TYPE_CHECKING:
@@ -189,6 +190,11 @@ class ESSATrainer:
         processing_class: PreTrainedTokenizerBase,
         peft_config: PeftConfig | None = None,
     ) -> None:
+        refuse_several(
+            "ESSATrainer",
+            reason="there are no gradients to average, and each would evolve an adapter of its own",
+            instead="one process (python SCRIPT)",
+        )
         rewards = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         weights = args.reward_weights or (1.0,) * len(rewards)
         if len(weights) != len(rewards):

@@ -162,6 +162,9 @@ class StandIn(Tensor):
                         return own
                 if name in ("register_hook", "register_post_accumulate_grad_hook"):
                     own.check_hook(name)
+                if name == "to":
+                    args = tuple(_without_number(value) for value in args)
+                    kwargs = {key: _without_number(value) for key, value in kwargs.items()}
                 # Never contiguous: what asks goes on to take the memory.
                 if name == "is_contiguous":
                     return False
@@ -206,6 +209,12 @@ class StandIn(Tensor):
 
     def check_pickling(self) -> None:
         """Refuse to be pickled; else a stand-in is pickled as its true values."""
+
+
+def _without_number(value: object) -> object:
+    """One name for the CPU: a process among several calls it cpu:1, and moving there would read every weight."""
+    is_numbered = isinstance(value, torch.device) and value.type == "cpu" and value.index is not None
+    return torch.device("cpu") if is_numbered else value
 
 
 class StorageIdentity:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
+from lowmem.errors import untested
 from offload import PAGE_BYTES
 
 # The tensor itself, and the storage object that asking for the count makes.
@@ -112,6 +113,42 @@ def call_before_apply(module: nn.Module, check: Callable[[nn.Module, Callable[[T
         return changed
 
     vars(module)["_apply"] = apply
+
+
+_LEFT_OUT = "_ddp_params_and_buffers_to_ignore"
+
+
+class _LeftOut:
+    """Names of some parameters of a module, as they are when DDP asks, by whichever wrapper it wraps."""
+
+    def __init__(self, module: nn.Module, prefixes: tuple[str, ...], is_left_out: Callable[[Tensor], bool]) -> None:
+        self._module = weakref.ref(module)
+        self._prefixes, self._is_left_out = prefixes, is_left_out
+
+    def __iter__(self) -> Iterator[str]:
+        module = self._module()
+        assert module is not None, "the module holds this"
+        for name, param in module.named_parameters(remove_duplicate=False):
+            if self._is_left_out(param):
+                yield from (prefix + name for prefix in self._prefixes)
+
+
+def leave_out_of_ddp(module: nn.Module, *, prefixes: tuple[str, ...], is_left_out: Callable[[Tensor], bool]) -> None:
+    """Have DistributedDataParallel neither send nor check some parameters when it wraps a module.
+
+    Args:
+        module: What is wrapped, or what a wrapper hands unknown attributes on to.
+        prefixes: What stands before the module's names in those of wrappers; "" for none.
+        is_left_out: Whether a parameter is left out; asked when DDP is made.
+
+    Raises:
+        UnsupportedError: This torch does not look for the names there.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if _LEFT_OUT not in DistributedDataParallel.__init__.__code__.co_names:
+        raise untested("torch", "its DistributedDataParallel would send weights that are streamed")
+    vars(module)[_LEFT_OUT] = _LeftOut(module, prefixes, is_left_out)
 
 
 def is_sole_owner(grad: Tensor, *, like: Tensor) -> bool:

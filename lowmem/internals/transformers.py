@@ -286,12 +286,24 @@ def _check_marks_are_heeded() -> None:
             raise untested("transformers", "it initialises anew what was read from the checkpoint")
 
 
-def leave_placement_alone(model: PreTrainedModel, device: torch.device) -> None:
+def leave_placement_alone(model: PreTrainedModel, device: torch.device, *, launched: bool = False) -> None:
     """Have Trainer and accelerate leave the model where it is: to them it is spread over two devices.
 
     Both are the compute device; on a GPU by two names of it, for a Trainer that counts the devices by name leaves a
     model on two of them out of `nn.DataParallel`, whatever other GPUs the process sees.
+
+    In a process that a launcher started there is no `nn.DataParallel`, and accelerate refuses a model on two devices:
+    it is on one, by the name that accelerate has for it. The Trainer then leaves it there because it has such a map,
+    and accelerate moves it to where it is.
+
+    Args:
+        model: Filled.
+        device: Where it is, with the GPU's number.
+        launched: Whether a launcher (torchrun, accelerate) started this process.
     """
+    if launched:
+        model.hf_device_map = {"": device}
+        return
     twice: tuple[torch.device, torch.device | str] = (device, device if device.type == "cpu" else str(device))
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head")
     model.hf_device_map = {model.base_model_prefix: twice[0], head or "lm_head": twice[1]}
@@ -379,13 +391,13 @@ def _call_before(name: str, parameters: list[str], call: Callable[[nn.Module, st
     setattr(Trainer, name, resuming)
 
 
-def on_interruption(tell: Callable[[nn.Module, KeyboardInterrupt], None]) -> None:
-    """Have every Trainer's `train` tell of an interruption (Ctrl-C), wherever in it that arrives.
+def on_interruption(tell: Callable[[nn.Module, KeyboardInterrupt | RuntimeError], None]) -> None:
+    """Have every Trainer's `train` tell of an interruption (Ctrl-C) or of what broke it, wherever in it that arrives.
 
     May be called again with the same function.
 
     Args:
-        tell: Called with the Trainer's model and the interruption, which then goes on its way.
+        tell: Called with the Trainer's model and the exception, which then goes on its way.
     """
     from transformers import Trainer
 
@@ -397,7 +409,7 @@ def on_interruption(tell: Callable[[nn.Module, KeyboardInterrupt], None]) -> Non
     def telling(self: Trainer, *args: object, **kwargs: object) -> object:
         try:
             return train(self, *args, **kwargs)
-        except KeyboardInterrupt as interruption:
+        except (KeyboardInterrupt, RuntimeError) as interruption:
             tell(self.model, interruption)
             raise
 

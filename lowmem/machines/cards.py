@@ -128,6 +128,9 @@ class Machine:
         tflops: Its dense 16-bit throughput in 10**12 operations per second, instead of the table's; of a processor,
             what its products reach.
         pcie_gbps: Gigabytes per second of copies to it, instead of the table's.
+        gpus: How many such cards it has, each with a process of its own (docs/processes.md).
+        nodes: How many such machines there are.
+        network_gbps: Gigabytes per second between them; 1.25 is 10 Gbit/s.
 
     Raises:
         UnsupportedError: The card is not known, and a number of it is missing.
@@ -140,9 +143,12 @@ class Machine:
     vram: int | str | None = None
     tflops: float | None = None
     pcie_gbps: float | None = None
+    gpus: int = 1
+    nodes: int = 1
+    network_gbps: float = 1.25
 
     def __post_init__(self) -> None:
-        for name in ("disk_gbps", "tflops", "pcie_gbps"):
+        for name in ("disk_gbps", "tflops", "pcie_gbps", "network_gbps"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
                 raise ValueError(f"Machine.{name}={value!r}: expected a number above 0")
@@ -150,6 +156,12 @@ class Machine:
             value = getattr(self, name)
             if value is not None and parse_bytes(value, field=f"Machine.{name}") < _GIB // 4:
                 raise ValueError(f'Machine.{name}={value!r}: expected a size with its unit, "24GiB" for instance')
+        for name in ("gpus", "nodes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Machine.{name}={value!r}: expected a whole number of at least 1")
+        if self.gpu is None and self.gpus > 1:
+            raise ValueError(f"Machine.gpus={self.gpus}: say which card, gpu= (--gpu), of which there are so many")
         if self.gpu is None and (self.vram is not None or self.pcie_gbps is not None):
             raise ValueError("Machine: vram and pcie_gbps belong to a card; give gpu= too, or leave them out")
         # Fails now where the card is not known.
@@ -220,8 +232,13 @@ class Machine:
         card, words = self.card, []
         if card is not None:
             link = self.pcie_gbps or card.pcie_gbps
-            words.append(f"{card.name}, {card.vram_gib:g} GiB, {card.tflops:g} TFLOP/s, {link:.3g} GB/s of copies")
+            count = f"{self.gpus} x " if self.gpus > 1 else ""
+            words.append(
+                f"{count}{card.name}, {card.vram_gib:g} GiB, {card.tflops:g} TFLOP/s, {link:.3g} GB/s of copies"
+            )
         words.append(f"{format_bytes(parse_bytes(self.ram))} of RAM, disk {self.disk_gbps:g} GB/s")
+        if self.nodes > 1:
+            words.append(f"{self.nodes} such machines with {self.network_gbps:g} GB/s between them")
         return ", ".join(words)
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.torch import buffer_table, hold_parameter, parameter_table, put_parameter
+from lowmem.internals.stand_in import StandIn
+from lowmem.internals.torch import buffer_table, hold_parameter, leave_out_of_ddp, parameter_table, put_parameter
 from lowmem.internals.transformers import (
     finish_loading,
     keep_in_fp32,
@@ -29,12 +30,16 @@ from lowmem.models.blocks import DecoderBlock, find_blocks, first_alike
 from lowmem.models.configuration import naming_field
 from lowmem.models.mapping import CheckpointMap, Recipe, map_checkpoint
 from lowmem.models.whole import install_whole
+from lowmem.processes.ranks import ranks
 from lowmem.quantization.format import PackedWeight
 from offload import BlockSpec, SourceError, StagingBuffer, TensorSpec, round_up
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+
+_WRAPPERS = ("", "base_model.", "base_model.model.")
+"""What stands before the model's own names: nothing, or what PEFT's wrappers put there (of prompts; of adapters)."""
 
 ReadTensors = Callable[[BlockSpec], dict[str, Tensor]]
 """Reads stored tensors now, by stored name, into new memory on the compute device."""
@@ -308,7 +313,8 @@ def fill(
     finish_loading(model, missing=built.mapping.missing - in_blocks, device=device)
     _refuse_unfilled(model)
     model.requires_grad_(False)
-    leave_placement_alone(model, device)
+    leave_placement_alone(model, device, launched=ranks().launched)
+    leave_out_of_ddp(model, prefixes=_WRAPPERS, is_left_out=lambda param: isinstance(param, StandIn))
     blocks = {streamed.block.name: streamed.block.module for streamed in built.blocks}
     install_whole(model, folder=built.folder, block_names=blocks)
     return model.eval()

@@ -14,6 +14,7 @@ import torch
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, skeleton
 from lowmem.models.configuration import check_counts, check_generation_config, read_config, take_quantization
+from lowmem.processes.ranks import Ranks, ranks
 from lowmem.quantization.manifest import check_packed
 from lowmem.quantization.registry import find_packed
 from offload import SafetensorsSource
@@ -218,15 +219,11 @@ def stays_inside(file: Path, folder: Path) -> bool:
 def pick_device(device: torch.device | str | None) -> torch.device:
     """The compute device: the one asked for, else the GPU if there is one, else the CPU.
 
+    Among several processes each has the GPU of its local rank.
+
     Raises:
-        UnsupportedError: A device that is neither, or several processes.
+        UnsupportedError: A device that is neither, or a GPU that is another rank's or none's.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UnsupportedError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            reason="a streamed model trains in one process",
-            instead="start the script with python, not torchrun or accelerate launch with several processes",
-        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen: torch.device | None = None
@@ -247,8 +244,32 @@ def pick_device(device: torch.device | str | None) -> torch.device:
                 reason=f"torch finds {num_gpus or 'no'} GPU{'s' if num_gpus > 1 else ''} here{built}",
                 instead='device="cpu", or leave it out; lowmem doctor says what this machine has',
             )
-        chosen = _pick_gpu(chosen, num_gpus)
+        found = ranks()
+        chosen = _gpu_of_rank(chosen, num_gpus, found) if found.are_several else _pick_gpu(chosen, num_gpus)
     return chosen
+
+
+def _gpu_of_rank(chosen: torch.device, num_gpus: int, found: Ranks) -> torch.device:
+    """The GPU with the local rank's number: accelerate puts this rank's batches there, and DDP its gradients.
+
+    Raises:
+        UnsupportedError: There is none, or another one was asked for.
+    """
+    if found.local_size > num_gpus:
+        raise UnsupportedError(
+            f"LOCAL_WORLD_SIZE={found.local_size} on a machine with {num_gpus} GPU{'s' if num_gpus > 1 else ''}",
+            reason="each needs a GPU of its own",
+            instead=f"--nproc_per_node {num_gpus} (accelerate launch: --num_processes)",
+        )
+    if chosen.index not in (None, found.local_rank):
+        raise UnsupportedError(
+            f"device={str(chosen)!r} on {found}",
+            reason=f"the Trainer puts the batches of local rank {found.local_rank} on cuda:{found.local_rank}",
+            instead='device="cuda", or leave it out',
+        )
+    # Before anything is allocated: without this a rank would open a context on the first GPU too.
+    torch.cuda.set_device(found.local_rank)
+    return torch.device("cuda", found.local_rank)
 
 
 def _pick_gpu(chosen: torch.device, num_gpus: int) -> torch.device:
@@ -268,7 +289,7 @@ def _pick_gpu(chosen: torch.device, num_gpus: int) -> torch.device:
         # Of the same text and place, Python shows one.
         warnings.warn(
             f"{num_gpus} GPUs are visible, and a streamed model uses one: the first, {torch.cuda.get_device_name(0)}; "
-            "CUDA_VISIBLE_DEVICES chooses another, and a second process may use it at the same time",
+            "CUDA_VISIBLE_DEVICES chooses another; torchrun --nproc_per_node N trains on N of them, one process each",
             stacklevel=4,
         )
     return torch.device("cuda", 0)

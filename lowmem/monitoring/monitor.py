@@ -272,7 +272,7 @@ class Monitor(TrainerCallback):
     With a model that is not streamed there is nothing to watch: it says so once and does nothing.
 
     Args:
-        trace: File for the trace; `None`: `trace.json` in the output folder; `False`: none.
+        trace: File for the trace; `None`: `trace.json` in the output folder; `False`: none. Rank 1: `trace.rank1.json`.
         timeline: File for the picture; `None`: `timeline.png` in the output folder; `False`: none. Needs matplotlib:
             without it a path given here is an error when training starts, and the default is left out with a warning.
         report: File for the report; `None`: `report.html` in the output folder; `False`: none.
@@ -311,7 +311,7 @@ class Monitor(TrainerCallback):
             self._warn_once("lowmem.Monitor has nothing to watch: the model was not made by lowmem.from_pretrained")
             return
         is_main = state.is_world_process_zero
-        trace = _output(self._trace, args, "trace.json") if is_main else None
+        trace = _output(self._trace, args, "trace.json")
         timeline = _output(self._timeline, args, "timeline.png") if is_main else None
         if timeline is not None:
             try:
@@ -596,4 +596,5 @@ class _Run:
 def _output(given: Output, args: TrainingArguments, default_name: str) -> Path | None:
     if given is False:
         return None
-    return Path(args.output_dir) / default_name if given is None else Path(given)
+    path = Path(args.output_dir) / default_name if given is None else Path(given)
+    return path if args.process_index == 0 else path.with_name(f"{path.stem}.rank{args.process_index}{path.suffix}")

@@ -70,6 +70,13 @@ def refuse_training_options(args: TrainingArguments) -> None:
                 reason="another engine would need all weights, which are streamed",
                 instead=f"{option}=False: generate goes block by block with the whole batch",
             )
+    if getattr(args, "ddp_static_graph", False) and args.gradient_accumulation_steps > 1:
+        raise UnsupportedError(
+            f"ddp_static_graph=True with gradient_accumulation_steps={args.gradient_accumulation_steps}",
+            reason="torch's DDP fails an internal check where a static graph goes through several backwards in a step",
+            instead="ddp_static_graph=None; or a larger per_device_train_batch_size, which shares one transfer of the "
+            "weights, and gradient_accumulation_steps=1",
+        )
     for option in ("deepspeed", "fsdp"):
         if getattr(args, option, None):
             raise UnsupportedError(
@@ -203,10 +210,20 @@ def check_every_trainer() -> None:
     leave_where_it_is(is_streamed)
 
 
-def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt) -> None:
+_LOSS_WAIT_S = 2.0
+"""Longest wait for word of a lost process, after a collective operation has failed: word comes within milliseconds."""
+
+
+def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt | RuntimeError) -> None:
     if not is_streamed(model):
         return
     runtime = runtime_of(model)
+    if isinstance(interruption, RuntimeError):
+        # DDP says that a connection was closed, and by which address.
+        lost = None if runtime.find_lost is None else runtime.find_lost(_LOSS_WAIT_S)
+        if lost is not None and lost is not interruption:
+            interruption.add_note(str(lost))
+        return
     if runtime.advise_interrupted is not None:
         interruption.add_note(runtime.advise_interrupted())
     if runtime.note_interrupted is not None:

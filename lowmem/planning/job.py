@@ -71,6 +71,8 @@ class Job:
     """Examples of the data set, in place of `num_steps`."""
     num_epochs: float = 1.0
     """How often a run goes through them."""
+    num_sharing: int = 1
+    """Processes of a machine, each with a part of its host memory, that keep one copy of what they cache there."""
 
     def __post_init__(self) -> None:
         for name, kind in (("task", Task), ("tuning", Tuning)):
@@ -84,6 +86,7 @@ class Job:
             ("chunk_tokens", " token", ", or None to let lowmem choose"),
             ("num_steps", "", ", or None"),
             ("num_examples", "", ", or None"),
+            ("num_sharing", "", ""),
             ("completion_tokens", None, ""),
         ):
             value = getattr(self, name)

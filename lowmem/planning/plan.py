@@ -504,6 +504,8 @@ def _facts(plan: Plan) -> list[str]:
         lines.append("           blocks, attention, head and unpacking of these shapes measured")
     if plan.machine != THIS_MACHINE:
         lines.append(f"machine    {plan.machine}")
+    if job.num_sharing > 1:
+        lines.append(f"shares     {job.num_sharing} ranks of the machine read blocks once, and keep one copy in RAM")
     by = "" if plan.optimizer is None else f", by {plan.optimizer.name}"
     lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}{by}")
     lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")

@@ -15,6 +15,7 @@ from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_memory import Choice
 from lowmem.planning.step_time import Rates, assumed_rates
+from lowmem.processes.ranks import ranks
 from offload import Budget, PlacementPlan
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ def plan_again(made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: 
     if planned.fits or job.tuning == "full":
         return planned
     return plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice)
+
+
+def plan_alone(made: Plan, shapes: ModelShapes) -> Plan:
+    """Plan within the same budget for a process that keeps its cached blocks for itself, after all. Pure.
+
+    Args:
+        made: What the model is loaded with.
+        shapes: The model.
+    """
+    job = replace(made.job, num_sharing=1)
+    budget = Budget(device=made.device_budget_bytes, host=made.host_budget_bytes, disk=made.disk_folder)
+    planned = plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice)
+    return replace(planned, is_supposed=made.is_supposed)
 
 
 def plan_step(
@@ -162,6 +176,7 @@ def plan_for(
             chunk_tokens=chunk_tokens,
             device=kind_of(opened.device),
             tuning=tuning,
+            num_sharing=ranks().local_size,
         )
         made = plan_step(shapes, job, budget=filled, rates=rates or assumed_rates(job.device))
         if made.fits:

@@ -264,14 +264,16 @@ class Room:
             device_is_host=self.job.device == "cpu",
             num_passes=self.job.num_passes,
         )
-        placed = place(host_bytes=host_bytes)
-        if not self.host_bytes or placed.host_bytes + placed.staging_bytes <= host_bytes:
+        # One copy of what is cached serves all ranks of a machine, whose parts of its memory add up.
+        num_sharing = self.job.num_sharing
+        placed = place(host_bytes=host_bytes * num_sharing)
+        if not self.host_bytes or cached_bytes(placed, self.job) + placed.staging_bytes <= host_bytes:
             return placed
         for max_ring in (_MAX_RING, _MIN_RING):
             # Blocks that are cached need no staging: what is cached less may make the buffers larger.
             for reserved_bytes in (placed.staging_bytes, max_ring * max(sizes)):
-                placed = place(host_bytes=max(0, host_bytes - reserved_bytes), max_ring=max_ring)
-                if placed.host_bytes + placed.staging_bytes <= host_bytes:
+                placed = place(host_bytes=max(0, host_bytes - reserved_bytes) * num_sharing, max_ring=max_ring)
+                if cached_bytes(placed, self.job) + placed.staging_bytes <= host_bytes:
                     return placed
         return placed
 
@@ -279,7 +281,7 @@ class Room:
         return Draft(
             choice=choice,
             placement=placement,
-            roles=(*_block_roles(placement), *roles),
+            roles=(*_block_roles(placement, self.job), *roles),
             time=predict(self.shapes, self.job, choice=choice, placement=placement, rates=self.rates),
         )
 
@@ -309,10 +311,15 @@ def place_masters(sizes: Sequence[int], *, tier: Tier, ring: int, job: Job) -> P
     )
 
 
-def _block_roles(placement: PlacementPlan) -> tuple[RoleBytes, ...]:
+def cached_bytes(placement: PlacementPlan, job: Job) -> int:
+    """One process's part of the blocks cached in host memory."""
+    return ceil_div(placement.host_bytes, job.num_sharing)
+
+
+def _block_roles(placement: PlacementPlan, job: Job) -> tuple[RoleBytes, ...]:
     roles = (
         RoleBytes(role="decoder blocks", tier="device", nbytes=placement.resident_bytes),
-        RoleBytes(role="decoder blocks", tier="host", nbytes=placement.host_bytes),
+        RoleBytes(role="decoder blocks", tier="host", nbytes=cached_bytes(placement, job)),
         RoleBytes(role="decoder blocks", tier="disk", nbytes=placement.streamed_bytes),
         RoleBytes(role="block ring", tier="device", nbytes=placement.ring_size * placement.slot_bytes),
         RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=placement.staging_bytes),

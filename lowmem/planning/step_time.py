@@ -322,7 +322,8 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     for passes in _passes(shapes, job, choice, costs):
         compute = passes.compute_s + costs.unpack_s
         copy = copy_s + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
-        disk = disk_s + passes.disk_bytes / rates.disk_bytes_per_s
+        # Blocks are read once for all ranks of a machine; what each writes and reads back goes over the same disk.
+        disk = disk_s + passes.disk_bytes * job.num_sharing / rates.disk_bytes_per_s
         for lane, seconds in (
             ("step", max(compute, disk, copy)),
             ("compute", compute),

@@ -288,6 +288,8 @@ class Runtime:
         """What updates what trains, where somebody has told; a plan for a batch counts what it keeps."""
         self.add_to_log: Callable[[TrainerState, dict[str, float]], None] | None = None
         """Adds what a monitor measured to a log of the Trainer's, while one watches."""
+        self.find_lost: Callable[[float], BaseException | None] | None = None
+        """Says which process that shares this one's blocks has died, waiting so many seconds; None in one process."""
         self.note_interrupted: Callable[[], None] | None = None
         """Has a monitor write down what it saw until an interruption, while one watches."""
 

@@ -137,6 +137,15 @@ def test_a_trainer_leaves_the_placement_alone(folder: Path, tmp_path: Path) -> N
     assert not moved
 
 
+def test_in_a_launched_process_a_model_is_on_one_device(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    leave_placement_alone(model, torch.device("cpu"), launched=True)
+    assert model.hf_device_map == {"": torch.device("cpu")}
+    assert not Accelerator.verify_device_map(None, model)  # type: ignore[arg-type]
+    leave_placement_alone(model, torch.device("cpu"))
+    assert Accelerator.verify_device_map(None, model)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to("meta"), lambda m: m.type(torch.float64)])
 def test_every_change_of_a_whole_module_is_checked_first(cast: Any) -> None:
     model, seen = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))), []

@@ -169,6 +169,16 @@ def test_what_needs_no_values_reads_none(pair: tuple[Kept, Tensor]) -> None:
     assert kept.num_reads == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), torch.device("cpu", 0), torch.device("cpu", 3)])
+def test_moving_to_where_it_is_reads_nothing_whatever_number_the_cpu_has(
+    pair: tuple[Kept, Tensor], device: torch.device | str
+) -> None:
+    stand_in, _ = pair
+    for moved in (stand_in.to(device), stand_in.to(device=device), stand_in.to(device, None, False)):
+        assert moved is stand_in
+    assert stand_in.num_reads == 0
+
+
 def test_autograd_sees_a_parameter(pair: tuple[Kept, Tensor]) -> None:
     kept, plain = pair
     for leaf in (kept, plain):

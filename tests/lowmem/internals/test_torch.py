@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lowmem.errors import UnsupportedError
 from lowmem.internals import torch as internals
 from lowmem.internals.torch import (
     FakeTensorMode,
@@ -19,6 +20,7 @@ from lowmem.internals.torch import (
     cpu_attention_backward,
     is_grouped_product,
     is_sole_owner,
+    leave_out_of_ddp,
     parameter_table,
     quiet_fake_tensors,
     storage_key,
@@ -189,3 +191,41 @@ def test_the_fused_kernel_gives_its_log_sum_exp_and_takes_it_back(*, causal: boo
     grad = torch.randn_like(out)
     got = cpu_attention_backward(grad, *leaves, out, lse, causal=causal, mask=None, scale=0.3)
     torch.testing.assert_close(got, torch.autograd.grad(expected, [query, key, value], grad))
+
+
+def test_ddp_leaves_parameters_out_by_the_names_that_a_wrapper_gives_them() -> None:
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.nn.parallel import DistributedDataParallel
+
+    class Wrapper(nn.Module):
+        """Hands unknown attributes on, as PEFT's do."""
+
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.base_model = module
+
+        def __getattr__(self, name: str) -> object:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base_model, name)
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    leave_out_of_ddp(model, prefixes=("", "base_model."), is_left_out=lambda param: not param.requires_grad)
+    # What is left out, and under which name, is asked when it is wrapped.
+    model[0] = nn.Sequential(model[0])
+    model[0].requires_grad_(False)
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        for module, prefix in ((model, ""), (Wrapper(model), "base_model.")):
+            wrapped = DistributedDataParallel(module)
+            assert {f"{prefix}0.0.weight", f"{prefix}0.0.bias"} <= wrapped.parameters_to_ignore
+            assert f"{prefix}1.weight" not in wrapped.parameters_to_ignore
+    finally:
+        destroy_process_group()
+
+
+def test_a_torch_whose_ddp_asks_for_no_names_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "__init__", lambda self: None)
+    with pytest.raises(UnsupportedError, match=r"torch 2\.\d+.*DistributedDataParallel"):
+        leave_out_of_ddp(nn.Linear(1, 1), prefixes=("",), is_left_out=lambda param: True)

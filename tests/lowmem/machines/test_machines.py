@@ -12,6 +12,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 import lowmem
 from lowmem.machines.cards import CARDS, find_card
+from lowmem.machines.scaling import scaling_of
 from lowmem.planning.plan import Plan
 
 GIB = 1 << 30
@@ -235,3 +236,57 @@ def test_two_machines_are_refused(given: dict[str, Any], models: dict[str, Path]
         lowmem.plan(models["1.1b"], seq_len=64, machine=RTX_4090, **given)
     with pytest.raises(TypeError, match=r"machine='RTX 4090': expected lowmem\.Machine"):
         lowmem.plan(models["1.1b"], seq_len=64, machine="RTX 4090")  # type: ignore[arg-type]
+
+
+def test_several_cards_read_once_and_say_how_they_scale(models: dict[str, Path]) -> None:
+    job: dict[str, Any] = {"batch_size": 4, "seq_len": 1024}
+    machine: dict[str, Any] = {"gpu": "RTX 4090", "ram": "64GiB", "disk_gbps": 7}
+    alone = lowmem.plan(models["70b"], machine=lowmem.Machine(**machine), **job)
+    two = lowmem.plan(models["70b"], machine=lowmem.Machine(gpus=2, **machine), **job)
+    assert two.fits
+    # One copy in RAM serves both; what less fits is what they pass blocks on through.
+    assert two.placement.step_read_bytes <= 1.2 * alone.placement.step_read_bytes
+    # Half of the RAM each, of which cached blocks take half.
+    assert two.host_budget_bytes < alone.host_budget_bytes / 2
+    assert two.bytes_of("decoder blocks", tier="host") <= two.host_budget_bytes
+    assert two.advice[0].startswith("2 ranks on one machine, which reads ")
+    assert "times one card's" in two.advice[0]
+    assert "2 x RTX 4090" in two.machine
+    four = lowmem.plan(models["70b"], machine=lowmem.Machine(gpus=2, nodes=2, **machine), **job)
+    assert four.advice[0].startswith("4 ranks on 2 machines of 2, each reading ")
+    assert "2 such machines with 1.25 GB/s between them" in four.machine
+    assert Plan.from_dict(four.to_dict()) == four
+
+
+def test_gradients_go_around_the_ring_once_per_step(models: dict[str, Path]) -> None:
+    machine = lowmem.Machine(gpu="RTX 4090", ram="64GiB", disk_gbps=7, gpus=2, nodes=2)
+    plans = {
+        num: lowmem.plan(models["1.1b"], machine=machine, batch_size=2, seq_len=512, gradient_accumulation_steps=num)
+        for num in (1, 4)
+    }
+    found = {num: scaling_of(plan, plan, machine) for num, plan in plans.items()}
+    assert found[1].link_bytes == round(1.5 * plans[1].num_trainable * 4) == found[4].link_bytes
+    assert found[1].link_s == pytest.approx(found[1].link_bytes / 1.25e9)
+    for num, one in found.items():
+        assert one.times_one == pytest.approx(4 * plans[num].step_s / (plans[num].step_s + one.link_s))
+        assert one.times_one < 4
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"gpu": "RTX 4090", "gpus": 0}, "Machine.gpus=0: expected a whole number"),
+        ({"gpu": "RTX 4090", "nodes": 1.5}, "Machine.nodes=1.5: expected a whole number"),
+        ({"gpus": 2}, "Machine.gpus=2: say which card"),
+        ({"gpu": "RTX 4090", "nodes": 2, "network_gbps": 0}, "network_gbps=0: expected a number above 0"),
+    ],
+)
+def test_numbers_of_cards_and_machines_that_cannot_be(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        lowmem.Machine(**given)
+
+
+def test_every_weight_is_planned_for_one_card_only(models: dict[str, Path]) -> None:
+    machine = lowmem.Machine(gpu="RTX 4090", ram="64GiB", disk_gbps=7, nodes=2)
+    with pytest.raises(lowmem.UnsupportedError, match='tuning="full" in 2 processes'):
+        lowmem.plan(models["1.1b"], machine=machine, seq_len=64, tuning="full")

@@ -1,0 +1,139 @@
+"""One reader and one copy of the frozen blocks for all ranks of a node that open the same files.
+
+The first rank of a node that gets here serves; all of them, itself included, ask it. Ranks that cannot share read for
+themselves, and the plan says why.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem.processes.ranks import AGREE_S, Ranks, agreement, ranks
+from offload import (
+    NUM_SLOTS,
+    BlockLayout,
+    BlockServer,
+    BlockSpec,
+    FileIO,
+    KeptMemory,
+    OffloadError,
+    PeerLost,
+    SharedReader,
+    lay_out,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeBlocks:
+    """How this rank's blocks come."""
+
+    reader: FileIO | SharedReader
+    """Brings them."""
+    note: str = ""
+    """Why it does not share, where there are others on its node."""
+    _owned: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is one copy of what is kept, for all ranks of the node."""
+        return isinstance(self.reader, SharedReader)
+
+    @property
+    def keep(self) -> KeptMemory:
+        """Where blocks that stay in host memory lie, as `Scheduler` takes it."""
+        return self.reader.keep if isinstance(self.reader, SharedReader) else _keep_here
+
+    def lost(self, wait_s: float) -> PeerLost | None:
+        """Which process of this node has died, if one has; waits so long for word of it."""
+        return self.reader.lost(wait_s=wait_s) if isinstance(self.reader, SharedReader) else None
+
+    def close(self) -> None:
+        """Take leave of the others; the reader that was given stays open. May be called twice."""
+        self._owned.close()
+
+
+def _keep_here(layout: BlockLayout) -> None:
+    """Keep a block in memory of this process."""
+
+
+def shared_bytes(blocks: Sequence[BlockSpec], found: Ranks | None = None) -> int:
+    """This rank's part of the memory through which its node's ranks pass blocks on; 0 where it is alone on its node.
+
+    Args:
+        blocks: The model's.
+        found: Of this process.
+    """
+    num_ranks = (found or ranks()).local_size
+    if num_ranks == 1:
+        return 0
+    return -(-NUM_SLOTS * max((lay_out(block).buffer_bytes for block in blocks), default=0) // num_ranks)
+
+
+def share_blocks(blocks: Sequence[BlockSpec], *, reader: FileIO, files: Mapping[Path, object], pin: bool) -> NodeBlocks:
+    """Have this rank's blocks brought together with those of the other ranks of its node.
+
+    All ranks of a run call it, in the same order among their other questions.
+
+    Args:
+        blocks: The model's, in visiting order.
+        reader: This rank's own: the node's, if this rank is its first; stays the caller's, to be closed afterwards.
+        files: What each file was when it was opened: ranks share only what is the same files.
+        pin: Whether what is kept is copied to a GPU from there.
+
+    Raises:
+        OffloadError: The first rank of the node says nothing.
+    """
+    found = ranks()
+    if not found.are_several:
+        return NodeBlocks(reader=reader)
+    key, store = agreement().key(f"reader-of-node-{found.node}"), agreement().store
+    if found.local_size == 1:
+        return NodeBlocks(reader=reader)
+    layouts = [lay_out(block) for block in blocks]
+    owned = ExitStack()
+    if found.local_rank == 0:
+        address, problem = "", ""
+        try:
+            server = BlockServer(layouts, reader=reader)
+            owned.callback(server.close)
+            address = server.address
+        except OSError as error:
+            problem = f"there is no shared memory ({error})"
+        store.set(key, pickle.dumps((address, dict(files), problem)))
+    else:
+        address, theirs, problem = _told(store, key, found)
+        if not problem and theirs != dict(files):
+            problem = "the first rank of this machine has opened other files"
+    if not problem:
+        try:
+            shared = SharedReader(address, layouts, reader=reader, pin=pin)
+        except OSError as error:
+            problem = str(error)
+        else:
+            owned.callback(shared.close)
+            return NodeBlocks(reader=shared, _owned=owned)
+    return NodeBlocks(
+        reader=reader,
+        note=f"{found} reads and keeps its blocks for itself, beside {found.local_size - 1} others: {problem}",
+        _owned=owned,
+    )
+
+
+def _told(store: TCPStore, key: str, found: Ranks) -> tuple[str, dict[Path, object], str]:
+    try:
+        store.wait([key], timedelta(seconds=AGREE_S))
+    except RuntimeError as error:
+        raise OffloadError(
+            f"{found}: local rank 0 of this machine has not opened the model for {AGREE_S:.0f} s; look at what it wrote"
+        ) from error
+    address, files, problem = pickle.loads(store.get(key))
+    return address, files, problem
