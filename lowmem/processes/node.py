@@ -12,9 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lowmem.processes.ranks import AGREE_S, Ranks, agreement, ranks
+from lowmem.processes.ranks import AGREE_S, KeyValueStore, Ranks, agreement, ranks
 from offload import (
     NUM_SLOTS,
     BlockLayout,
@@ -27,9 +26,6 @@ from offload import (
     SharedReader,
     lay_out,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +124,7 @@ def share_blocks(blocks: Sequence[BlockSpec], *, reader: FileIO, files: Mapping[
     )
 
 
-def _told(store: TCPStore, key: str, found: Ranks) -> tuple[str, dict[Path, object], str]:
+def _told(store: KeyValueStore, key: str, found: Ranks) -> tuple[str, dict[Path, object], str]:
     try:
         store.wait([key], timedelta(seconds=AGREE_S))
     except RuntimeError as error:

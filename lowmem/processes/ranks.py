@@ -12,15 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 
 from lowmem.errors import UnsupportedError
 from offload import Budget, OffloadError
-
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
 
 T = TypeVar("T")
 
@@ -165,6 +162,23 @@ def budget_of_rank(
     return Budget(**{name: nbytes if nbytes >= 1024 else 0 for name, nbytes in sizes.items()}, disk=full.disk)
 
 
+class KeyValueStore(Protocol):
+    """What is needed of a store of torch.distributed."""
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store a value."""
+
+    def get(self, key: str) -> bytes:
+        """A value that was stored."""
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Wait until values are stored under all of these keys.
+
+        Raises:
+            RuntimeError: They were not in time.
+        """
+
+
 class Agreement:
     """What all ranks go by is rank 0's: it is passed on through the launcher's own key-value store.
 
@@ -176,7 +190,7 @@ class Agreement:
         found: Of this process.
     """
 
-    def __init__(self, store: TCPStore, found: Ranks) -> None:
+    def __init__(self, store: KeyValueStore, found: Ranks) -> None:
         self.store, self._ranks = store, found
         self._num_asked = 0
 
@@ -224,7 +238,7 @@ def agreement() -> Agreement:
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=AGREE_S)))
-    return Agreement(store, ranks())
+    return Agreement(cast(KeyValueStore, store), ranks())
 
 
 def agreed(what: str, make: Callable[[], T]) -> T:
