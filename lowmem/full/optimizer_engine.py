@@ -48,8 +48,8 @@ _ENTRY = "lowmem_full"
 class OptimizerEngine:
     """Holds state of all parameters of a model opened with ``tuning="full"``, as `lowmem.optim` calls an engine.
 
-    AdamW in fp32 runs on the tier's flat buffers, deferred where the tier defers. Any other rule runs at once, one
-    parameter at a time, its state in RAM, or on disk where that was asked for.
+    AdamW runs on the tier's flat buffers, with moments in fp32, bf16 or 8 bits, deferred where the tier defers. Any
+    other rule runs at once, one parameter at a time, its state in RAM, or on disk where that was asked for.
 
     A state dict stays small: AdamW's moments go to files beside the weights that `model.save_pretrained` wrote last, as
     the Trainer does before it saves the optimizer.
@@ -277,7 +277,7 @@ class OptimizerEngine:
             raise UnsupportedError(
                 "update_in_backward",
                 reason="it saves the traffic of gradients to and from disk; there is none where state is in memory",
-                instead="AdamW in fp32 with state on disk, or no update_in_backward",
+                instead="lowmem.optim.AdamW with state on disk, or no update_in_backward",
             )
         self._full.updates_now = self._updates_now
 
@@ -391,7 +391,7 @@ def resume_last_step(optimizer: torch.optim.Optimizer) -> int:
 
     Raises:
         ValueError: The optimizer is not one of a model opened with ``tuning="full"``, or has other groups.
-        UnsupportedError: State was kept in memory (`state_on_disk` for optimizers other than AdamW in fp32).
+        UnsupportedError: State was kept in memory (`state_on_disk` for optimizers other than AdamW).
         SourceError: No step has been committed in the folder.
     """
     engine, own = _engine(optimizer)
@@ -399,10 +399,11 @@ def resume_last_step(optimizer: torch.optim.Optimizer) -> int:
 
 
 def state_on_disk(optimizer: torch.optim.Optimizer) -> None:
-    """Keep the state of an optimizer that is not AdamW in fp32 on disk, beside the weights, instead of in RAM.
+    """Keep the state of an optimizer that is not AdamW on disk, beside the weights, instead of in RAM.
 
-    GaLore and its kin, and AdamW with bf16 or 8-bit moments. Their state is then committed with each step as AdamW's
-    is: a killed run goes on with `resume_last_step`, and `state_dict()` stays small. Each step reads and writes it.
+    GaLore and its kin, and AdamW that writes bf16 masters in another way than stochastically. Their state is then
+    committed with each step as AdamW's is: a killed run goes on with `resume_last_step`, and `state_dict()` stays
+    small. Each step reads and writes it.
 
     Args:
         optimizer: Of `lowmem.optim`, before its first step, on a model opened with ``tuning="full"`` and state on disk.
@@ -427,7 +428,7 @@ def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
 
     Raises:
         ValueError: The optimizer is not one of a model opened with ``tuning="full"``.
-        UnsupportedError: State is in memory, or the optimizer is not AdamW in fp32.
+        UnsupportedError: State is in memory, or the optimizer is not AdamW.
     """
     engine, own = _engine(optimizer)
     engine.update_in_backward(own)

@@ -45,13 +45,13 @@ class Job:
 
 QUICK = [
     Job(),
-    Job(device="least"),
     Job(dtype="bfloat16", device="least", disk=True),
     Job(tuning="full"),
-    Job(tuning="full", device="least", disk=True),
     Job(tuning="full", masters="bf16"),
 ]
 SLOW = [
+    Job(device="least"),
+    Job(tuning="full", device="least", disk=True),
     Job(batch_size=128, device="least"),
     Job(batch_size=128, micro_batch=16),
     Job(batch_size=16, seq_len=32),
