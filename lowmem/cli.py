@@ -205,6 +205,7 @@ def bench(
     model: Model,
     on: ComputeOn = None,
     dtype: ComputeIn = None,
+    quantization: Quantization = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -214,7 +215,15 @@ def bench(
     """
     from lowmem.machines.bench import bench_lines
 
-    for line in bench_lines(model, device=on, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code):
+    lines = bench_lines(
+        model,
+        device=on,
+        dtype=dtype,
+        quantization=quantization,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    for line in lines:
         typer.echo(json.dumps(line))
 
 

@@ -11,7 +11,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SHORT = 12
+
+_Known = TypeVar("_Known", bound=Described)
 
 
 def pack(
@@ -191,7 +193,7 @@ def open_packed(
     )
 
 
-def as_if_packed(opened: Described, quantization: str) -> Described:
+def as_if_packed(opened: _Known, quantization: str) -> _Known:
     """The same checkpoint with the sizes that its packed form will have, for plans; nothing is packed."""
     packer = packer_for(quantization)
     return replace(opened, built=select(opened.built, packer).as_found(opened.built, packer))

@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,26 @@ def test_unpacking_counts_on_a_card_too(tmp_path: Path) -> None:
     plain, packed = (lowmem.plan(base, seq_len=64, machine=BIG, quantization=name) for name in (None, "nf4"))
     assert packed.time.compute_s > plain.time.compute_s
     assert packed.time.copy_s < plain.time.copy_s or plain.time.copy_s == packed.time.copy_s == 0
+
+
+def test_rates_measured_before_packing_are_those_that_the_packed_folder_is_planned_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    base = build("qwen3_moe", tmp_path / "base", dtype=torch.bfloat16)
+    told = CliRunner().invoke(app, ["bench", str(base), "--on", "cpu", "--quantization", "nf4"])
+    assert told.exit_code == 0, told.output
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    blocks = {line["trains"]: line for line in lines if line["probe"] == "blocks"}
+    # Nobody can train every weight of it, and PEFT has no DoRA for stacks of experts.
+    assert blocks.keys() == {"lora", "dora"}
+    assert "does not work with use_dora" in blocks["dora"]["skipped"]
+    assert blocks["lora"]["unpack_s"] > 0
+    options: dict[str, Any] = {"seq_len": 16, "device": "cpu", "budget": Budget(device="64MiB", host="0")}
+    packed = lowmem.pack(base, quantization="nf4", output=tmp_path / "packed", device="cpu")
+    before = lowmem.plan(base, quantization="nf4", **options)
+    after = lowmem.plan(packed, **options)
+    assert before.rates.shape is not None
+    assert before.rates == after.rates
+    assert before.step_s == pytest.approx(after.step_s)
+    assert lowmem.plan(base, **options).rates.shape is None
