@@ -170,6 +170,9 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, tuple[nn.Module, 
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         base = getattr(child, "base_layer", None)
+        # PEFT nests a wrapper for each adapted stack of experts; what they hold besides it is the adapter's.
+        while isinstance(inner := getattr(base, "base_layer", None), nn.Module):
+            base = inner
         if isinstance(base, nn.Module):
             if _is_linear(base):
                 yield child_path, (base, child)
