@@ -322,6 +322,32 @@ class ExpertUnpacker:
         return VisitedStack(stack, name=name, block=index, stored=stored, slots=slots, reader=reader)
 
 
+def single_experts_bytes(streamed: StreamedBlock) -> tuple[int, int]:
+    """Of a block's experts that are taken one by one: bytes that are read for all of them, and those of their values.
+
+    Args:
+        streamed: The block, with its adapters' modules in it.
+    """
+    (experts,) = experts_by_block([streamed])
+    if experts is None or experts.is_adapted:
+        return 0, 0
+    read = {
+        spec.name: spec.nbytes
+        for number in range(experts.num_experts)
+        for spec in experts.alone(number, name="").tensors
+    }
+    return sum(read.values()), experts.num_experts * sum(stack.matrix_bytes for stack in experts.stacks.values())
+
+
+def expected_share(num_tokens: int, *, num_experts: int, num_per_token: int) -> float:
+    """Part of a block's experts that tokens are sent to, were they spread evenly."""
+    return 1 - (1 - min(1.0, num_per_token / max(1, num_experts))) ** num_tokens
+
+
+MOST_HIT = 0.5
+"""Part of its experts up to which a forward without gradients reads them one by one."""
+
+
 Phase = Literal["forward", "backward", "no_grad"]
 
 
@@ -364,9 +390,8 @@ class ExpertScheduler:
         """Say what the next visit is for, before its block is asked for."""
         numbers = (own.num_experts for own in self._experts if own is not None)
         num_experts = min(numbers, default=0)
-        # Half of the experts are expected to be missed, were tokens spread evenly.
-        share = 1 - (1 - min(1.0, self._num_per_token / max(1, num_experts))) ** num_tokens
-        self._few = self._has_dense and phase == "no_grad" and share <= _MOST_HIT
+        share = expected_share(num_tokens, num_experts=num_experts, num_per_token=self._num_per_token)
+        self._few = self._has_dense and phase == "no_grad" and share <= MOST_HIT
 
     def memory(self) -> dict[str, int]:
         """Bytes allocated now, by role."""
@@ -401,9 +426,6 @@ class ExpertScheduler:
         if self._few and block in self._streamed and experts is not None and not experts.is_adapted:
             return len(self._experts) + block
         return block
-
-
-_MOST_HIT = 0.5
 
 
 def with_dense_blocks(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import nn
 
-from lowmem.experts.visiting import packed_values_bytes, workspace_bytes
+from lowmem.experts.visiting import packed_values_bytes, single_experts_bytes, workspace_bytes
 from lowmem.models.blocks import can_chunk, first_alike
 from lowmem.planning.block_memory import MicroBatch, block_recompute_bytes
 from lowmem.planning.dry_run import dry_run
@@ -341,6 +341,7 @@ def with_what_trains(
     more_values = {
         index: packed_values_bytes(streamed[index]) - shapes.blocks[index].packed_values_bytes for index in read
     }
+    singles = {index: single_experts_bytes(streamed[index]) for index in read}
     blocks = tuple(
         replace(
             read[index],
@@ -348,6 +349,8 @@ def with_what_trains(
             workspace_bytes=known.workspace_bytes + read[index].workspace_bytes - shapes.blocks[index].workspace_bytes,
             correction=known.correction,
             packed_values_bytes=known.packed_values_bytes + more_values[index],
+            expert_bytes=singles[index][0],
+            expert_values_bytes=singles[index][1],
         )
         for index, known in zip(first, shapes.blocks, strict=True)
     )
@@ -426,7 +429,13 @@ def _block_shape(streamed: StreamedBlock, config: PretrainedConfig) -> BlockShap
         buffer_bytes=lay_out(streamed.spec).buffer_bytes,
         workspace_bytes=workspace_bytes(streamed, device=torch.device("meta")),
     )
-    return replace(bare, packed_values_bytes=packed_values_bytes(streamed))
+    single_bytes, values_bytes = single_experts_bytes(streamed)
+    return replace(
+        bare,
+        packed_values_bytes=packed_values_bytes(streamed),
+        expert_bytes=single_bytes,
+        expert_values_bytes=values_bytes,
+    )
 
 
 def corrected(

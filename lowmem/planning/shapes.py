@@ -73,6 +73,10 @@ class BlockShape:
     """Bytes that unpacking it writes: the parameters that are not used where they were read."""
     packed_values_bytes: int = 0
     """Bytes of the values that a pass makes of packed weights, on average over forward and backward."""
+    expert_bytes: int = 0
+    """Stored bytes of its experts, where they can be read and unpacked one by one."""
+    expert_values_bytes: int = 0
+    """Bytes of their values."""
     hidden_size: int
     """Width of its input and output."""
     query_size: int

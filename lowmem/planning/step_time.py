@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
 from lowmem.planning.job import DeviceKind, Job
 from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
 from lowmem.planning.step_memory import Choice, boundary_bytes, key_value_bytes
@@ -297,6 +298,10 @@ class _Passes:
     copy_bytes: float = 0.0
     disk_bytes: float = 0.0
     """Read or written besides weights."""
+    read_share: float = 1.0
+    """Part of the streamed weights that is read: without the experts that few tokens do not go to."""
+    unpack_share: float = 1.0
+    """Part of the values that is made of packed weights."""
 
 
 def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: PlacementPlan, rates: Rates) -> StepTime:
@@ -319,11 +324,13 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     copy_s = 0.0 if on_cpu else moved / rates.copy_bytes_per_s
     disk_s = placement.step_read_bytes / job.num_passes / rates.disk_bytes_per_s
     total = dict.fromkeys(("step", "compute", "disk", "copy"), 0.0)
+    num_passes, read_passes = 0, 0.0
     for passes in _passes(shapes, job, choice, costs):
-        compute = passes.compute_s + costs.unpack_s
-        copy = copy_s + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
+        num_passes, read_passes = num_passes + passes.count, read_passes + passes.count * passes.read_share
+        compute = passes.compute_s + costs.unpack_s * passes.unpack_share
+        copy = copy_s * passes.read_share + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
         # Blocks are read once for all ranks of a machine; what each writes and reads back goes over the same disk.
-        disk = disk_s + passes.disk_bytes * job.num_sharing / rates.disk_bytes_per_s
+        disk = disk_s * passes.read_share + passes.disk_bytes * job.num_sharing / rates.disk_bytes_per_s
         for lane, seconds in (
             ("step", max(compute, disk, copy)),
             ("compute", compute),
@@ -345,7 +352,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         compute_s=total["compute"] + update_s,
         disk_s=total["disk"] + gather_s + alone_s,
         copy_s=total["copy"] + updated_bytes / rates.copy_bytes_per_s,
-        read_bytes=placement.step_read_bytes + moved_bytes + state.read_bytes,
+        read_bytes=int(placement.step_read_bytes * read_passes / num_passes) + moved_bytes + state.read_bytes,
         written_bytes=moved_bytes + state.written_bytes,
         update_s=update_s,
         up_bytes=up_bytes,
@@ -480,8 +487,25 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         num, num_blocks = job.num_generated, len(shapes.blocks)
         first_s = costs.forward_s(num_sequences=num, seq_len=max(1, job.num_prompt_tokens), num_calls=num_blocks)
         token_s = costs.forward_s(num_sequences=num, seq_len=1, num_calls=num_blocks) + costs.head_s(num)
-        yield _Passes(count=1, compute_s=first_s + costs.head_s(num))
-        yield _Passes(count=job.num_decodes - 1, compute_s=token_s)
+        read, unpack = _hit_shares(shapes, num * max(1, job.num_prompt_tokens))
+        yield _Passes(count=1, compute_s=first_s + costs.head_s(num), read_share=read, unpack_share=unpack)
+        read, unpack = _hit_shares(shapes, num)
+        yield _Passes(count=job.num_decodes - 1, compute_s=token_s, read_share=read, unpack_share=unpack)
+
+
+def _hit_shares(shapes: ModelShapes, num_tokens: int) -> tuple[float, float]:
+    """Parts of the blocks' stored bytes and of their values that a forward of some tokens reads and makes."""
+    read = stored = made = values = 0.0
+    for block in shapes.blocks:
+        stored, values = stored + block.buffer_bytes, values + block.packed_values_bytes
+        read, made = read + block.buffer_bytes, made + block.packed_values_bytes
+        if block.experts is None or not block.expert_bytes:
+            continue
+        num_experts, num_each = block.experts.num_experts, block.experts.num_per_token
+        hit = expected_share(num_tokens, num_experts=num_experts, num_per_token=num_each)
+        made -= block.expert_values_bytes * (EXPERT_PASSES - hit)
+        read -= block.expert_bytes * (1 - hit) if hit <= MOST_HIT else 0.0
+    return read / stored, made / values if values else 1.0
 
 
 def _updates_move_with_forward(shapes: ModelShapes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from typer.testing import CliRunner
 
 import lowmem
 from lowmem.cli import app
+from lowmem.experts.visiting import ExpertScheduler
 from lowmem.models.checkpoint import open_checkpoint
 from lowmem.packing.place import as_if_packed
 from lowmem.planning.planner import bare_shapes
+from lowmem.streaming.runtime import runtime_of
 from offload import Budget
 from tests.zoo.architectures import build, tiny_config
 
@@ -110,3 +113,35 @@ def test_rates_measured_before_packing_are_those_that_the_packed_folder_is_plann
     assert before.rates == after.rates
     assert before.step_s == pytest.approx(after.step_s)
     assert lowmem.plan(base, **options).rates.shape is None
+
+
+def test_generation_is_planned_with_the_experts_that_tokens_go_to(tmp_path: Path) -> None:
+    changes = {"num_experts": 32, "num_experts_per_tok": 2, "num_hidden_layers": 4, "moe_intermediate_size": 256}
+    base = build("qwen3_moe", tmp_path / "base", changes=changes | {"hidden_size": 64, "mlp_only_layers": []})
+    packed = lowmem.pack(base, quantization="int8", output=tmp_path / "packed", device="cpu")
+    budget = Budget(device=0, host=0)
+
+    def planned(num_prompt: int, num_tokens: int) -> lowmem.Plan:
+        length = num_prompt + num_tokens
+        options: dict[str, Any] = {"task": "generate", "seq_len": length, "completion_tokens": num_tokens}
+        return lowmem.plan(packed, device="cpu", budget=budget, **options)
+
+    one, many = planned(3, 2), planned(3, 12)
+    per_token = (many.time.read_bytes - one.time.read_bytes) / 10
+    whole = many.placement.streamed_bytes
+    assert per_token < 0.4 * whole
+    # What is really read, alignment of each expert's parts to pages left out.
+    model = lowmem.from_pretrained(packed, plan=replace(many, device_budget_bytes=1 << 30), device="cpu")
+    source = runtime_of(model).scheduler
+    assert isinstance(source, ExpertScheduler)
+    reads: list[int] = []
+
+    def note(ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        reads.append(source.bytes_read)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(torch.tensor([[5, 17, 9]]), stopping_criteria=[note], **options)
+    assert (reads[-1] - reads[1]) / 10 < 0.6 * whole
+    # Whole blocks for a prompt that most experts are needed for.
+    assert planned(64, 1).time.read_bytes >= 0.9 * whole
