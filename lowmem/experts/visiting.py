@@ -477,7 +477,9 @@ def expert_reader(
     num_buffers = max(MIN_READ, min(most, READ_BYTES // largest))
     # Those of this block, and those of the next one beside them.
     beside = num_buffers - -(-routers_bytes(experts) // largest)
-    guesses = routers_bytes(experts) > 0 and beside >= 2 * min(num_per_token, most)
+    # A processor unpacks and multiplies an expert for about as long as it is read. A GPU computes next to nothing of
+    # it: its disk is never idle, and wrong guesses only add to what it reads.
+    guesses = device.type == "cpu" and routers_bytes(experts) > 0 and beside >= 2 * min(num_per_token, most)
 
     def spec_of(block: int, expert: int) -> BlockSpec:
         own = experts[block]

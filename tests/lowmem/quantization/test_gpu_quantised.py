@@ -59,7 +59,7 @@ def test_packed_bytes_cross_to_the_gpu_and_values_do_not(tmp_path: Path) -> None
     assert crossed < values / 3
 
 
-def test_experts_read_ahead_on_the_gpu_change_no_token(tmp_path: Path) -> None:
+def test_experts_read_one_by_one_on_the_gpu_change_no_token_and_none_is_guessed(tmp_path: Path) -> None:
     changes = {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 5}
     packed, _ = quantised(build("qwen3_moe", tmp_path / "base", changes=changes), tmp_path, "nf4")
     ids = torch.tensor([[5, 17, 9]])
@@ -69,4 +69,5 @@ def test_experts_read_ahead_on_the_gpu_change_no_token(tmp_path: Path) -> None:
     assert torch.equal(model.generate(ids.to("cuda:0"), **options).cpu(), expected)
     scheduler = runtime_of(model).scheduler
     assert isinstance(scheduler, ExpertScheduler)
-    assert scheduler._reader.num_foreseen > 0
+    assert scheduler._reader.num_asked > 0
+    assert scheduler._reader.num_foreseen == 0
