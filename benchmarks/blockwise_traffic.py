@@ -1,25 +1,64 @@
 """What a blockwise optimizer writes of gradients, with weights on disk: bytes and visits per step, and the weights.
 
-    python -m benchmarks.blockwise_traffic FOLDER --state DIR [--optimizer BAdam] [--num-steps 3]
+    python -m benchmarks.blockwise_traffic FOLDER --state DIR [--optimizer BAdam] [--num-steps 3] [--switch-every 1]
 
 FOLDER is a checkpoint (`python -m benchmarks.checkpoints 1.1b`). Runs whichever lowmem is on the path, so that two
-commits can be compared: the digests of equal weights are equal. Prints one JSON line.
+commits can be compared: the digests of equal weights are equal. A step visits each of L blocks once forward, and
+backward those from the last one down to the lowest that is trained, L - lowest of them; both are counted beside that
+number. Prints one JSON line; exits with 1 where a count is another one.
 """
 
 import argparse
 import hashlib
 import json
+import sys
 import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 import lowmem
 from lowmem.streaming.runtime import runtime_of
+from offload import Span
+
+
+def trained_blocks(model: PreTrainedModel) -> list[int]:
+    """Numbers of the blocks whose weights take a gradient in the coming step."""
+    runtime = runtime_of(model)
+    return [index for index in range(runtime.num_blocks) if runtime.trained_weights(index)]
+
+
+def computed_visits(num_blocks: int, trained: Sequence[int], *, embedding: bool) -> dict[str, int]:
+    """Visits of one step by phase: below the lowest block that is trained, none needs a gradient or a backward.
+
+    Args:
+        num_blocks: Of the model.
+        trained: Numbers of those that are trained.
+        embedding: Whether the embedding below all of them is trained too.
+    """
+    lowest = 0 if embedding else min(trained, default=num_blocks)
+    return {"no_grad": lowest, "forward": num_blocks - lowest, "backward": num_blocks - lowest}
+
+
+def counted_visits(spans: Iterable[Span]) -> dict[str, int]:
+    """Visits by phase, of what a trace holds."""
+    phases = Counter(span.name.partition(" ")[0] for span in spans if span.lane == "compute")
+    return {phase: phases[phase] for phase in ("no_grad", "forward", "backward")}
 
 
 def run(
-    folder: Path, state: Path, *, optimizer: str, num_steps: int, num_tokens: int, budget: str
+    folder: Path,
+    state: Path,
+    *,
+    optimizer: str,
+    num_steps: int,
+    num_tokens: int,
+    budget: int | str,
+    switch_every: int | None,
+    switch_mode: str,
 ) -> dict[str, object]:
     """Train some steps on random tokens.
 
@@ -30,6 +69,8 @@ def run(
         num_steps: How many.
         num_tokens: Of the one sequence of each step.
         budget: Of the device, as in `lowmem.Budget`.
+        switch_every: Steps per block, of BAdam; its own default if None.
+        switch_mode: In which order, of BAdam.
     """
     plan = lowmem.plan(
         folder,
@@ -41,11 +82,16 @@ def run(
     assert plan.choice.state_tier == "disk", plan
     model = lowmem.from_pretrained(folder, tuning="full", plan=plan, device="cpu")
     runtime = runtime_of(model)
-    trained = getattr(lowmem.optim, optimizer)(model, lr=1e-4, seed=0)
-    steps: list[dict[str, float]] = []
+    options = {} if switch_every is None else {"switch_block_every": switch_every, "switch_mode": switch_mode}
+    trained = getattr(lowmem.optim, optimizer)(model, lr=1e-4, seed=0, **options)
+    steps: list[dict[str, object]] = []
     for number in range(num_steps):
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(model.config.vocab_size, (1, num_tokens), generator=generator)
+        blocks = trained_blocks(model)
+        computed = computed_visits(
+            runtime.num_blocks, blocks, embedding=model.get_input_embeddings().weight.requires_grad
+        )
         begun, begun_ns = time.monotonic(), time.perf_counter_ns()
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -57,6 +103,9 @@ def run(
             {
                 "loss": loss.item(),
                 "gradient_bytes_written": sum(span.nbytes for span in writes),
+                "trained_blocks": blocks,
+                "visits": counted_visits(spans),
+                "computed_visits": computed,
                 "seconds": round(time.monotonic() - begun, 1),
             }
         )
@@ -77,9 +126,16 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=3)
     parser.add_argument("--num-tokens", type=int, default=16)
     parser.add_argument("--budget", default="2100MiB")
+    parser.add_argument("--switch-every", type=int)
+    parser.add_argument("--switch-mode", choices=("random", "ascending", "descending"), default="random")
     given = parser.parse_args()
     torch.manual_seed(0)
-    print(json.dumps(run(**vars(given))))
+    found = run(**vars(given))
+    print(json.dumps(found))
+    steps = found["steps"]
+    assert isinstance(steps, list)
+    if any(step["visits"] != step["computed_visits"] for step in steps):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
