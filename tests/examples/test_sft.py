@@ -44,6 +44,15 @@ def test_the_pirates_chats_are_whole_and_different() -> None:
     assert all("matey" in answer.lower() or "arr" in answer.lower() or "hearty" in answer.lower() for answer in answers)
 
 
+def test_resuming_where_nothing_is_says_so_before_anything_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["sft.py", "--model", "nowhere", "--data", "nothing", "--output", str(tmp_path), "--resume"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match=f"--resume: no checkpoint in {tmp_path}; leave it out"):
+        sft.main()
+
+
 def run_sft(inputs: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "examples" / "sft.py"), "--output", str(inputs / "out")]
     command += ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), *options]
