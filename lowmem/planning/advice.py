@@ -239,7 +239,18 @@ def advise(room: Room, draft: Draft, *, fits: bool) -> tuple[str, ...]:
         draft: What was chosen; the smallest draft where nothing fits.
         fits: Whether it fits.
     """
-    return tuple(_to_fit(room, draft) if not fits else _to_be_faster(room, draft))
+    return (*(_to_fit(room, draft) if not fits else _to_be_faster(room, draft)), *_too_long(room))
+
+
+def _too_long(room: Room) -> Iterator[str]:
+    """Memory and time are right all the same; what the model makes of such sequences is another matter."""
+    longest = room.shapes.max_positions
+    if longest is not None and room.job.seq_len > longest:
+        yield (
+            f"Sequences of {room.job.seq_len} tokens exceed this model's {longest} positions "
+            f"(max_position_embeddings): learned ones end there, others are untrained beyond; seq_len={longest} is "
+            "within."
+        )
 
 
 def _to_fit(room: Room, draft: Draft) -> Iterator[str]:

@@ -10,7 +10,7 @@ from lowmem.planning.advice import advise, changes_that_fit, fastest_batch, hidi
 from lowmem.planning.job import Job, Tuning, kind_of
 from lowmem.planning.optimizer_sizes import OptimizerChoice, read_optimizer
 from lowmem.planning.plan import THIS_MACHINE, Plan
-from lowmem.planning.read_model import read_shapes
+from lowmem.planning.read_model import max_positions, read_shapes
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_memory import Choice
@@ -211,7 +211,7 @@ def bare_shapes(opened: Described) -> ModelShapes:
 
 
 def _unplanned_seq_lens(opened: Described) -> tuple[int, ...]:
-    longest = getattr(opened.built.model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(longest, int):
+    longest = max_positions(opened.built.model.config)
+    if longest is None:
         return _UNPLANNED_SEQ_LENS
-    return tuple(length for length in _UNPLANNED_SEQ_LENS if length <= longest) or (max(1, longest),)
+    return tuple(length for length in _UNPLANNED_SEQ_LENS if length <= longest) or (longest,)

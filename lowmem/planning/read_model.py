@@ -393,7 +393,14 @@ def _bare_shapes(opened: Described) -> ModelShapes:
         compute_dtype=str(opened.dtype).removeprefix("torch."),
         stored_dtypes=tuple(sorted(dtype.removeprefix("torch.") for dtype in stored)),
         unchunkable=can_chunk(model) or "",
+        max_positions=max_positions(model.config),
     )
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest sequence that a configuration says its model was made for; None where it says nothing."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _stored_bytes(built: Skeleton, embedding: torch.Tensor) -> int:

@@ -191,6 +191,8 @@ class ModelShapes:
     """Why its blocks cannot be walked along the sequence in chunks; empty if they can."""
     optimizer: OptimizerShape | None = None
     """What updates the parameters that are trained; None for AdamW: with an adapter torch's, else lowmem's."""
+    max_positions: int | None = None
+    """Tokens of the longest sequence that its configuration says it was made for; None where it says nothing."""
 
     def __post_init__(self) -> None:
         if not self.blocks:

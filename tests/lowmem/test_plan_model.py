@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import lowmem
 from lowmem.api import from_pretrained, plan
@@ -20,6 +20,7 @@ from lowmem.planning.planner import plan_for
 from lowmem.planning.read_model import corrected, describe_adapter, read_shapes
 from lowmem.planning.step_time import Rates
 from offload import Budget, Placement, SafetensorsSource, SourceError
+from tests.fuzz.damage import copy_folder, edit_json
 from tests.lowmem.block_peak import config_of, measure
 from tests.lowmem.sparse_checkpoint import write_sparse
 from tests.zoo.architectures import build
@@ -70,6 +71,28 @@ def test_adapters_are_counted_as_peft_makes_them(llama: Path, arguments: dict[st
     trainable = [param for param in peft_model.parameters() if param.requires_grad]
     assert shapes.num_adapter_params == sum(param.numel() for param in trainable)
     assert shapes.adapter_bytes == sum(param.nbytes for param in trainable)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+def test_a_plan_says_where_sequences_exceed_the_positions_that_the_model_has(name: str, tmp_path: Path) -> None:
+    folder = build(name, tmp_path)
+    longest = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    for fits in (True, False):
+        budget = BUDGET if fits else Budget(device="1KiB", host="0")
+        within, beyond = (
+            plan(folder, seq_len=seq_len, budget=budget, device="cpu") for seq_len in (longest, longest + 1)
+        )
+        assert within.fits == beyond.fits == fits
+        assert not any("max_position_embeddings" in sentence for sentence in within.advice)
+        (notice,) = [sentence for sentence in beyond.advice if "max_position_embeddings" in sentence]
+        assert f"Sequences of {longest + 1} tokens exceed this model's {longest} positions" in notice
+        assert notice in str(beyond)
+
+
+def test_a_model_that_names_no_longest_sequence_has_none(llama: Path, tmp_path: Path) -> None:
+    folder = copy_folder(llama, tmp_path / "model")
+    edit_json(folder / "config.json", {"max_position_embeddings": None})
+    assert read_shapes(opened(folder)).max_positions is None
 
 
 def test_block_sizes_are_those_of_the_file(llama: Path) -> None:
@@ -128,6 +151,14 @@ def test_a_plan_without_an_adapter_assumes_one_and_says_so(llama: Path) -> None:
     assert "assumed" in made.adapter
     assert made.bytes_of("adapters") > 0
     assert plan(llama, task="generate", seq_len=16, budget=BUDGET).bytes_of("adapters") == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_the_adapter_that_is_assumed_is_what_peft_makes_of_all_linear(name: str, tmp_path: Path) -> None:
+    folder = build(name, tmp_path)
+    given = LoraConfig(r=16, target_modules="all-linear")
+    assumed, told = (plan(folder, seq_len=16, budget=BUDGET, peft_config=config) for config in (None, given))
+    assert (assumed.num_trainable, assumed.device_bytes) == (told.num_trainable, told.device_bytes)
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo", "kto", "reward", "grpo", "rloo", "generate"])
