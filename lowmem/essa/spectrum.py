@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
+from lowmem.essa.strategy import check_tensor
 from lowmem.streaming.runtime import ActiveRows
 
 
@@ -117,14 +118,25 @@ class Spectrum:
             state |= {f"down.{index}": factor.down.weight.detach(), f"up.{index}": factor.up.weight.detach()}
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def check_state_dict(self, state: Mapping[str, object]) -> None:
+        """See that `load_state_dict` can go on from it.
+
+        Raises:
+            ValueError: It is of another adapter, or holds what `state_dict` does not give; says which field.
+        """
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            raise ValueError(f"it has {len(state)} fields, and this adapter {len(expected)}")
+        for name, own in expected.items():
+            check_tensor(name, state[name], like=own)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave.
 
         Raises:
-            ValueError: It is of another adapter.
+            ValueError: It is of another adapter; nothing is changed.
         """
-        if state["start"].shape != self._start.shape:
-            raise ValueError(f"start: expected {self.num_values} singular values, got {state['start'].numel()}")
+        self.check_state_dict(state)
         self._start, self._unit = state["start"], state["unit"]
         for index, factor in enumerate(self._factors):
             factor.down.weight.data.copy_(state[f"down.{index}"])

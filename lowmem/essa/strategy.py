@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+_MOST_STEPS = 1 << 40
+"""Beyond them the generator's seed, which follows from the step, would overflow."""
 
 
 class SeparableCma:
@@ -33,7 +37,7 @@ class SeparableCma:
         n = start.numel()
         self._population_size, self._seed = population_size, seed
         self.mean = start.detach().to(torch.float64).clone()
-        self.sigma = sigma
+        self.sigma = float(sigma)
         self.num_steps = 0
         self._variance = torch.ones(n, dtype=torch.float64)
         self._path = torch.zeros(n, dtype=torch.float64)
@@ -101,16 +105,49 @@ class SeparableCma:
             "sigma_path": self._sigma_path,
         }
 
-    def load_state_dict(self, state: dict[str, Tensor | float | int]) -> None:
+    def check_state_dict(self, state: Mapping[str, object]) -> None:
+        """See that `load_state_dict` can go on from it.
+
+        Raises:
+            ValueError: It is of another number of coordinates, or holds what `state_dict` does not give; says which
+                field.
+        """
+        expected = self.state_dict()
+        if state.keys() != expected.keys():
+            raise ValueError(f"expected the fields {', '.join(expected)}")
+        for name, own in expected.items():
+            if isinstance(own, Tensor):
+                check_tensor(name, state[name], like=own)
+        sigma, num_steps, variance = state["sigma"], state["num_steps"], state["variance"]
+        if type(sigma) is not float or not 0 < sigma < math.inf:
+            raise ValueError("sigma: expected a finite number above 0")
+        if type(num_steps) is not int or not 0 <= num_steps < _MOST_STEPS:
+            raise ValueError("num_steps: expected a number of steps")
+        assert isinstance(variance, Tensor), "as the one beside it"
+        if bool((variance <= 0).any()):
+            raise ValueError("variance: expected numbers above 0")
+
+    def load_state_dict(self, state: Mapping[str, Tensor | float | int]) -> None:
         """Go on from what `state_dict` gave.
 
         Raises:
-            ValueError: It is of another number of coordinates.
+            ValueError: It cannot; nothing is changed.
         """
-        mean = state["mean"]
-        if not isinstance(mean, Tensor) or mean.shape != self.mean.shape:
-            raise ValueError(f"mean: expected {self.mean.numel()} coordinates; the state is of another adapter")
-        self.mean, self.sigma, self.num_steps = mean, float(state["sigma"]), int(state["num_steps"])
-        self._variance, self._path, self._sigma_path = (
-            torch.as_tensor(state[name]) for name in ("variance", "path", "sigma_path")
+        self.check_state_dict(state)
+        self.sigma, self.num_steps = float(state["sigma"]), int(state["num_steps"])
+        self.mean, self._variance, self._path, self._sigma_path = (
+            torch.as_tensor(state[name]) for name in ("mean", "variance", "path", "sigma_path")
         )
+
+
+def check_tensor(name: str, value: object, *, like: Tensor) -> None:
+    """See that a stored value can take a tensor's place.
+
+    Raises:
+        ValueError: It is no tensor of the same shape and type, or has values that are no numbers.
+    """
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        found = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected {like.dtype} of shape {list(like.shape)}, got {found}")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers")

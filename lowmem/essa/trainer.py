@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.essa.spectrum import Spectrum
 from lowmem.essa.strategy import SeparableCma
+from lowmem.internals.torch import damage_of_saved
 from lowmem.processes.ranks import refuse_several
 from lowmem.streaming.runtime import ActiveRows, is_streamed, runtime_of
 
@@ -153,6 +155,9 @@ def has_text_prompts(rows: Sequence[Row]) -> bool:
 
 
 _STATE = "essa_state.pt"
+_UNREADABLE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, UnpicklingError)
+"""What a file that holds something else ends in, in torch.load or when it is looked at."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class ESSATrainer:
@@ -233,6 +238,7 @@ class ESSATrainer:
 
         Raises:
             FileNotFoundError: There is no such checkpoint.
+            ValueError: It is damaged, or of another adapter; nothing is changed.
         """
         if resume_from_checkpoint:
             self._resume(self._last() if resume_from_checkpoint is True else Path(resume_from_checkpoint))
@@ -315,23 +321,42 @@ class ESSATrainer:
         Path(unfinished.name).rename(folder / _STATE)
 
     def _resume(self, folder: Path) -> None:
-        if not (folder / _STATE).is_file():
+        """Go on from a checkpoint, all of which is looked at before anything is changed."""
+        file = folder / _STATE
+        if not os.path.lexists(file):
             raise FileNotFoundError(f"{folder}: no {_STATE}; give a folder that ESSATrainer saved as a checkpoint")
         try:
-            state = torch.load(folder / _STATE, weights_only=True)
-            self.spectrum.load_state_dict(state["spectrum"])
-            self.strategy.load_state_dict(state["strategy"])
-            self.log_history = list(state["log_history"])
-        except (EOFError, KeyError, OSError, RuntimeError, TypeError, UnpicklingError) as error:
-            raise ValueError(
-                f"{folder / _STATE}: damaged, or of another adapter ({type(error).__name__}); give another checkpoint"
-            ) from error
+            # torch.load looks at no checksum, and would wait for a pipe.
+            if (damage := damage_of_saved(file)) is not None:
+                raise ValueError(damage)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            self.spectrum.check_state_dict(state["spectrum"])
+            self.strategy.check_state_dict(state["strategy"])
+            log = [_checked_entry(entry) for entry in state["log_history"]]
+        except (*_UNREADABLE, ValueError) as error:
+            why = str(error).partition("\n")[0][:200] if isinstance(error, ValueError) else type(error).__name__
+            raise ValueError(f"{file}: damaged, or of another adapter ({why}); give another checkpoint") from error
+        self.spectrum.load_state_dict(state["spectrum"])
+        self.strategy.load_state_dict(state["strategy"])
+        self.log_history = log
 
     def _last(self) -> Path:
-        folders = [path.parent for path in Path(self.args.output_dir).glob(f"checkpoint-*/{_STATE}")]
+        folders = {
+            int(found[1]): path.parent
+            for path in Path(self.args.output_dir).glob(f"checkpoint-*/{_STATE}")
+            if (found := _CHECKPOINT.fullmatch(path.parent.name)) is not None
+        }
         if not folders:
             raise FileNotFoundError(f"{self.args.output_dir}: no checkpoint to resume from")
-        return max(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+        return folders[max(folders)]
+
+
+def _checked_entry(entry: object) -> dict[str, float]:
+    if not isinstance(entry, dict) or not all(
+        isinstance(name, str) and type(value) in (int, float) for name, value in entry.items()
+    ):
+        raise ValueError("log_history: expected numbers by name")
+    return entry
 
 
 def _with_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, seed: int) -> PeftModel:

@@ -1,13 +1,19 @@
-"""Private names of torch: trees of values, tables of tensors, reference counts, what a processor can, shapes alone."""
+"""Private names of torch: trees of values, tables of tensors, reference counts, what a processor can, shapes alone.
+
+And what `torch.save` writes: an archive whose records have checksums, which `torch.load` does not look at.
+"""
 
 from __future__ import annotations
 
 import logging
 import weakref
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +31,7 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from lowmem.errors import untested
-from offload import PAGE_BYTES
+from offload import PAGE_BYTES, open_regular
 
 # The tensor itself, and the storage object that asking for the count makes.
 _OWN_REFERENCES = 2
@@ -294,3 +300,20 @@ def quiet_fake_tensors() -> Iterator[None]:
         yield
     finally:
         logger.disabled = was_disabled
+
+
+def damage_of_saved(file: Path, *, reads_records: bool = True) -> str | None:
+    """What is wrong with a file that `torch.save` wrote, by the checksums in it; None where it is whole.
+
+    The list of records at its end has no checksum, so that what is whole may still not be what is expected.
+
+    Args:
+        file: The file; anything but a regular one is damaged.
+        reads_records: False to look at that list alone, which a file that was cut off does not have.
+    """
+    try:
+        with open(open_regular(file), "rb") as opened, zipfile.ZipFile(opened) as archive:
+            damaged = archive.testzip() if reads_records else None
+            return None if damaged is None else f"{damaged} in it differs from its checksum"
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:
+        return str(error).partition(". ")[0]

@@ -8,17 +8,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-import zipfile
-import zlib
+import re
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import TrainerState
 
+from lowmem.errors import UnsupportedError
+from lowmem.internals.torch import damage_of_saved
 from lowmem.streaming.runtime import is_streamed
-from offload import SafetensorsSource, SourceError, open_regular, read_json_object
+from offload import SafetensorsSource, SourceError, read_json_object
 
 ARCHIVES = {"optimizer.pt": "moments", "scheduler.pt": "learning rate", "rng_state.pth": "dropout"}
 """Files that torch writes, and what would start anew without them."""
@@ -28,25 +31,24 @@ _RESTORED = ("optimizer.pt", "scheduler.pt")
 _GROUPS = "param_groups"
 """What every optimizer's state has, and no scheduler's."""
 _STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = "model*.safetensors*"
 _NUMBERS = ("epoch", "global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos")
 """Fields of the Trainer's state that are a number and never null."""
 
 
 def damage_of_archive(file: Path) -> str | None:
-    """What is wrong with a file that torch wrote, by the checksums in it; None where it is whole."""
+    """What is wrong with one of these files; None where it is whole."""
+    if (damage := damage_of_saved(file)) is not None:
+        return damage
     try:
-        with open(open_regular(file), "rb") as opened, zipfile.ZipFile(opened) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            return f"{damaged} in it differs from its checksum"
-        # The index at its end has no checksum. What may be in it is the reader's business, but for whose it is.
+        # What may be in it is the reader's business, but for whose it is.
         with suppress(pickle.UnpicklingError):
             found = torch.load(file, map_location="meta", weights_only=True)
             is_optimizers = isinstance(found, dict) and _GROUPS in found
             if file.name in _RESTORED and is_optimizers != (file.name == _RESTORED[0]):
                 return f"it holds {'an' if is_optimizers else 'no'} optimizer's state"
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
         return str(error).partition(". ")[0]
     return None
 
@@ -59,12 +61,46 @@ def check_before_resume(model: nn.Module, checkpoint: str) -> None:
         checkpoint: The folder to resume from.
 
     Raises:
-        SourceError: A file is missing or damaged; names it.
-        FileNotFoundError: An adapter's checkpoint has no adapter.
+        SourceError: A file is missing or damaged; names it, and the newest checkpoint beside it that is complete.
+        FileNotFoundError: An adapter's checkpoint has no adapter; likewise.
     """
     if not is_streamed(model):
         return
-    folder = Path(checkpoint)
+    folder, is_adapter = Path(checkpoint), hasattr(model, "peft_config")
+    try:
+        _check(folder, is_adapter=is_adapter, damage_of=damage_of_archive)
+    except (SourceError, FileNotFoundError) as error:
+        newest = newest_complete(folder.parent, is_adapter=is_adapter, but=folder)
+        say = (
+            "no other checkpoint in {0} is complete"
+            if newest is None
+            else ("the newest complete one in {0} is {1}: trainer.train(resume_from_checkpoint={2!r})")
+        )
+        error.args = (f"{error}; {say.format(folder.parent, newest and newest.name, str(newest))}",)
+        raise
+
+
+def newest_complete(output_dir: Path, *, is_adapter: bool, but: Path | None = None) -> Path | None:
+    """The checkpoint of the most steps in a Trainer's folder that has all that a resume reads.
+
+    Looks at what there is and at headers; the bytes of large files are not read.
+
+    Args:
+        output_dir: Where the trainer saves.
+        is_adapter: Whether an adapter is trained.
+        but: A checkpoint that is not to be looked at.
+    """
+    found = [(_CHECKPOINT.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
+    for _, path in sorted(((int(match[1]), path) for match, path in found if match is not None), reverse=True):
+        if but is not None and path.name == but.name:
+            continue
+        with suppress(OSError, ValueError, UnsupportedError):
+            _check(path, is_adapter=is_adapter, damage_of=partial(damage_of_saved, reads_records=False))
+            return path
+    return None
+
+
+def _check(folder: Path, *, is_adapter: bool, damage_of: Callable[[Path], str | None]) -> None:
     _check_state(folder / _STATE)
     if any(os.path.lexists(folder / name) for name in ARCHIVES):
         for name in _RESTORED:
@@ -72,9 +108,9 @@ def check_before_resume(model: nn.Module, checkpoint: str) -> None:
                 problem = f"missing: {ARCHIVES[name]} would start anew"
                 raise SourceError(folder / name, field="file", problem=problem, remedy=ANOTHER_CHECKPOINT)
     for name in ARCHIVES:
-        if os.path.lexists(folder / name) and (damage := damage_of_archive(folder / name)) is not None:
+        if os.path.lexists(folder / name) and (damage := damage_of(folder / name)) is not None:
             raise SourceError(folder / name, field="file", problem=damage, remedy=ANOTHER_CHECKPOINT)
-    if hasattr(model, "peft_config"):
+    if is_adapter:
         from lowmem.adapters.saved_adapter import read_files
 
         # The Trainer keeps each of several adapters in a folder of its own.

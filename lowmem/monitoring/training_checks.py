@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.transformers import add_default_callback, before_resume, leave_where_it_is, on_interruption
-from lowmem.monitoring.resume_checks import check_before_resume
+from lowmem.monitoring.resume_checks import check_before_resume, newest_complete
 from lowmem.optim.optimizer import RuleOptimizer
 from lowmem.planning.optimizer_sizes import sizes_in_training
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
@@ -86,21 +86,25 @@ def refuse_training_options(args: TrainingArguments) -> None:
             )
 
 
-def how_to_go_on(output_dir: str) -> str:
+def how_to_go_on(output_dir: str, *, is_adapter: bool) -> str:
     """What to do after an interruption, in a sentence: a checkpoint to go on from, or how to have one.
 
     Args:
         output_dir: Where the trainer saves.
+        is_adapter: Whether an adapter is trained.
     """
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if last is None:
+    complete = newest_complete(Path(output_dir), is_adapter=is_adapter)
+    if complete is None:
         return (
             f"training was interrupted, and there is no checkpoint in {output_dir} yet: start again, with a smaller "
             "save_steps to lose less"
         )
+    # One that was being written then may come after it, and is what True stands for.
+    last = get_last_checkpoint(output_dir)
+    which = "True" if last is not None and Path(last).name == complete.name else repr(str(complete))
     return (
-        f"training was interrupted; its last checkpoint is {last}: run the script again with "
-        "trainer.train(resume_from_checkpoint=True)"
+        f"training was interrupted; its last checkpoint is {complete}: run the script again with "
+        f"trainer.train(resume_from_checkpoint={which})"
     )
 
 
@@ -140,7 +144,7 @@ class TrainingChecks(TrainerCallback):
             runtime.optimizer = sizes_in_training(optimizer, str(getattr(args.optim, "value", args.optim)), trained)
         self._runtime = weakref.ref(runtime)
         self._stop_listening = runtime.listen(self._visited)
-        runtime.advise_interrupted = partial(how_to_go_on, args.output_dir)
+        runtime.advise_interrupted = partial(how_to_go_on, args.output_dir, is_adapter=hasattr(model, "peft_config"))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Begin an optimizer step."""

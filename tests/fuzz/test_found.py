@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -173,3 +174,46 @@ def test_a_damaged_trainer_checkpoint_is_one_sentence_before_anything_of_it_is_l
         trainer.train(resume_from_checkpoint=str(checkpoint))
     for key, value in trainable(trainer.model).items():
         assert torch.equal(value, before[key]), key
+
+
+CUT_OFF: dict[str, Callable[[Path], object]] = {
+    "an empty state": lambda folder: os.truncate(folder / "trainer_state.json", 0),
+    "no state yet": lambda folder: (folder / "trainer_state.json").unlink(),
+    "no scheduler yet": lambda folder: [(folder / name).unlink() for name in ("scheduler.pt", "trainer_state.json")],
+    "an optimizer that was cut off": lambda folder: os.truncate(folder / "optimizer.pt", 500),
+    "weights that were cut off": lambda folder: [
+        os.truncate(file, file.stat().st_size // 2) for file in folder.glob("*model.safetensors")
+    ],
+    "nothing yet": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+}
+
+
+@pytest.fixture(scope="module", params=["sft", "full host"])
+def run_of_three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    work = tmp_path_factory.mktemp("three")
+    model = Path(build("llama", work / "model"))
+    made(request.param, model, work / "out", work / "state", say=str, max_steps=3).train()
+    return request.param, work
+
+
+@pytest.mark.parametrize("num_damaged", [1, 2, 3])
+@pytest.mark.parametrize("case", CUT_OFF)
+def test_a_checkpoint_that_was_cut_off_names_the_newest_complete_one(
+    case: str, num_damaged: int, run_of_three: tuple[str, Path], tmp_path: Path
+) -> None:
+    kind, work = run_of_three
+    out = copy_folder(work / "out", tmp_path / "out")
+    for step in range(4 - num_damaged, 4):
+        CUT_OFF[case](out / f"checkpoint-{step}")
+    trainer = made(kind, work / "model", out, tmp_path / "state", say=str, save_strategy="no")
+    newest = out / f"checkpoint-{3 - num_damaged}"
+    words = f"no other checkpoint in {out} is complete"
+    if num_damaged < 3:
+        words = (
+            f"the newest complete one in {out} is {newest.name}: trainer.train(resume_from_checkpoint={str(newest)!r})"
+        )
+    with pytest.raises((OffloadError, FileNotFoundError), match=rf"checkpoint-3.*{re.escape(words)}$"):
+        trainer.train(resume_from_checkpoint=True)
+    if (case, num_damaged) == ("an empty state", 1):
+        trainer.train(resume_from_checkpoint=str(newest))
+        assert trainer.state.global_step > 2

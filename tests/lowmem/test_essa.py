@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,19 +128,60 @@ def test_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path) -
     assert second.log_history == whole.log_history
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "another file", "a field is missing"])
-def test_a_damaged_checkpoint_is_one_sentence(damage: str, folder: Path, tmp_path: Path) -> None:
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    # In the values of one of the factors: torch.load would take them.
+    data[data.index(b"PK\x03\x04", 4000) + 250] ^= 1
+    file.write_bytes(data)
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def rewrite(file: Path) -> None:
+        state = torch.load(file, weights_only=True)
+        change(state)
+        torch.save(state, file)
+
+    return rewrite
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: os.truncate(file, 0),
+    "another file": lambda file: file.write_bytes(b"x" * 1000),
+    "a bit": _flip,
+    "a pipe": _pipe,
+    "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
+    "a field is missing": _with(lambda state: state.pop("spectrum")),
+    "a factor is missing": _with(lambda state: state["spectrum"].pop("up.1")),
+    "another shape": _with(lambda state: state["spectrum"].update({"down.0": torch.zeros(1, 1)})),
+    "another type": _with(lambda state: state["strategy"].update(mean=state["strategy"]["mean"].half())),
+    "no number": _with(lambda state: state["strategy"]["path"].fill_(float("nan"))),
+    "no variance": _with(lambda state: state["strategy"]["variance"].zero_()),
+    "sigma is text": _with(lambda state: state["strategy"].update(sigma="1")),
+    "steps below zero": _with(lambda state: state["strategy"].update(num_steps=-1)),
+    "a log of text": _with(lambda state: state.update(log_history="abc")),
+    "a list": lambda file: torch.save([], file),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence_and_changes_nothing(damage: str, folder: Path, tmp_path: Path) -> None:
     made = trainer(folder, tmp_path / "out")
     made._save_checkpoint(tmp_path / "out" / "checkpoint-1")
+    (tmp_path / "out" / "checkpoint-best").mkdir()
     (state,) = (tmp_path / "out" / "checkpoint-1").iterdir()
     assert state.stat().st_mode & 0o777 == 0o600
-    content = state.read_bytes()
-    if damage == "a field is missing":
-        torch.save({"strategy": made.strategy.state_dict()}, state)
-    else:
-        state.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "another file": b"x" * 1000}[damage])
+    DAMAGES[damage](state)
+    before = [value.clone() for value in made.spectrum.state_dict().values()]
     with pytest.raises(ValueError, match=r"essa_state.pt: damaged, or of another adapter"):
-        made.train(resume_from_checkpoint=True)
+        made.train(resume_from_checkpoint=str(state.parent) if damage.startswith("a link") else True)
+    assert all(map(torch.equal, before, made.spectrum.state_dict().values()))
+    assert made.strategy.num_steps == len(made.log_history) == 0
 
 
 def test_saved_adapter_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
