@@ -27,6 +27,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
 from lowmem.full.engine import FullTuning, Saved
 from lowmem.full.flat import EXP_AVG, EXP_AVG_SQ, ParamPlace
+from lowmem.models.whole import alive
 from lowmem.optim.rule import State
 from offload import (
     JsonObject,
@@ -427,14 +428,14 @@ class Saving:
 
         Raises:
             UnsupportedError: An option that is not honoured, or the model's own folder.
+            RuntimeError: Nobody keeps the model.
             TierFull: The disk has no room; an earlier checkpoint stays.
             WriteError: The disk failed; likewise.
         """
         _refuse({"state_dict": state_dict, "variant": variant, "push_to_hub": push_to_hub or None}, refused)
         if not is_main_process:
             return
-        model = self._model()
-        assert model is not None, "the model holds this"
+        model = alive(self._model)
         folder = Path(save_directory)
         if folder.exists() and folder.samefile(self._source):
             raise UnsupportedError(
@@ -469,8 +470,7 @@ class Saving:
                 reason="the weights are kept in their tier, not in the tensors that are given",
                 instead="assign=False",
             )
-        model = self._model()
-        assert model is not None, "the model holds this"
+        model = alive(self._model)
         # Between steps nothing may be pending: an update would change what is loaded here.
         self._full.finish()
         loaded: tuple[list[str], list[str]] = torch.nn.Module.load_state_dict(

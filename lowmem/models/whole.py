@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
@@ -18,13 +19,20 @@ from lowmem.errors import UnsupportedError, untested
 from lowmem.internals.stand_in import StandIn, keeping_last_read
 from lowmem.internals.torch import call_before_apply, parameter_table, put_parameter
 from lowmem.models.absent import AbsentParameter
+from offload import replacing_checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 SHARD = "2GB"
 """Largest file unless the user says otherwise: a shard is in RAM while it is written."""
+_CARD = "README.md"
+_FOLDER = "_lowmem_folder"
+"""Attribute of a model: the folder of its checkpoint."""
+_WRITTEN_IN_PLACE = ("push_to_hub", "variant", "distributed_checkpoint")
+"""Options of transformers' `save_pretrained` that need the folder itself."""
 
 
 def install_whole(model: PreTrainedModel, *, folder: Path, block_names: Mapping[str, nn.Module]) -> None:
@@ -55,14 +63,20 @@ def install_whole(model: PreTrainedModel, *, folder: Path, block_names: Mapping[
     own = weakref.ref(model)
 
     def save_pretrained(save_directory: str | os.PathLike[str], *args: object, **kwargs: object) -> object:
-        return _save(_alive(own), save_directory, args, kwargs, folder=folder)
+        return _save(alive(own), save_directory, args, kwargs, folder=folder)
 
     vars(model)["save_pretrained"] = save_pretrained
+    vars(model)[_FOLDER] = folder
     install_bounded_saving()
+    install_saving_of_adapters()
 
 
-def _alive(own: weakref.ref[PreTrainedModel]) -> PreTrainedModel:
-    """The model whose method is called: held weakly, so that it is freed as soon as its user drops it."""
+def alive(own: weakref.ref[PreTrainedModel]) -> PreTrainedModel:
+    """The model whose method is called: held weakly, so that it is freed as soon as its user drops it.
+
+    Raises:
+        RuntimeError: It is gone, as in `lowmem.from_pretrained(folder).save_pretrained(other)`.
+    """
     model = own()
     if model is None:
         raise RuntimeError("the model is gone: keep what lowmem.from_pretrained returns in a variable")
@@ -77,18 +91,31 @@ def _save(
     *,
     folder: Path,
 ) -> object:
-    """`save_pretrained` of the class, shard by shard: weights are read as their shard is written."""
-    if os.path.exists(save_directory) and os.path.samefile(save_directory, folder):
-        raise UnsupportedError(
-            f"save_pretrained({os.fspath(save_directory)!r})",
-            reason="the model's weights are read from this folder while it is saved",
-            instead="another folder",
-        )
+    """`save_pretrained` of the class, shard by shard: weights are read as their shard is written.
+
+    An older checkpoint in the folder is replaced when the new one is on the disk. Written in place, as by the class,
+    are files of another name (`variant`) and what goes to the hub, whose repository is named after the folder.
+    """
+    _refuse_own_folder("save_pretrained", save_directory, folder)
     # The fifth of transformers' own arguments.
     if len(args) < 4:
         kwargs.setdefault("max_shard_size", SHARD)
+    write = type(model).save_pretrained
+    given = signature(write).bind(model, save_directory, *args, **kwargs).arguments
     with keeping_last_read():
-        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        if any(given.get(name) for name in _WRITTEN_IN_PLACE) or not given.get("is_main_process", True):
+            return write(model, save_directory, *args, **kwargs)
+        with replacing_checkpoint(Path(save_directory)) as beside:
+            return write(model, beside, *args, **kwargs)
+
+
+def _refuse_own_folder(method: str, save_directory: str | os.PathLike[str], folder: Path) -> None:
+    if os.path.exists(save_directory) and os.path.samefile(save_directory, folder):
+        raise UnsupportedError(
+            f"{method}({os.fspath(save_directory)!r})",
+            reason="the model's weights are read from this folder while it is saved",
+            instead="another folder",
+        )
 
 
 def refuse_copy(module: nn.Module, *, what: str, reason: str, instead: str) -> None:
@@ -159,7 +186,7 @@ def install_resizing(model: PreTrainedModel, *, room_bytes: int, tuning: str) ->
     own = weakref.ref(model)
 
     def resize(new_num_tokens: int | None = None, *args: object, **kwargs: object) -> nn.Module:
-        model = _alive(own)
+        model = alive(own)
         if tuning == "full":
             raise UnsupportedError(
                 'resize_token_embeddings with tuning="full"',
@@ -232,6 +259,9 @@ def _bounded(shipped: Callable[..., None]) -> Callable[..., None]:
                 reason="a pickle is written from RAM in one piece",
                 instead="safe_serialization=True",
             )
+        for module in plain.modules():
+            if _FOLDER in vars(module):
+                _refuse_own_folder("Accelerator.save_model", save_directory, vars(module)[_FOLDER])
         if self.is_main_process:
             save_in_shards(
                 plain.state_dict(), Path(save_directory), size=SHARD if max_shard_size == default else max_shard_size
@@ -246,7 +276,7 @@ def save_in_shards(state: dict[str, Tensor], folder: Path, *, size: int | str) -
 
     Args:
         state: Tensors and stand-ins by name; of several names of one tensor the first is written.
-        folder: Made if need be; shards of an earlier save that are not written again are removed.
+        folder: Made if need be; an earlier save in it is replaced when this one is on the disk.
         size: Largest file.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -260,13 +290,40 @@ def save_in_shards(state: dict[str, Tensor], folder: Path, *, size: int | str) -
             once[name] = tensor
         known.add(place)
     split = split_torch_state_dict_into_shards(once, filename_pattern="model{suffix}.safetensors", max_shard_size=size)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("model-?????-of-?????.safetensors"):
-        if old.name not in split.filename_to_tensors:
-            old.unlink()
-    for file, names in split.filename_to_tensors.items():
-        with keeping_last_read():
-            save_file({name: once[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    with replacing_checkpoint(folder) as beside:
+        for file, names in split.filename_to_tensors.items():
+            with keeping_last_read():
+                save_file({name: once[name].contiguous() for name in names}, beside / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def install_saving_of_adapters() -> None:
+    """Have `PeftModel.save_pretrained` of a streamed model write beside an older adapter, unless it does already.
+
+    PEFT truncates the older one's weights and writes the new ones in their place, which a kill would lose both in. All
+    other models are handed to the method that was there.
+    """
+    from peft import PeftModel
+
+    shipped = PeftModel.save_pretrained
+    if hasattr(shipped, "lowmem"):
+        return
+
+    @wraps(shipped)
+    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        is_main = signature(shipped).bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True)
+        is_streamed = any(isinstance(param, StandIn) for param in self.parameters())
+        folder = Path(save_directory)
+        if not is_streamed or not is_main or folder.is_file():
+            shipped(self, save_directory, *args, **kwargs)
+            return
+        with replacing_checkpoint(folder) as beside:
+            # PEFT adds to a model card that is there.
+            if (folder / _CARD).is_file():
+                shutil.copyfile(folder / _CARD, beside / _CARD)
+            shipped(self, str(beside), *args, **kwargs)
+
+    save_pretrained.lowmem = True  # type: ignore[attr-defined]
+    PeftModel.save_pretrained = save_pretrained

@@ -61,7 +61,9 @@ def replacing_checkpoint(folder: Path) -> Iterator[Path]:
         folder: The folder, made if need be.
 
     Yields:
-        An empty folder for the new checkpoint's files: one of weights, or shards and their index, and others.
+        An empty folder for the new checkpoint's files: one of weights, or shards and their index, and others. Where it
+        gets others alone, such as an adapter's, each takes the place of the file of its name, in folders too, and
+        weights stay.
 
     Raises:
         TierFull: The disk has no room.
@@ -92,14 +94,16 @@ def _is_plain(name: str) -> bool:
 
 
 def _put_in_place(beside: Path, folder: Path) -> None:
-    older = listed_weights(folder)
     index = beside / INDEX_NAME
+    is_whole = index.exists() or (beside / SINGLE_NAME).exists()
+    older = listed_weights(folder) if is_whole else set()
     names = {SINGLE_NAME: SINGLE_NAME}
     if index.exists():
         names = _free_names(folder, sorted(listed_weights(beside)))
         _rename_in_index(index, names)
-    for file in beside.iterdir():
-        _sync_file(file)
+    for file in beside.rglob("*"):
+        if file.is_file():
+            _sync_file(file)
     if index.exists():
         for name, free in names.items():
             (beside / name).rename(folder / free)
@@ -108,15 +112,24 @@ def _put_in_place(beside: Path, folder: Path) -> None:
         index.replace(folder / INDEX_NAME)
         sync_folder(folder)
         (folder / SINGLE_NAME).unlink(missing_ok=True)
-    else:
+    elif is_whole:
         (beside / SINGLE_NAME).replace(folder / SINGLE_NAME)
         sync_folder(folder)
         (folder / INDEX_NAME).unlink(missing_ok=True)
-    for file in list(beside.iterdir()):
-        file.replace(folder / file.name)
-    sync_folder(folder)
+    _move_into(beside, folder)
     for name in older - set(names.values()):
         (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def _move_into(source: Path, folder: Path) -> None:
+    """Put files in the places of those of their names, in folders too: weights first, what describes them last."""
+    for entry in sorted(source.iterdir(), key=lambda entry: (entry.suffix == ".json", entry.name)):
+        if entry.is_dir():
+            (folder / entry.name).mkdir(exist_ok=True)
+            _move_into(entry, folder / entry.name)
+        else:
+            entry.replace(folder / entry.name)
     sync_folder(folder)
 
 

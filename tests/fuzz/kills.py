@@ -15,7 +15,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lowmem
@@ -23,20 +25,25 @@ from tests.fuzz.runs import KINDS, NUM_STEPS, digest, run, trainable
 from tests.fuzz.workers import Ending, Fault, in_child, note
 from tests.lowmem.full_training import backward, batches, full, weights
 from tests.lowmem.kill_job import last_complete_checkpoint
+from tests.lowmem.tiny_training import streamed
 from tests.zoo.architectures import build
 
 _MOST_KILLS = 5
 """Of one run; then it may end."""
 _NUM_SAVES = 6
+# From few files to many and back: shards of the older save have names that the newer has not.
+_SIZES = ("50KB", "20KB", "10MB")
 _SAVES = {"save full disk": "disk", "save full host": "host"}
-_KINDS = (*KINDS, *_SAVES, "merge")
+"""Where the state of what is saved is."""
+_FROZEN_SAVES = ("save frozen", "save by accelerate", "save adapter")
+_KINDS = (*KINDS, *_SAVES, *_FROZEN_SAVES, "merge")
 
 
 class Kills:
     """One case is a run that is killed up to five times and then ends; counted are the kills.
 
     Args:
-        kinds: Of what is killed: those of `runs`, "save " and such a kind, "merge".
+        kinds: Of what is killed: those of `runs`, "save " and what is saved, "merge".
     """
 
     limit_s = 300.0
@@ -49,6 +56,7 @@ class Kills:
     def prepare(self, folder: Path) -> None:
         model = folder / "model"
         in_child(lambda: build("llama", model))
+        in_child(lambda: build("llama", folder / "other model", seed=1))
         in_child(lambda: _make_adapter(folder))
         expected: dict[str, object] = {}
         for kind in self._kinds:
@@ -56,7 +64,7 @@ class Kills:
             if kind == "merge":
                 _undisturbed(lambda say, work=work: _merge(folder, work, say))  # type: ignore[misc]
                 expected[kind] = _files(work / "out 0")
-            elif kind in _SAVES:
+            elif kind in (*_SAVES, *_FROZEN_SAVES):
                 said = _undisturbed(lambda say, kind=kind, work=work: _save_again(kind, model, work, say))  # type: ignore[misc]
                 expected[kind] = [line.split()[2] for line in said if line.startswith("saving")]
             else:
@@ -72,7 +80,7 @@ class Kills:
         note(scratch, kind)
         if kind == "merge":
             return _killed_merges(prepared, scratch, rng, expected=expected[kind])
-        if kind in _SAVES:
+        if kind in (*_SAVES, *_FROZEN_SAVES):
             return _killed_saves(kind, prepared, scratch, rng, expected=expected[kind])
         return _killed_runs(kind, prepared, scratch, rng, expected=expected[kind])
 
@@ -146,8 +154,14 @@ def _killed_merges(prepared: Path, scratch: Path, rng: random.Random, *, expecte
 
 
 def _save_again(kind: str, folder: Path, work: Path, say: Callable[[str], object]) -> None:
-    """Train step by step, saving over the save before."""
+    """Train step by step, saving over the save before; of frozen models, one and another in turn."""
     (work / "state").mkdir(parents=True, exist_ok=True)
+    if kind == "save adapter":
+        _save_adapter(folder, work, say)
+        return
+    if kind in _FROZEN_SAVES:
+        _save_in_turn(kind, (folder, folder.with_name("other model")), work, say)
+        return
     model = full(folder, _SAVES[kind], work / "state").train()
     optimizer = lowmem.optim.AdamW(model, lr=1e-2)
     for number, ids in enumerate(batches(_NUM_SAVES)):
@@ -155,12 +169,40 @@ def _save_again(kind: str, folder: Path, work: Path, say: Callable[[str], object
         optimizer.step()
         optimizer.zero_grad()
         say(f"saving {number} {digest(weights(model))}\n")
-        # From few files to many and back: shards of the older save have names that the newer has not.
-        model.save_pretrained(work / "saved", max_shard_size=("50KB", "20KB", "10MB")[number % 3])
+        model.save_pretrained(work / "saved", max_shard_size=_SIZES[number % 3])
+        say(f"saved {number}\n")
+
+
+def _save_in_turn(kind: str, folders: tuple[Path, Path], work: Path, say: Callable[[str], object]) -> None:
+    models = [streamed(folder) for folder in folders]
+    if not (work / "saved").exists():
+        models[0].config.save_pretrained(work / "saved")  # accelerate writes weights alone
+    for number in range(_NUM_SAVES):
+        model = models[number % 2]
+        say(f"saving {number} {digest(weights(model))}\n")
+        if kind == "save frozen":
+            model.save_pretrained(work / "saved", max_shard_size=_SIZES[number % 3])
+        else:
+            Accelerator(cpu=True).save_model(model, work / "saved", max_shard_size=_SIZES[number % 3])
+        say(f"saved {number}\n")
+
+
+def _save_adapter(folder: Path, work: Path, say: Callable[[str], object]) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(streamed(folder), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for number in range(_NUM_SAVES):
+        for parameter in trainable(model):
+            with torch.no_grad():
+                model.get_parameter(parameter).add_(0.1)
+        say(f"saving {number} {digest(get_peft_model_state_dict(model))}\n")
+        model.save_pretrained(str(work / "saved"))
         say(f"saved {number}\n")
 
 
 def _loaded_digest(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        json.loads((folder / "adapter_config.json").read_text())
+        return digest(load_file(folder / "adapter_model.safetensors"))
     return digest(weights(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)))
 
 

@@ -3,6 +3,7 @@
 from tests.fuzz.adapters import Adapters
 from tests.fuzz.checkpoints import Checkpoints
 from tests.fuzz.doctors import Doctors
+from tests.fuzz.essa_checkpoints import EssaCheckpoints
 from tests.fuzz.kills import Kills
 from tests.fuzz.packed import PackedCheckpoints
 from tests.fuzz.soak import Soak
@@ -16,6 +17,7 @@ TARGETS: dict[str, Target] = {
     "adapters": Adapters(),
     "stores": Stores(),
     "trainer-checkpoints": TrainerCheckpoints(),
+    "essa-checkpoints": EssaCheckpoints(),
     "doctors": Doctors(),
     "kills": Kills(),
     "soak": Soak(),
@@ -27,8 +29,9 @@ QUICK: dict[str, tuple[Target, int]] = {
     "adapters": (Adapters(), 40),
     "stores": (Stores(), 100),
     "trainer-checkpoints": (TrainerCheckpoints(("sft", "full disk")), 10),
+    "essa-checkpoints": (EssaCheckpoints(), 25),
     "doctors": (Doctors(), 40),
-    "kills": (Kills(("sft", "full disk", "save full disk", "merge")), 4),
+    "kills": (Kills(("sft", "full disk", "save full disk", "save adapter", "merge")), 5),
     "soak": (Soak(num_steps=300), 1),
 }
 

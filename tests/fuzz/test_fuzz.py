@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[2]
-_QUICK = ("checkpoints", "packed-checkpoints", "adapters", "stores", "trainer-checkpoints", "doctors", "kills")
+_QUICK = (
+    "checkpoints",
+    "packed-checkpoints",
+    "adapters",
+    "stores",
+    "trainer-checkpoints",
+    "essa-checkpoints",
+    "doctors",
+    "kills",
+)
 
 
 @pytest.fixture(scope="module")

@@ -188,13 +188,115 @@ def test_a_model_is_saved_as_a_plain_one(name: str, shard: str, tmp_path: Path) 
         assert torch.equal(again.state_dict()[key], value), key
 
 
-def test_saving_over_the_checkpoint_that_is_read_is_refused(tmp_path: Path) -> None:
+SAVES: dict[str, Callable[[nn.Module, Path, str], object]] = {
+    "save_pretrained": lambda model, folder, size: model.save_pretrained(folder, max_shard_size=size),
+    "save_pretrained by keyword": lambda model, folder, size: model.save_pretrained(
+        save_directory=folder, max_shard_size=size
+    ),
+    "accelerate": lambda model, folder, size: Accelerator(cpu=True).save_model(model, folder, max_shard_size=size),
+}
+
+
+@pytest.mark.parametrize("way", SAVES)
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "adapted"])
+def test_saving_over_the_checkpoint_that_is_read_is_refused(way: str, adapted: bool, tmp_path: Path) -> None:
     folder = Path(build("llama", tmp_path / "base"))
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    model = opened(folder)
+    model: nn.Module = opened(folder)
+    if adapted:
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        model = wrapped if way == "accelerate" else wrapped.unload()
     with pytest.raises(lowmem.UnsupportedError, match="read from this folder"):
-        model.save_pretrained(folder)
+        SAVES[way](model, folder, "10GB")
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+class Stopped(BaseException):
+    """In place of a kill, which leaves what was written as it is."""
+
+
+@pytest.mark.parametrize("way", SAVES)
+@pytest.mark.parametrize("sizes", [("40KB", "10GB"), ("10GB", "40KB"), ("40KB", "25KB"), ("10GB", "10GB")])
+def test_a_save_over_an_older_one_keeps_it_until_the_new_one_is_whole(
+    way: str, sizes: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = (opened(Path(build("llama", tmp_path / str(seed), seed=seed))) for seed in (0, 1))
+    saved, strangers = tmp_path / "saved", ("model_ema.safetensors", "notes.txt", "model-99999-of-99999.safetensors")
+    SAVES[way](older, saved, sizes[0])
+    if not (saved / "config.json").exists():
+        older.config.save_pretrained(saved)
+    for name in strangers:
+        (saved / name).write_text("ours")
+    expected = resident(saved).state_dict()
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise Stopped
+
+    # Amid the new weights, and when they are there and not yet on the disk.
+    writer = "safetensors.torch.save_file" if way == "accelerate" else "transformers.modeling_utils.safe_save_file"
+    for place in (writer, "os.fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, stop)
+            with pytest.raises(Stopped):
+                SAVES[way](newer, saved, sizes[1])
+        found = resident(saved).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), place
+    SAVES[way](newer, saved, sizes[1])
+    found, wanted = resident(saved).state_dict(), resident(tmp_path / "1").state_dict()
+    for key, value in wanted.items():
+        assert torch.equal(found[key], value), key
+    assert all((saved / name).read_text() == "ours" for name in strangers)
+    index = saved / "model.safetensors.index.json"
+    listed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    assert {file.name for file in saved.glob("*.safetensors")} - set(strangers) == listed
+    assert not list(saved.glob(".saving-*"))
+
+
+def test_an_adapter_of_the_model_itself_is_saved_as_by_a_plain_one(folder: Path, tmp_path: Path) -> None:
+    for name, model in {"plain": resident(folder), "ours": opened(folder)}.items():
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+        for _ in range(2):
+            model.save_pretrained(tmp_path / name)
+    same_files(tmp_path / "ours", tmp_path / "plain")
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("ours", "plain")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("place", ["peft.peft_model.safe_save_file", "os.fsync"])
+def test_an_adapter_saved_over_an_older_one_keeps_it_until_the_new_one_is_whole(
+    place: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise Stopped
+
+    found = {}
+    for name, base in {"plain": resident(folder), "ours": opened(folder)}.items():
+        torch.manual_seed(0)
+        saved = tmp_path / name
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+        model.add_adapter("other", LoraConfig(r=3, target_modules=["v_proj"]))
+        model.save_pretrained(str(saved))
+        (saved / "README.md").write_text((saved / "README.md").read_text() + "\nOf our own.\n")
+        files = [saved / "adapter_model.safetensors", saved / "other" / "adapter_model.safetensors"]
+        before = [file.read_bytes() for file in files]
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.requires_grad:
+                    param.add_(1.0)
+        if name == "ours":
+            with monkeypatch.context() as patch:
+                patch.setattr(place, stop)
+                with pytest.raises(Stopped):
+                    model.save_pretrained(str(saved))
+            assert [file.read_bytes() for file in files] == before
+        model.save_pretrained(str(saved))
+        assert "Of our own." in (saved / "README.md").read_text()
+        assert before[0] != files[0].read_bytes()
+        found[name] = {str(file.relative_to(saved)): file.read_bytes() for file in saved.rglob("*.safetensors")}
+        names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "other"]
+        assert sorted(file.name for file in saved.iterdir()) == names
+    assert found["ours"] == found["plain"]
 
 
 @pytest.mark.parametrize("table_on_disk", [False, True])
@@ -297,6 +399,15 @@ def test_resizing_without_room_or_with_every_weight_trained_is_refused_first(fol
         tuned.resize_token_embeddings(200)
 
 
-def test_a_model_that_nobody_keeps_says_so(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuning", ["adapter", "full"])
+@pytest.mark.parametrize("method", ["save_pretrained", "load_state_dict", "resize_token_embeddings"])
+def test_a_model_that_nobody_keeps_says_so(method: str, tuning: str, folder: Path, tmp_path: Path) -> None:
+    argument = {"save_pretrained": tmp_path / "saved", "load_state_dict": {}, "resize_token_embeddings": 100}[method]
+    model = opened(folder) if tuning == "adapter" else full(folder, "device", tmp_path)
+    bound = getattr(model, method)
+    if hasattr(bound, "__self__") and bound.__self__ is model:
+        pytest.skip("a method of the class holds its model")
+    del model
     with pytest.raises(RuntimeError, match=r"keep what lowmem\.from_pretrained returns in a variable"):
-        opened(folder).save_pretrained(tmp_path)
+        bound(argument)
+    assert not (tmp_path / "saved").exists()

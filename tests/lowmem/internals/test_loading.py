@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, core_model_loading, initialization
@@ -165,6 +166,16 @@ def test_accelerate_still_saves_plain_models_itself(tmp_path: Path, monkeypatch:
     model = nn.Linear(2, 2)
     Accelerator(cpu=True).save_model(model, tmp_path)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["weight"], model.weight)
+
+
+def test_peft_still_saves_adapters_of_plain_models_itself(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving.install_saving_of_adapters()
+    saving.install_saving_of_adapters()
+    monkeypatch.setattr(saving, "replacing_checkpoint", None)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2)).save_pretrained(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_another_save_model_of_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
