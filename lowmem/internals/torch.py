@@ -305,7 +305,8 @@ def quiet_fake_tensors() -> Iterator[None]:
 def damage_of_saved(file: Path, *, reads_records: bool = True) -> str | None:
     """What is wrong with a file that `torch.save` wrote, by the checksums in it; None where it is whole.
 
-    The list of records at its end has no checksum, so that what is whole may still not be what is expected.
+    The list of records at its end has no checksum, so that what is whole may still not be what is expected. A record
+    that it marks as a folder is read as nothing by `torch.load`, which then returns whatever was in memory.
 
     Args:
         file: The file; anything but a regular one is damaged.
@@ -313,6 +314,8 @@ def damage_of_saved(file: Path, *, reads_records: bool = True) -> str | None:
     """
     try:
         with open(open_regular(file), "rb") as opened, zipfile.ZipFile(opened) as archive:
+            if marked := [record.filename for record in archive.infolist() if record.external_attr]:
+                return f"{marked[0]} in it is not marked as a file"
             damaged = archive.testzip() if reads_records else None
             return None if damaged is None else f"{damaged} in it differs from its checksum"
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error) as error:

@@ -56,6 +56,14 @@ def _flip_in_a_record(file: Path) -> None:
     file.write_bytes(data)
 
 
+def _mark_as_folders(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    at = -1
+    while (at := data.find(b"PK\x01\x02", at + 1)) >= 0:
+        data[at + 38] |= 0x10
+    file.write_bytes(data)
+
+
 def _pipe(file: Path) -> None:
     file.unlink()
     os.mkfifo(file)
@@ -71,6 +79,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
         "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
     }.items()
 } | {
+    "records of optimizer.pt marked as folders": ("optimizer.pt", _mark_as_folders),
     "a bit of optimizer.pt": ("optimizer.pt", _flip_in_a_record),
     "an unknown field": ("trainer_state.json", lambda file: edit_json(file, {"architectures": []})),
     "a step that is text": ("trainer_state.json", lambda file: edit_json(file, {"global_step": "2"})),

@@ -135,6 +135,15 @@ def _flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def _mark_as_folders(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    at = -1
+    # Attributes in the list of records, which has no checksum: torch.load would read nothing, without a word.
+    while (at := data.find(b"PK\x01\x02", at + 1)) >= 0:
+        data[at + 38] |= 0x10
+    file.write_bytes(data)
+
+
 def _pipe(file: Path) -> None:
     file.unlink()
     os.mkfifo(file)
@@ -154,6 +163,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: os.truncate(file, 0),
     "another file": lambda file: file.write_bytes(b"x" * 1000),
     "a bit": _flip,
+    "records marked as folders": _mark_as_folders,
     "a pipe": _pipe,
     "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
     "a field is missing": _with(lambda state: state.pop("spectrum")),
