@@ -2,8 +2,8 @@
 
     python -m benchmarks.blockwise_traffic FOLDER --state DIR [--optimizer BAdam] [--num-steps 3] [--switch-every 1]
 
-FOLDER is a checkpoint (`python -m benchmarks.checkpoints 1.1b`). Runs whichever lowmem is on the path, so that two
-commits can be compared: the digests of equal weights are equal. A step visits each of L blocks once forward, and
+FOLDER is a checkpoint (`python -m benchmarks.checkpoints 1.1b`). The digests of equal weights are equal, so that two
+commits can be compared. A step visits each of L blocks once forward, and
 backward those from the last one down to the lowest that is trained, L - lowest of them; both are counted beside that
 number. Prints one JSON line; exits with 1 where a count is another one.
 """
@@ -84,6 +84,9 @@ def run(
     runtime = runtime_of(model)
     options = {} if switch_every is None else {"switch_block_every": switch_every, "switch_mode": switch_mode}
     trained = getattr(lowmem.optim, optimizer)(model, lr=1e-4, seed=0, **options)
+    if optimizer != "AdamW":
+        # Its own lies beside the weights anyway.
+        lowmem.full.state_on_disk(trained)
     steps: list[dict[str, object]] = []
     for number in range(num_steps):
         generator = torch.Generator().manual_seed(number)

@@ -24,14 +24,14 @@ def test_visits_are_the_computed_ones_for_each_trained_block(
 ) -> None:
     folder = ensure_checkpoint("tiny", root=tmp_path)
     budget = lowmem.Budget(device=0, host=0, disk=tmp_path / "state")
-    smallest = lowmem.plan(folder, seq_len=16, tuning="full", budget=budget, device="cpu").smallest_device_bytes
+    plan = lowmem.plan(folder, seq_len=16, tuning="full", budget=budget, device="cpu")
     found = run(
         folder,
         tmp_path / "state",
         optimizer=optimizer,
         num_steps=4,
         num_tokens=16,
-        budget=smallest,
+        budget=plan.smallest_device_bytes,
         switch_every=switch_every,
         switch_mode="descending",
     )

@@ -54,6 +54,9 @@ def opened(
 
     smallest = planned(0).smallest_device_bytes
     plan = planned("64MiB" if tier == "memory" else smallest if state is not None else smallest + (64 << 10))
+    if state is not None:
+        # Room for optimizers that keep their state in RAM wherever the weights are.
+        plan = replace(plan, device_budget_bytes=plan.device_budget_bytes + (64 << 20))
     if table_on_disk:
         plan = replace(plan, choice=replace(plan.choice, embedding_on_disk=True))
     assert (plan.micro_batch, plan.chunk_tokens) == (SPLITS[split]["micro_batch"], SPLITS[split].get("chunk_tokens"))
