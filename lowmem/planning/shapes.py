@@ -282,15 +282,19 @@ class ModelShapes:
     def moments_bytes(self) -> int:
         """Bytes of both of AdamW's moments of every weight: in fp32, or as the optimizer that is known stores them."""
         in_fp32 = 2 * (self.fp32_bytes + self.outer_fp32_bytes)
-        return in_fp32 if self.optimizer is None else min(in_fp32, self.optimizer.state_bytes)
+        return in_fp32 if self.optimizer is None or self._has_fp32_moments else self.optimizer.state_bytes
 
     @property
     def updates_fp32(self) -> bool:
         """Whether what AdamW updates, weights and moments, is all fp32."""
-        if self.optimizer is None:
-            return self.compute_dtype == "float32"
-        num_bytes = 2 * itemsize("float32") * self.optimizer.num_updated
-        return self.compute_dtype == "float32" and self.optimizer.is_flat and self.optimizer.state_bytes >= num_bytes
+        if self.compute_dtype != "float32":
+            return False
+        return self.optimizer is None or (self.optimizer.is_flat and self._has_fp32_moments)
+
+    @property
+    def _has_fp32_moments(self) -> bool:
+        optimizer = self.optimizer
+        return optimizer is None or optimizer.state_bytes >= 2 * itemsize("float32") * optimizer.num_updated
 
     @property
     def workspace_bytes(self) -> int:

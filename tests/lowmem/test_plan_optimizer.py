@@ -44,9 +44,11 @@ OPTIONS: list[Any] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Wide enough for state in 8 bits.
+    # Wide enough for state in 8 bits, and of so many blocks that what one takes on its way from disk is little.
     changes = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return Path(build("llama", tmp_path_factory.mktemp("llama"), changes={**changes, "head_dim": 24}))
+    return Path(
+        build("llama", tmp_path_factory.mktemp("llama"), changes={**changes, "head_dim": 24, "num_hidden_layers": 6})
+    )
 
 
 def planned(folder: Path, **given: Any) -> lowmem.Plan:
