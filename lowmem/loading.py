@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lowmem.experts.products import run_experts
-from lowmem.experts.stacks import RoutedExperts
 from lowmem.experts.visiting import (
     ExpertScheduler,
     ExpertUnpacker,
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowmem.planning.plan import Plan
+    from offload import PeerLost
     from lowmem.planning.shapes import ModelShapes
 
 
@@ -75,7 +75,6 @@ class Preparation:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Watch a model, weakly."""
         self._model = weakref.ref(model)
         self._adapters: tuple[object, ...] = ()
         self._has_head = False
@@ -159,22 +158,21 @@ def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32
         if gathered is not None:
             stack.callback(_gather_rows(model.get_input_embeddings(), gathered, opened).close)
         install_resizing(model, room_bytes=plan.device_budget_bytes - plan.device_bytes, tuning=plan.job.tuning)
-        weights: _FrozenWeights | _FrozenExperts | MasterWeights
+        weights: _FrozenWeights | MasterWeights
         if masters is None:
             node, plan = _share(opened, plan, shapes, reader=reader)
             stack.callback(node.close)
             weights = _open_frozen(model, built, plan=plan, reader=reader, node=node, device=device, trace=trace)
-            stack.callback(weights.close)
         else:
             weights = open_full(model, opened, masters, plan=plan, reader=reader, trace=trace)
-            stack.callback(weights.scheduler.close)
+        stack.callback(weights.close)
         chunks = can_chunk(model) is None
         if chunks:
             enable_chunks(model)
         tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
         tiers = _Boundaries(device=device, trace=trace)
         stack.callback(tiers.close)
-        move = getattr(weights, "move", None)
+        move = weights.move if isinstance(weights, _FrozenWeights) else None
         choose_split = Replanning(plan, shapes=shapes, can_chunk=chunks, tier_of=tiers.open, source_of=move)
         runtime = Runtime(
             built.blocks,
@@ -190,8 +188,8 @@ def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32
         # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
     runtime.full, runtime.idle_bytes = weights.full, idle_bytes
-    runtime.find_lost = getattr(weights, "find_lost", None)
-    if isinstance(weights, _FrozenExperts):
+    if isinstance(weights, _FrozenWeights):
+        runtime.find_lost = weights.find_lost
         runtime.announce = weights.announce
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     checks = () if masters is None else masters.checks(model)
@@ -304,98 +302,80 @@ def _open_frozen(
     node: NodeBlocks,
     device: torch.device,
     trace: Trace,
-) -> _FrozenWeights | _FrozenExperts:
-    experts = experts_by_block(built.blocks)
+) -> _FrozenWeights:
+    # Not the skeleton, which has the model: these outlive it.
+    blocks, experts = built.blocks, experts_by_block(built.blocks)
+    schedule = partial(
+        Scheduler,
+        read=node.reader.read,
+        keep=node.keep,
+        visited=node.visited,
+        device=open_device(device),
+        trace=trace,
+    )
     if not any(experts) or experts_implementation(model) != GROUPED:
-        return _FrozenWeights(built, plan=plan, node=node, device=device, trace=trace)
+        specs = [streamed.spec for streamed in blocks]
+        unpacker = Unpacker(blocks, device=device)
+        return _FrozenWeights(
+            lambda plan: schedule(specs, plan=plan.placement), plan, unpacker=unpacker, find_lost=node.lost
+        )
     use_experts_forward(model, "lowmem_grouped_mm", run_experts)
-    return _FrozenExperts(built, experts, plan=plan, reader=reader, node=node, device=device, trace=trace)
+    num_per_token = experts_per_token(built.model.config)
+    # Whole blocks come from the node's reader; single experts, and blocks without theirs, are this rank's own.
+    single, foresight = expert_reader(blocks, experts, num_per_token=num_per_token, reader=reader, device=device)
+
+    def open_experts(plan: Plan) -> ExpertScheduler:
+        specs, both = with_dense_blocks(blocks, experts, plan.placement)
+        return ExpertScheduler(
+            schedule(specs, plan=both),
+            experts,
+            plan=plan.placement,
+            num_per_token=num_per_token,
+            reader=single,
+            foresight=foresight,
+        )
+
+    def close() -> None:
+        single.close()
+        if foresight is not None:
+            foresight.close()
+
+    one_by_one = ExpertUnpacker(blocks, experts, reader=single, device=device, foresight=foresight)
+    return _FrozenWeights(open_experts, plan, unpacker=one_by_one, find_lost=node.lost, closed_last=close)
 
 
 class _FrozenWeights:
-    """Weights that stay in the checkpoint and never change."""
-
-    full = None
-
-    def __init__(self, built: Skeleton, *, plan: Plan, node: NodeBlocks, device: torch.device, trace: Trace) -> None:
-        self._schedule = partial(
-            Scheduler,
-            [streamed.spec for streamed in built.blocks],
-            reader=node.reader,
-            keep=node.keep,
-            device=open_device(device),
-            trace=trace,
-        )
-        self.find_lost = node.lost
-        self.scheduler = self._schedule(plan=plan.placement)
-        self.unpacker = Unpacker(built.blocks, device=device)
-
-    def move(self, plan: Plan) -> Scheduler:
-        """Bring blocks as another plan places them; the memory of those that were there before is free first."""
-        self.scheduler.close()
-        self.scheduler = self._schedule(plan=plan.placement)
-        return self.scheduler
-
-    def close(self) -> None:
-        """Stop the transfers and free the buffers."""
-        self.scheduler.close()
-
-
-class _FrozenExperts:
-    """Weights that never change, of blocks whose packed experts are taken one by one."""
+    """Weights that stay in the checkpoint and never change; packed experts among them may be taken one by one."""
 
     full = None
 
     def __init__(
         self,
-        built: Skeleton,
-        experts: Sequence[RoutedExperts | None],
-        *,
+        schedule: Callable[[Plan], Scheduler | ExpertScheduler],
         plan: Plan,
-        reader: FileIO,
-        node: NodeBlocks,
-        device: torch.device,
-        trace: Trace,
+        *,
+        unpacker: Unpacker | ExpertUnpacker,
+        find_lost: Callable[[float], PeerLost | None],
+        closed_last: Callable[[], None] = lambda: None,
     ) -> None:
-        self._blocks, self._experts, self.find_lost = built.blocks, experts, node.lost
-        self._num_per_token = experts_per_token(built.model.config)
-        self._single, self._foresight = expert_reader(
-            built.blocks, experts, num_per_token=self._num_per_token, reader=reader, device=device
-        )
-        # Whole blocks come from the node's reader; single experts, and blocks without theirs, are this rank's own.
-        self._schedule = partial(Scheduler, reader=node.reader, keep=node.keep, device=open_device(device), trace=trace)
-        self.scheduler = self._open(plan)
-        self.unpacker = ExpertUnpacker(
-            built.blocks, experts, reader=self._single, device=device, foresight=self._foresight
-        )
+        self._schedule, self._closed_last, self.find_lost = schedule, closed_last, find_lost
+        self.scheduler, self.unpacker = schedule(plan), unpacker
 
     def announce(self, phase: Phase, num_tokens: int) -> None:
         """Say what the next visit is for."""
-        self.scheduler.announce(phase, num_tokens)
+        if isinstance(self.scheduler, ExpertScheduler):
+            self.scheduler.announce(phase, num_tokens)
 
-    def move(self, plan: Plan) -> ExpertScheduler:
+    def move(self, plan: Plan) -> Scheduler | ExpertScheduler:
         """Bring blocks as another plan places them; the memory of those that were there before is free first."""
         self.scheduler.close()
-        self.scheduler = self._open(plan)
+        self.scheduler = self._schedule(plan)
         return self.scheduler
 
     def close(self) -> None:
         """Stop the transfers and free the buffers."""
         self.scheduler.close()
-        self._single.close()
-        if self._foresight is not None:
-            self._foresight.close()
-
-    def _open(self, plan: Plan) -> ExpertScheduler:
-        specs, both = with_dense_blocks(self._blocks, self._experts, plan.placement)
-        return ExpertScheduler(
-            self._schedule(specs, plan=both),
-            self._experts,
-            plan=plan.placement,
-            num_per_token=self._num_per_token,
-            reader=self._single,
-            foresight=self._foresight,
-        )
+        self._closed_last()
 
 
 class _Weights:

@@ -42,7 +42,7 @@ from offload.errors import (
     TierFull,
     WriteError,
 )
-from offload.files.checkpoint_swap import listed_weights, replacing_checkpoint, unfinished_folder
+from offload.files.checkpoint_swap import listed_weights, replacing_checkpoint, sync_files, unfinished_folder
 from offload.files.file import NO_ROOM, open_regular, open_source, sync_folder
 from offload.files.file_io import FileIO
 from offload.files.folder import Folder
@@ -69,7 +69,7 @@ from offload.sharing.server import NUM_SLOTS, BlockServer
 from offload.store.store import Store
 from offload.store.store_files import StoreIo, verify_store
 from offload.trace import LANES, Span, Trace
-from offload.transfer import Transfer, WorkerThread
+from offload.transfer import SerialThread, Transfer, WorkerThread
 
 __all__ = [
     "DTYPES",
@@ -104,6 +104,7 @@ __all__ = [
     "SafetensorsSource",
     "Scheduler",
     "Scratch",
+    "SerialThread",
     "ShardFile",
     "SharedReader",
     "SourceChanged",
@@ -142,6 +143,7 @@ __all__ = [
     "shard_header",
     "shards_of_index",
     "split_into_shards",
+    "sync_files",
     "sync_folder",
     "tensors_of_headers",
     "unfinished_folder",

@@ -41,18 +41,14 @@ class StagingBuffer(ClosedAfterwards):
         _advise(memory, "MADV_HUGEPAGE")
         if not in_children:
             _advise(memory, "MADV_DONTFORK")
-        self._nbytes = nbytes
+        self.nbytes = nbytes
+        """Size."""
         # The tensor owns the mapping from here on: it is unmapped with the last view.
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self._memory: mmap.mmap | None = memory
         self._tensor: Tensor | None = whole[:nbytes]
         self._pinned = pin and register_host_memory(whole)
         self._finalizer = weakref.finalize(self, unregister_host_memory, whole) if self._pinned else None
-
-    @property
-    def nbytes(self) -> int:
-        """Size."""
-        return self._nbytes
 
     @property
     def tensor(self) -> Tensor:

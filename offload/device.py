@@ -77,7 +77,7 @@ class Device(Protocol):
         """Wait until nothing on the device touches slots or staging buffers any more."""
 
 
-class CpuDevice:
+class CpuDevice(Device):
     """The processor: a block computes from the staging buffer that it was read into.
 
     Args:
@@ -90,11 +90,9 @@ class CpuDevice:
         self.wait_lane = "stall"
 
     def staging(self, nbytes: int) -> StagingBuffer:
-        """See `Device.staging`."""
         return StagingBuffer(nbytes, in_children=False)
 
     def slot(self, nbytes: int) -> Tensor:
-        """See `Device.slot`."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def mark(self) -> None:
@@ -116,7 +114,7 @@ class CpuDevice:
         """Do nothing: nothing runs behind the caller's back."""
 
 
-class _FinishedCopy:
+class _FinishedCopy(Copy):
     """A copy that was over when it was returned."""
 
     def __init__(self, start_ns: int, end_ns: int) -> None:
@@ -132,7 +130,7 @@ class _FinishedCopy:
         return self._times_ns
 
 
-class CudaDevice:
+class CudaDevice(Device):
     """An NVIDIA GPU: slots in device memory, filled from pinned staging buffers on a stream of their own.
 
     Args:
@@ -161,11 +159,9 @@ class CudaDevice:
             return StagingBuffer(nbytes, pin=True, in_children=False)
 
     def slot(self, nbytes: int) -> Tensor:
-        """See `Device.slot`."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def mark(self) -> torch.cuda.Event:
-        """See `Device.mark`."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.torch_device))
         return event
@@ -187,13 +183,11 @@ class CudaDevice:
         return CudaCopy(self, start, end)
 
     def wait_for(self, copy: Copy) -> None:
-        """See `Device.wait_for`."""
         assert isinstance(copy, CudaCopy), copy
         # The visit must not compute with weights that are still arriving.
         torch.cuda.current_stream(self.torch_device).wait_event(copy.end)
 
     def synchronize(self) -> None:
-        """See `Device.synchronize`."""
         # Slots go back to the allocator and staging buffers are unpinned after this: neither a copy nor a kernel of any
         # stream may still be using them.
         torch.cuda.synchronize(self.torch_device)
@@ -271,7 +265,7 @@ class ComputeTimes:
                 self._trace.add(lane, name, start_ns, max(start_ns, end_ns))
 
 
-class CudaCopy:
+class CudaCopy(Copy):
     """A copy on a CUDA device's copy stream, between two events."""
 
     def __init__(self, device: CudaDevice, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
@@ -280,15 +274,12 @@ class CudaCopy:
         self.end = end
 
     def done(self) -> bool:
-        """See `Copy.done`."""
         return bool(self.end.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """See `Copy.wait`."""
         self.end.synchronize()
 
     def times_ns(self) -> tuple[int, int]:
-        """See `Copy.times_ns`."""
         return self._device.clock_ns(self._start), self._device.clock_ns(self.end)
 
 
@@ -317,40 +308,35 @@ class CopyStream:
         Returns:
             What is over once the bytes are there.
         """
-        # Whatever computes the value may not have finished.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            for target, source in _rows(into, value):
-                target.copy_(source, non_blocking=True)
-            event.record(self._stream)
+        event = self._copy(value, into)
         # Its memory must not be given out again before it has been copied.
         value.record_stream(self._stream)
         return event
 
-    def up(self, kept: Tensor, *, into: Tensor | None = None) -> tuple[Tensor, torch.cuda.Event]:
+    def up(self, kept: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """Start copying to the device.
 
         Args:
             kept: In host memory, contiguous or in rows that are; it must not change before the copy is over.
-            into: Where to, a tensor of the same shape and dtype; None makes one.
 
         Returns:
             The tensor on the device, for whatever the current stream computes from now on; and what is over once the
             bytes are there.
         """
-        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device) if into is None else into
-        current = torch.cuda.current_stream(self._device)
-        # Kernels that were launched before may still be using this memory for what it held last.
-        self._stream.wait_stream(current)
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            for target, source in _rows(value, kept):
-                target.copy_(source, non_blocking=True)
-            event.record(self._stream)
+        value = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
+        event = self._copy(kept, value)
         # Nothing may compute from a value that is still arriving.
-        current.wait_event(event)
+        torch.cuda.current_stream(self._device).wait_event(event)
         return value, event
+
+    def _copy(self, source: Tensor, into: Tensor) -> torch.cuda.Event:
+        # Whatever computes the source may not have finished; kernels that were launched before may still be using the
+        # target's memory for what it held last.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for target, part in _rows(into, source):
+                target.copy_(part, non_blocking=True)
+        return self.mark()
 
     def mark(self) -> torch.cuda.Event:
         """What is over once all copies that have been started are."""

@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -198,11 +197,8 @@ class _Moving:
     copy: Copy
 
 
-class BlockReader(Protocol):
-    """Reads blocks: a `FileIO`, a `Store`, or what brings blocks that change up to date first."""
-
-    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
-        """Start reading a block into a staging buffer, as `FileIO.read` does."""
+ReadBlock = Callable[[BlockLayout, Tensor], Transfer]
+"""Starts bringing a block's bytes, in its layout, into a host buffer; returns at once."""
 
 
 KeptMemory = Callable[[BlockLayout], SharedPlace | None]
@@ -218,7 +214,7 @@ class Pipeline:
     Args:
         layouts: How each block is read.
         plan: Where each block lives, and how many buffers there are.
-        reader: Reads; stays the caller's.
+        read: Reads blocks.
         device: Where slots are; stays the caller's.
         trace: Gets a span for every finished read and copy.
         poison: Fill buffers with `POISON` when they are given free, so that a use after the release shows.
@@ -230,7 +226,7 @@ class Pipeline:
         layouts: Sequence[BlockLayout],
         *,
         plan: PlacementPlan,
-        reader: BlockReader,
+        read: ReadBlock,
         device: Device,
         trace: Trace,
         poison: bool,
@@ -238,8 +234,9 @@ class Pipeline:
     ) -> None:
         self._layouts = tuple(layouts)
         self._plan = plan
-        self._reader = reader
-        self._device = device
+        self._read_block = read
+        self.device = device
+        """Where blocks are computed."""
         self._trace = trace
         self._poison = poison
         self._keep = keep
@@ -281,16 +278,6 @@ class Pipeline:
         self.bytes_read = 0
         """Bytes of all finished reads."""
 
-    @property
-    def device_is_host(self) -> bool:
-        """Whether the device computes from host memory, so that nothing is copied."""
-        return self._device.is_host
-
-    @property
-    def wait_lane(self) -> str:
-        """Lane for the time that visits wait: the device's."""
-        return self._device.wait_lane
-
     def find(self, block: int) -> Slot | None:
         """The slot from which a visit to the block can be served now, or None."""
         slot = self._on_device(block)
@@ -318,7 +305,7 @@ class Pipeline:
             "resident_bytes": by_tier[Placement.RESIDENT],
             "ring_bytes": sum(slot.tensor.numel() for slot in self._ring),
             "host_cache_bytes": by_tier[Placement.HOST],
-            "staging_bytes": 0 if self._device.is_host else sum(slot.tensor.numel() for slot in self._staging),
+            "staging_bytes": 0 if self.device.is_host else sum(slot.tensor.numel() for slot in self._staging),
         }
 
     def collect(self) -> bool:
@@ -338,7 +325,7 @@ class Pipeline:
         """Start the one transfer that is needed soonest. False if nothing is needed, or there is no room for it yet."""
         # In the order of need: what comes later must not take the room of what comes sooner.
         can_read = len(self._reads) < self._max_reads
-        can_copy = not self._device.is_host
+        can_copy = not self.device.is_host
         num_waiting = 0
         for block in self._missing():
             source = self._cached.get(block) or self._staging.find(block)
@@ -372,7 +359,7 @@ class Pipeline:
             slot.tensor.fill_(POISON)
             slot.clear()
         # Recorded after everything that reads the slot was enqueued, by the thread that enqueued it.
-        slot.mark = self._device.mark()
+        slot.mark = self.device.mark()
         return True
 
     def invalidate(self, block: int) -> None:
@@ -386,7 +373,7 @@ class Pipeline:
             raise ValueError(f"block {self._layouts[block].name} is kept in memory and cannot be fetched anew")
         self.errors.pop(block, None)
         for slot in {found for found in (self._ring.find(block), self._staging.find(block)) if found is not None}:
-            if slot.holds and self._device.is_host:
+            if slot.holds and self.device.is_host:
                 raise RuntimeError(f"block {self._layouts[block].name} changes while a visit is using it")
             if slot.ready and not slot.holds:
                 if self._poison:
@@ -398,7 +385,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Give all memory back; nothing may be under way. Views that somebody still holds keep theirs."""
-        self._device.synchronize()
+        self.device.synchronize()
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()
@@ -426,7 +413,7 @@ class Pipeline:
             slot = self._landing(block)
             if slot is None:
                 return False
-            transfer = self._reader.read(self._layouts[block], slot.tensor)
+            transfer = self._read_block(self._layouts[block], slot.tensor)
         # Whatever it is belongs to the thread that visits the block: it is raised there.
         except Exception as error:  # noqa: BLE001
             self._fail_read(block, slot, error)
@@ -437,9 +424,9 @@ class Pipeline:
 
     def _landing(self, block: int) -> Slot | None:
         """Where a read of the block goes: a buffer of its own for what stays in host memory, else a staging buffer."""
-        own = self._kept if self._device.is_host else self._cached
+        own = self._kept if self.device.is_host else self._cached
         placement = self._plan.placements[block]
-        if placement == Placement.HOST or (placement == Placement.RESIDENT and self._device.is_host):
+        if placement == Placement.HOST or (placement == Placement.RESIDENT and self.device.is_host):
             # Page-locking takes 0.1 s and more per GB, during which visits begin and end.
             with self.outside():
                 slot = self._own_slot(self._layouts[block])
@@ -497,7 +484,7 @@ class Pipeline:
             # The source must not be overwritten before it has been copied.
             source.holds += 1
             with self.outside():
-                copy = self._device.copy(source.tensor, into=slot.tensor, after=slot.mark, parts=layout.copies)
+                copy = self.device.copy(source.tensor, into=slot.tensor, after=slot.mark, parts=layout.copies)
         # As above: the device is out of memory, for one.
         except Exception as error:  # noqa: BLE001
             self.errors[block] = error
@@ -537,11 +524,11 @@ class Pipeline:
         return slot
 
     def _host_slot(self, nbytes: int) -> Slot:
-        buffer = self._device.staging(nbytes)
+        buffer = self.device.staging(nbytes)
         slot = Slot(tensor=buffer.tensor)
         self._buffers[slot] = buffer
         return slot
 
     def _device_slot(self, nbytes: int) -> Slot:
-        tensor: Tensor = self._device.slot(nbytes)
-        return Slot(tensor=tensor, mark=self._device.mark())
+        tensor: Tensor = self.device.slot(nbytes)
+        return Slot(tensor=tensor, mark=self.device.mark())

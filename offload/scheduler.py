@@ -18,9 +18,8 @@ from offload.blocks import BlockLayout, BlockSpec, lay_out
 from offload.buffers import view_tensor
 from offload.device import Copy, Device
 from offload.errors import Closed, ClosedAfterwards, OffloadError
-from offload.pipeline import BlockReader, KeptMemory, Pipeline, Slot
+from offload.pipeline import KeptMemory, Pipeline, ReadBlock, Slot
 from offload.placement import Placement, PlacementPlan
-from offload.sharing.reader import SharedReader
 from offload.trace import Trace
 from offload.transfer import WorkerThread
 
@@ -67,7 +66,7 @@ class Fetcher:
         self._woken = False
         pipeline.outside, pipeline.ended = self._without_lock, self._wake_safely
         self._copies: SimpleQueue[Copy | None] = SimpleQueue()
-        if not pipeline.device_is_host:
+        if not pipeline.device.is_host:
             pipeline.started = self._copies.put
             WorkerThread(target=self._await_copies, name="offload-copies").start()
         # Stopped at exit by its owner's finalizer.
@@ -180,7 +179,7 @@ class Fetcher:
                 del pipeline.demands[block]
             end_ns = time.perf_counter_ns()
             self.stall_s += (end_ns - start_ns) / 1e9
-            self._trace.add(pipeline.wait_lane, self._names[block], start_ns, end_ns)
+            self._trace.add(pipeline.device.wait_lane, self._names[block], start_ns, end_ns)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -297,11 +296,12 @@ class Scheduler(ClosedAfterwards):
     Args:
         blocks: The blocks, in the order of the forward pass.
         plan: Where each one lives (`place_blocks` for these blocks' `BlockLayout.buffer_bytes`).
-        reader: Reads the blocks' files; stays the caller's, to be closed after this.
+        read: Reads the blocks' files, as `FileIO.read` does; to be closed after this.
         device: Where blocks are needed; stays the caller's.
         trace: Gets "disk", "copy" and "stall" spans.
         poison: For tests: overwrite a slot with 0xFF (NaN) as soon as its visit ends. Every visit then fetches anew.
         keep: Where blocks that stay in host memory lie (`SharedReader.keep`); in memory of this process by default.
+        visited: Called when a block's visit begins (`SharedReader.visited`).
 
     Raises:
         ValueError: The plan is for other blocks, or for another kind of device, or has too few buffers.
@@ -312,27 +312,25 @@ class Scheduler(ClosedAfterwards):
         blocks: Sequence[BlockSpec],
         *,
         plan: PlacementPlan,
-        reader: BlockReader,
+        read: ReadBlock,
         device: Device,
         trace: Trace,
         poison: bool = False,
         keep: KeptMemory = lambda layout: None,
+        visited: Callable[[], None] = lambda: None,
     ) -> None:
         self._blocks = tuple(blocks)
+        self.num_blocks = len(self._blocks)
+        """Number of blocks."""
         self._layouts = tuple(lay_out(block) for block in self._blocks)
         _check_plan(plan, self._layouts, device)
         self._device = device
-        self._visited: Callable[[], None] = reader.visited if isinstance(reader, SharedReader) else _tell_nobody
+        self._visited = visited
         self._pipeline = Pipeline(
-            self._layouts, plan=plan, reader=reader, device=device, trace=trace, poison=poison, keep=keep
+            self._layouts, plan=plan, read=read, device=device, trace=trace, poison=poison, keep=keep
         )
         self._fetcher = Fetcher(self._pipeline, names=[block.name for block in self._blocks], trace=trace)
         self._finalizer = weakref.finalize(self, self._fetcher.close)
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return len(self._blocks)
 
     @property
     def counters(self) -> Counters:
@@ -434,10 +432,6 @@ class Scheduler(ClosedAfterwards):
         A visit that is waiting gets `Closed`. Tensors of a visit that is going on stay as they are.
         """
         self._finalizer()
-
-
-def _tell_nobody() -> None:
-    """What a scheduler says of a visit to a reader that serves it alone."""
 
 
 def _check_plan(plan: PlacementPlan, layouts: Sequence[BlockLayout], device: Device) -> None:

@@ -30,6 +30,41 @@ class WorkerThread(threading.Thread):
         super().__init__(target=target, args=args, name=name, daemon=True)
 
 
+class SerialThread:
+    """A thread that does one thing after another, in the order in which they are given to it.
+
+    It does not keep its owner alive, unless by what waits to be done.
+
+    Args:
+        name: The thread's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = WorkerThread(target=_do_all, args=(self._queue,), name=name)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, self._queue.put, None)
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Have something done, which must not raise; returns at once."""
+        self._queue.put(task)
+
+    def close(self) -> None:
+        """End the thread once everything has been done. Twice is fine."""
+        self._finalizer()
+        # The collector runs finalizers in any thread.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+def _do_all(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Body of a `SerialThread`."""
+    while (task := queue.get()) is not None:
+        task()
+        # Waiting for the next one, this frame must not keep a buffer alive.
+        del task
+
+
 class Transfer:
     """A read or write in progress: a future without a value.
 

@@ -125,21 +125,17 @@ def parts(chunks: Sequence[Chunk], place: ParamPlace) -> Iterator[tuple[Chunk, s
             )
 
 
-class NewestBlocks:
-    """Reads blocks for the scheduler.
+def reads_newest(
+    layouts: Sequence[UnitLayout], fetch: Callable[[int, Tensor], Transfer]
+) -> Callable[[BlockLayout, Tensor], Transfer]:
+    """What starts bringing a block's newest weight into a buffer for the scheduler, which knows it by its name.
 
     Args:
         layouts: Of the blocks.
-        fetch: Starts bringing a block's newest weight into a buffer.
+        fetch: The same, by the block's number.
     """
-
-    def __init__(self, layouts: Sequence[UnitLayout], fetch: Callable[[int, Tensor], Transfer]) -> None:
-        self._fetch = fetch
-        self._indices = {layout.name: index for index, layout in enumerate(layouts)}
-
-    def read(self, layout: BlockLayout, into: Tensor) -> Transfer:
-        """Start bringing a block's newest weight into a staging buffer."""
-        return self._fetch(self._indices[layout.name], into)
+    indices = {layout.name: index for index, layout in enumerate(layouts)}
+    return lambda layout, into: fetch(indices[layout.name], into)
 
 
 def block_spec(layout: UnitLayout, folder: Path) -> BlockSpec:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.chunks import Chunk, ChunkFiles, NewestBlocks, block_spec, chunk_numel, cut, parts
+from lowmem.full.chunks import Chunk, ChunkFiles, block_spec, chunk_numel, cut, parts, reads_newest
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
 from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, UnitLayout, UpdateNoise
-from lowmem.full.gpu_tier import landing_for
+from lowmem.full.gpu_tier import GradientLanding
 from lowmem.full.rules import RuleStream
 from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, StateTier, weakly
 from lowmem.optim.state import STATE_DTYPES
@@ -87,12 +87,12 @@ class DiskTier(StateTier):
         self._scheduler = Scheduler(
             [block_spec(layout, folder) for layout in self.layouts[:num_blocks]],
             plan=placement,
-            reader=NewestBlocks(self.layouts[:num_blocks], weakly(self.fetch)),
+            read=reads_newest(self.layouts[:num_blocks], weakly(self.fetch)),
             device=open_device(device),
             trace=trace,
         )
         widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in self.layouts[:num_blocks])
-        self._landing = None if device.type == "cpu" else landing_for(device, widest_bytes=widest_bytes)
+        self._landing = None if device.type == "cpu" else GradientLanding(device, widest_bytes=widest_bytes)
 
     def store_moments_as(self, state_dtype: str) -> None:
         """See `StateTier.store_moments_as`. What is pending comes first."""

@@ -9,19 +9,16 @@ adds it to what is accumulated. Updates run on the processor, unit by unit; a bl
 from __future__ import annotations
 
 import threading
-import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
-from lowmem.full.chunks import NewestBlocks
+from lowmem.full.chunks import reads_newest
 from lowmem.full.flat import (
     ELEMENT_BYTES,
     EXP_AVG,
@@ -43,6 +40,7 @@ from offload import (
     Placement,
     PlacementPlan,
     Scheduler,
+    SerialThread,
     StagingBuffer,
     TensorSpec,
     Trace,
@@ -99,8 +97,8 @@ class GpuMemoryTier(MemoryTier):
         blocks = self.layouts[:num_blocks]
         self._halves = [_Halves(layout, moved_dtype, products=products) for layout in blocks]
         widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in blocks)
-        self._landing = landing_for(device, widest_bytes=widest_bytes)
-        self._lifts = MasterLifts()
+        self._landing = GradientLanding(device, widest_bytes=widest_bytes)
+        self._lifts = SerialThread("master-lifts")
         self._scheduler = Scheduler(
             [halves.spec for halves in self._halves],
             plan=PlacementPlan(
@@ -111,7 +109,7 @@ class GpuMemoryTier(MemoryTier):
                 num_slots=num_slots,
                 num_passes=num_passes,
             ),
-            reader=NewestBlocks(blocks, weakly(self._lift)),
+            read=reads_newest(blocks, weakly(self._lift)),
             device=open_device(device),
             trace=trace,
         )
@@ -217,8 +215,9 @@ class GpuMemoryTier(MemoryTier):
 
     def _lift(self, index: int, into: Tensor) -> Transfer:
         """Start copying a block's master weight into a staging buffer; called by the scheduler's thread."""
-        fill = partial(self._fill, index, into)
-        return self._lifts.start(self.layouts[index].name, fill, memory=into)
+        lifted = Transfer(self.layouts[index].name, nbytes=into.numel(), num_pieces=1, memory=into)
+        self._lifts.run(partial(_carry_out, lifted, partial(self._fill, index, into)))
+        return lifted
 
 
 _MATRICES, _VECTORS = "matrices", "vectors"
@@ -341,62 +340,16 @@ class DeviceUpdates:
             stream.synchronize()
 
 
-class MasterLifts:
-    """A thread that copies masters into staging buffers, one after the other."""
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Transfer, Callable[[], object]] | None] = SimpleQueue()
-        self._thread = WorkerThread(target=_carry_out, args=(self._queue,), name="master-lifts")
-        self._thread.start()
-        self._finalizer = weakref.finalize(self, self._queue.put, None)
-
-    def start(self, name: str, run: Callable[[], object], *, memory: Tensor) -> Transfer:
-        """Have something done in the thread."""
-        transfer = Transfer(name, nbytes=memory.numel(), num_pieces=1, memory=memory)
-        self._queue.put((transfer, run))
-        return transfer
-
-    def close(self) -> None:
-        """End the thread once all has been done. Twice is fine."""
-        self._finalizer()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-
-def _carry_out(queue: SimpleQueue[tuple[Transfer, Callable[[], object]] | None]) -> None:
-    """Body of a thread that carries out transfers within memory."""
-    while (item := queue.get()) is not None:
-        transfer, run = item
-        error: BaseException | None = None
-        transfer.begin_piece()
-        try:
-            run()
-        # Whatever it is belongs to the thread that waits.
-        except BaseException as caught:  # noqa: BLE001
-            error = caught
-        transfer.finish_piece(error)
-        # Waiting for the next one, this frame must not keep a buffer alive.
-        del item, transfer, run, error
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Landed:
-    """A gradient that has come down, or is coming."""
-
-    copied: torch.cuda.Event
-    one: Contribution
-    keep: Callable[[Contribution], None]
-    end: int
-
-
-def landing_for(device: torch.device, *, widest_bytes: int) -> GradientLanding:
-    """What brings gradients down.
-
-    Args:
-        device: The GPU.
-        widest_bytes: Bytes of the largest block's gradients.
-    """
-    return GradientLanding(device, nbytes=NUM_LANDING_BLOCKS * widest_bytes)
+def _carry_out(transfer: Transfer, run: Callable[[], object]) -> None:
+    """Do within memory what a transfer stands for."""
+    error: BaseException | None = None
+    transfer.begin_piece()
+    try:
+        run()
+    # Whatever it is belongs to the thread that waits.
+    except BaseException as caught:  # noqa: BLE001
+        error = caught
+    transfer.finish_piece(error)
 
 
 class GradientLanding:
@@ -404,18 +357,19 @@ class GradientLanding:
 
     Args:
         device: The GPU.
-        nbytes: Size of the page-locked memory that they pass; at least that of any two.
+        widest_bytes: Bytes of the largest block's gradients; the page-locked memory that they pass holds a few of it.
     """
 
-    def __init__(self, device: torch.device, *, nbytes: int) -> None:
-        self._device, self._nbytes = device, nbytes
-        self._state = _LandingState()
+    def __init__(self, device: torch.device, *, widest_bytes: int) -> None:
+        self._device, self._nbytes = device, NUM_LANDING_BLOCKS * widest_bytes
+        self._thread = SerialThread("gradient-landing")
         self._buffer: StagingBuffer | None = None
         self._copies: CopyStream | None = None
-        self._start = 0
-        self._thread = WorkerThread(target=_land, args=(self._state,), name="gradient-landing")
-        self._thread.start()
-        self._finalizer = weakref.finalize(self, self._state.queue.put, None)
+        # Positions in the buffer only grow: from where on gradients come, and up to where they have been kept.
+        self._start = self._freed = 0
+        self._changed = threading.Condition()
+        self._num_on_the_way = 0
+        self._error: BaseException | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -447,10 +401,9 @@ class GradientLanding:
         place = self._room(value.nbytes)
         bounce = self._buffer.tensor[place : place + value.nbytes].view(value.dtype).view(value.shape)
         copied = self._copies.down(value, bounce)
-        landed = _Landed(copied=copied, one=replace(one, value=bounce), keep=keep, end=self._start)
-        with self._state.changed:
-            self._state.on_the_way.append(landed.end)
-        self._state.queue.put(landed)
+        with self._changed:
+            self._num_on_the_way += 1
+        self._thread.run(partial(self._land, copied, replace(one, value=bounce), keep, self._start))
 
     def finish(self) -> None:
         """Wait until everything has been kept.
@@ -458,16 +411,14 @@ class GradientLanding:
         Raises:
             Exception: Something could not be kept.
         """
-        with self._state.changed:
-            while self._state.on_the_way:
-                self._state.changed.wait()
-            self._state.raise_error()
+        with self._changed:
+            while self._num_on_the_way:
+                self._changed.wait()
+            self._raise_error()
 
     def close(self) -> None:
         """Wait for what is on its way, then give the memory back. Twice is fine."""
-        self._finalizer()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.close()
         if self._buffer is not None:
             self._buffer.close()
 
@@ -478,48 +429,34 @@ class GradientLanding:
             raise ValueError(f"a gradient of {nbytes} bytes does not fit into {self._nbytes} bytes")
         place = self._start % self._nbytes
         if place + wanted > self._nbytes:
-            # Positions only grow; what is left at the end is skipped.
+            # What is left at the end is skipped.
             self._start += self._nbytes - place
             place = 0
         self._start += wanted
-        with self._state.changed:
-            while self._start - self._state.freed > self._nbytes and self._state.on_the_way:
-                self._state.changed.wait()
-            self._state.raise_error()
+        with self._changed:
+            while self._start - self._freed > self._nbytes and self._num_on_the_way:
+                self._changed.wait()
+            self._raise_error()
         return place
 
-
-class _LandingState:
-    """What the thread shares with its owner; does not refer to the owner, so that this can be collected."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.queue: SimpleQueue[_Landed | None] = SimpleQueue()
-        self.on_the_way: deque[int] = deque()
-        self.freed = 0
-        """Position up to which memory is free."""
-        self.error: BaseException | None = None
-
-    def raise_error(self) -> None:
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-
-
-def _land(state: _LandingState) -> None:
-    """Body of the thread that adds gradients up."""
-    while (landed := state.queue.get()) is not None:
+    def _land(
+        self, copied: torch.cuda.Event, one: Contribution, keep: Callable[[Contribution], None], end: int
+    ) -> None:
+        """Add a gradient up once it has come down; in the thread."""
         error: BaseException | None = None
         try:
-            landed.copied.synchronize()
-            landed.keep(landed.one)
+            copied.synchronize()
+            keep(one)
         # Whatever it is belongs to the thread that trains.
         except BaseException as caught:  # noqa: BLE001
             error = caught
-        with state.changed:
-            state.error = state.error or error
-            state.on_the_way.popleft()
-            state.freed = landed.end
-            state.changed.notify_all()
-        # Waiting for the next one, this frame must not keep the model's buffers alive.
-        del landed, error
+        with self._changed:
+            self._error = self._error or error
+            self._num_on_the_way -= 1
+            self._freed = end
+            self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

@@ -48,6 +48,11 @@ class NodeBlocks:
         """Where blocks that stay in host memory lie, as `Scheduler` takes it."""
         return self.reader.keep if isinstance(self.reader, SharedReader) else _keep_here
 
+    def visited(self) -> None:
+        """Say that this rank has begun to compute with another block, as `Scheduler` does."""
+        if isinstance(self.reader, SharedReader):
+            self.reader.visited()
+
     def lost(self, wait_s: float) -> PeerLost | None:
         """Which process of this node has died, if one has; waits so long for word of it."""
         return self.reader.lost(wait_s=wait_s) if isinstance(self.reader, SharedReader) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,14 +22,49 @@ _TAKEN_TWICE = (
 )
 
 
-class Boundary(Protocol):
-    """One kept activation."""
+class Boundary:
+    """One kept activation; a graph that is dropped without a backward releases it too.
+
+    Args:
+        take: Brings it to the compute device.
+        release: Lets others have its room.
+        drop: The same from a collection, where that differs.
+    """
+
+    def __init__(
+        self, take: Callable[[], Tensor], *, release: Callable[[], None], drop: Callable[[], None] | None = None
+    ) -> None:
+        self._take: Callable[[], Tensor] | None = take
+        self._release, self._drop = release, drop or release
 
     def take(self) -> Tensor:
-        """Give it back on the compute device, once."""
+        """Give it back on the compute device; valid until `release`: on a CPU it may be a view of a tier's buffer.
+
+        Raises:
+            RuntimeError: It was released before, or changed in place since the forward.
+            OffloadError: The disk failed.
+        """
+        if self._take is None:
+            raise RuntimeError(_TAKEN_TWICE)
+        return self._take()
 
     def release(self) -> None:
         """Release it: its tier's memory is free afterwards. May be called repeatedly."""
+        self._end(self._release)
+
+    def __del__(self) -> None:
+        self._end(self._drop)
+
+    def _end(self, release: Callable[[], None]) -> None:
+        is_kept, self._take = self._take is not None, None
+        if is_kept:
+            # From here on nothing of it is held: neither its buffer nor its tier.
+            self._release = self._drop = _nothing
+            release()
+
+
+def _nothing() -> None:
+    """What is left to do of a boundary that was released."""
 
 
 class BoundaryTier(Protocol):
@@ -55,7 +91,7 @@ class DeviceBoundaries:
 
     def keep(self, value: Tensor) -> Boundary:
         """Keep an activation where it is."""
-        return _Referenced(value)
+        return Boundary(partial(_unchanged, value.detach(), version=version_of(value)), release=_nothing)
 
     def release_idle(self) -> None:
         """Nothing can be given back."""
@@ -69,14 +105,12 @@ class HostBoundaries:
 
     On a CPU this is where all boundaries go. They outlive the temporaries of many blocks: left on the heap, they would
     pin the pages around them, and the process would grow by a block's temporaries for each few blocks.
+
+    Args:
+        device: Compute device, where activations come from and go back to.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Begin with no buffers.
-
-        Args:
-            device: Compute device, where activations come from and go back to.
-        """
         self._device = device
         self._free: list[StagingBuffer] = []
         self.held_bytes = 0
@@ -89,15 +123,15 @@ class HostBoundaries:
         buffer = self._take_buffer(nbytes)
         kept = buffer.tensor[:nbytes].view(value.dtype).view(value.shape)
         kept.copy_(value)
-        return Buffered(kept, buffer, self)
+        return self.kept_in(buffer, kept)
+
+    def kept_in(self, buffer: StagingBuffer, kept: Tensor) -> Boundary:
+        """What stands for an activation that lies in a buffer of this tier."""
+        return Boundary(partial(self.on_device, kept), release=partial(self._free.append, buffer))
 
     def on_device(self, kept: Tensor) -> Tensor:
         """A kept activation where blocks compute: the buffer itself on a CPU, a copy elsewhere."""
         return kept.to(self._device)
-
-    def give_back(self, buffer: StagingBuffer) -> None:
-        """Return a buffer for the next activation."""
-        self._free.append(buffer)
 
     def release_idle(self) -> None:
         """Nothing can be given back."""
@@ -129,57 +163,17 @@ class HostBoundaries:
         """Have the memory of buffers go, with the last view of them."""
 
 
-class _Referenced:
-    """An activation that stays where it is."""
+def _unchanged(value: Tensor, *, version: int) -> Tensor:
+    """An activation that stayed where it was.
 
-    def __init__(self, value: Tensor) -> None:
-        self._value: Tensor | None = value.detach()
-        self._version = version_of(value)
-
-    def take(self) -> Tensor:
-        """Give the activation back.
-
-        Raises:
-            RuntimeError: It was changed in place since the forward, or was released before.
-        """
-        if self._value is None:
-            raise RuntimeError(_TAKEN_TWICE)
-        if version_of(self._value) != self._version:
-            raise RuntimeError(
-                "a boundary activation was changed in place after its block's forward; clone it before changing it"
-            )
-        return self._value
-
-    def release(self) -> None:
-        """Drop the reference."""
-        self._value = None
-
-
-class Buffered:
-    """An activation in a buffer of a tier; a graph that is dropped without a backward gives the buffer back too."""
-
-    def __init__(self, value: Tensor, buffer: StagingBuffer, tier: HostBoundaries) -> None:
-        self._value: Tensor | None = value
-        self._buffer, self._tier = buffer, tier
-
-    def take(self) -> Tensor:
-        """Give the activation back, on a CPU as a view of the tier's buffer; valid until `release`.
-
-        Raises:
-            RuntimeError: It was released before.
-        """
-        if self._value is None:
-            raise RuntimeError(_TAKEN_TWICE)
-        return self._tier.on_device(self._value)
-
-    def release(self) -> None:
-        """Return the buffer to the tier."""
-        if self._value is not None:
-            self._value = None
-            self._tier.give_back(self._buffer)
-
-    def __del__(self) -> None:
-        self.release()
+    Raises:
+        RuntimeError: It was changed in place since the forward.
+    """
+    if version_of(value) != version:
+        raise RuntimeError(
+            "a boundary activation was changed in place after its block's forward; clone it before changing it"
+        )
+    return value
 
 
 class DiskBoundaries:
@@ -192,23 +186,23 @@ class DiskBoundaries:
     Memory is the buffers, each as large as the largest activation, whatever the number of blocks and of passes that
     wait for their backward. With one buffer nothing is read ahead. Should a block have more activations than there are
     buffers, there are more for as long as it holds them.
+
+    Args:
+        device: Compute device, where activations come from and go back to.
+        scratch: Where they are written; closed with the tier.
+        num_buffers: Buffers to write behind and to read ahead with.
+
+    Raises:
+        ValueError: `num_buffers` is less than 1.
     """
 
     def __init__(self, device: torch.device, scratch: Scratch, *, num_buffers: int = 2) -> None:
-        """Begin with no buffers.
-
-        Args:
-            device: Compute device, where activations come from and go back to.
-            scratch: Where they are written; closed with the tier.
-            num_buffers: Buffers to write behind and to read ahead with.
-
-        Raises:
-            ValueError: `num_buffers` is less than 1.
-        """
         if num_buffers < 1:
             raise ValueError(f"num_buffers must be at least 1, got {num_buffers}")
         self.held_bytes = 0
-        self._device, self._scratch, self._num_buffers = device, scratch, num_buffers
+        self.scratch = scratch
+        """Where activations are written."""
+        self._device, self._num_buffers = device, num_buffers
         self._lock = threading.Lock()
         self._kept: dict[int, StoredBoundary] = {}
         self._leaving: list[StoredBoundary] = []
@@ -219,17 +213,7 @@ class DiskBoundaries:
         # Filled without the lock: a collection may release a boundary while this very thread holds it.
         self._released: deque[StoredBoundary] = deque()
 
-    @property
-    def written_bytes(self) -> int:
-        """Bytes written to disk so far."""
-        return self._scratch.written_bytes
-
-    @property
-    def file_bytes(self) -> int:
-        """Disk space taken: the most that was kept at once so far."""
-        return self._scratch.file_bytes
-
-    def keep(self, value: Tensor) -> OnDisk:
+    def keep(self, value: Tensor) -> Boundary:
         """Copy an activation into a buffer and start writing it; waits only where no buffer is free.
 
         Raises:
@@ -242,9 +226,7 @@ class DiskBoundaries:
             if not self._kept:
                 self.shrink()
             self._num_kept += 1
-            stored = StoredBoundary(
-                self._num_kept, value, slot=self._scratch.take(value.numel() * value.element_size())
-            )
+            stored = StoredBoundary(self._num_kept, value, slot=self.scratch.take(value.numel() * value.element_size()))
             self._largest_bytes = max(self._largest_bytes, stored.slot.nbytes)
             try:
                 stored.buffer = self._room(stored)
@@ -254,7 +236,12 @@ class DiskBoundaries:
                 raise
             stored.writing = True
             self._kept[stored.number] = stored
-        return OnDisk(stored, self)
+        # A collection may run while this very thread holds the lock.
+        return Boundary(
+            partial(self.bring, stored),
+            release=partial(self.release, stored),
+            drop=partial(self._released.append, stored),
+        )
 
     def bring(self, stored: StoredBoundary) -> Tensor:
         """A kept activation on the compute device; has those kept before it follow.
@@ -289,28 +276,22 @@ class DiskBoundaries:
 
     def write(self, stored: StoredBoundary) -> Transfer:
         """Start writing an activation from its buffer."""
-        return self._scratch.write(stored.slot, stored.pages(), name=stored.name)
+        return self.scratch.write(stored.slot, stored.pages(), name=stored.name)
 
     def fetch(self, stored: StoredBoundary) -> Transfer:
         """Start reading an activation into its buffer."""
-        return self._scratch.read(stored.slot, stored.pages(), name=stored.name)
+        return self.scratch.read(stored.slot, stored.pages(), name=stored.name)
 
     def arrive(self, stored: StoredBoundary) -> Tensor:
         """The activation in a buffer where blocks compute; has those kept before it read ahead."""
         self.read_ahead(stored.number)
         return stored.view()
 
-    def release(self, stored: StoredBoundary, *, at_once: bool) -> None:
-        """Use an activation's room for others.
-
-        Args:
-            stored: The activation.
-            at_once: Not only when the next one is kept or taken. Not from a collection.
-        """
+    def release(self, stored: StoredBoundary) -> None:
+        """Use an activation's room for others. Not from a collection."""
         self._released.append(stored)
-        if at_once:
-            with self._lock:
-                self._settle(report=False)
+        with self._lock:
+            self._settle(report=False)
 
     def release_idle(self) -> None:
         """Release large buffers, on a CPU: reading what they hold takes less than a block does.
@@ -334,7 +315,7 @@ class DiskBoundaries:
 
     def close(self) -> None:
         """Stop the transfers; give memory and disk space back. What is still kept is lost. Twice is fine."""
-        self._scratch.close()
+        self.scratch.close()
         with self._lock:
             self._settle(report=False)
             for stored in self._kept.values():
@@ -436,7 +417,7 @@ class DiskBoundaries:
 
     def _clear(self, stored: StoredBoundary) -> None:
         self.take_buffer_from(stored)
-        self._scratch.give_back(stored.slot)
+        self.scratch.give_back(stored.slot)
 
     def take_buffer_from(self, stored: StoredBoundary) -> None:
         """Let others have an activation's buffer."""
@@ -519,34 +500,3 @@ class StoredBoundary:
         """The activation in the buffer."""
         assert self.buffer is not None
         return self.buffer.tensor[: self._nbytes].view(self._dtype).view(self._shape)
-
-
-class OnDisk:
-    """An activation of the disk tier; a graph that is dropped without a backward gives its room back too."""
-
-    def __init__(self, stored: StoredBoundary, tier: DiskBoundaries) -> None:
-        self._stored: StoredBoundary | None = stored
-        self._tier = tier
-
-    def take(self) -> Tensor:
-        """Give the activation back, on a CPU as a view of the tier's buffer; valid until `release`.
-
-        Raises:
-            RuntimeError: It was released before.
-            OffloadError: The disk failed.
-        """
-        if self._stored is None:
-            raise RuntimeError(_TAKEN_TWICE)
-        return self._tier.bring(self._stored)
-
-    def release(self) -> None:
-        """Let other activations have its room."""
-        self._give_back(at_once=True)
-
-    def _give_back(self, *, at_once: bool) -> None:
-        stored, self._stored = self._stored, None
-        if stored is not None:
-            self._tier.release(stored, at_once=at_once)
-
-    def __del__(self) -> None:
-        self._give_back(at_once=False)

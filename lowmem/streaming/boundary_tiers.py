@@ -8,26 +8,23 @@ thread, which waits for the copy before it: writing what has come from the devic
 from __future__ import annotations
 
 import math
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowmem.streaming.boundary import (
+    Boundary,
     BoundaryTier,
-    Buffered,
     DeviceBoundaries,
     DiskBoundaries,
     HostBoundaries,
     StoredBoundary,
 )
-from offload import CopyStream, OffloadError, Scratch, StagingBuffer, Transfer, WorkerThread
+from offload import CopyStream, OffloadError, Scratch, SerialThread, StagingBuffer, Transfer
 
 if TYPE_CHECKING:
     from offload import Trace
@@ -64,28 +61,26 @@ class GpuHostBoundaries(HostBoundaries):
 
     Buffers are as long as the longest activation so far and serve shorter ones too: page-locking one takes longer than
     copying it. Where the system does not page-lock memory, the copies are as exact and make the host wait.
+
+    Args:
+        device: The GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Begin with no buffers.
-
-        Args:
-            device: The GPU.
-        """
         super().__init__(device)
         self._copies = CopyStream(device)
         self._longest_bytes = 0
         self._retired = _Retired()
         self.most_wasteful = math.inf
 
-    def keep(self, value: Tensor) -> Buffered:
+    def keep(self, value: Tensor) -> Boundary:
         """Start copying an activation of any shape into a buffer; returns at once."""
         value = value.detach().contiguous()
         buffer = self._take_buffer(value.nbytes)
         kept = buffer.tensor[: value.nbytes].view(value.dtype).view(value.shape)
         # A buffer that was given back before its copy was over is safe: all copies are on this one stream.
         self._copies.down(value, kept)
-        return Buffered(kept, buffer, self)
+        return self.kept_in(buffer, kept)
 
     def on_device(self, kept: Tensor) -> Tensor:
         """A kept activation on the GPU, for whatever the current stream computes from now on; returns at once."""
@@ -112,16 +107,12 @@ class GpuDiskBoundaries(DiskBoundaries):
     """`DiskBoundaries` for activations of a GPU, through page-locked buffers; only the disk is ever waited for."""
 
     def __init__(self, device: torch.device, scratch: Scratch, *, num_buffers: int = 2) -> None:
-        """Begin with no buffers; see `DiskBoundaries`."""
         super().__init__(device, scratch, num_buffers=num_buffers)
         self._copies = CopyStream(device)
         self._longest_bytes = 0
         self._copied: dict[StagingBuffer, torch.cuda.Event] = {}
         self._retired = _Retired()
-        self._steps: SimpleQueue[_AfterCopy | None] = SimpleQueue()
-        self._follower = WorkerThread(target=_follow, args=(self._steps,), name="boundary-copies")
-        self._follower.start()
-        weakref.finalize(self, self._steps.put, None)
+        self._follower = SerialThread("boundary-copies")
 
     def send(self, stored: StoredBoundary, value: Tensor) -> Transfer:
         """Start copying an activation into its buffer; the write begins once it is there."""
@@ -160,10 +151,7 @@ class GpuDiskBoundaries(DiskBoundaries):
 
     def close(self) -> None:
         """See `DiskBoundaries.close`."""
-        self._steps.put(None)
-        # The collector runs finalizers in any thread.
-        if threading.current_thread() is not self._follower:
-            self._follower.join()
+        self._follower.close()
         super().close()
         self._retired.close()
 
@@ -175,35 +163,20 @@ class GpuDiskBoundaries(DiskBoundaries):
             return start()
         pages = stored.pages()
         whole = Transfer(stored.name, nbytes=pages.numel(), num_pieces=1, memory=pages)
-        self._steps.put(_AfterCopy(copied, start, whole))
+        self._follower.run(partial(_begin_after, copied, start, whole))
         return whole
 
 
-class _AfterCopy:
-    """Something that the disk is to do with a buffer, once a copy of it is over."""
-
-    def __init__(self, copied: torch.cuda.Event, start: Callable[[], Transfer], whole: Transfer) -> None:
-        self._copied, self._start, self._whole = copied, start, whole
-
-    def run(self) -> None:
-        """Wait for the copy, begin, and return; the whole ends with what was begun."""
-        try:
-            self._copied.synchronize()
-            begun = self._start()
-        # Whoever waits for the whole is told.
-        except (OffloadError, OSError, RuntimeError) as error:
-            self._whole.finish_piece(error)
-            return
-        whole = self._whole
-        begun.when_done(lambda: whole.finish_piece(begun.outcome()))
-
-
-def _follow(steps: SimpleQueue[_AfterCopy | None]) -> None:
-    """Body of the thread: does not refer to the tier, so that this can be collected."""
-    while (step := steps.get()) is not None:
-        step.run()
-        # Waiting for the next one, this frame must not keep the last buffer alive.
-        del step
+def _begin_after(copied: torch.cuda.Event, start: Callable[[], Transfer], whole: Transfer) -> None:
+    """Wait for a copy, begin something and return; the whole ends with what was begun."""
+    try:
+        copied.synchronize()
+        begun = start()
+    # Whoever waits for the whole is told.
+    except (OffloadError, OSError, RuntimeError) as error:
+        whole.finish_piece(error)
+        return
+    begun.when_done(lambda: whole.finish_piece(begun.outcome()))
 
 
 def tier_for(

@@ -10,20 +10,16 @@ from tests.fakecuda import simulated_gpu
 
 def watch_host_memory() -> None:
     """Note reads of blocks from disk, reads and writes of scratch space, and what full tuning does, as the host's."""
-    from lowmem.full.gpu_tier import MasterLifts, _Halves
+    from lowmem.full.gpu_tier import GpuMemoryTier, _Halves
     from lowmem.full.tier import Contribution
     from offload import FileIO, Scratch
 
-    add_to, start = Contribution.add_to, MasterLifts.start
+    add_to = Contribution.add_to
 
     def noted_adding(self: Contribution, kept: Any) -> None:
         if self.value.device.type == "cpu":
             simulated_gpu.told_of(self.value.nbytes, self.value.data_ptr(), writes=False, who="Contribution.add_to")
         add_to(self, kept)
-
-    def noted_lifting(self: MasterLifts, name: str, run: Any, *, memory: Any) -> Any:
-        simulated_gpu.told_of(memory.numel(), memory.data_ptr(), writes=True, who="MasterLifts.start")
-        return start(self, name, run, memory=memory)
 
     fill = _Halves.fill
 
@@ -33,7 +29,7 @@ def watch_host_memory() -> None:
 
     _Halves.fill = noted_filling  # type: ignore[method-assign]
     Contribution.add_to = noted_adding  # type: ignore[method-assign]
-    MasterLifts.start = noted_lifting  # type: ignore[method-assign]
+    GpuMemoryTier._lift = _noted(GpuMemoryTier._lift, writes=True, who="GpuMemoryTier._lift")  # type: ignore[method-assign]
     FileIO.read = _noted(FileIO.read, writes=True, who="FileIO.read")  # type: ignore[method-assign]
     for name, writes in (("read", True), ("write", False)):
         setattr(Scratch, name, _noted(getattr(Scratch, name), writes=writes, who=f"Scratch.{name}"))

@@ -66,8 +66,8 @@ def test_boundaries_come_back_in_reverse_step_after_step_through_a_fixed_number_
         for boundary, value in zip(reversed(kept), reversed(values), strict=True):
             finish(boundary, value)
         assert tier.held_bytes == num_buffers * 45_056, "42,000 bytes in whole pages"
-        assert tier.file_bytes == 6 * 45_056
-    assert tier.written_bytes == 3 * 6 * 45_056
+        assert tier.scratch.file_bytes == 6 * 45_056
+    assert tier.scratch.written_bytes == 3 * 6 * 45_056
     tier.close()
     assert tier.held_bytes == 0
     assert os.listdir(tmp_path) == []
@@ -145,7 +145,7 @@ def test_dropped_graphs_give_their_room_back_also_in_the_middle_of_a_write(tmp_p
     for _ in range(20):
         kept = [tier.keep(torch.randn(1000)) for _ in range(3)]
         del kept
-    assert tier.file_bytes <= 6 * 4096
+    assert tier.scratch.file_bytes <= 6 * 4096
     assert tier.held_bytes <= 2 * 4096
     finish(tier.keep(torch.ones(5)), torch.ones(5))
     tier.close()
@@ -264,7 +264,7 @@ def test_a_file_that_lost_its_end_is_a_read_error(tmp_path: Path) -> None:
     tier = tier_in(tmp_path, num_buffers=1)
     kept = [tier.keep(torch.full((1000,), float(i))) for i in range(3)]
     finish(kept[2], torch.full((1000,), 2.0))
-    os.ftruncate(tier._scratch._file.fd, 100)
+    os.ftruncate(tier.scratch._file.fd, 100)
     with pytest.raises(ReadError, match="the system reported the end of the file, which has 100 bytes"):
         kept[1].take()
     tier.close()

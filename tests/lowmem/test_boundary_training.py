@@ -72,8 +72,8 @@ def test_gradients_are_bitwise_those_of_boundaries_in_memory(
         assert_same(outcome(model), expected)
     tier = runtime.boundaries
     assert isinstance(tier, DiskBoundaries)
-    assert tier.written_bytes == 2 * tier.file_bytes, "the second step used the slots of the first"
-    assert runtime.memory()["boundary_bytes"] == num_buffers * tier.file_bytes // 5
+    assert tier.scratch.written_bytes == 2 * tier.scratch.file_bytes, "the second step used the slots of the first"
+    assert runtime.memory()["boundary_bytes"] == num_buffers * tier.scratch.file_bytes // 5
     assert os.listdir(tmp_path) == []
 
 
@@ -103,7 +103,7 @@ def test_a_disk_that_fails_stops_the_step_and_the_next_one_is_right(model: PeftM
     tier = runtime.boundaries
     assert isinstance(tier, DiskBoundaries)
     loss = model(**batch_of(), use_cache=False).loss
-    os.ftruncate(tier._scratch._file.fd, 0)
+    os.ftruncate(tier.scratch._file.fd, 0)
     with pytest.raises(ReadError):
         loss.backward()
     del loss

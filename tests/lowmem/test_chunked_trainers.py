@@ -59,7 +59,7 @@ def test_losses_and_gradient_norms_equal_training_in_memory(architecture: str, c
     got = records(trained(task, model, tmp_path / "streamed", **options))
     boundaries = runtime_of(model).boundaries
     assert isinstance(boundaries, DiskBoundaries)
-    assert boundaries.written_bytes
+    assert boundaries.scratch.written_bytes
     assert len(got) == len(expected) == 5
     for step, (one, other) in enumerate(zip(got, expected, strict=True)):
         assert one.keys() == other.keys()

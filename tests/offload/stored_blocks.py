@@ -96,7 +96,7 @@ class StoredBlocks:
         return Scheduler(
             self.blocks,
             plan=plan,
-            reader=reader,
+            read=reader.read,
             device=device,
             trace=Trace() if trace is None else trace,
             poison=poison,

@@ -69,7 +69,7 @@ def _scheduler(versions: Versions, device: Device) -> Scheduler:
         num_slots=0 if device.is_host else 3,
         num_passes=2,
     )
-    return Scheduler(specs, plan=plan, reader=versions, device=device, trace=Trace(), poison=False)
+    return Scheduler(specs, plan=plan, read=versions.read, device=device, trace=Trace(), poison=False)
 
 
 @pytest.mark.parametrize("kind", DEVICES)

@@ -609,7 +609,7 @@ def test_a_block_copied_again_before_its_copy_has_ended_keeps_its_source(stored:
     pipeline = Pipeline(
         [lay_out(block) for block in stored.blocks],
         plan=plan,
-        reader=reader,
+        read=reader.read,
         device=device,
         trace=Trace(),
         poison=True,

@@ -69,10 +69,11 @@ class Node:
             Scheduler(
                 self.stored.blocks,
                 plan=plan,
-                reader=self.readers[rank],
+                read=self.readers[rank].read,
                 device=device or CpuDevice(),
                 trace=Trace(),
                 keep=self.readers[rank].keep,
+                visited=self.readers[rank].visited,
                 **options,
             )
         )
@@ -309,10 +310,11 @@ def test_blocks_that_the_server_does_not_know_are_read(node: Node, tmp_path: Pat
     with Scheduler(
         other.blocks,
         plan=other.plan(ring=2, resident=1),
-        reader=node.readers[0],
+        read=node.readers[0].read,
         device=CpuDevice(),
         trace=Trace(),
         keep=node.readers[0].keep,
+        visited=node.readers[0].visited,
     ) as scheduler:
         for block in range(3):
             with scheduler.resident(block) as tensors:
