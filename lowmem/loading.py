@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowmem.planning.plan import Plan
-    from offload import PeerLost
     from lowmem.planning.shapes import ModelShapes
+    from offload import PeerLost
 
 
 class Preparation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -205,30 +205,20 @@ def _device_copies(
     placed = dict.fromkeys(offsets, 0)
     end = 0
     for group in groups:
-        run = _Run(offsets[group[0].name], at=round_up(end, FIRST_ALIGNMENT_BYTES))
+        at = round_up(end, FIRST_ALIGNMENT_BYTES)
+        run = DeviceCopy(source_offset_bytes=offsets[group[0].name], nbytes=0, offset_bytes=at)
         for spec in group:
             start = offsets[spec.name]
-            if split and (start - run.source) % ALIGNMENT_BYTES:
-                found.append(run.copy())
-                run = _Run(start, at=round_up(run.at + run.nbytes, ALIGNMENT_BYTES))
-            run.nbytes = max(run.nbytes, start + spec.nbytes - run.source)
-            placed[spec.name] = run.at + start - run.source
-        found.append(run.copy())
-        end = run.at + run.nbytes
+            if split and (start - run.source_offset_bytes) % ALIGNMENT_BYTES:
+                found.append(run)
+                at = round_up(run.offset_bytes + run.nbytes, ALIGNMENT_BYTES)
+                run = DeviceCopy(source_offset_bytes=start, nbytes=0, offset_bytes=at)
+            run = replace(run, nbytes=max(run.nbytes, start + spec.nbytes - run.source_offset_bytes))
+            placed[spec.name] = run.offset_bytes + start - run.source_offset_bytes
+        found.append(run)
+        end = run.offset_bytes + run.nbytes
     # Pages smaller than an alignment are for tests; a slot of whole pages has room for one copy of each extent.
     return (None if split and end > room_bytes else tuple(found)), placed
-
-
-@dataclass(kw_only=False)
-class _Run:
-    """A copy that grows."""
-
-    source: int
-    at: int
-    nbytes: int = 0
-
-    def copy(self) -> DeviceCopy:
-        return DeviceCopy(source_offset_bytes=self.source, nbytes=self.nbytes, offset_bytes=self.at)
 
 
 def _group(block: BlockSpec, page_bytes: int, *, max_gap_bytes: int) -> list[list[TensorSpec]]:

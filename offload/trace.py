@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import threading
-import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from offload.files.folder import Folder
@@ -79,10 +76,6 @@ class Trace:
         for listener in self._listeners:
             listener(Span(lane, name, start_ns, end_ns, nbytes))
 
-    def span(self, lane: str, name: str, *, nbytes: int = 0) -> contextlib.AbstractContextManager[None]:
-        """Record the time that the body of a ``with`` takes, also when it raises."""
-        return _Running(self, lane, name, nbytes)
-
     def listen(self, callback: Callable[[Span], None]) -> Callable[[], None]:
         """Call `callback` with every span from now on, in the thread that adds it and before `add` returns.
 
@@ -136,26 +129,6 @@ class Trace:
             document["otherData"] = dict(notes)
         with Folder.open(target.parent) as folder:
             folder.put(target.name, json.dumps(document).encode(), mode=0o666)
-
-
-class _Running:
-    """A span that is open. A class rather than a generator: half the cost per span."""
-
-    __slots__ = ("_lane", "_name", "_nbytes", "_start_ns", "_trace")
-
-    def __init__(self, trace: Trace, lane: str, name: str, nbytes: int) -> None:
-        self._trace, self._lane, self._name, self._nbytes = trace, lane, name, nbytes
-        self._start_ns = 0
-
-    def __enter__(self) -> None:
-        self._start_ns = time.perf_counter_ns()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._trace.add(
-            self._lane, self._name, start_ns=self._start_ns, end_ns=time.perf_counter_ns(), nbytes=self._nbytes
-        )
 
 
 def _chrome_events(spans: tuple[Span, ...]) -> list[Mapping[str, object]]:

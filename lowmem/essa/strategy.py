@@ -24,16 +24,9 @@ class SeparableCma:
         sigma: Standard deviation to begin with, of each coordinate.
         population_size: Candidates of a step; even.
         seed: Of the candidates, which depend on it and on the step's number only.
-
-    Raises:
-        ValueError: A number is out of range.
     """
 
     def __init__(self, start: Tensor, *, sigma: float, population_size: int, seed: int) -> None:
-        if population_size < 4 or population_size % 2:
-            raise ValueError(f"population_size={population_size}: expected an even number of at least 4")
-        if sigma <= 0:
-            raise ValueError(f"sigma={sigma}: expected more than 0")
         n = start.numel()
         self._population_size, self._seed = population_size, seed
         self.mean = start.detach().to(torch.float64).clone()

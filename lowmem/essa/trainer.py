@@ -5,10 +5,10 @@ A population answers prompts as one batch, reward functions score the answers, a
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from lowmem.essa.strategy import SeparableCma
 from lowmem.internals.torch import damage_of_saved
 from lowmem.processes.ranks import refuse_several
 from lowmem.streaming.runtime import ActiveRows, is_streamed, runtime_of
+from offload import Folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -313,12 +314,11 @@ class ESSATrainer:
             "spectrum": self.spectrum.state_dict(),
             "log_history": self.log_history,
         }
-        # Renamed when it is on the disk: a kill leaves no half checkpoint under that name, and nobody else can read it.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{_STATE}.", delete=False) as unfinished:
-            torch.save(state, unfinished)
-            unfinished.flush()
-            os.fsync(unfinished.fileno())
-        Path(unfinished.name).rename(folder / _STATE)
+        raw = io.BytesIO()
+        torch.save(state, raw)
+        # A kill leaves no half checkpoint under that name, and nobody else can read it.
+        with Folder.open(folder) as opened:
+            opened.put(_STATE, raw.getvalue())
 
     def _resume(self, folder: Path) -> None:
         """Go on from a checkpoint, all of which is looked at before anything is changed."""

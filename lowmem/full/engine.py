@@ -70,12 +70,12 @@ class FullTuning:
         self.num_blocks = len(blocks)
         units = [*blocks, *({key: param} for key, param in outer.items())]
         places = [{place.key: place for place in layout.places} for layout in tier.layouts]
-        self._params = {
+        self.params: Mapping[str, TunedParam] = {
             key: TunedParam(param=param, unit=unit, place=places[unit][key])
             for unit, params in enumerate(units)
             for key, param in params.items()
         }
-        self._keys = {id(entry.param): key for key, entry in self._params.items()}
+        self._keys = {id(entry.param): key for key, entry in self.params.items()}
         for params in blocks:
             for key, param in params.items():
                 self._take_gradients_of(key, param)
@@ -113,15 +113,10 @@ class FullTuning:
                 reason="its block is updated before the whole gradient is known",
                 instead="no update_in_backward",
             )
-        entry = self._params[key]
+        entry = self.params[key]
         with self.tier.accumulating(entry.unit, adds=False, stays=False) as keep:
             keep(Contribution(place=entry.place, value=value.view(entry.place.shape), earlier_scales=None))
         self._mark_taken(entry.unit, entry.place)
-
-    @property
-    def params(self) -> Mapping[str, TunedParam]:
-        """The parameters by name."""
-        return self._params
 
     def key_of(self, param: Tensor) -> str:
         """A parameter's name.
@@ -181,7 +176,7 @@ class FullTuning:
 
     def _earlier_scales(self, key: str) -> tuple[float, ...] | None:
         """What the gradient that was accumulated before is multiplied with first; None where there is none."""
-        grad = self._params[key].param.grad
+        grad = self.params[key].param.grad
         if grad is not None and not isinstance(grad, OffloadedGradient):
             raise UnsupportedError(
                 f"setting the gradient of {key}",
@@ -191,7 +186,7 @@ class FullTuning:
         return None if grad is None else tuple(grad.scales)
 
     def _mark_taken(self, index: int, place: ParamPlace) -> None:
-        param = self._params[place.key].param
+        param = self.params[place.key].param
         if isinstance(param.grad, OffloadedGradient):
             param.grad.scales.clear()
             return
@@ -238,11 +233,11 @@ class FullTuning:
             gradient: The gradient of a parameter outside the blocks; None for one that was accumulated.
             upcoming: The next parameter with an accumulated gradient that is changed.
         """
-        entry = self._params[key]
+        entry = self.params[key]
         self.version += 1
         grad = entry.param.grad
         scales = tuple(grad.scales) if isinstance(grad, OffloadedGradient) else ()
-        after = None if upcoming is None else self._params[upcoming]
+        after = None if upcoming is None else self.params[upcoming]
         following = None if after is None else (after.unit, after.place)
         edit = Edit(unit=entry.unit, place=entry.place, run=run, gradient=gradient, scales=scales, upcoming=following)
         self.tier.change(edit)
@@ -277,12 +272,12 @@ class FullTuning:
 
     def read(self, key: str, field: str = WEIGHT) -> Tensor:
         """A copy of a parameter's newest weight or moment."""
-        entry = self._params[key]
+        entry = self.params[key]
         return self.tier.read(entry.unit, field, entry.place)
 
     def write(self, key: str, value: Tensor, field: str = WEIGHT) -> None:
         """Set a parameter's weight or moment."""
-        entry = self._params[key]
+        entry = self.params[key]
         if value.shape != entry.place.shape:
             raise ValueError(f"{key}: expected shape {list(entry.place.shape)}, got {list(value.shape)}")
         self.version += 1
@@ -292,14 +287,14 @@ class FullTuning:
         return self.tier.layouts[unit].places
 
     def _with_scales(self, key: str, update: ParamUpdate) -> ParamUpdate:
-        grad = self._params[key].param.grad
+        grad = self.params[key].param.grad
         if not isinstance(grad, OffloadedGradient) or not grad.scales:
             return update
         return replace(update, scales=tuple(grad.scales))
 
     def _forget_scales(self, unit: int) -> None:
         for place in self._places(unit):
-            grad = self._params[place.key].param.grad
+            grad = self.params[place.key].param.grad
             if isinstance(grad, OffloadedGradient):
                 grad.scales.clear()
 
@@ -307,6 +302,6 @@ class FullTuning:
         if unit < self.num_blocks:
             return None
         (place,) = self._places(unit)
-        grad = self._params[place.key].param.grad
+        grad = self.params[place.key].param.grad
         assert grad is not None, "only parameters with gradients are updated"
         return grad.reshape(-1)

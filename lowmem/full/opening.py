@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,11 +118,6 @@ class MasterWeights:
         """This, too."""
         return self
 
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return self.full.num_blocks
-
     def memory(self) -> dict[str, int]:
         """Bytes of memory taken, by role."""
         return self.full.tier.memory()
@@ -160,14 +156,13 @@ STATE_FOLDER = "weights-and-state"
 
 
 class Masters:
-    """Reads and writes single weights of a model whose engine is made after its parameters are."""
+    """Reads and writes single weights of a model whose engine is made after its parameters are.
+
+    Args:
+        moved_dtype: Type in which matrices go to a GPU.
+    """
 
     def __init__(self, moved_dtype: torch.dtype = torch.float32) -> None:
-        """Serve nobody yet.
-
-        Args:
-            moved_dtype: Type in which matrices go to a GPU.
-        """
         self.moved_dtype = moved_dtype
         self._full: weakref.ref[FullTuning] | None = None
 
@@ -194,10 +189,10 @@ class Masters:
 
     def checks(self, model: PreTrainedModel) -> tuple[Callable[[], None], ...]:
         """What is called before block 0 of each forward."""
-        refusal = AdapterRefusal(model)
+        refusal = partial(refuse_adapter, weakref.ref(model))
         if self.moved_dtype == torch.float32:
             return (refusal,)
-        return AutocastCheck(model.device, self.moved_dtype), refusal
+        return partial(require_autocast, model.device, self.moved_dtype), refusal
 
     def _engine(self, key: str) -> FullTuning:
         assert self._full is not None, f"{key} was used before the masters were filled"
@@ -207,28 +202,21 @@ class Masters:
         return full
 
 
-class AutocastCheck:
-    """Called before block 0 of each forward of blocks whose matrices are moved in another type than fp32."""
+def require_autocast(device: torch.device, moved_dtype: torch.dtype) -> None:
+    """Refuse a forward outside of autocast to the type in which matrices are moved, where that is not fp32.
 
-    def __init__(self, device: torch.device, moved_dtype: torch.dtype) -> None:
-        """Ask for autocast to a type on a device."""
-        self._device, self._moved_dtype = device, moved_dtype
-
-    def __call__(self) -> None:
-        """Refuse a forward outside of it.
-
-        Raises:
-            UnsupportedError: Products would mix types.
-        """
-        kind = self._device.type
-        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != self._moved_dtype:
-            name = str(self._moved_dtype).removeprefix("torch.")
-            raise UnsupportedError(
-                f"tuning='full' with dtype={name} outside of autocast to {name}",
-                reason="matrices come to the GPU in that type, and everything else is fp32",
-                instead=f"the trainer's bf16=True, torch.autocast({kind!r}, {self._moved_dtype}) around the forward, "
-                "or dtype=torch.float32",
-            )
+    Raises:
+        UnsupportedError: Products would mix types.
+    """
+    kind = device.type
+    if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != moved_dtype:
+        name = str(moved_dtype).removeprefix("torch.")
+        raise UnsupportedError(
+            f"tuning='full' with dtype={name} outside of autocast to {name}",
+            reason="matrices come to the GPU in that type, and everything else is fp32",
+            instead=f"the trainer's bf16=True, torch.autocast({kind!r}, {moved_dtype}) around the forward, "
+            "or dtype=torch.float32",
+        )
 
 
 def moved_dtype(
@@ -248,25 +236,18 @@ def moved_dtype(
     return found if found == torch.bfloat16 else torch.float32
 
 
-class AdapterRefusal:
-    """Called before block 0 of each forward: PEFT may have put an adapter on the model since."""
+def refuse_adapter(model: weakref.ref[PreTrainedModel]) -> None:
+    """Refuse an adapter that PEFT may have put on the model since.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Watch a model, weakly."""
-        self._model = weakref.ref(model)
-
-    def __call__(self) -> None:
-        """Refuse adapters.
-
-        Raises:
-            UnsupportedError: There is one.
-        """
-        if getattr(self._model(), "peft_config", None):
-            raise UnsupportedError(
-                'a PEFT adapter with tuning="full"',
-                reason="an adapter is trained on frozen weights",
-                instead='tuning="adapter" with the adapter, or tuning="full" without it',
-            )
+    Raises:
+        UnsupportedError: There is one.
+    """
+    if getattr(model(), "peft_config", None):
+        raise UnsupportedError(
+            'a PEFT adapter with tuning="full"',
+            reason="an adapter is trained on frozen weights",
+            instead='tuning="adapter" with the adapter, or tuning="full" without it',
+        )
 
 
 def master_dtype(masters: torch.dtype | str | None, dtype: torch.dtype | str | None, *, tuning: str) -> torch.dtype:

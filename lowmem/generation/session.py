@@ -22,8 +22,6 @@ class TokenProgress:
     """Rows of the batch."""
     num_unfinished: int
     """Rows that have not ended."""
-    elapsed_s: float
-    """Seconds since it began."""
     left_s: float | None
     """Seconds that the remaining tokens take at the present rate: what is left at most, as all rows may end sooner."""
     tokens_per_s: float
@@ -93,7 +91,6 @@ class Generation:
             max_tokens=self.max_tokens,
             num_rows=self.num_rows,
             num_unfinished=len(self.unfinished),
-            elapsed_s=now_s - self._start_s,
             left_s=None if token_s is None else left * token_s,
             tokens_per_s=len(self.unfinished) / rate_s if rate_s > 0 else 0.0,
         )

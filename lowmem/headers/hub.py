@@ -7,7 +7,6 @@ name of the newest commit, and one without a network for nothing at all.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from offload import SourceError, TensorSpec, shards_of_index, tensors_of_headers
+from offload import Folder, SourceError, TensorSpec, shards_of_index, tensors_of_headers
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -139,9 +138,8 @@ def _header_of(model: str, shard: Path, *, folder: Path) -> tuple[bytes, int]:
         raise SourceError(shard, field="header length", problem=problem, remedy="choose another revision of the model")
     header, _ = _range_of(model, name, folder.name, _LENGTH_BYTES, length)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-        file.write(size_bytes.to_bytes(_LENGTH_BYTES, "little") + header)
-    Path(file.name).replace(kept)
+    with Folder.open(kept.parent) as cache:
+        cache.put(kept.name, size_bytes.to_bytes(_LENGTH_BYTES, "little") + header)
     return header, size_bytes
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem.machines.measured import measure_shape, probe_copy
+from lowmem.machines.measured import measure_rates, measure_shape
 from lowmem.machines.rates import KeptRates, keep
 from lowmem.models.checkpoint import Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.place import as_if_packed
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
-from lowmem.planning.step_time import Rates, ShapeRates, Trained
-from offload import DiskRate, probe_compute, probe_disk
+from lowmem.planning.step_time import ShapeRates, Trained
+from offload import DiskRate, probe_disk
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -69,14 +69,7 @@ def bench_lines(
         bare = read_shapes(checkpoint)
         disk = probe_disk(source.files, max_s=_DISK_S, max_bytes=_DISK_BYTES)
     yield from _disk_lines(disk, folder)
-    rates = Rates(
-        disk_bytes_per_s=disk.read_bytes_per_s,
-        disk_num_threads=disk.num_threads,
-        disk_request_bytes=disk.request_bytes,
-        copy_bytes_per_s=probe_copy(chosen),
-        compute_flops_per_s=probe_compute(checkpoint.dtype, chosen),
-        measured=("disk", "copy", "compute"),
-    )
+    rates = measure_rates(disk, device=chosen, dtype=checkpoint.dtype)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
     machine = {"machine": platform.machine(), "torch": torch.__version__, "num_threads": torch.get_num_threads()}
     yield {"probe": "copy", "device": name, "gb_per_s": round(rates.copy_bytes_per_s / 1e9, 3), **machine}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ from lowmem.planning.dry_run import BlockWalk
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, ShapeRates, Trained
 from lowmem.streaming.head import TiledLogProbFunction
-from offload import BlockSpec, probe_compute, probe_disk
+from offload import BlockSpec, DiskRate, probe_compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,10 +72,10 @@ class _Stopwatch:
     device: torch.device
     clock: Clock
 
-    def best_s(self, run: Callable[[], object], *, num_repeats: int = _NUM_REPEATS) -> float:
+    def best_s(self, run: Callable[[], object]) -> float:
         """The shortest of some runs, after one that warms up."""
         run()
-        return min(self._once_s(run) for _ in range(num_repeats))
+        return min(self._once_s(run) for _ in range(_NUM_REPEATS))
 
     def _once_s(self, run: Callable[[], object]) -> float:
         self._wait()
@@ -90,19 +89,14 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def measure_rates(files: Sequence[Path], *, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure disk, copies and products, in about a second: reads from the files, multiplies and copies on the device.
+def measure_rates(disk: DiskRate, *, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure copies and products, in less than a second: copies and multiplies on the device.
 
     Args:
-        files: The checkpoint's shards.
+        disk: What was measured of the checkpoint's disk.
         device: Compute device.
         dtype: Compute dtype.
-
-    Raises:
-        SourceError: A file is missing or empty.
-        ReadError: A file cannot be read.
     """
-    disk = probe_disk(files)
     return Rates(
         disk_bytes_per_s=disk.read_bytes_per_s,
         disk_num_threads=disk.num_threads,

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from lowmem.planning.job import kind_of
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, ShapeRates, Trained, assumed_rates
+from offload import Folder, probe_disk
 
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Described
@@ -64,7 +63,7 @@ def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None)
     source = getattr(opened, "source", None)
     if source is None:
         raise ValueError('rates="measure": the weights are not here, so their disk cannot be measured; leave it out')
-    return measure_rates(source.files, device=opened.device, dtype=opened.dtype)
+    return measure_rates(probe_disk(source.files), device=opened.device, dtype=opened.dtype)
 
 
 def rates_as_loaded(opened: Described) -> Rates:
@@ -120,9 +119,7 @@ def keep(kept: KeptRates, shapes: ModelShapes, device: torch.device) -> Path | N
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"rates": asdict(kept.rates), "shapes": {k: asdict(v) for k, v in kept.shapes.items()}})
-        descriptor, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(descriptor, "w") as out:
-            out.write(text)
-        Path(name).replace(file)
+        with Folder.open(file.parent) as folder:
+            folder.put(file.name, text.encode())
         return file
     return None

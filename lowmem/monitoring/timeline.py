@@ -25,16 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def read_spans(path: Path) -> tuple[Span, ...]:
-    """Read the spans of a trace file that `lowmem.Monitor` or `offload.Trace.save` wrote, by their start.
-
-    Raises:
-        ValueError: The file is not such a trace; names what is wrong with it.
-        OSError: The file cannot be read.
-    """
-    return read_trace(path)[0]
-
-
 def read_trace(path: Path) -> tuple[tuple[Span, ...], Mapping[str, object]]:
     """Read a trace file's spans, by their start, and the notes that were kept with them.
 

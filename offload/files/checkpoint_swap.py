@@ -101,9 +101,7 @@ def _put_in_place(beside: Path, folder: Path) -> None:
     if index.exists():
         names = _free_names(folder, sorted(listed_weights(beside)))
         _rename_in_index(index, names)
-    for file in beside.rglob("*"):
-        if file.is_file():
-            _sync_file(file)
+    sync_files(beside)
     if index.exists():
         for name, free in names.items():
             (beside / name).rename(folder / free)
@@ -149,12 +147,19 @@ def _rename_in_index(index: Path, names: Mapping[str, str]) -> None:
     index.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _sync_file(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def sync_files(folder: Path) -> None:
+    """Bring what is in a folder's files, those of folders in it too, to the disk; `sync_folder` does it with their names.
+
+    Raises:
+        OSError: The disk failed, or has no room.
+    """
+    for file in folder.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 @contextmanager

@@ -150,13 +150,9 @@ class File:
         self.path, self.fd = path, fd
         self._stamp, self._pread, self._pwrite = stamp, pread, pwrite
         self._direct_fd = _reopen_direct(fd) if direct else None
-        self._direct = self._direct_fd is not None
-        self._is_cached = False
-
-    @property
-    def direct(self) -> bool:
+        self.direct = self._direct_fd is not None
         """Whether the page cache is bypassed; turns False when the file system refuses the first request."""
-        return self._direct
+        self._is_cached = False
 
     @property
     def size_bytes(self) -> int:
@@ -179,21 +175,13 @@ class File:
         aligned = _in_whole_pages(into, offset_bytes)
         done = 0
         while done < nbytes:
-            # A direct read cannot go on from inside a page, where a short one may have ended: the other descriptor can.
-            direct_fd = self._direct_fd if self._direct and aligned and done % PAGE_BYTES == 0 else None
-            room = into[done:] if direct_fd is not None else into[done:nbytes]
             try:
-                num_read = self._pread(self.fd if direct_fd is None else direct_fd, [room], offset_bytes + done)
-            except InterruptedError:
-                continue
+                num_read = self._request(self._pread, into, offset_bytes, done=done, nbytes=nbytes, aligned=aligned)
             except OSError as error:
-                if self._goes_on_buffered(direct_fd, error):
-                    continue
                 raise self._read_error(reason_of(error), offset_bytes + done, nbytes=nbytes - done) from error
             if num_read == 0:
                 self._raise_early_end(offset_bytes + done, nbytes=nbytes - done)
-            self._is_cached = self._is_cached or direct_fd is None
-            done += num_read
+            done += num_read or 0
         self.drop_cached(offset_bytes, nbytes=nbytes)
 
     def write(self, data: memoryview, *, offset_bytes: int) -> None:
@@ -203,27 +191,38 @@ class File:
             TierFull: The file system, a quota or a limit has no room for it.
             WriteError: The operating system could not write.
         """
-        aligned = _in_whole_pages(data, offset_bytes)
+        aligned, nbytes = _in_whole_pages(data, offset_bytes), len(data)
         done = 0
-        while done < len(data):
-            # A direct write cannot go on from inside a page, where a short one may have ended.
-            direct_fd = self._direct_fd if self._direct and aligned and done % PAGE_BYTES == 0 else None
-            left = {"offset_bytes": offset_bytes + done, "nbytes": len(data) - done}
+        while done < nbytes:
+            left = {"offset_bytes": offset_bytes + done, "nbytes": nbytes - done}
             try:
-                fd = self.fd if direct_fd is None else direct_fd
-                num_written = self._pwrite(fd, [data[done:]], offset_bytes + done)
-            except InterruptedError:
-                continue
+                num_written = self._request(self._pwrite, data, offset_bytes, done=done, nbytes=nbytes, aligned=aligned)
             except OSError as error:
-                if self._goes_on_buffered(direct_fd, error):
-                    continue
                 raise write_failure(self.path, error, **left) from error
             if num_written == 0:
                 raise WriteError(self.path, reason="the system wrote nothing and gave no reason", **left)
-            self._is_cached = self._is_cached or direct_fd is None
-            done += num_written
+            done += num_written or 0
         # Starts writing back, and drops what is clean already.
-        self.drop_cached(offset_bytes, nbytes=len(data))
+        self.drop_cached(offset_bytes, nbytes=nbytes)
+
+    def _request(
+        self, move: Pread | Pwrite, memory: memoryview, offset_bytes: int, *, done: int, nbytes: int, aligned: bool
+    ) -> int | None:
+        """Bytes that one request has moved; None where it is to be made again."""
+        # A direct request cannot go on from inside a page, where a short one may have ended: the other descriptor can.
+        direct_fd = self._direct_fd if self.direct and aligned and done % PAGE_BYTES == 0 else None
+        part = memory[done:] if direct_fd is not None else memory[done:nbytes]
+        try:
+            num_moved = move(self.fd if direct_fd is None else direct_fd, [part], offset_bytes + done)
+        except InterruptedError:
+            return None
+        except OSError as error:
+            if direct_fd is None or error.errno not in _DIRECT_REFUSED:
+                raise
+            self.direct = False
+            return None
+        self._is_cached = self._is_cached or direct_fd is None
+        return num_moved
 
     def drop_cached(self, offset_bytes: int, *, nbytes: int) -> None:
         """Drop a range from the page cache, if requests have gone through it.
@@ -263,13 +262,6 @@ class File:
             if fd is not None and fd >= 0:
                 os.close(fd)
         self.fd, self._direct_fd = -1, None
-
-    def _goes_on_buffered(self, direct_fd: int | None, error: OSError) -> bool:
-        """Whether it was only the direct way that the file system refused; it is not asked again then."""
-        if direct_fd is None or error.errno not in _DIRECT_REFUSED:
-            return False
-        self._direct = False
-        return True
 
     def _raise_early_end(self, offset_bytes: int, *, nbytes: int) -> None:
         size_bytes = self.size_bytes

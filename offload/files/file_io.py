@@ -45,7 +45,6 @@ class FileIO(ClosedAfterwards):
         stamps: What each file was when it was checked (`SafetensorsSource.stamps`), for files that `read` opens. One
             that is not listed is taken as it is when it is first read.
         pread: Does the reading of files that `read` opens; called from several threads at once.
-        name: Beginning of the threads' names.
 
     Raises:
         ValueError: An argument is out of range.
@@ -59,7 +58,6 @@ class FileIO(ClosedAfterwards):
         direct: bool = True,
         stamps: Mapping[Path, FileStamp] | None = None,
         pread: Pread = os.preadv,
-        name: str = "offload-io",
     ) -> None:
         if request_bytes < PAGE_BYTES or request_bytes % PAGE_BYTES:
             raise ValueError(f"request_bytes must be a positive multiple of {PAGE_BYTES}, got {request_bytes}")
@@ -68,7 +66,7 @@ class FileIO(ClosedAfterwards):
         self._open_source = partial(open_source, direct=direct, pread=pread)
         self._files: dict[Path, File] = {}
         # Not a method: it would keep this object alive as long as its threads.
-        self._threads = IoThreads(num_threads, name=name, at_end=partial(_close_all, self._files))
+        self._threads = IoThreads(num_threads, name="offload-io", at_end=partial(_close_all, self._files))
 
     def adopt(self, file: File) -> None:
         """Close a file of the caller's when the threads have ended, also if nobody closes this object."""

@@ -11,8 +11,8 @@ import stat
 from pathlib import Path
 from typing import Self
 
-from offload.errors import ClosedAfterwards, SourceError
-from offload.files.file import open_regular
+from offload.errors import ClosedAfterwards, SourceError, WriteError
+from offload.files.file import open_regular, reason_of
 
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
 _PRIVATE = 0o600
@@ -160,9 +160,13 @@ class Folder(ClosedAfterwards):
         """Bring its entries to the disk: names of new files, and which file a name stands for.
 
         Raises:
-            OSError: The disk failed.
+            WriteError: The disk failed.
         """
-        os.fsync(self._fd)
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            reason = f"its entries: {reason_of(error)}"
+            raise WriteError(self.path, offset_bytes=0, nbytes=0, reason=reason) from error
 
     def close(self) -> None:
         """Close it. Twice is fine."""

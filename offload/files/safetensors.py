@@ -206,25 +206,13 @@ class SafetensorsSource(ClosedAfterwards):
         except BaseException:
             self.close()
             raise
-        self._files = files
-        self._stamps = MappingProxyType(stamps)
-        self._tensors = MappingProxyType(tensors)
-        self._digests = {file: header.digest for file, header in headers.items()}
-
-    @property
-    def files(self) -> tuple[Path, ...]:
+        self.files = files
         """Its files, absolute, in the order of their names."""
-        return self._files
-
-    @property
-    def stamps(self) -> Mapping[Path, FileStamp]:
+        self.stamps: Mapping[Path, FileStamp] = MappingProxyType(stamps)
         """Each file as it was when its header was checked; give them to `FileIO`."""
-        return self._stamps
-
-    @property
-    def tensors(self) -> Mapping[str, TensorSpec]:
+        self.tensors: Mapping[str, TensorSpec] = MappingProxyType(tensors)
         """Every tensor of the checkpoint by name."""
-        return self._tensors
+        self._digests = {file: header.digest for file, header in headers.items()}
 
     def fingerprint(self, *, of_copies: bool = False) -> str:
         """Hash over every file's name, size, time of last write and header: the same for the same checkpoint.
@@ -233,8 +221,8 @@ class SafetensorsSource(ClosedAfterwards):
             of_copies: Leave the time out, in which copies on several machines differ.
         """
         digest = sha256()
-        for file in sorted(self._files, key=lambda file: file.name):
-            stamp = self._stamps[file]
+        for file in sorted(self.files, key=lambda file: file.name):
+            stamp = self.stamps[file]
             mtime_ns = 0 if of_copies else stamp.mtime_ns
             digest.update(f"{file.name!a} {stamp.size_bytes} {mtime_ns} {self._digests[file]}\n".encode())
         return digest.hexdigest()

@@ -37,12 +37,8 @@ class SlotAllocator:
 
     def __init__(self) -> None:
         self._free: list[FileSlot] = []
-        self._end_bytes = 0
-
-    @property
-    def end_bytes(self) -> int:
+        self.end_bytes = 0
         """How long the file has to be; grows to the most that was ever needed at once, and to gaps that did not fit."""
-        return self._end_bytes
 
     def take(self, nbytes: int) -> FileSlot:
         """A slot of at least `nbytes`, the first in the file that is free."""
@@ -54,10 +50,10 @@ class SlotAllocator:
                     [FileSlot(offset_bytes=gap.offset_bytes + nbytes, nbytes=rest)] if rest else []
                 )
                 return FileSlot(offset_bytes=gap.offset_bytes, nbytes=nbytes)
-        start = self._end_bytes
+        start = self.end_bytes
         if self._free and self._free[-1].offset_bytes + self._free[-1].nbytes == start:
             start = self._free.pop().offset_bytes
-        self._end_bytes = start + nbytes
+        self.end_bytes = start + nbytes
         return FileSlot(offset_bytes=start, nbytes=nbytes)
 
     def give_back(self, slot: FileSlot) -> None:
@@ -87,9 +83,7 @@ class Scratch(ClosedAfterwards):
 
     Args:
         folder: Where the file lives; made if it is not there.
-        num_threads: Requests in flight.
         request_bytes: Largest request; 1 to 16 MiB are sensible.
-        direct: Bypass the page cache where the file system allows it.
         trace: Where transfers are recorded: reads on the lane "disk", writes on the lane "disk write".
         pwrite: Does the writing; called from several threads at once.
         pread: Does the reading; likewise.
@@ -102,9 +96,7 @@ class Scratch(ClosedAfterwards):
         self,
         folder: Path,
         *,
-        num_threads: int = 4,
         request_bytes: int = 4 << 20,
-        direct: bool = True,
         trace: Trace | None = None,
         pwrite: Pwrite = os.pwritev,
         pread: Pread = os.preadv,
@@ -112,7 +104,8 @@ class Scratch(ClosedAfterwards):
         self._trace = trace
         self._slots = SlotAllocator()
         self._lock = threading.Lock()
-        self._written_bytes = 0
+        self.written_bytes = 0
+        """Bytes written so far, failed writes left out."""
         name = folder / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,25 +114,15 @@ class Scratch(ClosedAfterwards):
         except OSError as error:
             problem = f"{error.strerror}; give a folder that can be written (Budget.disk)"
             raise WriteError(name, offset_bytes=0, nbytes=0, reason=f"making it: {problem}") from error
-        self._file = File(fd, name, direct=direct, pwrite=pwrite, pread=pread)
+        self._file = File(fd, name, pwrite=pwrite, pread=pread)
         # The last thread closes the file: no request can be under way then, also when nobody closes this object.
-        self._io = FileIO(num_threads=num_threads, request_bytes=request_bytes)
+        self._io = FileIO(request_bytes=request_bytes)
         self._io.adopt(self._file)
 
     @property
     def file_bytes(self) -> int:
         """How long the file is at most: what was needed at once so far."""
         return self._slots.end_bytes
-
-    @property
-    def written_bytes(self) -> int:
-        """Bytes written so far, failed writes left out."""
-        return self._written_bytes
-
-    @property
-    def direct(self) -> bool:
-        """Whether the page cache is bypassed."""
-        return self._file.direct
 
     def take(self, nbytes: int) -> FileSlot:
         """A slot of `nbytes`, rounded up to whole pages; the caller owns it until `give_back`."""
@@ -194,7 +177,7 @@ class Scratch(ClosedAfterwards):
             return
         if lane == "disk write":
             with self._lock:
-                self._written_bytes += transfer.nbytes
+                self.written_bytes += transfer.nbytes
         if self._trace is not None:
             self._trace.add(lane, transfer.name, transfer.start_ns, transfer.end_ns, nbytes=transfer.nbytes)
 

@@ -88,18 +88,6 @@ class StoreFolder:
         except OSError as error:
             raise write_failure(self.path / MANIFEST, error, nbytes=len(raw)) from error
 
-    def sync(self, folder: Folder) -> None:
-        """Bring the entries of this folder, or of the one with the objects, to the disk.
-
-        Raises:
-            WriteError: The disk failed.
-        """
-        try:
-            folder.sync()
-        except OSError as error:
-            reason = f"its entries: {reason_of(error)}"
-            raise WriteError(folder.path, offset_bytes=0, nbytes=0, reason=reason) from error
-
     def release(self) -> None:
         """Let others have the folder. Twice is fine."""
         fd, self._lock_fd = self._lock_fd, -1

@@ -162,16 +162,6 @@ class Store(ClosedAfterwards):
         return self._manifest.fingerprint
 
     @property
-    def written_bytes(self) -> int:
-        """Bytes written by this object so far."""
-        return self._files.written_bytes
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes read by this object so far."""
-        return self._files.read_bytes
-
-    @property
     def disk_bytes(self) -> int:
         """Disk space that all versions take now, those included that wait to be written again."""
         with self._lock:
@@ -334,7 +324,7 @@ class Store(ClosedAfterwards):
             self._files.sync_names()
             self._folder.put(manifest)
             try:
-                self._folder.sync(self._folder.folder)
+                self._folder.folder.sync()
             except OffloadError as error:
                 # Which of the two is in force after a power failure, nobody knows: neither may be written over.
                 self._broken = error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +92,7 @@ class ObjectFiles:
     """
 
     def __init__(self, folder: StoreFolder, io: StoreIo) -> None:
-        self._folder, self._objects, self._io = folder, folder.objects, io
+        self._objects, self._io = folder.objects, io
         self._free = {
             name: ObjectFile(name=name, nbytes=self._objects.status(name).st_size) for name in own_files(self._objects)
         }
@@ -102,12 +101,6 @@ class ObjectFiles:
         # Reads do not wait behind writes.
         self._writer = FileIO(num_threads=io.num_writers, request_bytes=io.request_bytes)
         self._reader = FileIO(num_threads=io.num_readers, request_bytes=io.request_bytes)
-        # Not the store's: its owner waits for transfers with that one held.
-        self._lock = threading.Lock()
-        self.written_bytes = 0
-        """Bytes written so far."""
-        self.read_bytes = 0
-        """Bytes read so far."""
 
     def of(self, stored: StoredObject) -> ObjectFile:
         """The file of a committed object; no longer free then."""
@@ -188,7 +181,7 @@ class ObjectFiles:
             WriteError: The disk failed.
         """
         if self._has_new_names:
-            self._folder.sync(self._objects)
+            self._objects.sync()
             self._has_new_names = False
 
     def disk_bytes(self, kept: list[ObjectFile]) -> int:
@@ -247,11 +240,6 @@ class ObjectFiles:
             file.close()
         if transfer.failed:
             return
-        with self._lock:
-            if lane == "disk":
-                self.read_bytes += transfer.nbytes
-            else:
-                self.written_bytes += transfer.nbytes
         if self._io.trace is not None:
             self._io.trace.add(lane, transfer.name, transfer.start_ns, transfer.end_ns, nbytes=transfer.nbytes)
 
@@ -303,11 +291,11 @@ def copy_state(manifest: Manifest, source: Folder, target: Path) -> None:
             made.append(file)
             _link_or_copy(source, stored, folder.objects, file)
             objects[name] = replace(stored, file=file)
-        folder.sync(folder.objects)
+        folder.objects.sync()
         folder.put(replace(manifest, objects=objects))
         # Until its name is on the disk too, a power failure may bring either state back.
         made = []
-        folder.sync(folder.folder)
+        folder.folder.sync()
         made = before
         sync_folder(target.parent)
     finally:

@@ -56,9 +56,8 @@ def test_only_the_part_within_the_step_counts_as_busy() -> None:
 
 def test_spans_of_a_real_trace_can_be_drawn(tmp_path: Path) -> None:
     trace = Trace()
-    for lane in ("disk", "copy", "compute", "stall"):
-        with trace.span(lane, "forward 0", nbytes=5):
-            pass
+    for number, lane in enumerate(("disk", "copy", "compute", "stall")):
+        trace.add(lane, "forward 0", number * 1000, number * 1000 + 900, nbytes=5)
     spans = trace.spans()
     step = StepTimeline(step=1, start_ns=spans[0].start_ns, end_ns=spans[-1].end_ns, spans=spans, passes=())
     draw_timeline(step, tmp_path / "step.png")

@@ -216,15 +216,15 @@ def test_a_commit_of_which_nobody_knows_whether_it_holds_is_not_built_upon(
     store = Store.create(tmp_path / "run", fingerprint="")
     commit(store, 1, a=1)
 
-    sync = StoreFolder.sync
+    sync = Folder.sync
 
-    def fail(self: StoreFolder, folder: Folder) -> None:
-        if folder is not self.folder:
-            return sync(self, folder)
-        raise WriteError(folder.path, offset_bytes=0, nbytes=0, reason="its entries: Input/output error")
+    def fail(self: Folder) -> None:
+        if self.path != tmp_path / "run":
+            return sync(self)
+        raise WriteError(self.path, offset_bytes=0, nbytes=0, reason="its entries: Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(StoreFolder, "sync", fail)
+        patch.setattr(Folder, "sync", fail)
         with pytest.raises(WriteError):
             commit(store, 2, a=2)
     with pytest.raises(Closed, match=r"the last commit may have failed .* open the store again"):

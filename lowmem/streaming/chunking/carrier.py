@@ -149,7 +149,8 @@ class KVCarrier:
         self._memories: list[AttentionMemory] = []
         self._num_tokens = num_tokens
         self._workspace = workspace
-        self._num_seen = 0
+        self.num_attentions = 0
+        """How many attentions the block has computed in the present chunk."""
         self._keep = False
         self._leave_at: int | None = None
 
@@ -163,7 +164,7 @@ class KVCarrier:
             leave_at: At which attention of the block its forward is left with `KeysTaken`; None to finish it.
         """
         self.start, self.end = start, end
-        self._keep, self._leave_at, self._num_seen = keep, leave_at, 0
+        self._keep, self._leave_at, self.num_attentions = keep, leave_at, 0
         for memory in self._memories:
             memory.own = None
 
@@ -176,11 +177,6 @@ class KVCarrier:
         memory = AttentionMemory(number, num_tokens=self._num_tokens, workspace=self._workspace)
         memory.keep(0, key, value)
         self._memories.append(memory)
-
-    @property
-    def num_attentions(self) -> int:
-        """How many attentions the block has computed in the present chunk."""
-        return self._num_seen
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int | None = None, cache_kwargs: object = None
@@ -207,8 +203,8 @@ class KVCarrier:
                 f"a chunk of {tokens} tokens has keys of shape {tuple(key.shape)} and values of shape "
                 f"{tuple(value.shape)}, expected (sequences, key heads, {tokens}, head); use chunk_tokens=None"
             )
-        number = self._num_seen
-        self._num_seen += 1
+        number = self.num_attentions
+        self.num_attentions += 1
         if number == len(self._memories):
             self._memories.append(AttentionMemory(number, num_tokens=self._num_tokens, workspace=self._workspace))
         memory = self._memories[number]

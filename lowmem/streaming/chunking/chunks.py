@@ -198,7 +198,6 @@ def forward_chunks(
     device: torch.device,
     workspace: Workspace | None = None,
     tape: RandomTape | None = None,
-    into: Tensor | None = None,
 ) -> ForwardChunks:
     """Run a block chunk by chunk, without a graph.
 
@@ -209,7 +208,6 @@ def forward_chunks(
         device: Compute device.
         workspace: Where keys and values go; fresh memory if not given.
         tape: Notes the generators' states; one of its own if not given.
-        into: Where the first tensor of the output is written; fresh memory if not given.
 
     Raises:
         NotChunkable: The block has no attention that goes through lowmem's. Random numbers may have been drawn.
@@ -226,7 +224,7 @@ def forward_chunks(
             output = run(call.arguments(carrier))
             if not carrier.num_attentions:
                 raise NotChunkable("it computes no attention of lowmem's")
-            joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens, into=into)
+            joined = joined or _JoinedOutput(output, num_tokens=call.num_tokens)
             joined.put(output, start, end)
     assert joined is not None
     record = ChunkRecord(spans=spans, random=tuple(random), num_attentions=carrier.num_attentions)
@@ -236,14 +234,13 @@ def forward_chunks(
 class _JoinedOutput:
     """A block's output for the whole sequence, filled chunk by chunk."""
 
-    def __init__(self, first: object, *, num_tokens: int, into: Tensor | None) -> None:
+    def __init__(self, first: object, *, num_tokens: int) -> None:
         leaves, self._spec = tree_flatten(first)
         self._leaves: list[object] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 shape = (leaf.shape[0], num_tokens, *leaf.shape[2:])
-                leaf = host_memory.empty(shape, dtype=leaf.dtype, device=leaf.device) if into is None else into
-                into = None
+                leaf = host_memory.empty(shape, dtype=leaf.dtype, device=leaf.device)
             self._leaves.append(leaf)
 
     def put(self, output: object, start: int, end: int) -> None:
