@@ -6,8 +6,9 @@ import os
 import resource
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from lowmem.errors import some_of
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.models.checkpoint import open_checkpoint, pick_device, pick_dtype
 from lowmem.models.configuration import read_object
@@ -23,7 +25,6 @@ from offload import (
     PAGE_BYTES,
     OffloadError,
     SafetensorsSource,
-    SourceError,
     StagingBuffer,
     Store,
     available_ram_bytes,
@@ -187,15 +188,19 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> Iterator[C
     elif Store.exists(folder):
         yield from _store(folder)
     elif (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        yield from _adapter(folder)
+        yield _checked("adapter", _adapter, folder)
     else:
         yield from _files(folder, trust_remote_code=trust_remote_code)
         if (folder / MANIFEST).exists():
-            yield _packed(folder)
+            yield _checked("packed", _packed, folder)
 
 
-_NAMED = 3
-"""Files that a sentence lists; it counts the others."""
+def _checked(name: str, check: Callable[[Path], Check], folder: Path) -> Check:
+    """What a check says, or that it could not read what it was to check."""
+    try:
+        return check(folder)
+    except (OffloadError, ValueError, FileNotFoundError) as error:
+        return _failed(name, error)
 
 
 def _entries(folder: Path) -> Iterator[Check]:
@@ -225,30 +230,31 @@ def _entries(folder: Path) -> Iterator[Check]:
     ):
         if names:
             found = True
-            rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            finding = f"{what}: {', '.join(names[:_NAMED])}{rest}"
-            yield Check(name="folder", finding=finding, remedy=remedy, is_broken=is_broken)
+            yield Check(name="folder", finding=f"{what}: {some_of(names)}", remedy=remedy, is_broken=is_broken)
     if not found:
         yield Check(name="folder", finding="regular files of yours, no links that lead out of it")
 
 
 def _trainer_checkpoint(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
     """Everything that `train(resume_from_checkpoint=...)` reads; nothing is unpickled but tensors and numbers."""
-    try:
-        state = read_object(folder / "trainer_state.json")
-    except SourceError as error:
-        yield _failed("checkpoint", error)
-    else:
-        yield Check(name="checkpoint", finding=f"step {state.get('global_step')} of {state.get('max_steps')}")
+    yield _checked("checkpoint", _progress, folder)
     from lowmem.monitoring.resume_checks import ARCHIVES
 
     for name, what in ARCHIVES.items():
         yield _archive(folder / name, without=what)
     if (folder / "adapter_config.json").exists():
-        yield from _adapter(folder)
+        yield _checked("adapter", _adapter, folder)
     else:
         yield from _files(folder, trust_remote_code=trust_remote_code)
-    yield from _moments(folder)
+    from lowmem.full.saving import FOLDER
+
+    if (folder / FOLDER).is_dir():
+        yield _checked("moments", _moments, folder)
+
+
+def _progress(folder: Path) -> Check:
+    state = read_object(folder / "trainer_state.json")
+    return Check(name="checkpoint", finding=f"step {state.get('global_step')} of {state.get('max_steps')}")
 
 
 _ANOTHER_CHECKPOINT = "resume from another checkpoint, or restore this one from a copy"
@@ -267,22 +273,15 @@ def _archive(file: Path, *, without: str) -> Check:
     return Check(name=file.name, finding=f"damaged: {damaged}", remedy=_ANOTHER_CHECKPOINT, is_broken=True)
 
 
-def _moments(folder: Path) -> Iterator[Check]:
+def _moments(folder: Path) -> Check:
     """Moments of a fully tuned model, and whether they are those that optimizer.pt refers to."""
-    from lowmem.full.saving import FOLDER, check_checkpoint
+    from lowmem.full.saving import check_checkpoint
 
-    if not (folder / FOLDER).is_dir():
-        return
-    try:
-        saved = check_checkpoint(folder)
-    except (OffloadError, FileNotFoundError) as error:
-        yield _failed("moments", error)
-        return
+    saved = check_checkpoint(folder)
     if saved is None:
         finding = "optimizer.pt does not say which are its own"
-        yield Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
-        return
-    yield Check(name="moments", finding=f"whole, after {saved.num_steps} steps")
+        return Check(name="moments", finding=finding, remedy=_ANOTHER_CHECKPOINT, is_broken=True)
+    return Check(name="moments", finding=f"whole, after {saved.num_steps} steps")
 
 
 def _store(folder: Path) -> Iterator[Check]:
@@ -295,30 +294,21 @@ def _store(folder: Path) -> Iterator[Check]:
         yield Check(name="store", finding=finding)
 
 
-def _adapter(folder: Path) -> Iterator[Check]:
+def _adapter(folder: Path) -> Check:
     from lowmem.adapters.saved_adapter import read_files
 
-    try:
-        files = read_files(folder)
-    except (OffloadError, ValueError, FileNotFoundError) as error:
-        yield _failed("adapter", error)
-        return
+    files = read_files(folder)
     base = files.config.base_model_name_or_path
-    yield Check(name="adapter", finding=f"{files.kind}, {len(files.tensors)} tensors, of model {base}")
+    return Check(name="adapter", finding=f"{files.kind}, {len(files.tensors)} tensors, of model {base}")
 
 
 def _packed(folder: Path) -> Check:
     from lowmem.packing.place import verify_pack
 
     again = "remove the folder and pack the model again (lowmem pack)"
-    try:
-        found = verify_pack(folder)
-        manifest = read_manifest(folder)
-    except OffloadError as error:
-        return _failed("packed", error)
+    found, manifest = verify_pack(folder), read_manifest(folder)
     if found:
-        rest = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        finding = f"other bytes than were written: {', '.join(found[:_NAMED])}{rest}"
+        finding = f"other bytes than were written: {some_of(found)}"
         return Check(name="packed", finding=finding, remedy=again, is_broken=True)
     assert manifest is not None
     return Check(name="packed", finding=f"whole, {manifest.settings.get('format')} of {manifest.source}")
@@ -339,17 +329,17 @@ def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
     except OffloadError as error:
         yield _failed("files", error)
         return
-    yield _architecture(folder, trust_remote_code=trust_remote_code)
+    yield _checked("architecture", partial(_architecture, trust_remote_code=trust_remote_code), folder)
     yield _tokenizer(folder)
     largest = max(files, key=lambda file: file.stat().st_size)
-    try:
-        yield _direct(largest)
-        rate = probe_disk(files)
-    except OffloadError as error:
-        yield _failed("disk", error)
-        return
+    yield _checked("disk", _direct, largest)
+    yield _checked("disk", lambda _: _disk(files), folder)
+
+
+def _disk(files: Sequence[Path]) -> Check:
+    rate = probe_disk(files)
     is_slow = rate.read_bytes_per_s < _SLOW_DISK_BYTES_PER_S
-    yield Check(
+    return Check(
         name="disk",
         finding=f"{rate.read_bytes_per_s / 1e9:.2f} GB/s with {rate.num_threads} requests of "
         f"{format_bytes(rate.request_bytes)} in flight",
@@ -358,13 +348,8 @@ def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
 
 
 def _architecture(folder: Path, *, trust_remote_code: bool) -> Check:
-    try:
-        device = torch.device("cpu")
-        opened = open_checkpoint(
-            folder, name=folder.name, device=device, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    except (OffloadError, ValueError, FileNotFoundError) as error:
-        return _failed("architecture", error)
+    device, dtype = torch.device("cpu"), torch.float32
+    opened = open_checkpoint(folder, name=folder.name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     opened.source.close()
     blocks = opened.built.blocks
     return Check(

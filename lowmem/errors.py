@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 
@@ -30,3 +31,8 @@ def untested(package: str, reason: str) -> UnsupportedError:
     """
     instead = f"a version of {package} that README names as tested"
     return UnsupportedError(f"{package} {version(package)}", reason=reason, instead=instead)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first three names for a sentence, and how many others there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

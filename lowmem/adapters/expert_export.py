@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lowmem.adapters.merge import check_output, taking_the_place_of
+from lowmem.adapters.merge import taking_the_place_of
 from lowmem.adapters.merge_plan import read_base
 from lowmem.adapters.saved_adapter import AdapterFiles, read_adapter, read_files
 from lowmem.adapters.updates import LowRank
 from lowmem.errors import UnsupportedError
 from lowmem.experts.stacks import taken_apart
 from lowmem.models.checkpoint import resolve
+from lowmem.packing.beside import refuse_output
 from offload import SafetensorsSource
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def export_experts(
 
     base, folder = resolve(model, revision=revision), Path(adapter).expanduser()
     target = Path(output).expanduser().absolute()
-    check_output(target, base)
+    refuse_output(target, base)
     files = read_files(folder)
     if files.kind != "LORA":
         raise UnsupportedError(

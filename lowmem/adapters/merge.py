@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,17 +16,22 @@ from lowmem.adapters.merge_packed import merge_into_packed
 from lowmem.adapters.merge_plan import MergePlan, plan_merge
 from lowmem.adapters.merged_values import MergedValues, Rounding
 from lowmem.models.checkpoint import resolve
-from lowmem.packing.beside import change_config, copy_files, files_beside
+from lowmem.packing.beside import (
+    change_config,
+    copy_files,
+    files_beside,
+    refuse_output,
+    require_room,
+    telling_full_disk,
+)
 from lowmem.quantization.packing import packer_for
 from offload import (
-    NO_ROOM,
     OutputTensor,
     SafetensorsSource,
     ShardFile,
-    TierFull,
-    format_bytes,
     parse_bytes,
     split_into_shards,
+    sync_files,
     sync_folder,
     unfinished_folder,
     write_index,
@@ -126,24 +130,20 @@ def _merge_into_ordinary(
     trust_remote_code: bool,
 ) -> str | None:
     """Write the ordinary checkpoint; returns what rounding lost in a sentence, where that is worth one."""
-    check_output(output, base)
+    refuse_output(output, base)
     copies = files_beside(base, has_code=trust_remote_code, adapter=adapter)
     rounding = Rounding()
     with SafetensorsSource(base) as source:
         plan = plan_merge(base, adapter, source=source, dtype=dtype, trust_remote_code=trust_remote_code)
         shards = split_into_shards([tensor.output for tensor in plan.tensors], max_shard_bytes=max(1, shard_bytes))
-        _check_room(output, sum(tensor.output.nbytes for tensor in plan.tensors))
-        try:
-            with taking_the_place_of(output) as folder:
-                _write_shards(folder, plan, shards, rounding)
-                for file in source.files:
-                    source.check_unchanged(file)
-                copy_files(copies, folder, has_code=trust_remote_code)
-                change_config(folder, plan.config_changes)
-        except (OSError, TierFull) as error:
-            if isinstance(error, TierFull) or error.errno in NO_ROOM:
-                raise TierFull(f"disk: writing {output} failed ({error}); nothing of it was left there") from error
-            raise
+        nbytes = sum(tensor.output.nbytes for tensor in plan.tensors)
+        require_room(output, nbytes, instead="give output on another disk, or a smaller dtype")
+        with telling_full_disk(output, "nothing of it was left there"), taking_the_place_of(output) as folder:
+            _write_shards(folder, plan, shards, rounding)
+            for file in source.files:
+                source.check_unchanged(file)
+            copy_files(copies, folder, has_code=trust_remote_code)
+            change_config(folder, plan.config_changes)
     return rounding.told() if rounding.lost > _TOLD_LOSS else None
 
 
@@ -152,22 +152,6 @@ def _stored_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is not None and chosen not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float64, float32, bfloat16, float16 or None, got {dtype!r}")
     return chosen
-
-
-def check_output(target: Path, base: Path) -> None:
-    """Refuse a folder to write that is not empty, or that no folder can take the place of.
-
-    Raises:
-        FileExistsError: As it says.
-        ValueError: It is inside of the base model's.
-    """
-    if target.is_symlink() or target.is_mount():
-        what = "a link" if target.is_symlink() else "where a file system is mounted"
-        raise FileExistsError(f"output: {target} is {what}, whose place no folder can take; give another one")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"output: {target} exists and is not an empty folder; give another one, or remove it")
-    if target.resolve().is_relative_to(base.resolve()):
-        raise ValueError(f"output: {target} is inside the model's folder {base}; give a folder outside of it")
 
 
 @contextmanager
@@ -182,7 +166,8 @@ def taking_the_place_of(target: Path) -> Iterator[Path]:
         folder = private / "merged"
         folder.mkdir()
         yield folder
-        _sync_folder(folder)
+        sync_files(folder)
+        sync_folder(folder)
         try:
             folder.rename(target)
         except OSError as error:
@@ -190,16 +175,6 @@ def taking_the_place_of(target: Path) -> Iterator[Path]:
                 raise FileExistsError(f"output: {target} was made by somebody else meanwhile") from error
             raise
         sync_folder(target.parent)
-
-
-def _check_room(target: Path, needed_bytes: int) -> None:
-    parent = next(folder for folder in target.parents if folder.is_dir())
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < needed_bytes:
-        raise TierFull(
-            f"disk: {target} needs {format_bytes(needed_bytes)}, {format_bytes(free_bytes)} are free on {parent}; "
-            "free some space, give output on another disk, or a smaller dtype"
-        )
 
 
 def _write_shards(
@@ -219,12 +194,3 @@ def _write_shards(
     finally:
         writer.close()
     write_index(folder, shards)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's small files and its entries onto the disk, so that a rename cannot come before them."""
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    sync_folder(folder)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lowmem.adapters.support import CHANGED_BASE_INITS, words
 from lowmem.adapters.updates import LowRank, Replacement, RowReplacement, Update
-from lowmem.errors import UnsupportedError
+from lowmem.errors import UnsupportedError, some_of
 from lowmem.models.absent import AbsentParameter
 from offload import SafetensorsSource, SourceError, TensorReader, read_json_object
 
@@ -300,7 +300,7 @@ def read_adapter(model: PreTrainedModel, files: AdapterFiles) -> SavedAdapter:
         _load(wrapped, files)
     missing = [name for name, param in wrapped.named_parameters() if param.is_meta]
     if missing:
-        raise ValueError(f"{files.folder}: the adapter's file lacks {_shown(missing)}; save the adapter again")
+        raise ValueError(f"{files.folder}: the adapter's file lacks {some_of(missing)}; save the adapter again")
     collected = _Collected()
     for name, module in _outermost(model):
         collected.take(name, module)
@@ -363,7 +363,7 @@ def _load(wrapped: PeftModel, files: AdapterFiles) -> None:
     unknown = [name for name in result.unexpected_keys if not _is_saved_twice(name, files.tensors)]
     if unknown:
         raise ValueError(
-            f"{files.folder}: the model has no place for the adapter's {_shown(unknown)}; "
+            f"{files.folder}: the model has no place for the adapter's {some_of(unknown)}; "
             "give the model it was trained on"
         )
 
@@ -489,7 +489,7 @@ class _Collected:
         left = [n for n, p in params.items() if not isinstance(p, AbsentParameter) and id(p) not in self.known]
         if left:
             raise UnsupportedError(
-                f"merging an adapter with {_shown(left)}",
+                f"merging an adapter with {some_of(left)}",
                 reason="there is no rule for it",
                 instead=_RESIDENT,
             )
@@ -535,7 +535,3 @@ def _real(value: Tensor, name: str) -> Tensor:
     if value.is_meta:
         raise ValueError(f"the adapter's file lacks {name}; save the adapter again")
     return value.detach()
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowmem.errors import UnsupportedError
+from lowmem.errors import UnsupportedError, some_of
 from lowmem.internals.stand_in import StandIn
 from lowmem.internals.torch import buffer_table, hold_parameter, leave_out_of_ddp, parameter_table, put_parameter
 from lowmem.internals.transformers import (
@@ -231,11 +231,10 @@ def _check_missing(model: PreTrainedModel, without: frozenset[str], mapping: Che
         and not may_be_missing(model, name)
     ]
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise SourceError(
             folder,
             field="tensors",
-            problem=f"the configuration asks for {shown}, which no shard holds",
+            problem=f"the configuration asks for {some_of(missing)}, which no shard holds",
             remedy="download the missing shards, or use the config.json that belongs to these weights",
         )
 
@@ -450,7 +449,7 @@ class Unpacker:
         if not offsets:
             return {}
         if self._buffer is None:
-            self._buffer = _allocate(self.workspace_bytes, self._device)
+            self._buffer = allocate(self.workspace_bytes, self._device)
         shapes = {slot.key: slot for slot in block.slots}
         views = {}
         for name, offset in offsets.items():
@@ -460,7 +459,8 @@ class Unpacker:
         return views
 
 
-def _allocate(nbytes: int, device: torch.device) -> Tensor:
+def allocate(nbytes: int, device: torch.device) -> Tensor:
+    """Workspace for unpacked weights, uint8."""
     if device.type == "cpu":
         # Huge pages: fewer faults on first touch, and fewer table walks in every product that reads the weights.
         return StagingBuffer(nbytes).tensor

@@ -49,7 +49,7 @@ _AT_LEAST_ONE = (
     "vocab_size",
 )
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 _TOLD_BY = {"Padding_idx": "pad_token_id", "attn_implementation=": "attn_implementation"}
 """Words of torch and transformers about a value, and the field that it comes from."""
@@ -145,7 +145,7 @@ def check_counts(config: PretrainedConfig, tensors: Mapping[str, TensorSpec], *,
             "download the missing shards, or use the config.json that belongs to these weights",
         )
     stacked = max((spec.shape[0] for spec in tensors.values() if len(spec.shape) > 2), default=0)
-    for field in _EXPERTS:
+    for field in EXPERT_COUNTS:
         count = _size(text, field)
         # A fourth of the blocks at least has experts, each of three tensors or one of a stack.
         if isinstance(count, int) and count > stacked and count * num_layers > 4 * len(tensors):

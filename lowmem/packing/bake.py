@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -22,25 +21,31 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lowmem.models.build import Skeleton
 from lowmem.models.checkpoint import Opened
-from lowmem.packing.beside import change_config, copy_files, files_beside
+from lowmem.packing.beside import (
+    change_config,
+    copy_files,
+    files_beside,
+    refuse_output,
+    require_room,
+    telling_full_disk,
+)
 from lowmem.packing.selection import Included, OutputUnit, PackSelection, select
 from lowmem.packing.writing import Contents, StoredContents, UnitWriter
 from lowmem.quantization.manifest import PackManifest, damaged, read_manifest
 from lowmem.quantization.packing import Observe, Packer
 from offload import (
-    NO_ROOM,
     PAGE_BYTES,
     Folder,
     SafetensorsSource,
     ShardFile,
     SourceError,
     TensorSpec,
-    TierFull,
-    format_bytes,
+    sync_files,
     sync_folder,
     write_index,
 )
 
+_OTHER = "is not this model packed in this way"
 _QUIET_S = 1.0
 
 
@@ -137,31 +142,25 @@ def bake(
     output = output.absolute()
     if is_baked(output, manifest):
         return output
-    _refuse_output(output, given.folder)
+    refuse_output(output, given.folder, holds=_OTHER)
     with _working(output) as work:
         if is_baked(output, manifest):
             return output
-        _refuse_output(output, given.folder)
-        try:
+        refuse_output(output, given.folder, holds=_OTHER)
+        with telling_full_disk(work, "free some space, and the next call goes on"):
             done = _go_on(work, manifest, chosen)
-            _check_room(output, chosen, done)
+            left = sum(unit.nbytes for unit in chosen.units if unit.file not in done.files)
+            require_room(output, left, instead="or give a folder on another disk")
             done = _write_units(work, given, packer, chosen, done, device=device)
             given.check()
             _finish(work, given, packer, chosen)
             _in_order(done, chosen).write(work)
-            for file in work.iterdir():
-                _sync(file)
+            sync_files(work)
             sync_folder(work)
             with suppress(FileNotFoundError):
                 output.rmdir()
             work.rename(output)
             sync_folder(output.parent)
-        except (OSError, TierFull) as error:
-            if isinstance(error, TierFull) or error.errno in NO_ROOM:
-                raise TierFull(
-                    f"disk: writing {work} failed ({error}); free some space, and the next call goes on"
-                ) from error
-            raise
     return output
 
 
@@ -173,18 +172,6 @@ def is_baked(folder: Path, manifest: PackManifest) -> bool:
     """
     found = read_manifest(folder) if folder.is_dir() else None
     return found is not None and found.is_of(manifest.fingerprint, manifest.settings)
-
-
-def _refuse_output(output: Path, base: Path) -> None:
-    if output.is_symlink() or output.is_mount():
-        what = "a link" if output.is_symlink() else "where a file system is mounted"
-        raise FileExistsError(f"output: {output} is {what}, whose place no folder can take; give another one")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            f"output: {output} exists, and is not this model packed in this way; give another folder, or remove it"
-        )
-    if output.resolve().is_relative_to(base.resolve()):
-        raise ValueError(f"output: {output} is inside the model's folder {base}; give a folder outside of it")
 
 
 @contextmanager
@@ -268,16 +255,6 @@ def _clear(work: Path, *, keep: set[str]) -> None:
             path.unlink()
 
 
-def _check_room(output: Path, chosen: PackSelection, done: PackManifest) -> None:
-    needed = sum(unit.nbytes for unit in chosen.units if unit.file not in done.files)
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise TierFull(
-            f"disk: {output} needs {format_bytes(needed)} more, {format_bytes(free)} are free on {output.parent}; "
-            "free some space, or give a folder on another disk"
-        )
-
-
 def _write_units(
     work: Path, given: BakeInput, packer: Packer, chosen: PackSelection, done: PackManifest, *, device: torch.device
 ) -> PackManifest:
@@ -318,8 +295,3 @@ def _finish(work: Path, given: BakeInput, packer: Packer, chosen: PackSelection)
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     config["quantization_config"] = packer.config(compute_dtype=str(stored), skipped=list(chosen.skipped))
     (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())

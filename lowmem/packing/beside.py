@@ -1,15 +1,20 @@
-"""What lies beside the weights of a checkpoint that is written anew: configuration, tokenizer, licence, code."""
+"""A checkpoint that is made of another one: where it may lie, and what goes there beside the weights.
+
+That is configuration, tokenizer, licence and code.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import stays_inside
 from lowmem.quantization.manifest import MANIFEST
+from offload import NO_ROOM, TierFull, format_bytes
 
 _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken"})
 _CODE_SUFFIX = ".py"
@@ -31,6 +36,42 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+
+
+def refuse_output(output: Path, base: Path, *, holds: str = "is not an empty folder") -> None:
+    """Refuse a folder to write that is not empty, or that no folder can take the place of.
+
+    Args:
+        output: The folder.
+        base: The model that it is made of.
+        holds: What is wrong with one that is there, in words.
+
+    Raises:
+        FileExistsError: As it says.
+        ValueError: It is inside of the base model's.
+    """
+    if output.is_symlink() or output.is_mount():
+        what = "a link" if output.is_symlink() else "where a file system is mounted"
+        raise FileExistsError(f"output: {output} is {what}, whose place no folder can take; give another one")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output: {output} exists and {holds}; give another one, or remove it")
+    if output.resolve().is_relative_to(base.resolve()):
+        raise ValueError(f"output: {output} is inside the model's folder {base}; give a folder outside of it")
+
+
+def require_room(output: Path, nbytes: int, *, instead: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        TierFull: As it says.
+    """
+    parent = next(folder for folder in output.parents if folder.is_dir())
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < nbytes:
+        raise TierFull(
+            f"disk: {output} needs {format_bytes(nbytes)}, {format_bytes(free_bytes)} are free on {parent}; "
+            f"free some space, {instead}"
+        )
 
 
 def files_beside(folder: Path, *, has_code: bool, adapter: Path | None = None) -> dict[str, Path]:
@@ -91,6 +132,21 @@ def change_config(folder: Path, changes: Mapping[str, object]) -> None:
         for holder in [part for part in parts if name in part] or [config]:
             holder[name] = value
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def telling_full_disk(folder: Path, outcome: str) -> Iterator[None]:
+    """Say, of a disk that had no room while a folder was written, what came of it.
+
+    Raises:
+        TierFull: The disk had no room.
+    """
+    try:
+        yield
+    except (OSError, TierFull) as error:
+        if isinstance(error, TierFull) or error.errno in NO_ROOM:
+            raise TierFull(f"disk: writing {folder} failed ({error}); {outcome}") from error
+        raise
 
 
 def _inside(file: Path, folder: Path) -> Path:

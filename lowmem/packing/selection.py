@@ -18,6 +18,7 @@ from torch import nn
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, StreamedBlock
+from lowmem.models.configuration import EXPERT_COUNTS
 from lowmem.models.mapping import Recipe
 from lowmem.quantization.format import PackedWeight
 from lowmem.quantization.packing import Packer
@@ -27,7 +28,6 @@ Included = Literal["embeddings", "head"]
 """What can be packed outside the blocks, where it is asked for."""
 
 _LENGTH_BYTES = 8
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ _KINDS = {"embeddings": "table", "head": "linear layer"}
 
 def _num_experts(built: Skeleton) -> int | None:
     config = built.model.config.get_text_config()
-    counts = (vars(config).get(name) for name in _EXPERT_COUNTS)
+    counts = (vars(config).get(name) for name in EXPERT_COUNTS)
     return next((count for count in counts if isinstance(count, int)), None)
 
 
