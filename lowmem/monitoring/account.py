@@ -166,9 +166,9 @@ class RunFacts:
 Point = TypeVar("Point")
 
 
-def evenly_chosen(points: Sequence[Point], *, most: int = _MOST_POINTS) -> tuple[Point, ...]:
+def evenly_chosen(points: Sequence[Point]) -> tuple[Point, ...]:
     """At most so many points, the last one among them."""
-    stride = -(-len(points) // most) if points else 1
+    stride = -(-len(points) // _MOST_POINTS) if points else 1
     return tuple(points[::-1][::stride][::-1])
 
 

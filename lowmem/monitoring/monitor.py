@@ -322,14 +322,19 @@ class Monitor(TrainerCallback):
                 self._warn_once(f"lowmem.Monitor draws no timeline: {error}")
                 timeline = None
         report = _output(self._report, args, "report.html") if is_main else None
-        self._run = _Run(model, runtime, trace=trace, timeline=timeline, report=report)
+        self._run = _Run(
+            model,
+            runtime,
+            trace=trace,
+            timeline=timeline,
+            report=report,
+            num_forwards=args.gradient_accumulation_steps,
+            every_s=self._every_s,
+            shows=self._progress and is_main and (writes_to_file() or not args.disable_tqdm),
+        )
         self._run.num_steps = state.max_steps
         # For an interruption that is the end of the program.
         atexit.register(self._at_exit)
-        shows = self._progress and is_main and (writes_to_file() or not args.disable_tqdm)
-        self._run.estimate_from(num_forwards=args.gradient_accumulation_steps)
-        if shows:
-            self._run.show(every_s=self._every_s)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Begin an optimizer step, whose micro-steps all belong to it."""
@@ -395,7 +400,16 @@ class _Run:
     """What belongs to one `train()` call on a streamed model."""
 
     def __init__(
-        self, model: nn.Module, runtime: Runtime, *, trace: Path | None, timeline: Path | None, report: Path | None
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        *,
+        trace: Path | None,
+        timeline: Path | None,
+        report: Path | None,
+        num_forwards: int,
+        every_s: float | None,
+        shows: bool,
     ) -> None:
         self._runtime, self._trace, self._timeline, self._report = runtime, trace, timeline, report
         # The callbacks that hold this live as long as the Trainer, which must not keep a model that was let go of.
@@ -413,35 +427,25 @@ class _Run:
         self._correction = StepCorrection(None if plan.rates.shape is None else plan.time.update_s)
         self.update_start_s = self._update_s = 0.0
         self._has_told_growth = False
-        self._estimate: StepEstimate | None = None
-        self._progress: StepProgress | None = None
+        self._estimate = StepEstimate(
+            num_blocks=runtime.num_blocks, num_forwards=num_forwards, planned_step_s=runtime.plan.step_s
+        )
+        self._progress = StepProgress(self._estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s, shows=shows)
         self._stop_showing = runtime.listen(self._visited)
         runtime.add_to_log = self.add_to_log
         runtime.note_interrupted = self.note_interrupted
-        self._stop_counting: Callable[[], None] = lambda: None
+        generation = generation_of(runtime) if shows else None
+        self._stop_counting: Callable[[], None] = (
+            (lambda: None) if generation is None else generation.listen(self._progress.token)
+        )
         self._start_ns = time.perf_counter_ns()
         self._reported_s = -float("inf")
-        self._has_told_plan = self._is_written = self._shows_result = False
-
-    def estimate_from(self, *, num_forwards: int) -> None:
-        self._estimate = StepEstimate(
-            num_blocks=self._runtime.num_blocks, num_forwards=num_forwards, planned_step_s=self._runtime.plan.step_s
-        )
-
-    def show(self, *, every_s: float | None) -> None:
-        assert self._estimate is not None
-        self._shows_result = runs_in_notebook()
-        self._progress = StepProgress(self._estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s)
-        generation = generation_of(self._runtime)
-        if generation is not None:
-            self._stop_counting = generation.listen(self._progress.token)
+        self._has_told_plan = self._is_written = False
+        self._shows_result = shows and runs_in_notebook()
 
     def start_step(self, step: int, num_steps: int) -> None:
         self.num_steps = num_steps
-        if self._progress is not None:
-            self._progress.start_step(step, num_steps)
-        elif self._estimate is not None:
-            self._estimate.start_step(time.monotonic())
+        self._progress.start_step(step, num_steps)
         self.recorder.start_step(step)
 
     def finish_update(self, optimizer: object) -> None:
@@ -453,10 +457,7 @@ class _Run:
 
     def finish_step(self) -> None:
         record, timeline = self.recorder.finish_step()
-        if self._progress is not None:
-            self._progress.finish_step()
-        elif self._estimate is not None:
-            self._estimate.finish_step(time.monotonic())
+        self._progress.finish_step()
         self._since_log.append(record)
         self._all.append(record)
         values = log_values([record])
@@ -516,7 +517,7 @@ class _Run:
             return
         self._reported_s = now_s
         left_s = None
-        if self._estimate is not None and self._points:
+        if self._points:
             left_s = self._estimate.run_left_s(now_s, self.num_steps - self._points[-1].step)
         try:
             save_report(self._report, self.facts("running"), tuple(self._last_steps), left_s=left_s)
@@ -583,14 +584,10 @@ class _Run:
         self._stop_showing()
         self._stop_counting()
         self.recorder.close()
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()
 
     def _visited(self, visit: Visit) -> None:
-        if self._progress is not None:
-            self._progress.visit(visit.block, visit.num_blocks, visit.phase, started=visit.started)
-        elif self._estimate is not None and not visit.started:
-            self._estimate.finish_visit(visit.phase, time.monotonic())
+        self._progress.visit(visit.block, visit.num_blocks, visit.phase, started=visit.started)
 
 
 def _output(given: Output, args: TrainingArguments, default_name: str) -> Path | None:

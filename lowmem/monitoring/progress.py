@@ -43,31 +43,52 @@ def writes_to_file() -> bool:
     return not runs_in_notebook() and not sys.stderr.isatty()
 
 
-class NotebookLine:
-    """A line of a cell's output that changes; needs no widgets."""
+class ProgressLine:
+    """A line that changes: a tqdm bar in a terminal, a bar in a notebook's cell; in a log file, one line after another.
+
+    Nothing is shown before the first `show`.
+    """
 
     def __init__(self) -> None:
-        self._handle: Any = None
+        self._cell: Any = None
+        self._bar: tqdm | None = None
 
-    def show(self, words: str, share: float) -> None:
-        """Show words and how much is done, 0 to 1."""
-        from IPython.display import HTML, display
-
-        page = HTML(
-            f'<progress max="1" value="{share:.4f}" style="width:12em"></progress> <code>{html.escape(words)}</code>'
-        )
-        if self._handle is None:
-            self._handle = display(page, display_id=True)
+    def show(self, words: str, done: int, total: int, *, after: str = "") -> None:
+        """Show words, how much is done, and the words after it."""
+        total = max(total, 1)
+        together = ", ".join(filter(None, (words, after)))
+        if writes_to_file():
+            # On a line of its own, also where the Trainer's bar has one.
+            tqdm.write(f"lowmem: {together}", file=sys.stderr)
+        elif runs_in_notebook():
+            self._show_page(
+                f'<progress max="1" value="{done / total:.4f}" style="width:12em"></progress> '
+                f"<code>{html.escape(together)}</code>"
+            )
+        elif self._bar is None:
+            # Not `leave`d, and made after the Trainer's bar: tqdm gives it the line below and takes it away again.
+            layout = f"{words} |{{bar}}| {after}"
+            self._bar = tqdm(total=total, initial=done, leave=False, dynamic_ncols=True, bar_format=layout)
         else:
-            self._handle.update(page)
+            self._bar.total, self._bar.n, self._bar.bar_format = total, done, f"{words} |{{bar}}| {after}"
+            self._bar.refresh()
 
     def close(self) -> None:
         """Take the line away."""
-        if self._handle is not None:
-            from IPython.display import HTML
+        if self._cell is not None:
+            self._show_page("")
+            self._cell = None
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
-            self._handle.update(HTML(""))
-            self._handle = None
+    def _show_page(self, page: str) -> None:
+        from IPython.display import HTML, display
+
+        if self._cell is None:
+            self._cell = display(HTML(page), display_id=True)
+        else:
+            self._cell.update(HTML(page))
 
 
 RATE_WINDOW_S = 3.0
@@ -183,15 +204,22 @@ class StepProgress:
         estimate: Told of every visit; asked for the time left.
         read_bytes: Bytes read from disk so far.
         every_s: Least seconds between two refreshes; `None`: 0.5 in a terminal or notebook, 30 in a file.
+        shows: Whether there is anything to see; else only the estimate is told.
     """
 
-    def __init__(self, estimate: StepEstimate, *, read_bytes: Callable[[], int], every_s: float | None = None) -> None:
-        self._in_file = writes_to_file()
-        self._line = NotebookLine() if runs_in_notebook() else None
-        self._every_s = every_s if every_s is not None else EVERY_S_IN_FILES if self._in_file else EVERY_S
+    def __init__(
+        self,
+        estimate: StepEstimate,
+        *,
+        read_bytes: Callable[[], int],
+        every_s: float | None = None,
+        shows: bool = True,
+    ) -> None:
+        self._shows = shows
+        self._line = ProgressLine()
+        self._every_s = every_s if every_s is not None else EVERY_S_IN_FILES if writes_to_file() else EVERY_S
         self._estimate = estimate
         self._rate = ByteRate(read_bytes)
-        self._bar: tqdm | None = None
         self._shown_s = -float("inf")
         self._step: tuple[int, int] | None = None
         self._generated: TokenProgress | None = None
@@ -211,7 +239,7 @@ class StepProgress:
         now_s = monotonic()
         if not started and self._step is not None:
             self._estimate.finish_visit(phase, now_s)
-        if now_s - self._shown_s >= self._every_s:
+        if self._shows and now_s - self._shown_s >= self._every_s:
             self._shown_s = now_s
             self._show(f"{PHASE_WORDS[phase]} {block + 1}/{num_blocks}", block, num_blocks, now_s)
 
@@ -221,11 +249,7 @@ class StepProgress:
 
     def close(self) -> None:
         """Remove the bar."""
-        if self._line is not None:
-            self._line.close()
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._line.close()
 
     def _show(self, where: str, block: int, num_blocks: int, now_s: float) -> None:
         rate = self._rate.bytes_per_s(now_s)
@@ -245,20 +269,7 @@ class StepProgress:
             run_left_s = self._estimate.run_left_s(now_s, num_steps - step)
             if step_left_s is not None and run_left_s is not None:
                 words += [f"step {_clock(step_left_s)} left", f"run {_clock(run_left_s)} left"]
-        if self._in_file:
-            # On a line of its own, also where the Trainer's bar has one.
-            tqdm.write(f"lowmem: {', '.join([left, *words])}", file=sys.stderr)
-            return
-        if self._line is not None:
-            self._line.show(", ".join([left, *words]), num_done / max(total, 1))
-            return
-        layout = f"{left} |{{bar}}| {', '.join(words)}"
-        if self._bar is None:
-            # Not `leave`d, and made after the Trainer's bar: tqdm gives it the line below and takes it away again.
-            self._bar = tqdm(total=max(total, 1), initial=num_done, leave=False, dynamic_ncols=True, bar_format=layout)
-            return
-        self._bar.total, self._bar.n, self._bar.bar_format = max(total, 1), num_done, layout
-        self._bar.refresh()
+        self._line.show(left, num_done, total, after=", ".join(words))
 
 
 def token_words(progress: TokenProgress) -> str:
@@ -289,30 +300,19 @@ class TokenBar:
 
     def __init__(self, model: nn.Module) -> None:
         self._hooks = generation_of(runtime_of(model))
-        self._bar: tqdm | None = None
+        self._line = ProgressLine()
         self._shown_s = monotonic()  # what takes less time than that has no line
-        self._line = NotebookLine() if runs_in_notebook() else None
         self._stop = lambda: None
 
     def show(self, progress: TokenProgress) -> None:
         """Show one more token; in a log file, a line now and then."""
-        if writes_to_file():
-            now_s = monotonic()
-            if now_s - self._shown_s >= EVERY_S_IN_FILES:
-                self._shown_s = now_s
-                tqdm.write(f"lowmem: {token_words(progress)}", file=sys.stderr)
+        now_s = monotonic()
+        if writes_to_file() and now_s - self._shown_s < EVERY_S_IN_FILES:
             return
-        if self._line is not None:
-            self._line.show(token_words(progress), progress.num_tokens / progress.max_tokens)
-            if progress.finished:
-                self._line.close()
-            return
-        if self._bar is None:
-            self._bar = tqdm(total=progress.max_tokens, leave=False, dynamic_ncols=True, bar_format="{desc} |{bar}|")
-        self._bar.total, self._bar.n = progress.max_tokens, progress.num_tokens
-        self._bar.set_description_str(token_words(progress))
+        self._shown_s = now_s
+        self._line.show(token_words(progress), progress.num_tokens, progress.max_tokens)
         if progress.finished:
-            self._close()
+            self._line.close()
 
     def __enter__(self) -> Self:
         if self._hooks is not None:
@@ -323,14 +323,7 @@ class TokenBar:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop()  # type: ignore[no-untyped-call]
-        self._close()
-
-    def _close(self) -> None:
-        if self._line is not None:
-            self._line.close()
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._line.close()
 
 
 def show_in_notebook(words: str, picture: Path | None) -> None:

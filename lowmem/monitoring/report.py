@@ -6,8 +6,8 @@ every few seconds; the file is replaced whole, so that a page never sees half of
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 
 from lowmem.monitoring.account import TEMPORARIES, RunFacts, step_seconds
@@ -73,20 +73,16 @@ def report_html(facts: RunFacts, steps: Sequence[StepTimeline], *, left_s: float
     paces = [(point.step, point.duration_s) for point in facts.steps]
     planned_s = facts.planned_s.get("step", 0.0)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{reload}<title>{_words(facts.title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{reload}<title>{escape(facts.title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        f"<h1>{_words(facts.title)}</h1>{_numbers(facts, left_s)}"
+        f"<h1>{escape(facts.title)}</h1>{_numbers(facts, left_s)}"
         f'<div class="grid"><div><h2>Loss</h2>{_curve(losses, name="loss")}</div>'
         f"<div><h2>Seconds per step</h2>{_curve(paces, name='seconds', level=planned_s, from_zero=True)}</div></div>"
         f"<h2>Memory by role: planned, and held so far</h2>{_memory(facts)}"
         f"<h2>Where the seconds of the last step went</h2>{_seconds(steps)}"
         f"<h2>The last steps</h2>{_lanes(steps)}"
-        f"<details><summary>Plan</summary><pre>{_words(facts.plan)}</pre></details></body></html>\n"
+        f"<details><summary>Plan</summary><pre>{escape(facts.plan)}</pre></details></body></html>\n"
     )
-
-
-def _words(text: str) -> str:
-    return html.escape(text)
 
 
 def _numbers(facts: RunFacts, left_s: float | None) -> str:
@@ -101,7 +97,7 @@ def _numbers(facts: RunFacts, left_s: float | None) -> str:
     shown.append((format_bytes(facts.peak_bytes), f"peak (planned {format_bytes(facts.planned_peak_bytes)})"))
     if left_s is not None and facts.state == "running":
         shown.append((format_seconds(left_s), "left"))
-    cells = "".join(f"<div><b>{_words(value)}</b><span>{_words(name)}</span></div>" for value, name in shown)
+    cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in shown)
     return f'<div class="facts">{cells}</div>'
 
 
@@ -160,8 +156,8 @@ def _memory(facts: RunFacts) -> str:
         name = f"{row.role} (largest moment)" if row.role == TEMPORARIES else row.role
         cells = (format_bytes(row.planned_bytes), "-" if held is None else format_bytes(held))
         rows.append(
-            f'<tr><td>{_words(name)}</td><td class="bar">{bar}</td>'
-            + "".join(f"<td>{_words(cell)}</td>" for cell in cells)
+            f'<tr><td>{escape(name)}</td><td class="bar">{bar}</td>'
+            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             + "</tr>"
         )
     return f"<table><tr><th>role</th><th></th><th>planned</th><th>held</th></tr>{''.join(rows)}</table>"
@@ -182,7 +178,7 @@ def _seconds(steps: Sequence[StepTimeline]) -> str:
         width = _WIDTH * seconds / account.duration_s if account.duration_s else 0.0
         bars += (
             f'<rect x="{at:.2f}" width="{width:.2f}" height="24" fill="{colour}" stroke="var(--paper)">'
-            f"<title>{_words(name)}: {format_seconds(seconds)}</title></rect>"
+            f"<title>{escape(name)}: {format_seconds(seconds)}</title></rect>"
         )
         at += width
     legend = _legend((f"{name} {format_seconds(seconds)}", colour) for name, seconds, colour in parts)
@@ -190,7 +186,7 @@ def _seconds(steps: Sequence[StepTimeline]) -> str:
 
 
 def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    cells = "".join(f'<span><i style="background:{colour}"></i>{_words(name)}</span>' for name, colour in entries)
+    cells = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in entries)
     return f'<div class="legend">{cells}</div>'
 
 

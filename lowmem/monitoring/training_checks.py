@@ -30,6 +30,28 @@ if TYPE_CHECKING:
     from lowmem.streaming.runtime import Visit
 
 
+_ANOTHER_ENGINE = "another engine would need all weights, which are streamed"
+_PLACES_WEIGHTS = "it moves and shards the weights itself"
+# Options of trainers that are refused where they are set, why, and what to write instead.
+_REFUSED = {
+    "activation_offloading": (
+        "it would take streamed weights for activations",
+        "Budget.device: block inputs go to the host where the plan finds no room",
+    ),
+    "torch_compile": (
+        "a compiled graph cannot have its weights exchanged from block to block",
+        "torch_compile=False",
+    ),
+    "use_vllm": (_ANOTHER_ENGINE, "use_vllm=False: generate goes block by block with the whole batch"),
+    "use_transformers_continuous_batching": (
+        _ANOTHER_ENGINE,
+        "use_transformers_continuous_batching=False: generate goes block by block with the whole batch",
+    ),
+    "deepspeed": (_PLACES_WEIGHTS, "no deepspeed: the scheduler streams the weights"),
+    "fsdp": (_PLACES_WEIGHTS, "no fsdp: the scheduler streams the weights"),
+}
+
+
 def refuse_training_options(args: TrainingArguments) -> None:
     """Refuse what would be ignored or would go wrong.
 
@@ -51,25 +73,10 @@ def refuse_training_options(args: TrainingArguments) -> None:
                 reason="a streamed block is always recomputed in its backward, and keeps only its input",
                 instead="lowmem.plan, which decides from the budget what is kept where",
             )
-    if getattr(args, "activation_offloading", False):
-        raise UnsupportedError(
-            "activation_offloading=True",
-            reason="it would take streamed weights for activations",
-            instead="Budget.device: block inputs go to the host where the plan finds no room",
-        )
-    if getattr(args, "torch_compile", False):
-        raise UnsupportedError(
-            "torch_compile=True",
-            reason="a compiled graph cannot have its weights exchanged from block to block",
-            instead="torch_compile=False",
-        )
-    for option in ("use_vllm", "use_transformers_continuous_batching"):
-        if getattr(args, option, False):
-            raise UnsupportedError(
-                f"{option}=True",
-                reason="another engine would need all weights, which are streamed",
-                instead=f"{option}=False: generate goes block by block with the whole batch",
-            )
+    for option, (reason, instead) in _REFUSED.items():
+        value = getattr(args, option, None)
+        if value:
+            raise UnsupportedError(f"{option}={value!r}", reason=reason, instead=instead)
     if getattr(args, "ddp_static_graph", False) and args.gradient_accumulation_steps > 1:
         raise UnsupportedError(
             f"ddp_static_graph=True with gradient_accumulation_steps={args.gradient_accumulation_steps}",
@@ -77,13 +84,6 @@ def refuse_training_options(args: TrainingArguments) -> None:
             instead="ddp_static_graph=None; or a larger per_device_train_batch_size, which shares one transfer of the "
             "weights, and gradient_accumulation_steps=1",
         )
-    for option in ("deepspeed", "fsdp"):
-        if getattr(args, option, None):
-            raise UnsupportedError(
-                f"{option}={getattr(args, option)!r}",
-                reason="it moves and shards the weights itself",
-                instead=f"no {option}: the scheduler streams the weights",
-            )
 
 
 def how_to_go_on(output_dir: str, *, is_adapter: bool) -> str:
@@ -177,17 +177,11 @@ class TrainingChecks(TrainerCallback):
                     "the model's output and that the forward does not run under torch.no_grad"
                 )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: object,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         """Let a monitor add its values before the reporters, which come next, take the log as it is."""
+        logs = kwargs.get("logs")
         runtime = None if self._runtime is None else self._runtime()
-        if runtime is not None and runtime.add_to_log is not None and logs is not None:
+        if runtime is not None and runtime.add_to_log is not None and isinstance(logs, dict):
             runtime.add_to_log(state, logs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
