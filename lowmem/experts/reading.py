@@ -32,6 +32,13 @@ class ExpertReader:
     """Reads experts one by one into buffers of its own, the least recently used ones giving way.
 
     One thread at a time asks; reads go on beside it.
+
+    Args:
+        spec_of: What is read for an expert of a block.
+        reader: Reads; stays the caller's.
+        device: Compute device.
+        buffer_bytes: Bytes of the largest expert in a buffer.
+        num_buffers: Experts that are kept, at least 1.
     """
 
     def __init__(
@@ -43,22 +50,11 @@ class ExpertReader:
         buffer_bytes: int,
         num_buffers: int,
     ) -> None:
-        """Allocates nothing yet.
-
-        Args:
-            spec_of: What is read for an expert of a block.
-            reader: Reads; stays the caller's.
-            device: Compute device.
-            buffer_bytes: Bytes of the largest expert in a buffer.
-            num_buffers: Experts that are kept, at least 1.
-        """
         self._spec_of, self._reader, self._device = spec_of, reader, device
         self._buffer_bytes, self._num_buffers = buffer_bytes, num_buffers
         self._held: OrderedDict[Key, _Held] = OrderedDict()
         self._idle: list[StagingBuffer] = []
         self._num_allocated = 0
-        self.bytes_read = 0
-        """Bytes of all reads begun, alignment included."""
         self.num_asked = 0
         """Experts asked for so far."""
         self.num_read = 0
@@ -69,11 +65,6 @@ class ExpertReader:
         """Those of them that were asked for afterwards."""
         self._foreseen: set[Key] = set()
         self._wanted: list[Key] = []
-
-    @property
-    def capacity_bytes(self) -> int:
-        """Most memory that it takes."""
-        return self._buffer_bytes * self._num_buffers
 
     @property
     def allocated_bytes(self) -> int:
@@ -182,7 +173,6 @@ class ExpertReader:
         buffer = self._buffer(keep)
         transfer = self._reader.read(layout, buffer.tensor)
         self._held[key] = _Held(buffer=buffer, layout=layout, spec=spec, transfer=transfer)
-        self.bytes_read += layout.read_bytes
         self.num_read += 1
 
     def _buffer(self, keep: Collection[Key]) -> StagingBuffer:

@@ -19,7 +19,7 @@ from lowmem.experts.foresight import Foresight, routers_bytes
 from lowmem.experts.products import OpenStack, lend, take_back
 from lowmem.experts.reading import ExpertReader
 from lowmem.experts.stacks import ExpertStack, RoutedExperts, routed_experts, without_stacks
-from lowmem.models.build import StreamedBlock, Unpacker
+from lowmem.models.build import StreamedBlock, Unpacker, allocate
 from offload import (
     PAGE_BYTES,
     BlockSpec,
@@ -27,13 +27,15 @@ from offload import (
     Placement,
     PlacementPlan,
     Scheduler,
-    StagingBuffer,
     lay_out,
     round_up,
 )
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_selected_experts")
+"""What configurations call the number of experts that a token is sent to."""
 
 MATRICES_BYTES = 128 << 20
 """Workspace for matrices of single experts: the ones used last stay unpacked, and are unpacked anew otherwise."""
@@ -54,8 +56,8 @@ def experts_by_block(blocks: Sequence[StreamedBlock]) -> tuple[RoutedExperts | N
 def experts_per_token(config: PretrainedConfig) -> int:
     """Experts that a token is sent to; 1 where the configuration does not say."""
     text = config.get_text_config()
-    names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_selected_experts")
-    return next((value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0), 1)
+    found = (getattr(text, name, None) for name in EXPERTS_PER_TOKEN)
+    return next((value for value in found if isinstance(value, int) and value > 0), 1)
 
 
 def num_matrices(experts: RoutedExperts) -> int:
@@ -111,17 +113,16 @@ def packed_values_bytes(streamed: StreamedBlock) -> int:
 
 
 class MatrixSlots:
-    """Room for unpacked matrices of one shape; the least recently used one gives way."""
+    """Room for unpacked matrices of one shape; the least recently used one gives way.
+
+    Args:
+        shape: Of a matrix.
+        dtype: Compute dtype.
+        num: How many there is room for.
+        device: Compute device.
+    """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, *, num: int, device: torch.device) -> None:
-        """Allocates nothing yet.
-
-        Args:
-            shape: Of a matrix.
-            dtype: Compute dtype.
-            num: How many there is room for.
-            device: Compute device.
-        """
         self._shape, self._dtype, self._num, self._device = shape, dtype, num, device
         self._bytes = round_up(shape.numel() * dtype.itemsize, PAGE_BYTES)
         self._buffer: Tensor | None = None
@@ -163,12 +164,7 @@ class MatrixSlots:
 
     def _at(self, place: int) -> Tensor:
         if self._buffer is None:
-            on_host = self._device.type == "cpu"
-            self._buffer = (
-                StagingBuffer(self.nbytes).tensor
-                if on_host
-                else torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
-            )
+            self._buffer = allocate(self.nbytes, self._device)
         start = place * self._bytes
         return (
             self._buffer[start : start + self._shape.numel() * self._dtype.itemsize].view(self._dtype).view(self._shape)
@@ -176,7 +172,16 @@ class MatrixSlots:
 
 
 class VisitedStack:
-    """One stack in the visit under way; see `OpenStack`."""
+    """One stack in the visit under way; see `OpenStack`.
+
+    Args:
+        stack: Where its experts lie.
+        name: Of the parameter.
+        block: Number of the block.
+        stored: The block's stored tensors, where its experts are among them.
+        slots: Room for matrices.
+        reader: Reads single experts, where they are not.
+    """
 
     def __init__(
         self,
@@ -188,16 +193,6 @@ class VisitedStack:
         slots: MatrixSlots,
         reader: ExpertReader | None,
     ) -> None:
-        """Lend nothing yet.
-
-        Args:
-            stack: Where its experts lie.
-            name: Of the parameter.
-            block: Number of the block.
-            stored: The block's stored tensors, where its experts are among them.
-            slots: Room for matrices.
-            reader: Reads single experts, where they are not.
-        """
         self.shape, self.dtype = stack.slot.shape, stack.slot.dtype
         self._stack, self._name, self._block = stack, name, block
         self._stored, self._slots, self._reader = stored, slots, reader
@@ -223,7 +218,15 @@ class VisitedStack:
 
 
 class ExpertUnpacker:
-    """Unpacks what is dense in a block, and lends its experts' modules stacks that are unpacked as they are used."""
+    """Unpacks what is dense in a block, and lends its experts' modules stacks that are unpacked as they are used.
+
+    Args:
+        blocks: The model's blocks.
+        experts: Of each block, what is taken one by one.
+        reader: Reads experts that a visit finds not fetched; stays the caller's.
+        device: Compute device.
+        foresight: Guesses for the reader; stays the caller's.
+    """
 
     def __init__(
         self,
@@ -234,15 +237,6 @@ class ExpertUnpacker:
         device: torch.device,
         foresight: Foresight | None = None,
     ) -> None:
-        """Plan the workspaces; allocates nothing.
-
-        Args:
-            blocks: The model's blocks.
-            experts: Of each block, what is taken one by one.
-            reader: Reads experts that a visit finds not fetched; stays the caller's.
-            device: Compute device.
-            foresight: Guesses for the reader; stays the caller's.
-        """
         pairs = list(zip(blocks, experts, strict=True))
         self._experts, self._reader, self._device = tuple(experts), reader, device
         self._foresight = foresight
@@ -355,6 +349,14 @@ class ExpertScheduler:
     """Brings blocks whole, or without their experts where few tokens go through them.
 
     To the scheduler behind it the blocks without their experts are further blocks, with numbers after the others.
+
+    Args:
+        scheduler: Brings both kinds, as `with_dense_blocks` lists them; closed with this.
+        experts: Of each block, what is taken one by one.
+        plan: Where whole blocks live.
+        num_per_token: Experts that a token is sent to.
+        reader: For what it holds; stays the caller's.
+        foresight: Is told which blocks are read without their experts; stays the caller's.
     """
 
     def __init__(
@@ -367,16 +369,6 @@ class ExpertScheduler:
         reader: ExpertReader,
         foresight: Foresight | None = None,
     ) -> None:
-        """Take over a scheduler of `with_dense_blocks`; closed with this.
-
-        Args:
-            scheduler: Brings both kinds.
-            experts: Of each block, what is taken one by one.
-            plan: Where whole blocks live.
-            num_per_token: Experts that a token is sent to.
-            reader: For what it holds; stays the caller's.
-            foresight: Is told which blocks are read without their experts; stays the caller's.
-        """
         self._scheduler, self._experts, self._reader = scheduler, tuple(experts), reader
         self._has_dense = scheduler.num_blocks > len(experts)
         self._streamed = frozenset(block for block, place in enumerate(plan.placements) if place == Placement.STREAMED)
@@ -397,11 +389,6 @@ class ExpertScheduler:
         """Bytes allocated now, by role."""
         kept = 0 if self._foresight is None else self._foresight.nbytes
         return {**self._scheduler.memory(), "expert_bytes": self._reader.allocated_bytes + kept}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from disk, of blocks and of single experts."""
-        return self._scheduler.counters.bytes_read + self._reader.bytes_read
 
     def expect(self, order: Iterable[int]) -> None:
         """Fetch ahead for these visits."""

@@ -166,7 +166,6 @@ class Conversions:
     """A model class's renamings and conversions of stored tensors."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Collect them."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from lowmem.optim.method import BlockOrder, Inner, Writer
-from lowmem.optim.methods import MethodOptimizer, arguments
-from lowmem.optim.optimizer import block_name, embedding_names, groups_of_module, number_blocks
+from lowmem.optim.methods import MethodOptimizer
+from lowmem.optim.optimizer import arguments, block_name, embedding_names, groups_of_module, number_blocks
 
 
 class BAdam(MethodOptimizer):

@@ -21,6 +21,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.optim.method import BY_DENSITY, AtRefresh, Inner, Method, Projector, Side, Writer
 from lowmem.optim.optimizer import (
     RuleOptimizer,
+    arguments,
     block_name,
     embedding_names,
     groups_of_module,
@@ -32,11 +33,6 @@ from lowmem.optim.projected import BlockRule, ProjectedRule
 from lowmem.optim.rule import Place, Rule
 
 _METHOD_FIELDS = frozenset(field.name for field in dataclass_fields(Method))
-
-
-def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor that is being called, from its `locals()`."""
-    return {name: value for name, value in given.items() if name not in ("self", "__class__")}
 
 
 class MethodOptimizer(RuleOptimizer):

@@ -157,6 +157,11 @@ def give_to_engine(param: Tensor, engine: ParameterEngine) -> None:
 _TORCH_FIELDS = frozenset({"params", "param_names", "initial_lr"})
 
 
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor that is being called, from its `locals()`."""
+    return {name: value for name, value in given.items() if name not in ("self", "__class__")}
+
+
 class RuleOptimizer(Optimizer):
     """Base of lowmem's optimizers.
 

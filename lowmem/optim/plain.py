@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from lowmem.optim.optimizer import RuleOptimizer
+from lowmem.optim.optimizer import RuleOptimizer, arguments
 from lowmem.optim.projected import limit_update_rms, norm_of_matrices
 from lowmem.optim.rule import Hyper, Place, Rule, State, counter, mix
 from lowmem.optim.state import (
@@ -213,11 +213,11 @@ class AdamW(RuleOptimizer):
         writer: str = "nearest",
         seed: int = 0,
     ) -> None:
+        given = arguments(locals())
         if state_dtype is not None and state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype={state_dtype!r}: expected None or one of {', '.join(STATE_DTYPES)}")
         _check_writer(writer)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
-        super().__init__(params, {**defaults, "fused": fused, "state_dtype": state_dtype, "writer": writer})
+        super().__init__(given.pop("params"), given)
 
     def _rule(self, group: Mapping[str, Any], place: Place, param: Tensor) -> Rule:
         return AdamWRule(
@@ -253,13 +253,13 @@ class AdaLomo(RuleOptimizer):
         writer: str = "stochastic",
         seed: int = 0,
     ) -> None:
+        given = arguments(locals())
         _check_writer(writer)
         if clip_threshold <= 0 or not -1 <= decay_rate < 0:
             raise ValueError(
                 f"clip_threshold={clip_threshold}, decay_rate={decay_rate}: expected above 0, and in [-1, 0)"
             )
-        defaults = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "clip_threshold": clip_threshold}
-        super().__init__(params, {**defaults, "decay_rate": decay_rate, "writer": writer, "seed": seed})
+        super().__init__(given.pop("params"), given)
 
     def hyper(self, group: Mapping[str, Any]) -> Hyper:
         """There are no betas, and eps belongs to the rule."""

@@ -148,7 +148,13 @@ Result = TypeVar("Result")
 
 
 class BlockWalk(Generic[Result]):
-    """One forward of a model in which the first block of each kind is looked at and the others are skipped."""
+    """One forward of a model in which the first block of each kind is looked at and the others are skipped.
+
+    Args:
+        built: The model.
+        stand_ins: For each block the one that runs in its place.
+        measure: Gets what runs the block, its input and its module; returns what was found and the block's output.
+    """
 
     def __init__(
         self,
@@ -157,13 +163,6 @@ class BlockWalk(Generic[Result]):
         stand_ins: Sequence[int],
         measure: Callable[[Run, Tensor, torch.nn.Module], tuple[Result, object]],
     ) -> None:
-        """Begin.
-
-        Args:
-            built: The model.
-            stand_ins: For each block the one that runs in its place.
-            measure: Gets what runs the block, its input and its module; returns what was found and the block's output.
-        """
         self.results: list[Result] = []
         self._modules = [streamed.block.module for streamed in built.blocks]
         self._raw_forwards = [built.blocks[index].block.raw_forward for index in stand_ins]

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice, product
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
-from lowmem.experts.visiting import packed_values_bytes, single_experts_bytes, workspace_bytes
+from lowmem.experts.visiting import EXPERTS_PER_TOKEN, packed_values_bytes, single_experts_bytes, workspace_bytes
 from lowmem.models.blocks import can_chunk, first_alike
 from lowmem.planning.block_memory import MicroBatch, block_recompute_bytes
 from lowmem.planning.dry_run import dry_run
@@ -83,13 +83,6 @@ def read_block(block: nn.Module, config: PretrainedConfig, *, buffer_bytes: int,
         num_adapter_params=sum(param.numel() for param in trainable),
         adapter_bytes=sum(param.nbytes for param in trainable),
     )
-
-
-class _StackAdapter(Protocol):
-    """PEFT's wrapper of one stack of experts."""
-
-    def get_param(self) -> nn.Parameter:
-        """The stack."""
 
 
 class _Heads:
@@ -226,13 +219,12 @@ def _experts(block: nn.Module, configs: Sequence[PretrainedConfig]) -> tuple[Exp
     if not stacks:
         return None, 0
     num_experts = stacks[0][1].shape[0]
-    names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_selected_experts")
-    num_per_token = min(num_experts, _field(configs, *names) or num_experts)
+    num_per_token = min(num_experts, _field(configs, *EXPERTS_PER_TOKEN) or num_experts)
     product_size = _field(configs, "moe_intermediate_size", "intermediate_size") or stacks[-1][1].shape[1]
     num_params = sum(param.numel() for _, param in stacks)
     # PEFT nests one wrapper for each stack; a set finds the adapted ones, the stacks give the order of use.
-    wrapped = [cast("_StackAdapter", module) for module in block.modules() if hasattr(module, "parameter_name")]
-    adapted = {id(wrapper.get_param()) for wrapper in wrapped}
+    wrapped = [module for module in block.modules() if hasattr(module, "parameter_name")]
+    adapted = {id(wrapper.get_param()) for wrapper in wrapped}  # type: ignore[operator]
     shape = ExpertsShape(
         num_experts=num_experts,
         num_per_token=num_per_token,

@@ -17,7 +17,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lowmem.quantization.format import PackedWeight, ReadBytes, along_first, refuse_weight
+from lowmem.quantization.format import Format, PackedWeight, ReadBytes, along_first, refuse_weight
 from lowmem.quantization.mxfp4 import GROUP, dequantise_mxfp4
 from lowmem.quantization.settings import Settings
 from lowmem.quantization.unpacking import power_scales, scale_columns, unpack_rows
@@ -98,7 +98,7 @@ _IGNORED = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Float8:
+class Float8(Format):
     """E4M3 weights, as DeepSeek, vLLM's and Meta's tools and compressed-tensors store them."""
 
     reads: ClassVar[tuple[str, ...]] = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors (8-bit float)")
@@ -111,11 +111,6 @@ class Float8:
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
-        """The format of a `quantization_config`; None where it is another one.
-
-        Raises:
-            UnsupportedError: An option of it cannot be honoured.
-        """
         settings = Settings(quantization)
         match settings.method:
             case "fp8" | "mxfp8" as method:
@@ -135,11 +130,6 @@ class Float8:
                 return None
 
     def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
-        """The packed weights among a checkpoint's tensors, by name.
-
-        Raises:
-            SourceError: A weight has no scales, or they are not of its size.
-        """
         del read
         found = {}
         for name, spec in tensors.items():

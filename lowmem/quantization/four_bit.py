@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.bitsandbytes import Code
-from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, piece_of, refuse_weight
+from lowmem.quantization.format import Format, PackedWeight, ReadBytes, part_of, piece_of, refuse_weight
 from lowmem.quantization.kernels import CODES, bytes_of_table, nibbles
 from offload import JsonObject, TensorSpec, parse_json_object
 
@@ -62,7 +62,7 @@ class NibbleState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourBit:
+class FourBit(Format):
     """bitsandbytes in 4 bits."""
 
     reads: ClassVar[tuple[str, ...]] = ("bitsandbytes nf4", "bitsandbytes fp4")

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lowmem.quantization.format import PackedWeight, ReadBytes, part_of, refuse_weight
+from lowmem.quantization.format import Format, PackedWeight, ReadBytes, part_of, refuse_weight
 from lowmem.quantization.settings import Settings
 from lowmem.quantization.unpacking import PairLookup, scale_columns, subtract_columns, unpack_rows
 from offload import TensorSpec, ceil_div
@@ -130,7 +130,7 @@ _BESIDE_AWQ = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq:
+class Gptq(Format):
     """Weights that GPTQ quantised to four bits, in either version of the format."""
 
     reads: ClassVar[tuple[str, ...]] = ("gptq (4 bits)",)
@@ -143,11 +143,6 @@ class Gptq:
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
-        """The format of a `quantization_config`; None where it is another one.
-
-        Raises:
-            UnsupportedError: An option of it cannot be honoured.
-        """
         settings = Settings(quantization)
         if settings.method != "gptq":
             return None
@@ -160,11 +155,6 @@ class Gptq:
         return cls(group_size=_group_size(settings), zero_offset=1 if version == "gptq" else 0)
 
     def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
-        """The packed weights among a checkpoint's tensors, by name.
-
-        Raises:
-            SourceError: A part is missing, or is not of the size that belongs to the others.
-        """
         found = {}
         for module, qweight in _modules(tensors).items():
             num_inputs, num_outputs = qweight.shape[0] * CODES_PER_WORD, qweight.shape[1]
@@ -201,7 +191,7 @@ def _run_gptq(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq:
+class Awq(Format):
     """Weights that AWQ quantised to four bits, packed for its GEMM kernels."""
 
     reads: ClassVar[tuple[str, ...]] = ("awq (4 bits, gemm)",)
@@ -212,11 +202,6 @@ class Awq:
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
-        """The format of a `quantization_config`; None where it is another one.
-
-        Raises:
-            UnsupportedError: An option of it cannot be honoured.
-        """
         settings = Settings(quantization)
         if settings.method != "awq":
             return None
@@ -231,11 +216,6 @@ class Awq:
         return cls(group_size=_group_size(settings))
 
     def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
-        """The packed weights among a checkpoint's tensors, by name.
-
-        Raises:
-            SourceError: A part is missing, or is not of the size that belongs to the others.
-        """
         del read
         found = {}
         for module, qweight in _modules(tensors).items():

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.quantization.format import PackedWeight, ReadBytes, along_first, part_of, refuse_weight
+from lowmem.quantization.format import Format, PackedWeight, ReadBytes, along_first, part_of, refuse_weight
 from lowmem.quantization.kernels import rows
 from offload import TensorSpec
 
@@ -34,7 +34,7 @@ _SCALES, _LAYOUT, _WEIGHT = ".SCB", ".weight_format", ".weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8:
+class Int8(Format):
     """bitsandbytes in 8 bits."""
 
     reads: ClassVar[tuple[str, ...]] = ("bitsandbytes int8",)

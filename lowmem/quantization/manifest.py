@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -125,21 +125,8 @@ def damaged(manifest: PackManifest, tensors: Mapping[str, TensorSpec]) -> Iterat
 
 
 def _checksum_of(spec: TensorSpec, reader: TensorReader) -> str:
-    digest = sha256()
+    # As bytes: a tile need not be a whole number of elements.
+    raw, digest = replace(spec, dtype=torch.uint8, shape=(spec.nbytes,)), sha256()
     for start in range(0, spec.nbytes, _TILE_BYTES):
-        length = min(_TILE_BYTES, spec.nbytes - start)
-        # As bytes: a tile need not be a whole number of elements.
-        digest.update(_bytes_at(spec, start, length, reader))
+        digest.update(reader.read(raw, start, nbytes=min(_TILE_BYTES, spec.nbytes - start)).numpy().data)
     return digest.hexdigest()
-
-
-def _bytes_at(spec: TensorSpec, start: int, length: int, reader: TensorReader) -> memoryview:
-    raw = TensorSpec(
-        name=spec.name,
-        dtype=torch.uint8,
-        shape=(spec.nbytes,),
-        file=spec.file,
-        offset_bytes=spec.offset_bytes,
-        nbytes=spec.nbytes,
-    )
-    return reader.read(raw, start, nbytes=length).numpy().data

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lowmem.quantization.format import PackedWeight, ReadBytes, along_first, part_of, refuse_weight
+from lowmem.quantization.format import Format, PackedWeight, ReadBytes, along_first, part_of, refuse_weight
 from lowmem.quantization.settings import Settings
 from lowmem.quantization.unpacking import PairLookup, power_scales, scale_columns, unpack_rows
 from offload import TensorSpec
@@ -55,7 +55,7 @@ _KNOWN = frozenset({"quant_method", "modules_to_not_convert", "dequantize"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mxfp4:
+class Mxfp4(Format):
     """Experts in MXFP4 and all else plain, as gpt-oss is published."""
 
     reads: ClassVar[tuple[str, ...]] = ("mxfp4",)
@@ -64,11 +64,6 @@ class Mxfp4:
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
-        """The format of a `quantization_config`; None where it is another one.
-
-        Raises:
-            UnsupportedError: An option of it cannot be honoured.
-        """
         settings = Settings(quantization)
         if settings.method != "mxfp4":
             return None
@@ -76,11 +71,7 @@ class Mxfp4:
         return cls()
 
     def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
-        """The packed weights among a checkpoint's tensors, by name: stacks (experts, inputs, outputs).
-
-        Raises:
-            SourceError: A part is missing, or is not of the size that belongs to the other.
-        """
+        """The packed weights among a checkpoint's tensors, by name: stacks (experts, inputs, outputs)."""
         del read
         found = {}
         for name, blocks in tensors.items():

@@ -87,7 +87,7 @@ class Packer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NibblePacker:
+class NibblePacker(Packer):
     """NF4 or FP4, absmaxes quantised again (QLoRA's double quantisation)."""
 
     code: Code
@@ -95,11 +95,9 @@ class NibblePacker:
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """See `Packer`."""
         return {"format": self.code, "block_size": self.block_size, "nested_block_size": _NESTED_BLOCK_SIZE}
 
     def config(self, *, compute_dtype: str, skipped: list[str]) -> dict[str, object]:
-        """See `Packer`."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -112,7 +110,6 @@ class NibblePacker:
         }
 
     def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[OutputTensor, ...]:
-        """See `Packer`."""
         num = math.prod(shape)
         num_blocks = -(-num // self.block_size)
         num_nested = -(-num_blocks // _NESTED_BLOCK_SIZE)
@@ -135,7 +132,6 @@ class NibblePacker:
         dtype: torch.dtype | None = None,
         observe: Observe | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Packer`."""
         packed, *others = (output.name for output in self.outputs(name, shape))
         scales = _Scales(-(-math.prod(shape) // self.block_size))
         for run in _runs(values, self.block_size):
@@ -169,7 +165,6 @@ class NibblePacker:
         return made
 
     def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
-        """See `Packer`."""
         state = four_bit.NibbleState(
             code=self.code, block_size=self.block_size, shape=shape, nested_block_size=_NESTED_BLOCK_SIZE
         )
@@ -187,16 +182,14 @@ class NibblePacker:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowPacker:
+class RowPacker(Packer):
     """int8 with a scale for each row."""
 
     @property
     def settings(self) -> Mapping[str, object]:
-        """See `Packer`."""
         return {"format": "int8"}
 
     def config(self, *, compute_dtype: str, skipped: list[str]) -> dict[str, object]:
-        """See `Packer`."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": False,
@@ -207,7 +200,6 @@ class RowPacker:
         }
 
     def outputs(self, name: str, shape: tuple[int, ...]) -> tuple[OutputTensor, ...]:
-        """See `Packer`."""
         stem = name.removesuffix(".weight")
         return (
             OutputTensor(name=name, dtype=torch.int8, shape=shape),
@@ -224,7 +216,6 @@ class RowPacker:
         dtype: torch.dtype | None = None,
         observe: Observe | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Packer`; nothing is said of a dtype in this format."""
         packed, scale, layout = (output.name for output in self.outputs(name, shape))
         scales = _Scales(math.prod(shape[:-1]))
         for run in _runs(values, shape[-1]):
@@ -239,7 +230,6 @@ class RowPacker:
         yield layout, torch.tensor(0, dtype=torch.uint8)
 
     def found(self, name: str, shape: tuple[int, ...], specs: Mapping[str, TensorSpec]) -> PackedWeight:
-        """See `Packer`."""
         return int8.row_scaled(name, *(specs[output.name] for output in self.outputs(name, shape)))
 
 

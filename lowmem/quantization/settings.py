@@ -13,14 +13,12 @@ class Settings:
     """Settings of one checkpoint, from a file that may hold anything.
 
     What is not known is refused rather than ignored: it might change what the stored numbers mean.
+
+    Args:
+        quantization: The object in config.json.
     """
 
     def __init__(self, quantization: Mapping[str, object]) -> None:
-        """Wrap the settings; checks nothing.
-
-        Args:
-            quantization: The object in config.json.
-        """
         self._quantization = quantization
 
     @property

@@ -63,15 +63,13 @@ class PairLookup:
     """Unpacks bytes of two weights each with one look-up, in memory that it keeps: fresh pages cost more than the work.
 
     A table has, for each byte, the values of its low and of its high nibble, as one element of 64 bits.
+
+    Args:
+        values: What the 16 codes stand for.
+        device: Where bytes are unpacked.
     """
 
     def __init__(self, values: Sequence[float], *, device: torch.device) -> None:
-        """Make the table.
-
-        Args:
-            values: What the 16 codes stand for.
-            device: Where bytes are unpacked.
-        """
         codes = torch.tensor(values, dtype=torch.float32)
         byte = torch.arange(256)
         pairs = torch.stack((codes[byte & 15], codes[byte >> 4]), dim=1)

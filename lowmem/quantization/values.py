@@ -42,14 +42,12 @@ class ValueReader:
     """Reads rows of stored tensors, and of packed weights as if their values were stored in fp32.
 
     Holds the values of one weight at a time, of a stack one entry where its parts can be taken apart.
+
+    Args:
+        packed: The packed weights by the names of what `as_values` returned for them.
     """
 
     def __init__(self, packed: Mapping[str, PackedWeight]) -> None:
-        """Open nothing yet.
-
-        Args:
-            packed: The packed weights by the names of what `as_values` returned for them.
-        """
         self._packed = packed
         self._reader = TensorReader()
         self._held: tuple[str, int] | None = None
