@@ -15,7 +15,6 @@ import torch
 from offload.blocks import lay_out_object
 from offload.errors import Closed, OffloadError, ReadError, TierFull, WriteError
 from offload.files.folder import Folder
-from offload.store.manifest import StoreFolder
 from offload.store.store import Store
 from offload.store.store_files import StoreIo
 from tests.offload.small_disk import fill, small_disk
@@ -200,7 +199,7 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_the_last_step(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdatasync" if which == "data" else "fsync", fail)
             if which == "manifest":
-                patch.setattr(StoreFolder, "sync", lambda self, folder: None)
+                patch.setattr(Folder, "sync", lambda self: None)
             with pytest.raises(WriteError, match="Input/output error"):
                 commit(store, 2, a=2)
         store.abort_step()
