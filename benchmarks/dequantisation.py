@@ -49,9 +49,9 @@ def cases(size: int) -> dict[str, Callable[[Tensor], None]]:
         "mxfp4": lambda out: dequantise_mxfp4(blocks, exponents, out=out),
         "mxfp4 transposed": lambda out: dequantise_mxfp4(blocks, exponents, out=out.t()),
         "gptq": lambda out: dequantise_gptq(
-            words, zeros, groups, group_of_input=None, zero_offset=1, group_size=128, out=out
+            [words, zeros, groups], out, group_of_input=None, zero_offset=1, group_size=128
         ),
-        "awq": lambda out: dequantise_awq(columns, zeros, groups, group_size=128, out=out),
+        "awq": lambda out: dequantise_awq([columns, zeros, groups], out, group_size=128),
     }
 
 

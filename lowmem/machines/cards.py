@@ -7,7 +7,7 @@ say so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Final
 
@@ -175,15 +175,9 @@ class Machine:
         numbers = (self.vram, self.tflops, self.pcie_gbps)
         is_complete = None not in numbers
         known = None if is_complete and _plain(self.gpu) not in map(_plain, _NAMES) else find_card(self.gpu)
-        vram_gib = parse_bytes(self.vram) / _GIB if self.vram is not None else known.vram_gib if known else 0
-        return Card(
-            name=known.name if known else self.gpu,
-            vram_gib=vram_gib,
-            tflops=self.tflops or (known.tflops if known else 0),
-            pcie=known.pcie if known else 4,
-            lanes=known.lanes if known else 16,
-            has_bf16=known.has_bf16 if known else True,
-        )
+        card = known or Card(name=self.gpu, vram_gib=0, tflops=0, pcie=4)
+        vram_gib = card.vram_gib if self.vram is None else parse_bytes(self.vram) / _GIB
+        return replace(card, vram_gib=vram_gib, tflops=self.tflops or card.tflops)
 
     @property
     def device(self) -> DeviceKind:
@@ -194,18 +188,12 @@ class Machine:
     def rates(self) -> Rates:
         """What its numbers promise: none of it measured."""
         card, assumed = self.card, assumed_rates(self.device)
-        if card is None:
-            flops = assumed.compute_flops_per_s if self.tflops is None else self.tflops * 1e12
-            return Rates(
-                disk_bytes_per_s=self.disk_gbps * 1e9,
-                copy_bytes_per_s=assumed.copy_bytes_per_s,
-                compute_flops_per_s=flops,
-            )
-        return Rates(
-            disk_bytes_per_s=self.disk_gbps * 1e9,
-            copy_bytes_per_s=(self.pcie_gbps or card.pcie_gbps) * 1e9,
-            compute_flops_per_s=card.tflops * 1e12 * _SUSTAINED,
-        )
+        copied, computed = assumed.copy_bytes_per_s, assumed.compute_flops_per_s
+        if card is not None:
+            copied, computed = (self.pcie_gbps or card.pcie_gbps) * 1e9, card.tflops * 1e12 * _SUSTAINED
+        elif self.tflops is not None:
+            computed = self.tflops * 1e12
+        return Rates(disk_bytes_per_s=self.disk_gbps * 1e9, copy_bytes_per_s=copied, compute_flops_per_s=computed)
 
     def budget(self, given: Budget | None = None) -> Budget:
         """What a run may use of it.

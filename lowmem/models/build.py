@@ -216,7 +216,15 @@ def _assigned(
     by_block: list[list[Recipe]] = [[] for _ in blocks]
     resident: list[Recipe] = []
     for recipe in {id(recipe): recipe for recipe in mapping.recipes.values()}.values():
-        _assign(recipe, prefixes, by_block, resident, model)
+        owners = {next((prefixes[each] for each in prefixes if name.startswith(each)), None) for name in recipe.targets}
+        if len(owners) > 1:
+            raise UnsupportedError(
+                f"architecture {type(model).__name__}",
+                reason=f"one stored tensor makes {', '.join(recipe.targets)}, in several blocks",
+                instead="a model whose decoder blocks are stored apart",
+            )
+        owner = owners.pop()
+        (resident if owner is None else by_block[owner]).append(recipe)
     return by_block, resident
 
 
@@ -237,26 +245,6 @@ def _check_missing(model: PreTrainedModel, without: frozenset[str], mapping: Che
             problem=f"the configuration asks for {some_of(missing)}, which no shard holds",
             remedy="download the missing shards, or use the config.json that belongs to these weights",
         )
-
-
-def _assign(
-    recipe: Recipe,
-    prefixes: Mapping[str, int],
-    by_block: list[list[Recipe]],
-    resident: list[Recipe],
-    model: PreTrainedModel,
-) -> None:
-    owners = {
-        next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None) for name in recipe.targets
-    }
-    if len(owners) > 1:
-        raise UnsupportedError(
-            f"architecture {type(model).__name__}",
-            reason=f"one stored tensor makes {', '.join(recipe.targets)}, in several blocks",
-            instead="a model whose decoder blocks are stored apart",
-        )
-    owner = owners.pop()
-    (resident if owner is None else by_block[owner]).append(recipe)
 
 
 def _streamed(model: PreTrainedModel, block: DecoderBlock, recipes: list[Recipe]) -> StreamedBlock:

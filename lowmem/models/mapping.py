@@ -164,8 +164,7 @@ def map_checkpoint(
     groups, unexpected = _group(state, conversions, inputs)
     recipes: dict[str, Recipe] = {}
     for first_target, group in groups.items():
-        recipe = _recipe(model, first_target, group, inputs)
-        _check_shapes(recipe, state)
+        recipe = _recipe(model, first_target, group, inputs, state)
         recipes.update((target, recipe) for target in recipe.targets)
     conversions.remember()
     return CheckpointMap(
@@ -208,7 +207,11 @@ def _group(
 
 
 def _recipe(
-    model: PreTrainedModel, target: str, group: _Group, stored: Mapping[str, TensorSpec | PackedWeight]
+    model: PreTrainedModel,
+    target: str,
+    group: _Group,
+    stored: Mapping[str, TensorSpec | PackedWeight],
+    state: Mapping[str, Tensor],
 ) -> Recipe:
     inputs = tuple(stored[key] for key in group.keys)
     if type(model.get_submodule(target.rpartition(".")[0])).__name__ == "Conv1D":
@@ -216,6 +219,7 @@ def _recipe(
     dtype = model.get_parameter_or_buffer(target).dtype
     if group.converter is None:
         # Two stored names for one parameter: transformers lets the first stand.
+        _check_shapes({target: inputs[0].shape}, inputs[0], state)
         return Recipe(targets=(target,), inputs=inputs[:1], dtype=dtype)
     template, keys, patterns = deepcopy(group.converter), tuple(group.keys), tuple(group.patterns)
 
@@ -227,6 +231,7 @@ def _recipe(
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     made = _convert_on_meta(target, convert, inputs, dtype=dtype)
+    _check_shapes({name: value.shape for name, value in made.items()}, inputs[0], state)
     moving = all(type(operation).__name__ in _MOVING_OPERATIONS for operation in template.operations)
     return Recipe(
         targets=tuple(made),
@@ -265,16 +270,12 @@ def _file_of(given: TensorSpec | PackedWeight) -> Path:
     return given.file if isinstance(given, TensorSpec) else given.parts[0].file
 
 
-def _check_shapes(recipe: Recipe, state: Mapping[str, Tensor]) -> None:
-    if recipe.convert is None:
-        shapes = {recipe.targets[0]: recipe.inputs[0].shape}
-    else:
-        made = _convert_on_meta(recipe.targets[0], recipe.convert, recipe.inputs, dtype=recipe.dtype)
-        shapes = {name: tuple(value.shape) for name, value in made.items()}
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], first: TensorSpec | PackedWeight, state: Mapping[str, Tensor]
+) -> None:
     for name, shape in shapes.items():
         expected = tuple(state[name].shape) if name in state else None
         if expected != tuple(shape):
-            first = recipe.inputs[0]
             wanted = "no such parameter" if expected is None else f"shape {list(expected)}"
             raise SourceError(
                 _file_of(first),

@@ -256,7 +256,7 @@ def account_text(steps: Iterable[StepTimeline], facts: RunFacts | None) -> str:
     step, account = min(accounts, key=lambda pair: abs(pair[1].duration_s - middle_s))
     lines += ["", f"Where the {account.duration_s:.3f} s of step {account.step} went", *_seconds_table(account)]
     if facts is not None:
-        lines += ["", "Planned and measured", *_time_table(facts, step), "", *_memory_table(facts)]
+        lines += ["", "Planned and measured", *_planned_table(facts, step)]
     return "\n".join(lines)
 
 
@@ -279,22 +279,16 @@ def _seconds_table(account: StepSeconds) -> list[str]:
     return lines
 
 
-def _time_table(facts: RunFacts, step: StepTimeline) -> list[str]:
+def _planned_table(facts: RunFacts, step: StepTimeline) -> list[str]:
     measured = {"step": step.duration_s, **{lane: step.busy_s(lane) for lane in ("compute", "disk", "copy")}}
-    lines = [f"  {'time':26}{'planned':>12}{'measured':>12}"]
-    lines += [
-        f"  {name:26}{format_seconds(planned):>12}{format_seconds(measured.get(name, 0.0)):>12}"
+    rows = [("time", "planned", "measured")]
+    rows += [
+        (name, format_seconds(planned), format_seconds(measured.get(name, 0.0)))
         for name, planned in facts.planned_s.items()
         if planned or measured.get(name)
     ]
-    return lines
-
-
-def _memory_table(facts: RunFacts) -> list[str]:
-    lines = [f"  {'memory':26}{'planned':>12}{'measured':>12}"]
-    lines += [
-        f"  {row.role:26}{format_bytes(row.planned_bytes):>12}"
-        f"{'-' if row.measured_bytes is None else format_bytes(row.measured_bytes):>12}"
-        for row in facts.memory
-    ]
-    return lines
+    rows += [("", "", ""), ("memory", "planned", "measured")]
+    for row in facts.memory:
+        seen = "-" if row.measured_bytes is None else format_bytes(row.measured_bytes)
+        rows.append((row.role, format_bytes(row.planned_bytes), seen))
+    return [f"  {name:26}{planned:>12}{seen:>12}".rstrip() for name, planned, seen in rows]

@@ -289,27 +289,7 @@ def _unit_of(
                 dtype=said_dtype,
             )
             packed.append(entry)
-    return _unit(
-        number,
-        num_files,
-        packer,
-        packed=tuple(packed),
-        copied=tuple(dict.fromkeys((*copied, *loose))),
-        converted=tuple(converted),
-        shapes=shapes,
-    )
-
-
-def _unit(
-    number: int,
-    num_files: int,
-    packer: Packer,
-    *,
-    packed: tuple[PackedEntry, ...],
-    copied: tuple[TensorSpec, ...],
-    converted: tuple[tuple[Recipe, str], ...],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> OutputUnit:
+    copied = list(dict.fromkeys((*copied, *loose)))
     outputs = [output for entry in packed for output in packer.outputs(entry.name, entry.shape)]
     outputs += [OutputTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in copied]
     outputs += [
@@ -319,8 +299,8 @@ def _unit(
     rest = [output for output in outputs if not output.nbytes or output.nbytes % PAGE_BYTES]
     return OutputUnit(
         file=f"model-{number + 1:05d}-of-{num_files:05d}.safetensors",
-        packed=packed,
-        copied=copied,
-        converted=converted,
+        packed=tuple(packed),
+        copied=tuple(copied),
+        converted=tuple(converted),
         outputs=(*whole, *sorted(rest, key=lambda output: -output.dtype.itemsize)),
     )

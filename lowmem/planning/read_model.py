@@ -320,38 +320,28 @@ def with_what_trains(
     if shapes.trains_every_weight:
         return shapes
     first = range(len(streamed)) if adapted is None else adapted
-    read = {
-        index: read_block(
-            streamed[index].block.module,
-            model.config,
-            buffer_bytes=shapes.blocks[index].buffer_bytes,
-            # An adapter on a stack of experts has it unpacked whole.
-            workspace_bytes=workspace_bytes(streamed[index], device=torch.device("meta")),
+    read = {index: _block_shape(streamed[index], model.config) for index in sorted(set(first))}
+    blocks = []
+    for index, known in zip(first, shapes.blocks, strict=True):
+        made, bare = read[index], shapes.blocks[index]
+        # An adapter on a stack of experts has it unpacked whole.
+        more_bytes = made.workspace_bytes - bare.workspace_bytes
+        more_values = made.packed_values_bytes - bare.packed_values_bytes
+        blocks.append(
+            replace(
+                made,
+                buffer_bytes=known.buffer_bytes,
+                workspace_bytes=known.workspace_bytes + more_bytes,
+                correction=known.correction,
+                packed_values_bytes=known.packed_values_bytes + more_values,
+            )
         )
-        for index in sorted(set(first))
-    }
-    more_values = {
-        index: packed_values_bytes(streamed[index]) - shapes.blocks[index].packed_values_bytes for index in read
-    }
-    singles = {index: single_experts_bytes(streamed[index]) for index in read}
-    blocks = tuple(
-        replace(
-            read[index],
-            buffer_bytes=known.buffer_bytes,
-            workspace_bytes=known.workspace_bytes + read[index].workspace_bytes - shapes.blocks[index].workspace_bytes,
-            correction=known.correction,
-            packed_values_bytes=known.packed_values_bytes + more_values[index],
-            expert_bytes=singles[index][0],
-            expert_values_bytes=singles[index][1],
-        )
-        for index, known in zip(first, shapes.blocks, strict=True)
-    )
     trainable = [param for param in model.parameters() if param.requires_grad]
     in_blocks = read.values()
     configs = list((getattr(model, "peft_config", None) or {}).values())
     return replace(
         shapes,
-        blocks=blocks,
+        blocks=tuple(blocks),
         adapter=", ".join(map(describe_adapter, configs)) or "none",
         num_outer_adapter_params=sum(param.numel() for param in trainable)
         - sum(block.num_adapter_params for block in in_blocks),

@@ -31,27 +31,22 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def dequantise_gptq(
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    *,
-    group_of_input: Tensor | None,
-    zero_offset: int,
-    group_size: int,
-    out: Tensor,
+    parts: Sequence[Tensor], out: Tensor, *, group_of_input: Tensor | None, zero_offset: int, group_size: int
 ) -> None:
     """Write the values of a matrix that GPTQ packed.
 
     Args:
-        qweight: Shape (inputs / 8, outputs), int32: nibble j of row r is the code of input 8 r + j.
-        qzeros: Shape (groups, outputs / 8), int32: nibble j of column c is the zero of output 8 c + j.
-        scales: Shape (groups, outputs), float16, bfloat16 or float32.
+        parts: Codes, shape (inputs / 8, outputs), int32: nibble j of row r is the code of input 8 r + j. Zeros, shape
+            (groups, outputs / 8), int32: nibble j of column c is the zero of output 8 c + j. Scales, shape (groups,
+            outputs), float16, bfloat16 or float32.
+        out: Shape (outputs, inputs), any floating-point type and strides.
         group_of_input: Shape (inputs,), int32: the group of each input (`g_idx`); None where they lie in order.
         zero_offset: What is added to each stored zero: 1 in the first version of the format, 0 in the second. Added to
             whole words, as GPTQModel does and subtracts when it writes: a stored 15 carries into its neighbour.
         group_size: Inputs of a group, where they lie in order.
-        out: Shape (outputs, inputs), any floating-point type and strides.
     """
+    qweight, qzeros, scales = parts
+    order = None if group_of_input is None else group_of_input.to(out.device)
     # Bytes of the transposed words are codes in the order of the inputs.
     packed = qweight.t().contiguous().view(torch.uint8)
     zeros = _nibbles(qzeros + zero_offset * _ONES).float().t().contiguous()
@@ -60,26 +55,26 @@ def dequantise_gptq(
 
     def fill(rows: slice, into: Tensor) -> None:
         look_up(packed[rows], into=into)
-        if group_of_input is None:
+        if order is None:
             subtract_columns(into, zeros[rows], group_size)
             scale_columns(into, by_output[rows], group_size)
         else:
-            into.sub_(zeros[rows].index_select(1, group_of_input))
-            into.mul_(by_output[rows].index_select(1, group_of_input))
+            into.sub_(zeros[rows].index_select(1, order))
+            into.mul_(by_output[rows].index_select(1, order))
 
     unpack_rows(out, fill)
 
 
-def dequantise_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_size: int, out: Tensor) -> None:
+def dequantise_awq(parts: Sequence[Tensor], out: Tensor, *, group_size: int) -> None:
     """Write the values of a matrix that AWQ packed for its GEMM kernels.
 
     Args:
-        qweight: Shape (inputs, outputs / 8), int32.
-        qzeros: Shape (groups, outputs / 8), int32.
-        scales: Shape (groups, outputs), float16 or bfloat16 or float32.
-        group_size: Inputs of a group.
+        parts: Codes, shape (inputs, outputs / 8), int32. Zeros, shape (groups, outputs / 8), int32. Scales, shape
+            (groups, outputs), float16 or bfloat16 or float32.
         out: Shape (outputs, inputs), any floating-point type and strides.
+        group_size: Inputs of a group.
     """
+    qweight, qzeros, scales = parts
     inverse = torch.argsort(torch.tensor(_AWQ_ORDER, device=out.device))
     zeros = _nibbles(qzeros).view(len(qzeros), -1, CODES_PER_WORD)[..., inverse].flatten(1).float().t().contiguous()
     by_output = scales.float().t().contiguous()
@@ -172,22 +167,10 @@ class Gptq(Format):
                 read_once=() if index is None else (index,),
                 format=self.name,
                 dequantise=partial(
-                    _run_gptq, group_of_input=order, zero_offset=self.zero_offset, group_size=group_size
+                    dequantise_gptq, group_of_input=order, zero_offset=self.zero_offset, group_size=group_size
                 ),
             )
         return found
-
-
-def _run_gptq(
-    parts: Sequence[Tensor], out: Tensor, *, group_of_input: Tensor | None, zero_offset: int, group_size: int
-) -> None:
-    dequantise_gptq(
-        *parts,
-        group_of_input=None if group_of_input is None else group_of_input.to(out.device),
-        zero_offset=zero_offset,
-        group_size=group_size,
-        out=out,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,13 +210,9 @@ class Awq(Format):
                 shape=(num_outputs, num_inputs),
                 parts=(qweight, qzeros, scales),
                 format=self.name,
-                dequantise=partial(_run_awq, group_size=group_size),
+                dequantise=partial(dequantise_awq, group_size=group_size),
             )
         return found
-
-
-def _run_awq(parts: Sequence[Tensor], out: Tensor, *, group_size: int) -> None:
-    dequantise_awq(*parts, group_size=group_size, out=out)
 
 
 def _group_size(settings: Settings) -> int:

@@ -148,7 +148,7 @@ def _rename_in_index(index: Path, names: Mapping[str, str]) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Bring what is in a folder's files, those of folders in it too, to the disk; `sync_folder` does it with their names.
+    """Bring what is in a folder's files, nested ones too, to the disk; `sync_folder` does it with their names.
 
     Raises:
         OSError: The disk failed, or has no room.

@@ -45,9 +45,8 @@ def test_every_expert_is_its_own_whatever_was_expected_or_foreseen(experts: Any)
         single.foresee(0, order[2:6])
         for expert in order[:3]:
             assert torch.equal(brought(single, expert), values[f"expert{expert}"])
-    assert single.allocated_bytes == single.capacity_bytes == 4 * 24576
+    assert single.allocated_bytes == 4 * 24576
     assert single.num_read >= single.num_foreseen > single.num_came_true > 0
-    assert single.bytes_read >= single.num_read * SIZE * 4
     single.close()
 
 

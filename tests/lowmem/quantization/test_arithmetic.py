@@ -122,13 +122,11 @@ def test_gptq(first_version: bool, order: str, num_inputs: int, group_size: int)
     expected = reference.gptq(qweight, qzeros, scales, g_idx, first_version=first_version)
     for out in buffers(24, num_inputs):
         dequantise_gptq(
-            qweight,
-            qzeros,
-            scales,
+            [qweight, qzeros, scales],
+            out,
             group_of_input=g_idx if order == "by activation" else None,
             zero_offset=int(first_version),
             group_size=group_size,
-            out=out,
         )
         assert_written(out, expected)
 
@@ -139,5 +137,5 @@ def test_awq(num_inputs: int, group_size: int) -> None:
     scales = torch.randn(num_inputs // group_size, 24).half()
     expected = reference.awq(qweight, qzeros, scales, group_size=group_size)
     for out in buffers(24, num_inputs):
-        dequantise_awq(qweight, qzeros, scales, group_size=group_size, out=out)
+        dequantise_awq([qweight, qzeros, scales], out, group_size=group_size)
         assert_written(out, expected)
