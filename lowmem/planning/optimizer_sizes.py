@@ -151,11 +151,14 @@ def sizes_of(optimizer: RuleOptimizer) -> OptimizerShape:
     active = [(rule, param, name) for rule, param, name, clock in rules if rule.is_active(clock)]
     in_blocks = sum(param.numel() for _, param, name, _ in rules if block_name(name) is not None)
     updated = sum(param.numel() for _, param, name in active if block_name(name) is not None)
+    num_updated = sum(param.numel() for _, param, _ in active)
+    work = sum(param.numel() * rule.relative_time() for rule, param, _ in active)
     return OptimizerShape(
         name=optimizer.method_name,
         state_bytes=sum(_state_bytes(rule, param) for rule, param, _ in active),
         is_flat=len(flat := {_flat_moments(rule, param) for rule, param, *_ in rules}) == 1 and None not in flat,
-        num_updated=sum(param.numel() for _, param, _ in active),
+        num_updated=num_updated,
+        relative_time=work / num_updated if num_updated else 1.0,
         block_share=updated / in_blocks if in_blocks else 1.0,
         update_flops=sum(rule.num_flops() for rule, *_ in active),
     )

@@ -145,6 +145,8 @@ class OptimizerShape:
     """Which part of the decoder blocks' weights a step changes: all of it but for methods that go by blocks."""
     update_flops: int = 0
     """Operations of its products in one step."""
+    relative_time: float = 1.0
+    """What it does to each element besides, in the time that AdamW takes."""
 
     def __post_init__(self) -> None:
         if min(self.state_bytes, self.num_updated, self.update_flops) < 0 or not 0 <= self.block_share <= 1:

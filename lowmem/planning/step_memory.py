@@ -150,6 +150,9 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
     yield _device("norms and buffers", shapes.other_bytes)
     if job.tuning == "full":
         yield from full_state(shapes, choice, on_gpu=job.device != "cpu")
+        if job.num_backwards > 1:
+            # A later batch's gradient of the head is whole before it is added to that of the earlier ones.
+            yield _device("gradient to be added", shapes.head_bytes, phase="head")
         return
     yield _device("adapters", shapes.adapter_bytes)
     if job.trains:
@@ -305,8 +308,8 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         between = num_between * hidden_bytes if on_heap else 0
         gradient_bytes = _heap_gradient_bytes(shapes, job)
         if choice.state_tier == "disk":
-            # Gradients come and go one by one there: benchmarks/plan_accuracy.py, 4 x 128 and 1 x 128 of every weight.
-            between += 3 * gradient_bytes
+            # Gradients come and go one by one there: benchmarks/plan_accuracy.py, 4 x 128 of every weight.
+            between += 4 * gradient_bytes
         for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
             yield _device(FREED_HEAP, max(kept) + between, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):

@@ -400,7 +400,9 @@ class _Costs:
         Without what a GPU updates beside the processor.
         """
         optimizer = self._shapes.optimizer
-        num_updated = self._shapes.num_trainable if optimizer is None else optimizer.num_updated
+        num_updated: float = self._shapes.num_trainable
+        if optimizer is not None:
+            num_updated = optimizer.num_updated * optimizer.relative_time
         num_updated -= round(self._choice.update_share * self._shapes.num_params)
         products_s = 0.0 if optimizer is None else optimizer.update_flops / self._rates.compute_flops_per_s
         if self._shape is not None:
