@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,10 @@ def test_from_pretrained_plans_for_an_optimizer(folder: Path) -> None:
 def on_disk(folder: Path, scratch: Path, *, more_bytes: int) -> Any:
     """A model with state on disk, and so much more of a budget than AdamW takes, whose moments are on disk too."""
     needed = planned(folder, tuning="full", budget=lowmem.Budget(device=0, host=0, disk=scratch)).smallest_device_bytes
-    budget = lowmem.Budget(device=needed + more_bytes, host=0, disk=scratch)
-    plan = planned(folder, tuning="full", budget=budget)
+    plan = planned(folder, tuning="full", budget=lowmem.Budget(device=needed, host=0, disk=scratch))
     assert plan.choice.state_tier == "disk"
-    return lowmem.from_pretrained(folder, plan=plan, tuning="full")
+    # With so much more, this model's weights would not go to disk.
+    return lowmem.from_pretrained(folder, plan=replace(plan, device_budget_bytes=needed + more_bytes), tuning="full")
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", pytest.param("rmsprop", marks=pytest.mark.slow)])
