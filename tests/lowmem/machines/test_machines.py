@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 import lowmem
+import lowmem.api  # imports bitsandbytes, which looks for a card
 from lowmem.machines.cards import CARDS, find_card
 from lowmem.machines.scaling import scaling_of
 from lowmem.planning.plan import Plan
