@@ -14,7 +14,8 @@ from tests.zoo.architectures import build
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("num", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [1, 10])
 def test_a_rank_that_is_killed_takes_nothing_with_it(num: int, tmp_path: Path) -> None:
     folder = build("llama", tmp_path / "model")
     command = [sys.executable, "-W", "ignore", "-m", "tests.lowmem.processes.kill_ranks_job"]
