@@ -227,9 +227,10 @@ def test_no_bar_where_it_is_not_wanted(
     assert "forward 1/3" not in capsys.readouterr().err
 
 
-def test_other_processes_print_and_write_nothing(
-    model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_processes_print_nothing_and_write_a_trace_of_their_own(
+    model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
     state, control = TrainerState(max_steps=1, is_world_process_zero=False), TrainerControl()
     args, monitor = arguments(tmp_path / "out", disable_tqdm=False), Monitor(every_s=0)
     monitor.on_train_begin(args, state, control, model=model)
@@ -241,7 +242,7 @@ def test_other_processes_print_and_write_nothing(
     monitor.on_log(args, state, control, logs=logs)
     monitor.on_train_end(args, state, control, model=model)
     assert logs.keys() >= STEP_VALUES
-    assert not (tmp_path / "out").exists()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["trace.rank1.json"]
     assert capsys.readouterr().err == ""
 
 
