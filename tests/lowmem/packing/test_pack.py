@@ -214,7 +214,7 @@ def test_full_disk_is_said_and_the_next_call_goes_on(
     again = set(written[100:])
     assert len(first & again) == 1  # The file that was not finished.
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(TierFull, match=r"needs .* more, 1000 B are free"):
+    with pytest.raises(TierFull, match=r"needs .* KiB, 1000 B are free"):
         lowmem.pack(llama, quantization="nf4", output=tmp_path / "other", device="cpu")
 
 
@@ -298,7 +298,7 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_written(llama: Path
     refused(r"is not this model packed in this way", FileExistsError, output=llama.parent / "nf4", quantization="fp4")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    refused(r"full exists, and is not this model", FileExistsError, output=tmp_path / "full")
+    refused(r"full exists and is not this model", FileExistsError, output=tmp_path / "full")
     with pytest.raises(UnsupportedError, match=r"quantization='nf4' with tuning='full'"):
         lowmem.from_pretrained(llama, quantization="nf4", tuning="full", packed_dir=tmp_path / "out")
     with pytest.raises(ValueError, match=r"packed_dir=.* without quantization="):
