@@ -31,9 +31,11 @@ demo: $(STAMP)
 # ARGS=--slow adds the slow ones; ARGS='-k pattern' and the like go to pytest. The second run is of the tests marked gpu:
 # on a real GPU they are part of the first; elsewhere a simulated one is built, or they are skipped with the reason.
 # pytest's exit 5 says that a pattern chose none of them.
+# Two processes share the files of tests among them; JOBS=0 for one, which pdb needs.
+JOBS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
-	$(BIN)/python -m pytest -p tests.fakecuda.plugin -m gpu $(ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p tests.fakecuda.plugin -m gpu $(ARGS) || test $$? -eq 5
 
 # Damage and kills with fixed seeds. N: cases of each fuzzer (10000 take hours), SEED: of the first one, FUZZERS: some of
 # checkpoints, adapters, stores, trainer-checkpoints, kills, soak; ARGS='--minutes 10' and the like as well.

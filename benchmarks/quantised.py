@@ -26,15 +26,15 @@ BENCHMARK = "quantised"
 NUM_WARMUP = 1
 
 
-def ensure_packed(base: Path) -> tuple[Path, float]:
+def ensure_packed(base: Path, *, dtype: str) -> tuple[Path, float]:
     """The packed folder of a checkpoint, and the seconds it took to make (0 if an earlier run made it)."""
     folder = base.parent / f"{base.name}-nf4"
     start_s = time.perf_counter()
     existed = folder.is_dir()
     lowmem.pack(base, quantization="nf4", output=folder, device="cpu")
-    # bitsandbytes computes in the dtype that the checkpoint names; all jobs compute in fp32.
+    # bitsandbytes computes in the dtype that the checkpoint names: all jobs in the same.
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["bnb_4bit_compute_dtype"] = "float32"
+    config["quantization_config"]["bnb_4bit_compute_dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder, 0.0 if existed else time.perf_counter() - start_s
 
@@ -70,6 +70,8 @@ def compare(name: str, base: Path, packed: Path, *, job: Job, with_bitsandbytes:
         emit(
             BENCHMARK,
             f"{name} {label}",
+            dtype=job.dtype,
+            batch_size=job.batch_size,
             step_s=sample(steps[label], num_warmup=NUM_WARMUP).to_dict(),
             over_bf16=medians[label] / medians["bf16 streamed"],
             bytes_per_weight_and_pass=per_weight,
@@ -113,12 +115,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--num-steps", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", help="what all jobs compute in")
     parser.add_argument("--device-budget", default="smallest")
     parser.add_argument("--limit", help="run the NF4 job inside this much memory too")
     parser.add_argument("--without-bitsandbytes", action="store_true", help="where its model does not fit into memory")
     options = parser.parse_args()
     base = ensure_checkpoint(options.shape, root=options.root)
-    packed, pack_s = ensure_packed(base)
+    packed, pack_s = ensure_packed(base, dtype=options.dtype)
     emit(
         BENCHMARK,
         f"{options.shape} packing",
@@ -132,6 +135,7 @@ def main() -> None:
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         num_steps=options.num_steps,
+        dtype=options.dtype,
         device_budget=options.device_budget,
     )
     compare(options.shape, base, packed, job=job, with_bitsandbytes=not options.without_bitsandbytes)

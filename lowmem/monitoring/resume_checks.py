@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainerState
+from transformers import GenerationConfig, PreTrainedConfig, TrainerState
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.torch import damage_of_saved
+from lowmem.models.configuration import naming_field
 from lowmem.streaming.runtime import is_streamed
 from offload import SafetensorsSource, SourceError, read_json_object
 
@@ -117,9 +118,11 @@ def _check(folder: Path, *, is_adapter: bool, damage_of: Callable[[Path], str | 
         if (folder / "adapter_config.json").exists():
             read_files(folder)
     else:
-        for name in ("config.json", "generation_config.json"):
+        for name, kind in (("config.json", PreTrainedConfig), ("generation_config.json", GenerationConfig)):
             if os.path.lexists(folder / name):
-                read_json_object(folder / name, field="file", remedy=ANOTHER_CHECKPOINT)
+                values = read_json_object(folder / name, field="file", remedy=ANOTHER_CHECKPOINT)
+                with naming_field(folder / name, values.members):
+                    kind.from_dict(values.members)  # type: ignore[attr-defined]
         if not any(folder.glob(_WEIGHTS)):
             file = folder / "model.safetensors"
             raise SourceError(file, field="file", problem="missing", remedy=ANOTHER_CHECKPOINT)

@@ -83,6 +83,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a bit of optimizer.pt": ("optimizer.pt", _flip_in_a_record),
     "an unknown field": ("trainer_state.json", lambda file: edit_json(file, {"architectures": []})),
     "a step that is text": ("trainer_state.json", lambda file: edit_json(file, {"global_step": "2"})),
+    "a number that is a list": ("CONFIG", lambda file: edit_json(file, {"head_dim": [[8]], "r": [[8]]})),
     "weights": ("WEIGHTS", lambda file: file.write_bytes(b"\xff" * 100)),
 }
 
@@ -175,7 +176,8 @@ def test_a_damaged_trainer_checkpoint_is_one_sentence_before_anything_of_it_is_l
     kind, work = checkpointed
     name, damage = CHECKPOINTS[case]
     checkpoint = copy_folder(work / "out" / "checkpoint-1", tmp_path / "checkpoint-1")
-    name = name.replace("WEIGHTS", "adapter_model.safetensors" if kind == "sft" else "model.safetensors")
+    prefix = "adapter_" if kind == "sft" else ""
+    name = name.replace("WEIGHTS", f"{prefix}model.safetensors").replace("CONFIG", f"{prefix}config.json")
     damage(checkpoint / name)
     trainer = made(kind, work / "model", tmp_path / "out", tmp_path / "state", say=str, save_strategy="no")
     before = trainable(trainer.model)
