@@ -55,6 +55,8 @@ class ExpertReader:
         self._held: OrderedDict[Key, _Held] = OrderedDict()
         self._idle: list[StagingBuffer] = []
         self._num_allocated = 0
+        self.bytes_read = 0
+        """Bytes of all reads begun, alignment included."""
         self.num_asked = 0
         """Experts asked for so far."""
         self.num_read = 0
@@ -173,6 +175,7 @@ class ExpertReader:
         buffer = self._buffer(keep)
         transfer = self._reader.read(layout, buffer.tensor)
         self._held[key] = _Held(buffer=buffer, layout=layout, spec=spec, transfer=transfer)
+        self.bytes_read += layout.read_bytes
         self.num_read += 1
 
     def _buffer(self, keep: Collection[Key]) -> StagingBuffer:

@@ -390,6 +390,11 @@ class ExpertScheduler:
         kept = 0 if self._foresight is None else self._foresight.nbytes
         return {**self._scheduler.memory(), "expert_bytes": self._reader.allocated_bytes + kept}
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk, of blocks and of single experts."""
+        return self._scheduler.counters.bytes_read + self._reader.bytes_read
+
     def expect(self, order: Iterable[int]) -> None:
         """Fetch ahead for these visits."""
         self._scheduler.expect([self._number(block) for block in order])
