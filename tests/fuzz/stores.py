@@ -117,7 +117,12 @@ def _damage(folder: Path, scratch: Path, rng: random.Random) -> str:
         if not done:
             done.append(damage_bytes(manifest, rng))
         # Further damage is to what is still a folder of files.
-        if not manifest.is_file() or (folder / "objects").is_symlink() or not (folder / "objects").is_dir():
+        if (
+            manifest.is_symlink()
+            or not manifest.is_file()
+            or (folder / "objects").is_symlink()
+            or not (folder / "objects").is_dir()
+        ):
             break
     return "; ".join(done)
 
