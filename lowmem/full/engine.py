@@ -87,6 +87,8 @@ class FullTuning:
         """What the optimizer that serves it keeps besides the tier; None before there is one."""
         self.saved: Saved | None = None
         """What `save_pretrained` wrote last."""
+        self.stored_shapes: Callable[[], Mapping[str, tuple[int, ...]]] = dict
+        """Shapes of what it writes by name."""
 
     def _take_gradients_of(self, key: str, param: torch.nn.Parameter) -> None:
         """Put a gradient that somebody sets, or that the loss has of a weight itself, into its tier."""

@@ -479,6 +479,11 @@ class Saving:
         self._full.version += 1
         return loaded
 
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that a save writes, by their names."""
+        outputs = self._outputs(alive(self._model))
+        return {one.name: one.shape for some in outputs for one in (some if isinstance(some, tuple) else (some,))}
+
     def _outputs(self, model: PreTrainedModel) -> list[OutputTensor | tuple[OutputTensor, ...]]:
         """Parameters first, then the persistent buffers that the checkpoint has.
 
@@ -544,6 +549,7 @@ def install_saving(model: PreTrainedModel, full: FullTuning, names: StoredNames,
     saving = Saving(model, full, names, source=source)
     object.__setattr__(model, "save_pretrained", saving.save_pretrained)
     object.__setattr__(model, "load_state_dict", saving.load_state_dict)
+    full.stored_shapes = saving.stored_shapes
 
 
 def _refuse(named: Mapping[str, object], others: Mapping[str, object]) -> None:

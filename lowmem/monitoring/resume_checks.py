@@ -9,8 +9,8 @@ import dataclasses
 import os
 import pickle
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, TrainerState
 from lowmem.errors import UnsupportedError
 from lowmem.internals.torch import damage_of_saved
 from lowmem.models.configuration import naming_field
-from lowmem.streaming.runtime import is_streamed
+from lowmem.streaming.runtime import is_streamed, runtime_of
 from offload import SafetensorsSource, SourceError, read_json_object
 
 ARCHIVES = {"optimizer.pt": "moments", "scheduler.pt": "learning rate", "rng_state.pth": "dropout"}
@@ -70,6 +70,16 @@ def check_before_resume(model: nn.Module, checkpoint: str) -> None:
     folder, is_adapter = Path(checkpoint), hasattr(model, "peft_config")
     try:
         _check(folder, is_adapter=is_adapter, damage_of=damage_of_archive)
+        if (full := runtime_of(model).full) is not None:
+            _check_shapes(folder, full.stored_shapes())
+        elif is_adapter:
+            from peft import get_peft_model_state_dict
+
+            for name in model.peft_config:  # type: ignore[union-attr]
+                where = folder if name == "default" else folder / name
+                if (file := where / "adapter_model.safetensors").exists():
+                    kept = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+                    _check_shapes(file, {key: tuple(value.shape) for key, value in kept.items()})
     except (SourceError, FileNotFoundError) as error:
         newest = newest_complete(folder.parent, is_adapter=is_adapter, but=folder)
         say = (
@@ -122,11 +132,21 @@ def _check(folder: Path, *, is_adapter: bool, damage_of: Callable[[Path], str | 
             if os.path.lexists(folder / name):
                 values = read_json_object(folder / name, field="file", remedy=ANOTHER_CHECKPOINT)
                 with naming_field(folder / name, values.members):
-                    kind.from_dict(values.members)  # type: ignore[attr-defined]
+                    kind.from_dict(values.members)
         if not any(folder.glob(_WEIGHTS)):
             file = folder / "model.safetensors"
             raise SourceError(file, field="file", problem="missing", remedy=ANOTHER_CHECKPOINT)
         SafetensorsSource(folder).close()
+
+
+def _check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Torch finds a wrong shape when it has loaded the tensors before it."""
+    with closing(SafetensorsSource(folder)) as source:
+        for name, spec in source.tensors.items():
+            shape = expected.get(name, tuple(spec.shape))
+            if tuple(spec.shape) != shape:
+                problem = f"shape {list(spec.shape)}, the model's is {list(shape)}"
+                raise SourceError(spec.file, field=name, problem=problem, remedy=ANOTHER_CHECKPOINT)
 
 
 def _check_state(file: Path) -> None:

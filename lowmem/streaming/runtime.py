@@ -217,6 +217,8 @@ class TrainedWeights(Protocol):
 
     optimizer: OptimizerShape | None
     """What the optimizer that serves them keeps, once there is one."""
+    stored_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
+    """Shapes of the tensors of a saved checkpoint by name."""
 
     def taking_gradients(self, index: int) -> AbstractContextManager[Callable[[str, Tensor], None]]:
         """What takes a weight's gradient by name, for the time of one backward of a block."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lowmem
@@ -69,6 +70,12 @@ def _pipe(file: Path) -> None:
     os.mkfifo(file)
 
 
+def _flatten_the_last(file: Path) -> None:
+    tensors = load_file(file)
+    name = max(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    save_file(tensors | {name: tensors[name].flatten()}, file, metadata={"format": "pt"})
+
+
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     f"{name} {what}": (name, damage)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -85,6 +92,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a step that is text": ("trainer_state.json", lambda file: edit_json(file, {"global_step": "2"})),
     "a number that is a list": ("CONFIG", lambda file: edit_json(file, {"head_dim": [[8]], "r": [[8]]})),
     "weights": ("WEIGHTS", lambda file: file.write_bytes(b"\xff" * 100)),
+    "weights of another shape": ("WEIGHTS", lambda file: _flatten_the_last(file)),
 }
 
 
