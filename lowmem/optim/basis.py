@@ -74,14 +74,8 @@ class Selection(Basis):
         return (self.indices[:, None] == old.indices[None, :]).float()
 
 
-def svd_basis(full: Tensor, rank: int) -> Tensor:
-    """The first `rank` left singular vectors (GaLore, arXiv 2403.03507, algorithm 2)."""
-    left: Tensor = torch.linalg.svd(full, full_matrices=False).U
-    return left[..., :rank].contiguous()
-
-
 def rsvd_basis(full: Tensor, rank: int, *, seed: int) -> Tensor:
-    """Nearly the same from a random sketch and one power iteration (arXiv 0909.4061, algorithms 4.4 and 5.1)."""
+    """Nearly the SVD's, from a random sketch and one power iteration (arXiv 0909.4061, algorithms 4.4 and 5.1)."""
     *batch, num_rows, num_columns = full.shape
     width = min(rank + _OVERSAMPLING, num_rows, num_columns)
     source = generator(seed, full.device)
@@ -94,12 +88,11 @@ def rsvd_basis(full: Tensor, rank: int, *, seed: int) -> Tensor:
 
 def warm_basis(full: Tensor, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
     """One power iteration from the last basis, orth(G G^T P_old); two from random columns where there is none."""
-    if old is not None:
-        return _orthonormal(full @ (full.mT @ old))
-    *batch, num_rows, _ = full.shape
-    start = torch.randn((*batch, num_rows, rank), generator=generator(seed, full.device), device=full.device)
-    start = _orthonormal(full @ (full.mT @ start))
-    return _orthonormal(full @ (full.mT @ start))
+    if old is None:
+        *batch, num_rows, _ = full.shape
+        start = torch.randn((*batch, num_rows, rank), generator=generator(seed, full.device), device=full.device)
+        old = _orthonormal(full @ (full.mT @ start))
+    return _orthonormal(full @ (full.mT @ old))
 
 
 def gaussian_basis(shape: tuple[int, ...], *, seed: int, device: torch.device) -> Tensor:
@@ -116,7 +109,9 @@ def choose_coordinates(num_coordinates: int, count: int, *, seed: int, device: t
 def gradient_basis(kind: Projector, full: Tensor, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
     """A basis read off the gradient, (..., m, rank) in fp32 with orthonormal columns."""
     if kind == "svd":
-        return svd_basis(full, rank)
+        # The first left singular vectors (GaLore, arXiv 2403.03507, algorithm 2).
+        left: Tensor = torch.linalg.svd(full, full_matrices=False).U
+        return left[..., :rank].contiguous()
     if kind == "rsvd":
         return rsvd_basis(full, rank, seed=seed)
     return warm_basis(full, rank, old=old, seed=seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 Projector = Literal["svd", "rsvd", "warm", "gaussian", "columns", "rows", "block"]
 Inner = Literal["adamw", "adamw8bit", "adafactor", "sgd"]
@@ -20,19 +20,6 @@ FROM_GRADIENT = ("svd", "rsvd", "warm")
 
 # Projectors that pick a fraction of coordinates or blocks instead of a rank.
 BY_DENSITY = ("columns", "rows", "block")
-
-_CHOICES = {
-    "projector": get_args(Projector),
-    "inner": get_args(Inner),
-    "side": get_args(Side),
-    "at_refresh": get_args(AtRefresh),
-    "residual": get_args(Residual),
-    "scale_gradient": get_args(ScaleGradient),
-    "limiter": get_args(Limiter),
-    "writer": get_args(Writer),
-    "block_order": get_args(BlockOrder),
-    "state_dtype": ("fp32", "bf16"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,3 +108,6 @@ class Method:
             raise ValueError("at_refresh='rotate': a factored second moment cannot be rotated; use 'keep' or 'reset'")
         if self.inner != "adamw" and self.state_dtype != "fp32":
             raise ValueError(f"state_dtype={self.state_dtype!r} is for inner='adamw'; inner is {self.inner!r}")
+
+
+_CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Method).items() if get_origin(kind) is Literal}

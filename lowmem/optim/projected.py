@@ -220,8 +220,9 @@ class ProjectedRule(DirectionRule):
         return state | self._limiter_state(weight) | new_writer_state(self.method.writer, weight)
 
     def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
-        """As `DirectionRule.update`; what is only lifted is so into the weight, and never a matrix of its own."""
-        if not self._lifts_into_weight:
+        """As `DirectionRule.update`; P N and nothing else is lifted into the weight, and never a matrix of its own."""
+        method = self.method
+        if not (self._keeps_basis and method.residual == method.scale_gradient == method.limiter == "none"):
             super().update(weight, gradient, state, hyper)
             return
         full = self._oriented(gradient)
@@ -232,9 +233,9 @@ class ProjectedRule(DirectionRule):
         exact, basis = read_weight(weight, state), state["basis"]
         left, right = (low.mT, basis.mT) if self._is_transposed else (basis, low)
         add = torch.addmm if exact.ndim == 2 else torch.baddbmm
-        decay, size = 1 - hyper.lr * hyper.weight_decay, hyper.lr * self.method.scale
+        decay, size = 1 - hyper.lr * hyper.weight_decay, hyper.lr * method.scale
         add(exact, left, right, beta=decay, alpha=-size, out=exact)
-        write_weight(self.method.writer, weight, exact, state, seed=self._seed(hyper))
+        write_weight(method.writer, weight, exact, state, seed=self._seed(hyper))
 
     def direction(self, gradient: Tensor, state: State, hyper: Hyper) -> Tensor:
         """Put the update together: scale * P N + residual_scale * residual, or the scaled gradient; limited."""
@@ -267,10 +268,16 @@ class ProjectedRule(DirectionRule):
         """P of this step and R = P^T G; where the basis is new, the moments have followed it."""
         is_new = self.refreshes(state)
         rotation = self._refresh(full, state) if is_new else None
-        basis = self._basis(state, full.device)
+        kept = DenseBasis(state["basis"]) if self._keeps_basis else None
+        basis: Basis = kept or self._basis_from_seed(self._refresh_number(state), full.device)
         low = basis.project(full)
-        if is_new and int(state["step"]) > 0:
-            self._carry_moments(rotation, low, state, hyper)
+        if rotation is not None:
+            rotate_moments(state, low.shape, rotation, seed=mix(self._seed(hyper), 1))
+        elif is_new and int(state["step"]) > 0 and self.method.at_refresh == "reset":
+            for name, value in state.items():
+                if name.startswith("exp_avg"):
+                    value.zero_()
+            state["inner_step"].zero_()
         return basis, low
 
     def _inner_direction(self, low: Tensor, state: State, hyper: Hyper) -> Tensor:
@@ -297,20 +304,6 @@ class ProjectedRule(DirectionRule):
         state["basis"].copy_(matrix)
         return rotation
 
-    def _carry_moments(self, rotation: Tensor | None, low: Tensor, state: State, hyper: Hyper) -> None:
-        if rotation is not None:
-            rotate_moments(state, low.shape, rotation, seed=mix(self._seed(hyper), 1))
-        elif self.method.at_refresh == "reset":
-            for name, value in state.items():
-                if name.startswith("exp_avg"):
-                    value.zero_()
-            state["inner_step"].zero_()
-
-    def _basis(self, state: State, device: torch.device) -> Basis:
-        if self._keeps_basis:
-            return DenseBasis(state["basis"])
-        return self._basis_from_seed(self._refresh_number(state), device)
-
     def _basis_from_seed(self, number: int, device: torch.device) -> Basis:
         seed = mix(self.place.own_seed, number)
         *batch, num_rows, _ = self._oriented_shape
@@ -328,12 +321,6 @@ class ProjectedRule(DirectionRule):
     @property
     def _limits_residual(self) -> bool:
         return self.method.residual == "fira" and self.method.limiter == "norm_growth"
-
-    @property
-    def _lifts_into_weight(self) -> bool:
-        """Whether the update is P N and nothing else, of a basis that stays in the state."""
-        method = self.method
-        return self._keeps_basis and method.residual == method.scale_gradient == method.limiter == "none"
 
     @property
     def _keeps_basis(self) -> bool:
