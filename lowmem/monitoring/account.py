@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from lowmem.monitoring.timeline import StepTimeline, computed_passes, merged, overlap_ns
+from lowmem.monitoring.timeline import PHASE_LABELS, StepTimeline, computed_passes, merged, overlap_ns
 from offload import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -197,14 +197,9 @@ def held_bytes(model: torch.nn.Module, runtime: Runtime, optimizer: object) -> d
     held[OUTSIDE_BLOCKS] = sum(param.untyped_storage().nbytes() for param in outside)
     held["adapters"] = sum(param.nbytes for param in trained)
     held["adapter gradients"] = sum(param.grad.nbytes for param in trained if param.grad is not None)
-    held["optimizer state"] = _state_bytes(optimizer)
+    entries = (entry for entry in getattr(optimizer, "state", {}).values() if isinstance(entry, Mapping))
+    held["optimizer state"] = sum(int(getattr(value, "nbytes", 0)) for entry in entries for value in entry.values())
     return held
-
-
-def _state_bytes(optimizer: object) -> int:
-    state = getattr(optimizer, "state", {})
-    values = (value for entry in state.values() if isinstance(entry, Mapping) for value in entry.values())
-    return sum(int(getattr(value, "nbytes", 0)) for value in values)
 
 
 def memory_rows(plan: Plan, held: Mapping[str, int], *, peak_bytes: int) -> tuple[RoleMemory, ...]:
@@ -245,7 +240,10 @@ def planned_peak_bytes(plan: Plan) -> int:
 def account_text(steps: Iterable[StepTimeline], facts: RunFacts | None) -> str:
     """Say where the seconds went, step by step and for the median step, and how that compares with the plan."""
     accounts = [(step, step_seconds(step)) for step in steps]
-    lines = [facts.title, f"{facts.state}, {_last_step(facts)} of {facts.num_steps} steps", ""] if facts else []
+    lines = []
+    if facts is not None:
+        num_done = facts.steps[-1].step if facts.steps else 0
+        lines = [facts.title, f"{facts.state}, {num_done} of {facts.num_steps} steps", ""]
     for step, account in accounts:
         busy = ", ".join(
             f"{lane} {step.busy_percent(lane):.0f}%" for lane in sorted({span.lane for span in step.spans})
@@ -260,13 +258,8 @@ def account_text(steps: Iterable[StepTimeline], facts: RunFacts | None) -> str:
     return "\n".join(lines)
 
 
-def _last_step(facts: RunFacts) -> int:
-    return facts.steps[-1].step if facts.steps else 0
-
-
 def _seconds_table(account: StepSeconds) -> list[str]:
-    names = {"forward": "forward", "backward": "backward", "no_grad": "forward without gradients"}
-    parts = {f"computing: {names.get(phase, phase)}": value for phase, value in account.computing_s.items()}
+    parts = {f"computing: {PHASE_LABELS.get(phase, phase)}": value for phase, value in account.computing_s.items()}
     parts |= {f"waiting: {cause}": value for cause, value in account.waiting_s.items()}
     parts["outside the blocks: embeddings, head, loss, optimizer"] = account.other_s
     width = max(map(len, parts))

@@ -431,13 +431,11 @@ class _Run:
             num_blocks=runtime.num_blocks, num_forwards=num_forwards, planned_step_s=runtime.plan.step_s
         )
         self._progress = StepProgress(self._estimate, read_bytes=self.recorder.disk_bytes, every_s=every_s, shows=shows)
-        self._stop_showing = runtime.listen(self._visited)
+        self._detach = [runtime.listen(self._visited), self.recorder.close, self._progress.close]
         runtime.add_to_log = self.add_to_log
         runtime.note_interrupted = self.note_interrupted
-        generation = generation_of(runtime) if shows else None
-        self._stop_counting: Callable[[], None] = (
-            (lambda: None) if generation is None else generation.listen(self._progress.token)
-        )
+        if shows and (generation := generation_of(runtime)) is not None:
+            self._detach.append(generation.listen(self._progress.token))
         self._start_ns = time.perf_counter_ns()
         self._reported_s = -float("inf")
         self._has_told_plan = self._is_written = False
@@ -581,10 +579,8 @@ class _Run:
     def close(self) -> None:
         self._runtime.add_to_log = None
         self._runtime.note_interrupted = None
-        self._stop_showing()
-        self._stop_counting()
-        self.recorder.close()
-        self._progress.close()
+        for detach in self._detach:
+            detach()
 
     def _visited(self, visit: Visit) -> None:
         self._progress.visit(visit.block, visit.num_blocks, visit.phase, started=visit.started)

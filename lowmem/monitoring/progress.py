@@ -96,7 +96,6 @@ RATE_WINDOW_S = 3.0
 BACKWARD_PER_FORWARD = 2.5
 """Guess for the first step: recomputing and two gradients take 3 forwards, waiting for weights as long as 1."""
 
-PHASES = ("no_grad", "forward", "backward")
 PHASE_WORDS = {"no_grad": "no grad", "forward": "forward", "backward": "backward"}
 
 
@@ -150,7 +149,7 @@ class StepEstimate:
     def step_left_s(self, now_s: float) -> float | None:
         """Seconds left in this step, or `None` before anything is known."""
         left = self._expected - self._done
-        if any(phase in self._visit_times_s for phase in PHASES):
+        if self._visit_times_s:
             return sum(num * self._visit_s(phase) for phase, num in left.items())
         if self._planned_step_s is None:
             return None

@@ -13,6 +13,7 @@ from pathlib import Path
 from lowmem.monitoring.account import TEMPORARIES, RunFacts, step_seconds
 from lowmem.monitoring.timeline import (
     LANE_COLOURS,
+    LANE_LABELS,
     OTHER_COLOUR,
     PHASE_COLOURS,
     PHASE_LABELS,
@@ -211,33 +212,21 @@ def _lanes(steps: Sequence[StepTimeline]) -> str:
         x = _LABEL_WIDTH + (step.start_ns - start_ns) * scale
         rows += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="var(--ink)" stroke-width=".6"/>'
         rows += f'<text x="{x + 4:.1f}" y="11">step {step.step}, {format_seconds(step.duration_s)}</text>'
-    seen = [*PHASE_COLOURS.items()]
-    legend = _legend([(PHASE_LABELS[phase], colour) for phase, colour in seen] + [*_lane_legend(lanes)])
+    phases = [(PHASE_LABELS[phase], colour) for phase, colour in PHASE_COLOURS.items()]
+    legend = _legend(phases + [(word, LANE_COLOURS[lane]) for lane, word in LANE_LABELS.items() if lane in lanes])
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline of the last steps">{rows}</svg>{legend}'
     )
-
-
-def _lane_legend(lanes: Sequence[str]) -> Iterable[tuple[str, str]]:
-    words = {"disk": "read from disk", "copy": "copy to the device", "stall": "compute waits"}
-    return ((word, LANE_COLOURS[lane]) for lane, word in words.items() if lane in lanes)
 
 
 def _coloured(steps: Sequence[StepTimeline], lane: str) -> Iterable[tuple[str, list[tuple[int, int]]]]:
     """A lane's intervals, clipped to their steps, by colour."""
     found: dict[str, list[tuple[int, int]]] = {}
     for step in steps:
-        if lane == "compute":
-            bars = [
-                (PHASE_COLOURS.get(work.phase, OTHER_COLOUR), work.start_ns, work.end_ns)
-                for work in computed_passes(step)
-            ]
-        else:
-            bars = [
-                (LANE_COLOURS.get(lane, OTHER_COLOUR), span.start_ns, span.end_ns)
-                for span in step.spans
-                if span.lane == lane
-            ]
-        for colour, from_ns, to_ns in bars:
-            found.setdefault(colour, []).append((max(from_ns, step.start_ns), min(to_ns, step.end_ns)))
+        if lane != "compute":
+            found.setdefault(LANE_COLOURS.get(lane, OTHER_COLOUR), []).extend(step.busy_ns(lane))
+            continue
+        for work in computed_passes(step):
+            inside = (max(work.start_ns, step.start_ns), min(work.end_ns, step.end_ns))
+            found.setdefault(PHASE_COLOURS.get(work.phase, OTHER_COLOUR), []).append(inside)
     return found.items()

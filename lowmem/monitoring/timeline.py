@@ -103,6 +103,7 @@ def _step_starts(spans: tuple[Span, ...]) -> Iterator[int]:
 LANE_COLOURS = {"disk": "#4f9d69", "copy": "#9a7bb0", "stall": "#d1495b"}
 PHASE_COLOURS = {"forward": "#4f7cac", "backward": "#e39b3a", "no_grad": "#8ab6c4"}
 PHASE_LABELS = {"forward": "forward", "backward": "backward", "no_grad": "forward without gradients"}
+LANE_LABELS = {"disk": "read from disk", "copy": "copy to the device", "stall": "compute waits"}
 OTHER_COLOUR = "#aaa49b"
 WIDTH_INCHES, HEIGHT_INCHES, DOTS_PER_INCH = 12.0, 3.9, 150
 MAX_EDGED_BARS = 100
@@ -330,11 +331,7 @@ def _add_legend(figure: Figure, works: Sequence[BlockPass]) -> None:
     ]
     if "" in seen:
         legend.append(Patch(color=OTHER_COLOUR, label="outside blocks"))
-    legend += [
-        Patch(color=LANE_COLOURS["disk"], label="read from disk"),
-        Patch(color=LANE_COLOURS["copy"], label="copy to the device"),
-        Patch(color=LANE_COLOURS["stall"], label="compute waits"),
-    ]
+    legend += [Patch(color=LANE_COLOURS[lane], label=label) for lane, label in LANE_LABELS.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
 
 
