@@ -155,14 +155,14 @@ class _KeepsBaseSquares:
         self._frozen_base = frozen_base
         self._kept: Tensor | None = None
 
-    def _squares(self, weight_OI: Tensor, *adapter: Tensor) -> Tensor | None:
-        """The squares in the dtype that `row_norms` accumulates in for these arguments; None: compute them there."""
-        if not self._frozen_base or weight_OI.device.type != "cpu":
-            return None
-        dtype = _accumulation_dtype(weight_OI, *adapter)
-        if self._kept is None or self._kept.dtype != dtype or self._kept.device != weight_OI.device:
-            self._kept = base_squares(weight_OI, dtype=dtype)
-        return self._kept
+    def _norms(self, weight_OI: Tensor, lora_A_RI: Tensor, *, lora_B_OR: Tensor, scaling: float) -> Tensor:
+        """`row_norms`, with the squares in the dtype that it accumulates in for these arguments where they are kept."""
+        kept = None
+        if self._frozen_base and weight_OI.device.type == "cpu":
+            dtype, kept = _accumulation_dtype(weight_OI, lora_A_RI, lora_B_OR), self._kept
+            if kept is None or kept.dtype != dtype or kept.device != weight_OI.device:
+                self._kept = kept = base_squares(weight_OI, dtype=dtype)
+        return row_norms(weight_OI, lora_A_RI, lora_B_OR=lora_B_OR, scaling=scaling, base_squares_O=kept)
 
 
 class FactoredDoraLinear(_KeepsBaseSquares, DoraLinearVariant):
@@ -174,14 +174,7 @@ class FactoredDoraLinear(_KeepsBaseSquares, DoraLinearVariant):
         scaling, dropout = module.scaling[active_adapter], module.lora_dropout[active_adapter]
         base_layer = module.get_base_layer()
         weight_OI = transpose(dequantize_module_weight(base_layer), module.fan_in_fan_out).detach()
-        factors = lora_A.weight, lora_B.weight
-        norms_O = row_norms(
-            weight_OI,
-            factors[0],
-            lora_B_OR=factors[1],
-            scaling=scaling,
-            base_squares_O=self._squares(weight_OI, *factors),
-        )
+        norms_O = self._norms(weight_OI, lora_A.weight, lora_B_OR=lora_B.weight, scaling=scaling)
         scale_1O = (module.lora_magnitude_vector[active_adapter].weight / norms_O.to(x.dtype)).view(1, -1)
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
@@ -201,13 +194,7 @@ class FactoredDoraEmbedding(_KeepsBaseSquares, DoraEmbeddingVariant):
         lora_A_RV, lora_B_DR = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
         scaling = module.scaling[active_adapter]
         weight_DV = module.get_base_layer().weight.detach().T
-        norms_D = row_norms(
-            weight_DV,
-            lora_A_RV,
-            lora_B_OR=lora_B_DR,
-            scaling=scaling,
-            base_squares_O=self._squares(weight_DV, lora_A_RV, lora_B_DR),
-        )
+        norms_D = self._norms(weight_DV, lora_A_RV, lora_B_OR=lora_B_DR, scaling=scaling)
         norms_D = norms_D.to(torch.promote_types(weight_DV.dtype, lora_A_RV.dtype))
         scale_D = module.lora_magnitude_vector[active_adapter].weight / norms_D
         update: Tensor = scale_D * (embed(module, x, lora_A_RV.T) @ lora_B_DR.T) * scaling

@@ -6,7 +6,7 @@ import errno
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -181,16 +181,13 @@ def _write_shards(
     folder: Path, plan: MergePlan, shards: Mapping[str, tuple[OutputTensor, ...]], rounding: Rounding
 ) -> None:
     by_name = {tensor.output.name: tensor for tensor in plan.tensors}
-    writer = MergedValues(plan, rounding)
     num_bytes = sum(tensor.output.nbytes for tensor in plan.tensors)
-    try:
-        with tqdm(total=num_bytes, desc="merging", unit="B", unit_scale=True, leave=False, delay=_QUIET_S) as bar:
-            for file, outputs in shards.items():
-                with ShardFile(folder / file, outputs) as shard:
-                    for output in outputs:
-                        for values in writer.values(by_name[output.name]):
-                            shard.write(values)
-                            bar.update(values.nbytes)
-    finally:
-        writer.close()
+    bar = tqdm(total=num_bytes, desc="merging", unit="B", unit_scale=True, leave=False, delay=_QUIET_S)
+    with closing(MergedValues(plan, rounding)) as writer, bar:
+        for file, outputs in shards.items():
+            with ShardFile(folder / file, outputs) as shard:
+                for output in outputs:
+                    for values in writer.values(by_name[output.name]):
+                        shard.write(values)
+                        bar.update(values.nbytes)
     write_index(folder, shards)

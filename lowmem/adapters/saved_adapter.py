@@ -14,6 +14,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -193,21 +194,18 @@ def _check_sizes(file: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) 
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    reader, tensors = TensorReader(), {}
-    try:
-        with SafetensorsSource([file]) as source:
-            for name, spec in source.tensors.items():
-                tensors[name] = values = torch.empty(spec.shape, dtype=spec.dtype)
-                start_bytes = 0
-                # In parts: an adapter may hold a whole embedding.
-                for part in torch.split(values.view(-1), _PART_ELEMENTS):
-                    part.copy_(reader.read(spec, start_bytes, nbytes=part.nbytes))
-                    start_bytes += part.nbytes
-                    if part.is_floating_point() and not bool(part.float().isfinite().all()):
-                        problem = "some of its values are not finite"
-                        raise SourceError(file, field=name, problem=problem, remedy=_SAVE_AGAIN)
-    finally:
-        reader.close()
+    tensors = {}
+    with closing(TensorReader()) as reader, SafetensorsSource([file]) as source:
+        for name, spec in source.tensors.items():
+            tensors[name] = values = torch.empty(spec.shape, dtype=spec.dtype)
+            start_bytes = 0
+            # In parts: an adapter may hold a whole embedding.
+            for part in torch.split(values.view(-1), _PART_ELEMENTS):
+                part.copy_(reader.read(spec, start_bytes, nbytes=part.nbytes))
+                start_bytes += part.nbytes
+                if part.is_floating_point() and not bool(part.float().isfinite().all()):
+                    problem = "some of its values are not finite"
+                    raise SourceError(file, field=name, problem=problem, remedy=_SAVE_AGAIN)
     return tensors
 
 

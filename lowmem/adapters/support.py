@@ -169,7 +169,9 @@ def check_peft_model(model: nn.Module) -> None:
 def _check_lora(config: PeftConfig) -> None:
     init = config.init_lora_weights
     if not isinstance(init, bool) and str(init).lower() not in _EXACT_INITS:
-        _refuse("init_lora_weights", init, _Refusal(reason=_init_reason(str(init)), instead=_INIT_INSTEAD))
+        unknown = "this version of lowmem does not know the initialisation"
+        reason = _CHANGES_BASE if str(init).startswith(CHANGED_BASE_INITS) else unknown
+        _refuse("init_lora_weights", init, _Refusal(reason=reason, instead=_INIT_INSTEAD))
     if getattr(getattr(config, "runtime_config", None), "ephemeral_gpu_offload", False):
         reason = "adapters are on the compute device already, and so is every weight while it is used"
         _refuse("runtime_config.ephemeral_gpu_offload", True, _Refusal(reason=reason, instead="leave it out"))
@@ -178,8 +180,8 @@ def _check_lora(config: PeftConfig) -> None:
         value = getattr(config, field.name)
         if field.name in known or not value or value == _default(field):
             continue
-        unknown = _Refusal(reason="this version of lowmem does not know the option", instead="leave it out")
-        _refuse(field.name, value, _REFUSED_LORA_FIELDS.get(field.name, unknown))
+        new = _Refusal(reason="this version of lowmem does not know the option", instead="leave it out")
+        _refuse(field.name, value, _REFUSED_LORA_FIELDS.get(field.name, new))
 
 
 def _own_fields(config: PeftConfig) -> frozenset[str]:
@@ -194,12 +196,6 @@ def _default(field: Field[object]) -> object:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return field.default
-
-
-def _init_reason(init: str) -> str:
-    if init.startswith(CHANGED_BASE_INITS):
-        return _CHANGES_BASE
-    return "this version of lowmem does not know the initialisation"
 
 
 def _refuse(option: str, value: object, refusal: _Refusal) -> None:
