@@ -7,8 +7,7 @@ Sequences go through a block in micro-batches, and each micro-batch by one of tw
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -195,7 +194,8 @@ class RecordedCall:
         self._boundaries: list[Boundary] = []
         self._pass: TrainingPass | None = None
         self._ready: tuple[Tensor, ...] | None = None
-        self._autocast = _autocast_state(runtime.device.type)
+        kind = runtime.device.type
+        self._autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._settings = block_settings(self._block.module)
         self._hooks = BlockHooks(self._block.module, name=self._block.name)
         if keeps:
@@ -339,19 +339,15 @@ class RecordedCall:
         args, kwargs = arguments
         hidden = next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
         hooks = self._hooks.in_recomputation(rows) if again else self._hooks.in_forward(rows, guards=self._keeps)
-        with self._in_autocast(), products_for(hidden.device, num_tokens=hidden.shape[:2].numel()), hooks:
+        kind, enabled, dtype = self._autocast
+        # Without its weight cache: a cast made in the forward carries no graph, and the recomputation needs one.
+        autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+        with autocast, products_for(hidden.device, num_tokens=hidden.shape[:2].numel()), hooks:
             forward = partial(self._block.raw_forward, self._block.module, *args, **kwargs)
             return self._collected.run(forward, hidden.shape[0])
 
     def _cut(self, rows: slice) -> slice | None:
         return None if len(self._rows) == 1 else rows
-
-    @contextmanager
-    def _in_autocast(self) -> Iterator[None]:
-        device_type, enabled, dtype = self._autocast
-        # Without its weight cache: a cast made in the forward carries no graph, and the recomputation needs one.
-        with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False):
-            yield
 
 
 def block_settings(block: torch.nn.Module) -> tuple[object, ...]:
@@ -468,10 +464,6 @@ def _join(parts: list[object]) -> object:
     if len(parts) == 1 or not isinstance(parts[0], Tensor):
         return parts[0]
     return torch.cat(parts)  # type: ignore[arg-type]
-
-
-def _autocast_state(device_type: str) -> tuple[str, bool, torch.dtype]:
-    return device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
 
 def run_block(

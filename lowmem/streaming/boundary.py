@@ -73,18 +73,19 @@ class BoundaryTier(Protocol):
     def keep(self, value: Tensor) -> Boundary:
         """Keep an activation of any shape; the caller may drop its own reference afterwards."""
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of memory the tier has taken for kept activations."""
+    held_bytes: int
+    """Bytes of memory the tier has taken for kept activations."""
 
     def release_idle(self) -> None:
-        """Give memory back that kept activations can do without until they are taken."""
+        """Give memory back that kept activations can do without until they are taken, if there is any."""
+        return
 
     def close(self) -> None:
-        """Release everything; nothing can be kept or taken afterwards."""
+        """Release everything that is the tier's own; nothing can be kept or taken afterwards."""
+        return
 
 
-class DeviceBoundaries:
+class DeviceBoundaries(BoundaryTier):
     """Kept by reference, in the device's memory."""
 
     held_bytes = 0
@@ -93,14 +94,8 @@ class DeviceBoundaries:
         """Keep an activation where it is."""
         return Boundary(partial(_unchanged, value.detach(), version=version_of(value)), release=_nothing)
 
-    def release_idle(self) -> None:
-        """Nothing can be given back."""
 
-    def close(self) -> None:
-        """Nothing of its own to release."""
-
-
-class HostBoundaries:
+class HostBoundaries(BoundaryTier):
     """Copied into page-aligned buffers of host RAM that one step after another uses.
 
     On a CPU this is where all boundaries go. They outlive the temporaries of many blocks: left on the heap, they would
@@ -118,23 +113,19 @@ class HostBoundaries:
         """How many times as large as an activation its buffer may be."""
 
     def keep(self, value: Tensor) -> Boundary:
-        """Copy an activation into a buffer of this tier."""
-        nbytes = value.numel() * value.element_size()
-        buffer = self._take_buffer(nbytes)
-        kept = buffer.tensor[:nbytes].view(value.dtype).view(value.shape)
-        kept.copy_(value)
-        return self.kept_in(buffer, kept)
-
-    def kept_in(self, buffer: StagingBuffer, kept: Tensor) -> Boundary:
-        """What stands for an activation that lies in a buffer of this tier."""
+        """Copy an activation of any shape into a buffer of this tier; from a GPU, returns at once."""
+        buffer = self._take_buffer(value.nbytes)
+        kept = buffer.tensor[: value.nbytes].view(value.dtype).view(value.shape)
+        self.bring_down(value, kept)
         return Boundary(partial(self.on_device, kept), release=partial(self._free.append, buffer))
+
+    def bring_down(self, value: Tensor, kept: Tensor) -> None:
+        """Copy an activation to its place in a buffer."""
+        kept.copy_(value)
 
     def on_device(self, kept: Tensor) -> Tensor:
         """A kept activation where blocks compute: the buffer itself on a CPU, a copy elsewhere."""
         return kept.to(self._device)
-
-    def release_idle(self) -> None:
-        """Nothing can be given back."""
 
     def close(self) -> None:
         """Release the buffers that no activation is in."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lowmem.streaming.boundary import (
-    Boundary,
     BoundaryTier,
     DeviceBoundaries,
     DiskBoundaries,
@@ -73,14 +72,9 @@ class GpuHostBoundaries(HostBoundaries):
         self._retired = _Retired()
         self.most_wasteful = math.inf
 
-    def keep(self, value: Tensor) -> Boundary:
-        """Start copying an activation of any shape into a buffer; returns at once."""
-        value = value.detach().contiguous()
-        buffer = self._take_buffer(value.nbytes)
-        kept = buffer.tensor[: value.nbytes].view(value.dtype).view(value.shape)
+    def bring_down(self, value: Tensor, kept: Tensor) -> None:
         # A buffer that was given back before its copy was over is safe: all copies are on this one stream.
-        self._copies.down(value, kept)
-        return self.kept_in(buffer, kept)
+        self._copies.down(value.detach().contiguous(), kept)
 
     def on_device(self, kept: Tensor) -> Tensor:
         """A kept activation on the GPU, for whatever the current stream computes from now on; returns at once."""

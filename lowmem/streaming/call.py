@@ -195,7 +195,8 @@ class SplitChoice:
         keeps = self._keeps_keys_values and chunk_tokens is not None
         if not call.can_split:
             return Split(chunk_tokens=chunk_tokens, keeps_keys_values=keeps)
-        size = self._asked_for or (self._planned if chunk_tokens else self._that_fit(call.num_tokens, tokens_each))
+        fitting = max(1, self._fitting_tokens(call.num_tokens) // tokens_each)
+        size = self._asked_for or (self._planned if chunk_tokens else fitting)
         micro_batch = None if size >= call.batch_size else size
         return Split(micro_batch=micro_batch, chunk_tokens=chunk_tokens, keeps_keys_values=keeps)
 
@@ -213,9 +214,6 @@ class SplitChoice:
         if not self._can_chunk or tokens_each <= fitting or tokens_each <= _FEWEST_TOKENS:
             return None
         return max(_FEWEST_TOKENS, fitting // 2)
-
-    def _that_fit(self, num_tokens: int, tokens_each: int) -> int:
-        return max(1, self._fitting_tokens(num_tokens) // tokens_each)
 
     def _fitting_tokens(self, num_tokens: int) -> int:
         """Tokens that a block may recompute at a time, the boundaries of `num_tokens` being kept."""

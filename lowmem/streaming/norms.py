@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -104,19 +103,15 @@ def tokenwise(run: RunTokens, hidden: Tensor, *, params: Sequence[Tensor] = (), 
 TILE_TOKENS = 256
 
 
-class _Norm(Protocol):
-    def forward(self, hidden: Tensor) -> Tensor: ...
-
-
 class TiledNorm(nn.Module):
     """Mixed in front of a norm's own class: the same module, walked in tiles where there are many tokens."""
 
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The norm's own forward, of one tensor (..., tokens, hidden)."""
-        whole: _Norm = super()  # type: ignore[assignment]
+        whole: Callable[..., Tensor] = super().forward
         if args or kwargs or not torch.is_grad_enabled() or hidden.shape[:-1].numel() <= TILE_TOKENS:
-            return whole.forward(hidden, *args, **kwargs)
-        return tokenwise(whole.forward, hidden, params=list(self.parameters()), tile_tokens=TILE_TOKENS)
+            return whole(hidden, *args, **kwargs)
+        return tokenwise(whole, hidden, params=list(self.parameters()), tile_tokens=TILE_TOKENS)
 
 
 def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str, ...]:
@@ -133,7 +128,8 @@ def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str
     names = []
     for name, module in model.named_modules():
         kind = type(module)
-        if id(module) in inside or not _norms_single_tokens(kind) or issubclass(kind, TiledNorm):
+        is_norm = kind.__name__.endswith(("RMSNorm", "LayerNorm"))
+        if id(module) in inside or not is_norm or issubclass(kind, TiledNorm):
             continue
         change_class(module, _tiled(kind))  # type: ignore[arg-type]  # classes are hashable
         names.append(name)
@@ -144,7 +140,3 @@ def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str
 def _tiled(kind: type[nn.Module]) -> type[nn.Module]:
     """One class for each kind of norm: a class of each model's own would be garbage that refers to itself."""
     return type(kind.__name__, (TiledNorm, kind), {"__module__": kind.__module__})
-
-
-def _norms_single_tokens(kind: type[nn.Module]) -> bool:
-    return kind.__name__.endswith(("RMSNorm", "LayerNorm"))

@@ -289,8 +289,7 @@ class ReferencePass:
             inputs = Inputs(args, kwargs)
         except Unsuitable:
             return
-        watched = _is_watched(runtime.modules) or collected_keys() - _COLLECTED_BY_LEAD
-        if watched:
+        if _is_watched(runtime.modules) or collected_keys() - _COLLECTED_BY_LEAD:
             return
         state = ForwardState.now(runtime.modules, runtime.device)
         for follower in [] if collected_keys() else self._waiting:

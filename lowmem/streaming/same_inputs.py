@@ -82,13 +82,12 @@ class Inputs:
     """
 
     def __init__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        leaves, self._spec = tree_flatten(
-            (tuple(args), _cleaned(kwargs)), is_leaf=lambda leaf: isinstance(leaf, CausalMask)
-        )
-        if not all(leaf is None or isinstance(leaf, (Tensor, CausalMask, *_PLAIN)) for leaf in leaves):
-            raise Unsuitable
+        # A training forward keeps no cache, and a forward without gradients may pass an empty one.
+        kept = {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
+        leaves, self._spec = tree_flatten((tuple(args), kept), is_leaf=lambda leaf: isinstance(leaf, CausalMask))
+        known = (Tensor, CausalMask, *_PLAIN)
         index = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
-        if index is None:
+        if index is None or has_cache(kwargs) or not all(leaf is None or isinstance(leaf, known) for leaf in leaves):
             raise Unsuitable
         self._hidden_index = index
         hidden = leaves[index]
@@ -120,13 +119,6 @@ class Inputs:
     def has_form_of(self, other: Inputs) -> bool:
         """Whether structure, and the position of the hidden states, are the same."""
         return self._spec == other._spec and self._hidden_index == other._hidden_index
-
-
-def _cleaned(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Without caches: a training forward keeps none, and a forward without gradients may pass an empty one."""
-    if has_cache(kwargs):
-        raise Unsuitable
-    return {name: value for name, value in kwargs.items() if name not in _WITHOUT_EFFECT}
 
 
 class Correspondence:

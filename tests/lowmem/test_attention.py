@@ -303,7 +303,7 @@ def test_prefix_gradients_are_summed_in_fp32() -> None:
     prefix = carrier.take(key[:, :, :1], key[:, :, :1])
     assert isinstance(prefix, Prefix)
     for grad in (256.0, 1.0):
-        prefix.add_gradient(0, torch.full((1, 1, 2, 1), grad), torch.full((1, 1, 2, 1), grad))
+        prefix.memory.add_gradient(0, torch.full((1, 1, 2, 1), grad), torch.full((1, 1, 2, 1), grad))
     # In bf16 256 + 1 is 256.
     assert carrier._memories[0]._grads is not None
     assert carrier._memories[0]._grads[0].flatten().tolist() == [257.0, 257.0, 0.0]

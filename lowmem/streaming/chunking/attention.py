@@ -65,7 +65,7 @@ class JoinPrefix(torch.autograd.Function):
     def backward(ctx: _JoinContext, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         job, num_before = ctx.job, ctx.job.start - ctx.first
         if job.prefix is not None and num_before:
-            job.prefix.add_gradient(ctx.first, grad_key[:, :, :num_before], grad_value[:, :, :num_before])
+            job.prefix.memory.add_gradient(ctx.first, grad_key[:, :, :num_before], grad_value[:, :, :num_before])
         return grad_key[:, :, num_before:], grad_value[:, :, num_before:], None, None
 
 
@@ -125,10 +125,6 @@ class ChunkMask:
     def __init__(self, mask: CausalMask, carrier: KVCarrier) -> None:
         self.mask = mask
         self.carrier = carrier
-
-
-class ChunkedAttentionError(RuntimeError):
-    """A block's attention does something between its keys and its kernel that chunks cannot follow."""
 
 
 def register() -> None:
@@ -225,7 +221,11 @@ def attend(
     if implementation == "sdpa" and mask.rule.plain:
         return shipped(module, query, key, value, None, **kwargs)
     if _is_dense(mask):
-        dense = mask.dense() if implementation == "sdpa" else _additive_mask(mask, query.dtype)
+        dense = mask.dense()
+        if implementation == "eager":
+            # As eager_mask of transformers makes it of a boolean one.
+            zero = torch.zeros((), dtype=query.dtype, device=mask.rule.device)
+            dense = torch.where(dense, zero, torch.finfo(query.dtype).min)
         return shipped(module, query, key, value, dense, **kwargs)
     if implementation == "eager" and "attentions" in collected_keys():
         raise UnsupportedError(
@@ -264,11 +264,6 @@ def _is_dense(mask: CausalMask) -> bool:
     return mask.rows.shape[0] * mask.num_tokens**2 <= _DENSE_BYTES
 
 
-def _additive_mask(mask: CausalMask, dtype: torch.dtype) -> Tensor:
-    """As eager_mask of transformers makes it of a boolean one."""
-    return torch.where(mask.dense(), torch.zeros((), dtype=dtype, device=mask.rule.device), torch.finfo(dtype).min)
-
-
 def _by_parts(
     query: Tensor,
     key: Tensor,
@@ -280,7 +275,7 @@ def _by_parts(
 ) -> Tensor:
     """Attention of the tokens from `start` on, a chunk or all: (sequences, tokens, heads, head)."""
     if kwargs.get("position_bias") is not None:
-        raise ChunkedAttentionError("attention with a position bias cannot be computed by parts")
+        raise RuntimeError("attention with a position bias cannot be computed by parts")
     dropout, scaling, softcap = kwargs.get("dropout"), kwargs.get("scaling"), kwargs.get("softcap")
     sinks = kwargs.get("s_aux")
     dropout = dropout if isinstance(dropout, float) else 0.0

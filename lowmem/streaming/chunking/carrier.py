@@ -9,6 +9,7 @@ kernel (latent attention expands them, some models repeat them) is then done onc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -123,16 +124,13 @@ class AttentionMemory:
         return self._take(name, like, dtype=sum_dtype(like.dtype)).zero_()
 
 
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """Keys and values before a chunk, (sequences, key heads, tokens, head), and where their gradients go."""
 
-    def __init__(self, key: Tensor, value: Tensor, memory: AttentionMemory) -> None:
-        self.key, self.value = key, value
-        self._memory = memory
-
-    def add_gradient(self, start: int, key: Tensor, value: Tensor) -> None:
-        """Add the gradient of the keys and values from token `start` on."""
-        self._memory.add_gradient(start, key, value)
+    key: Tensor
+    value: Tensor
+    memory: AttentionMemory
 
 
 class KVCarrier:

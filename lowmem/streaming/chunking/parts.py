@@ -102,8 +102,11 @@ class PartwiseAttention(torch.autograd.Function):
                 if part.start >= job.start:
                     own.add_gradient(part.start, found[1], found[2])
                 elif job.prefix is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-                    job.prefix.add_gradient(part.start, found[1], found[2])
-        grad_sinks = None if sinks is None else _sink_gradient(sinks, grad_out, out, lse).to(sinks.dtype)
+                    job.prefix.memory.add_gradient(part.start, found[1], found[2])
+        grad_sinks = None
+        if sinks is not None:
+            delta = (grad_out * out).sum(-1, dtype=lse.dtype)
+            grad_sinks = -(delta * (sinks.to(lse.dtype).view(1, -1, 1) - lse).exp_()).sum((0, 2)).to(sinks.dtype)
         return grad_query.to(query.dtype), own.key.to(key.dtype), own.value.to(value.dtype), grad_sinks, None
 
 
@@ -149,11 +152,6 @@ class _Merge:
             lse = total
         # Queries that see nothing: any finite number makes exp(-inf - lse) zero in backward.
         return out, lse.masked_fill(lse == -torch.inf, 0.0)
-
-
-def _sink_gradient(sinks: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    delta = (grad_out * out).sum(-1, dtype=lse.dtype)
-    return -(delta * (sinks.to(lse.dtype).view(1, -1, 1) - lse).exp_()).sum((0, 2))
 
 
 def _uses_scores(query: Tensor, job: AttentionJob) -> bool:
