@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from lowmem.errors import UnsupportedError
 from lowmem.essa.spectrum import Spectrum
 from lowmem.essa.strategy import SeparableCma
 from lowmem.internals.torch import damage_of_saved
@@ -62,17 +61,14 @@ class ESSAConfig:
     """Of prompts, members and samples."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "per_device_train_batch_size", "max_completion_length", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        positive = ("max_steps", "per_device_train_batch_size", "max_completion_length", "logging_steps")
+        for name, least in (dict.fromkeys(positive, 1) | {"temperature": 0, "save_steps": 0}).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
         if self.population_size < 4 or self.population_size % 2:
             raise ValueError(f"population_size={self.population_size}: expected an even number of at least 4")
         if self.sigma <= 0:
             raise ValueError(f"sigma={self.sigma}: expected more than 0")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: expected 0 or more")
-        if self.save_steps < 0:
-            raise ValueError(f"save_steps={self.save_steps}: expected 0 or more")
         rows = self.generation_batch_size
         if rows is not None and rows < self.per_device_train_batch_size:
             raise ValueError(
@@ -362,16 +358,11 @@ def _checked_entry(entry: object) -> dict[str, float]:
 def _with_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, *, seed: int) -> PeftModel:
     from peft import PeftModel, get_peft_model
 
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise ValueError("peft_config: the model has an adapter already; give one or the other")
-        return model
     if peft_config is None:
-        raise UnsupportedError(
-            "ESSA without a LoRA adapter",
-            reason="it evolves an adapter's singular values",
-            instead="peft_config=LoraConfig(...), or a model with a LoRA adapter",
-        )
+        # `Spectrum` refuses a model that has no adapter of its own either.
+        return cast("PeftModel", model)
+    if isinstance(model, PeftModel):
+        raise ValueError("peft_config: the model has an adapter already; give one or the other")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(model, peft_config)

@@ -12,27 +12,18 @@ from lowmem.errors import UnsupportedError, untested
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 """(module, query, key, value, mask, **options) -> output (sequences, tokens, heads, head), and weights or None."""
 
-_MASK_ARGUMENTS = frozenset(
-    {
-        "batch_size",
-        "q_length",
-        "kv_length",
-        "q_offset",
-        "kv_offset",
-        "mask_function",
-        "attention_mask",
-        "local_size",
-        "allow_is_causal_skip",
-        "allow_is_bidirectional_skip",
-        "use_vmap",
-        "device",
-        "dtype",
-        "config",
-    }
-)
-"""What transformers asks for a mask with. Another name may mean a window or an offset by a new name."""
-
 _ALWAYS_GIVEN = frozenset({"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "use_vmap"})
+
+_MASK_ARGUMENTS = _ALWAYS_GIVEN | {
+    "attention_mask",
+    "local_size",
+    "allow_is_causal_skip",
+    "allow_is_bidirectional_skip",
+    "device",
+    "dtype",
+    "config",
+}
+"""What transformers asks for a mask with. Another name may mean a window or an offset by a new name."""
 
 
 def check_mask_arguments(arguments: Mapping[str, object]) -> None:

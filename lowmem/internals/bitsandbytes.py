@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowmem.errors import UnsupportedError
+from lowmem.errors import UnsupportedError, untested
 
 Code = Literal["nf4", "fp4"]
 """Tables of 16 values that bitsandbytes has."""
@@ -179,7 +179,7 @@ def _library() -> Any | None:
         from bitsandbytes import cextension
     library = getattr(cextension, "lib", None)
     if library is None:
-        raise _unknown("it has no cextension.lib")
+        raise untested("bitsandbytes", "it has no cextension.lib")
     if isinstance(library, cextension.ErrorHandlerMockBNBNativeLibrary):
         return None
     return library
@@ -189,7 +189,7 @@ def _symbol(library: Any, name: str) -> Any:
     try:
         return getattr(library, name)
     except AttributeError as error:
-        raise _unknown(f"its library has no {name}") from error
+        raise untested("bitsandbytes", f"its library has no {name}") from error
 
 
 @cache
@@ -227,11 +227,3 @@ def _without_advertisement() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _unknown(reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"bitsandbytes {version('bitsandbytes')}",
-        reason=reason,
-        instead="a version of bitsandbytes that README names as tested",
-    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from typing import NamedTuple, SupportsIndex
 
 import torch
@@ -154,7 +155,8 @@ class StandIn(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             own, name = args[0] if args else None, getattr(func, "__name__", "")
             if isinstance(own, StandIn):
-                if name == "__set__" and own.set_property(_property_of(func), args[1]):
+                descriptor = getattr(func, "__self__", None)
+                if name == "__set__" and own.set_property(getattr(descriptor, "__name__", ""), args[1]):
                     return None
                 if name == "requires_grad_":
                     wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
@@ -195,7 +197,8 @@ class StandIn(Tensor):
             return func(like, *args[1:], **{"device": own.device, **kwargs})
         elements = _one_by_one(func, args, kwargs)
         if elements is not None:
-            return _joined(func, [_run(func, *element) for element in elements])
+            results = [_run(func, *element) for element in elements]
+            return list(chain.from_iterable(results)) if func._schema.returns else None  # type: ignore[arg-type]
         return _run(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Tensor:
@@ -408,13 +411,3 @@ def _one_by_one(func: Operator, args: Sequence[object], kwargs: Mapping[str, obj
         )
         for index in range(num)
     ]
-
-
-def _joined(func: Operator, results: list[object]) -> object:
-    if not func._schema.returns:
-        return None
-    return [one for result in results for one in result]  # type: ignore[attr-defined]
-
-
-def _property_of(func: Callable[..., object]) -> str:
-    return getattr(getattr(func, "__self__", None), "__name__", "")

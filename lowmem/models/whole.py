@@ -50,7 +50,13 @@ def install_whole(model: PreTrainedModel, *, folder: Path, block_names: Mapping[
         instead="the adapter's own reference (peft's disable_adapter, which TRL uses when given peft_config), or a "
         "second streamed model",
     )
-    refuse_pickling(model)
+    refuse_copy(
+        model,
+        what="torch.save(model)",
+        reason="its weights, open files and threads cannot be pickled",
+        instead="model.save_pretrained(folder), or trainer.save_model, which saves the adapter",
+        method="__reduce_ex__",
+    )
     for name, block in block_names.items():
         refuse_copy(
             block,
@@ -118,33 +124,21 @@ def _refuse_own_folder(method: str, save_directory: str | os.PathLike[str], fold
         )
 
 
-def refuse_copy(module: nn.Module, *, what: str, reason: str, instead: str) -> None:
-    """Make `copy.deepcopy(module)` a clear refusal.
+def refuse_copy(module: nn.Module, *, what: str, reason: str, instead: str, method: str = "__deepcopy__") -> None:
+    """Make `copy.deepcopy(module)`, or whatever else calls a method of it to copy it, a clear refusal.
 
     Args:
         module: The module; the refusal hangs on this instance.
         what: The copy, or the option that asks for it, as the user knows it.
         reason: Why it cannot be.
         instead: What to do.
+        method: Which method; `__reduce_ex__` where it is pickled.
     """
 
-    def refuse(memo: dict[int, object]) -> NoReturn:
+    def refuse(argument: object) -> NoReturn:
         raise UnsupportedError(what, reason=reason, instead=instead)
 
-    vars(module)["__deepcopy__"] = refuse
-
-
-def refuse_pickling(model: nn.Module) -> None:
-    """Make `torch.save(model)` and whatever else pickles it a clear refusal."""
-
-    def refuse(protocol: object) -> NoReturn:
-        raise UnsupportedError(
-            "torch.save(model)",
-            reason="its weights, open files and threads cannot be pickled",
-            instead="model.save_pretrained(folder), or trainer.save_model, which saves the adapter",
-        )
-
-    vars(model)["__reduce_ex__"] = refuse
+    vars(module)[method] = refuse
 
 
 def _with_ancestors(model: nn.Module, block_names: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
