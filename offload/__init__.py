@@ -42,7 +42,7 @@ from offload.errors import (
     TierFull,
     WriteError,
 )
-from offload.files.checkpoint_swap import listed_weights, replacing_checkpoint, sync_files, unfinished_folder
+from offload.files.checkpoint_swap import replacing_checkpoint, sync_files, unfinished_folder
 from offload.files.file import NO_ROOM, open_regular, open_source, sync_folder
 from offload.files.file_io import FileIO
 from offload.files.folder import Folder
@@ -127,7 +127,6 @@ __all__ = [
     "format_seconds",
     "lay_out",
     "lay_out_object",
-    "listed_weights",
     "open_device",
     "open_regular",
     "open_source",

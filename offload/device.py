@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -114,11 +115,12 @@ class CpuDevice(Device):
         """Do nothing: nothing runs behind the caller's back."""
 
 
+@dataclass(frozen=True, eq=False)
 class _FinishedCopy(Copy):
     """A copy that was over when it was returned."""
 
-    def __init__(self, start_ns: int, end_ns: int) -> None:
-        self._times_ns = (start_ns, end_ns)
+    start_ns: int
+    end_ns: int
 
     def done(self) -> bool:
         return True
@@ -127,7 +129,7 @@ class _FinishedCopy(Copy):
         return
 
     def times_ns(self) -> tuple[int, int]:
-        return self._times_ns
+        return self.start_ns, self.end_ns
 
 
 class CudaDevice(Device):
@@ -180,7 +182,7 @@ class CudaDevice(Device):
             for target, part in copied_parts(source, into, parts):
                 target.copy_(part, non_blocking=True)
             end.record(self._copies)
-        return CudaCopy(self, start, end)
+        return CudaCopy(self._clock, start, end)
 
     def wait_for(self, copy: Copy) -> None:
         assert isinstance(copy, CudaCopy), copy
@@ -192,10 +194,6 @@ class CudaDevice(Device):
         # stream may still be using them.
         torch.cuda.synchronize(self.torch_device)
 
-    def clock_ns(self, event: torch.cuda.Event) -> int:
-        """When an event that is over happened, by `time.perf_counter_ns()`."""
-        return self._clock.at_ns(event)
-
 
 def timing_event() -> torch.cuda.Event:
     """An event that tells its time."""
@@ -204,7 +202,7 @@ def timing_event() -> torch.cuda.Event:
 
 
 class _EventClock:
-    """Events tell only the time between two of them: one that is waited for ties them to the clock of the trace."""
+    """Events tell only the time between two of them: one that is waited for ties them to `time.perf_counter_ns()`."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._anchor = timing_event()
@@ -265,13 +263,13 @@ class ComputeTimes:
                 self._trace.add(lane, name, start_ns, max(start_ns, end_ns))
 
 
+@dataclass(frozen=True, eq=False)
 class CudaCopy(Copy):
     """A copy on a CUDA device's copy stream, between two events."""
 
-    def __init__(self, device: CudaDevice, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
-        self._device = device
-        self._start = start
-        self.end = end
+    clock: _EventClock
+    start: torch.cuda.Event
+    end: torch.cuda.Event
 
     def done(self) -> bool:
         return bool(self.end.query())  # type: ignore[no-untyped-call]
@@ -280,7 +278,7 @@ class CudaCopy(Copy):
         self.end.synchronize()
 
     def times_ns(self) -> tuple[int, int]:
-        return self._device.clock_ns(self._start), self._device.clock_ns(self.end)
+        return self.clock.at_ns(self.start), self.clock.at_ns(self.end)
 
 
 class CopyStream:

@@ -252,7 +252,8 @@ class Pipeline:
             for block, layout in enumerate(self._layouts)
             if plan.placements[block] != Placement.HOST and (block in self._moving or not device.is_host)
         ]
-        self._staging = Ring([self._host_slot(max(through, default=0)) for _ in range(plan.num_staging)])
+        staging_bytes = max(through, default=0)
+        self._staging = Ring([self._slot_in(device.staging(staging_bytes)) for _ in range(plan.num_staging)])
         self._ring = self._staging
         if not device.is_host:
             slot_bytes = max((self._layouts[block].buffer_bytes for block in self._moving), default=0)
@@ -429,7 +430,8 @@ class Pipeline:
         if placement == Placement.HOST or (placement == Placement.RESIDENT and self.device.is_host):
             # Page-locking takes 0.1 s and more per GB, during which visits begin and end.
             with self.outside():
-                slot = self._own_slot(self._layouts[block])
+                layout = self._layouts[block]
+                slot = self._slot_in(self._keep(layout) or self.device.staging(layout.buffer_bytes))
             slot.block = block
             own[block] = slot
             return slot
@@ -446,18 +448,15 @@ class Pipeline:
         error = transfer.outcome()
         is_excused = transfer in self._excused
         self._excused.discard(transfer)
-        if error is not None:
-            if read.slot.block == _OUTDATED:
-                read.slot.clear()
-            else:
-                self._fail_read(read.block, read.slot, None if is_excused else error)
-            return
         if read.slot.block == _OUTDATED:
             read.slot.clear()
-        else:
+        elif error is None:
             read.slot.ready = True
-        self.num_reads[read.block] += 1
-        self.bytes_read += transfer.nbytes
+        else:
+            self._fail_read(read.block, read.slot, None if is_excused else error)
+        if error is None:
+            self.num_reads[read.block] += 1
+            self.bytes_read += transfer.nbytes
 
     def _fail_read(self, block: int, slot: Slot | None, error: BaseException | None) -> None:
         if error is not None:
@@ -515,18 +514,9 @@ class Pipeline:
                 source.tensor.fill_(POISON)
             source.clear()
 
-    def _own_slot(self, layout: BlockLayout) -> Slot:
-        place = self._keep(layout)
-        if place is None:
-            return self._host_slot(layout.buffer_bytes)
-        slot = Slot(tensor=place.tensor)
-        self._buffers[slot] = place
-        return slot
-
-    def _host_slot(self, nbytes: int) -> Slot:
-        buffer = self.device.staging(nbytes)
-        slot = Slot(tensor=buffer.tensor)
-        self._buffers[slot] = buffer
+    def _slot_in(self, memory: StagingBuffer | SharedPlace) -> Slot:
+        slot = Slot(tensor=memory.tensor)
+        self._buffers[slot] = memory
         return slot
 
     def _device_slot(self, nbytes: int) -> Slot:

@@ -80,7 +80,11 @@ class Fetcher:
         Raises:
             Closed: It was closed.
         """
-        self._check_process()
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                f"a scheduler made in process {self._pid} was used in its forked child {os.getpid()}, which has not "
+                "its threads; make a new one in the child, or start it with the spawn method"
+            )
         with self._changed:
             self._check_open()
             yield self._pipeline
@@ -181,13 +185,6 @@ class Fetcher:
             self.stall_s += (end_ns - start_ns) / 1e9
             self._trace.add(pipeline.device.wait_lane, self._names[block], start_ns, end_ns)
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise OffloadError(
-                f"a scheduler made in process {self._pid} was used in its forked child {os.getpid()}, which has not "
-                "its threads; make a new one in the child, or start it with the spawn method"
-            )
-
     def _check_open(self) -> None:
         if self._failure is not None:
             raise OffloadError(
@@ -256,11 +253,8 @@ class Fetcher:
         """Wait for what is under way, which is still writing to the buffers, and free them."""
         with self._changed:
             while (transfer := self._pipeline.oldest_transfer()) is not None:
-                self._changed.release()
-                try:
+                with self._without_lock():
                     transfer.outcome()
-                finally:
-                    self._changed.acquire()
                 self._pipeline.collect()
             self._pipeline.close()
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -100,7 +100,9 @@ def _put_in_place(beside: Path, folder: Path) -> None:
     names = {SINGLE_NAME: SINGLE_NAME}
     if index.exists():
         names = _free_names(folder, sorted(listed_weights(beside)))
-        _rename_in_index(index, names)
+        content = json.loads(index.read_bytes())
+        content["weight_map"] = {tensor: names[file] for tensor, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2) + "\n")
     sync_files(beside)
     if index.exists():
         for name, free in names.items():
@@ -139,12 +141,6 @@ def _free_names(folder: Path, names: Sequence[str]) -> dict[str, str]:
         number += 1
         found = {name: f"{Path(name).stem}-v{number}{Path(name).suffix}" for name in names}
     return found
-
-
-def _rename_in_index(index: Path, names: Mapping[str, str]) -> None:
-    content = json.loads(index.read_bytes())
-    content["weight_map"] = {tensor: names[file] for tensor, file in content["weight_map"].items()}
-    index.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def sync_files(folder: Path) -> None:

@@ -316,9 +316,8 @@ def _link_or_copy(source: Folder, stored: StoredObject, target: Folder, name: st
 
 
 def _copy(source: Folder, stored: StoredObject, target: Folder, name: str) -> None:
-    with contextlib.ExitStack() as opened:
-        writing = File(_open(target, name, os.O_RDWR | os.O_CREAT | os.O_EXCL), target.path / name)
-        opened.callback(writing.close)
+    made = File(_open(target, name, os.O_RDWR | os.O_CREAT | os.O_EXCL), target.path / name)
+    with contextlib.closing(made) as writing:
         crc32 = start = 0
         for piece in _pieces(source, stored.file, pread=os.preadv):
             writing.write(piece, offset_bytes=start)
@@ -399,17 +398,14 @@ def open_state(path: Path) -> Iterator[tuple[Manifest, Folder, Folder]]:
 
 def _pieces(folder: Folder, name: str, *, pread: Pread) -> Iterator[memoryview]:
     """A file's bytes in order, through one buffer that the next piece overwrites."""
-    file = File(_open(folder, name, os.O_RDONLY), folder.path / name, pread=pread)
-    try:
-        with StagingBuffer(_COPY_BYTES) as buffer:
-            view = bytes_of(buffer.tensor, name=name)
-            size_bytes = file.size_bytes
-            for start in range(0, size_bytes, _COPY_BYTES):
-                piece = view[: min(_COPY_BYTES, size_bytes - start)]
-                file.read(piece, offset_bytes=start)
-                yield piece
-    finally:
-        file.close()
+    opened = File(_open(folder, name, os.O_RDONLY), folder.path / name, pread=pread)
+    with contextlib.closing(opened) as file, StagingBuffer(_COPY_BYTES) as buffer:
+        view = bytes_of(buffer.tensor, name=name)
+        size_bytes = file.size_bytes
+        for start in range(0, size_bytes, _COPY_BYTES):
+            piece = view[: min(_COPY_BYTES, size_bytes - start)]
+            file.read(piece, offset_bytes=start)
+            yield piece
 
 
 def _open(folder: Folder, name: str, flags: int, *, nbytes: int = 0) -> int:
