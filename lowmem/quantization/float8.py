@@ -102,7 +102,6 @@ class Float8(Format):
     """E4M3 weights, as DeepSeek, vLLM's and Meta's tools and compressed-tensors store them."""
 
     reads: ClassVar[tuple[str, ...]] = ("fp8", "mxfp8", "fbgemm_fp8", "compressed-tensors (8-bit float)")
-    """For messages: what a configuration may call it."""
     name: str = "fp8"
     tile: Tile | None = (128, 128)
     """None where each weight has one scale, or one per row."""

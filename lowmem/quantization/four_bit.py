@@ -139,18 +139,15 @@ def _weight(
 
 
 def with_entries(weight: PackedWeight, state: NibbleState) -> PackedWeight:
-    """A weight that is a stack, with a way to unpack its entries one by one where they can be; else it as it is."""
-    return replace(weight, entry=partial(_entry, weight, state)) if _has_entries(state, weight.parts[0]) else weight
-
-
-def _has_entries(state: NibbleState, packed: TensorSpec) -> bool:
-    """Whether it is a stack no block of which, and no block of absmaxes, belongs to two entries."""
+    """A weight, with a way to unpack its entries one by one where no block of codes or absmaxes belongs to two."""
+    packed, size = weight.parts[0], math.prod(state.shape[1:])
     if len(state.shape) != 3 or packed.nbytes * 2 != math.prod(state.shape):
-        return False
-    size = math.prod(state.shape[1:])
-    whole = size % state.block_size == 0 and size % (2 * packed.dtype.itemsize) == 0
-    nested = state.nested_block_size
-    return whole and (nested is None or (size // state.block_size) % nested == 0)
+        return weight
+    if size % state.block_size or size % (2 * packed.dtype.itemsize):
+        return weight
+    if state.nested_block_size is not None and size // state.block_size % state.nested_block_size:
+        return weight
+    return replace(weight, entry=partial(_entry, weight, state))
 
 
 def _entry(stack: PackedWeight, state: NibbleState, index: int) -> PackedWeight:

@@ -15,9 +15,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lowmem.quantization.format import Format, PackedWeight, ReadBytes, part_of, refuse_weight
+from lowmem.quantization.format import Dequantise, Format, PackedWeight, ReadBytes, part_of, refuse_weight
 from lowmem.quantization.settings import Settings
-from lowmem.quantization.unpacking import PairLookup, scale_columns, subtract_columns, unpack_rows
+from lowmem.quantization.unpacking import PairLookup, scale_columns, unpack_rows
 from offload import TensorSpec, ceil_div
 
 CODES_PER_WORD = 8
@@ -56,8 +56,7 @@ def dequantise_gptq(
     def fill(rows: slice, into: Tensor) -> None:
         look_up(packed[rows], into=into)
         if order is None:
-            subtract_columns(into, zeros[rows], group_size)
-            scale_columns(into, by_output[rows], group_size)
+            scale_columns(into, by_output[rows], group_size, zeros=zeros[rows])
         else:
             into.sub_(zeros[rows].index_select(1, order))
             into.mul_(by_output[rows].index_select(1, order))
@@ -93,8 +92,7 @@ def dequantise_awq(parts: Sequence[Tensor], out: Tensor, *, group_size: int) -> 
         codes = torch.bitwise_right_shift(words, 4, out=codes.resize_(0))
         for number in range(1, CODES_PER_WORD, 2):
             by_word[:, _AWQ_ORDER[number]].copy_(codes[:, number // 2])
-        subtract_columns(into, zeros[rows], group_size)
-        scale_columns(into, by_output[rows], group_size)
+        scale_columns(into, by_output[rows], group_size, zeros=zeros[rows])
 
     unpack_rows(out, fill, multiple=CODES_PER_WORD)
 
@@ -125,19 +123,66 @@ _BESIDE_AWQ = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(Format):
+class _Words(Format):
+    """Weights in words of eight codes, with the zeros and scales of their groups beside them."""
+
+    packs_inputs: ClassVar[bool]
+    """Whether a word has eight inputs of one output, else eight outputs of one input."""
+    group_size: int
+    """Inputs of a group; -1 for all."""
+
+    def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
+        found = {}
+        for name, qweight in tensors.items():
+            module, _, last = name.rpartition(".")
+            if last != "qweight":
+                continue
+            if qweight.dtype != torch.int32 or len(qweight.shape) != 2:
+                refuse_weight(
+                    name, qweight, f"expected a matrix of int32, got {list(qweight.shape)} of {qweight.dtype}"
+                )
+            inputs_per_word, outputs_per_word = (CODES_PER_WORD, 1) if self.packs_inputs else (1, CODES_PER_WORD)
+            num_inputs, num_outputs = qweight.shape[0] * inputs_per_word, qweight.shape[1] * outputs_per_word
+            group_size = max(num_inputs if self.group_size == -1 else self.group_size, 1)
+            groups = ceil_div(num_inputs, group_size)
+            if num_outputs % CODES_PER_WORD:
+                refuse_weight(name, qweight, f"expected a multiple of 8 outputs, got {num_outputs}")
+            words = (groups, num_outputs // CODES_PER_WORD)
+            qzeros = part_of(tensors, f"{module}.qzeros", weight=qweight, dtypes=[torch.int32], shape=words)
+            scales = part_of(tensors, f"{module}.scales", weight=qweight, dtypes=_SCALES, shape=(groups, num_outputs))
+            index = tensors.get(f"{module}.g_idx") if self.packs_inputs else None
+            order = None
+            if index is not None:
+                part_of(tensors, index.name, weight=qweight, dtypes=[torch.int32], shape=(num_inputs,))
+                order = _group_of_input(index, read(index), groups=groups, group_size=group_size)
+            found[f"{module}.weight"] = PackedWeight(
+                name=f"{module}.weight",
+                shape=(num_outputs, num_inputs),
+                parts=(qweight, qzeros, scales),
+                read_once=() if index is None else (index,),
+                format=self.name,
+                dequantise=self._dequantise(order, group_size),
+            )
+        return found
+
+    def _dequantise(self, order: Tensor | None, group_size: int) -> Dequantise:
+        """Writes a weight whose inputs are in groups of this size, in order if that is None."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(_Words):
     """Weights that GPTQ quantised to four bits, in either version of the format."""
 
     reads: ClassVar[tuple[str, ...]] = ("gptq (4 bits)",)
-    """For messages: what a configuration may call it."""
+    packs_inputs: ClassVar[bool] = True
     name: str = "gptq"
-    group_size: int
-    """Inputs of a group; -1 for all."""
     zero_offset: int
     """As in `dequantise_gptq`."""
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
+        """See `Format.from_config`."""
         settings = Settings(quantization)
         if settings.method != "gptq":
             return None
@@ -149,42 +194,21 @@ class Gptq(Format):
                 raise settings.unsupported(name, "it changes what the stored numbers mean, or how they lie")
         return cls(group_size=_group_size(settings), zero_offset=1 if version == "gptq" else 0)
 
-    def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
-        found = {}
-        for module, qweight in _modules(tensors).items():
-            num_inputs, num_outputs = qweight.shape[0] * CODES_PER_WORD, qweight.shape[1]
-            group_size, groups = _groups(num_inputs, self.group_size)
-            qzeros, scales = _beside(tensors, module, qweight, groups=groups, num_outputs=num_outputs)
-            index = tensors.get(f"{module}.g_idx")
-            order = None
-            if index is not None:
-                part_of(tensors, index.name, weight=qweight, dtypes=[torch.int32], shape=(num_inputs,))
-                order = _group_of_input(index, read(index), groups=groups, group_size=group_size)
-            found[f"{module}.weight"] = PackedWeight(
-                name=f"{module}.weight",
-                shape=(num_outputs, num_inputs),
-                parts=(qweight, qzeros, scales),
-                read_once=() if index is None else (index,),
-                format=self.name,
-                dequantise=partial(
-                    dequantise_gptq, group_of_input=order, zero_offset=self.zero_offset, group_size=group_size
-                ),
-            )
-        return found
+    def _dequantise(self, order: Tensor | None, group_size: int) -> Dequantise:
+        return partial(dequantise_gptq, group_of_input=order, zero_offset=self.zero_offset, group_size=group_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq(Format):
+class Awq(_Words):
     """Weights that AWQ quantised to four bits, packed for its GEMM kernels."""
 
     reads: ClassVar[tuple[str, ...]] = ("awq (4 bits, gemm)",)
-    """For messages: what a configuration may call it."""
+    packs_inputs: ClassVar[bool] = False
     name: str = "awq"
-    group_size: int
-    """Inputs of a group; -1 for all."""
 
     @classmethod
     def from_config(cls, quantization: Mapping[str, object]) -> Self | None:
+        """See `Format.from_config`."""
         settings = Settings(quantization)
         if settings.method != "awq":
             return None
@@ -198,21 +222,8 @@ class Awq(Format):
             raise settings.unsupported(name, "its layout is another one")
         return cls(group_size=_group_size(settings))
 
-    def find(self, tensors: Mapping[str, TensorSpec], read: ReadBytes) -> dict[str, PackedWeight]:
-        del read
-        found = {}
-        for module, qweight in _modules(tensors).items():
-            num_inputs, num_outputs = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
-            group_size, groups = _groups(num_inputs, self.group_size)
-            qzeros, scales = _beside(tensors, module, qweight, groups=groups, num_outputs=num_outputs)
-            found[f"{module}.weight"] = PackedWeight(
-                name=f"{module}.weight",
-                shape=(num_outputs, num_inputs),
-                parts=(qweight, qzeros, scales),
-                format=self.name,
-                dequantise=partial(dequantise_awq, group_size=group_size),
-            )
-        return found
+    def _dequantise(self, order: Tensor | None, group_size: int) -> Dequantise:
+        return partial(dequantise_awq, group_size=group_size)
 
 
 def _group_size(settings: Settings) -> int:
@@ -224,36 +235,6 @@ def _group_size(settings: Settings) -> int:
     if size != -1 and size <= 0:
         raise settings.unsupported("group_size", "expected a positive number of inputs, or -1 for all")
     return size
-
-
-def _groups(num_inputs: int, group_size: int) -> tuple[int, int]:
-    """Inputs of a group, and how many groups there are."""
-    size = num_inputs if group_size == -1 else group_size
-    return max(size, 1), ceil_div(num_inputs, max(size, 1))
-
-
-def _modules(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Packed codes by the name of their module."""
-    found = {}
-    for name, spec in tensors.items():
-        module, _, last = name.rpartition(".")
-        if last == "qweight":
-            if spec.dtype != torch.int32 or len(spec.shape) != 2:
-                refuse_weight(name, spec, f"expected a matrix of int32, got {list(spec.shape)} of {spec.dtype}")
-            found[module] = spec
-    return found
-
-
-def _beside(
-    tensors: Mapping[str, TensorSpec], module: str, qweight: TensorSpec, *, groups: int, num_outputs: int
-) -> tuple[TensorSpec, TensorSpec]:
-    """The zeros and the scales of a module."""
-    if num_outputs % CODES_PER_WORD:
-        refuse_weight(qweight.name, qweight, f"expected a multiple of 8 outputs, got {num_outputs}")
-    words = (groups, num_outputs // CODES_PER_WORD)
-    qzeros = part_of(tensors, f"{module}.qzeros", weight=qweight, dtypes=[torch.int32], shape=words)
-    scales = part_of(tensors, f"{module}.scales", weight=qweight, dtypes=_SCALES, shape=(groups, num_outputs))
-    return qzeros, scales
 
 
 def _group_of_input(index: TensorSpec, raw: bytes, *, groups: int, group_size: int) -> Tensor | None:

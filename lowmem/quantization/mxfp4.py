@@ -59,7 +59,6 @@ class Mxfp4(Format):
     """Experts in MXFP4 and all else plain, as gpt-oss is published."""
 
     reads: ClassVar[tuple[str, ...]] = ("mxfp4",)
-    """For messages: what a configuration may call it."""
     name: str = "mxfp4"
 
     @classmethod

@@ -102,30 +102,20 @@ def power_scales(exponents: Tensor) -> Tensor:
     return table.to(exponents.device)[byte.to(torch.int32)]
 
 
-def scale_columns(values: Tensor, scales: Tensor, group: int) -> None:
+def scale_columns(values: Tensor, scales: Tensor, group: int, *, zeros: Tensor | None = None) -> None:
     """Multiply each run of `group` columns with its scale, the last run being shorter where columns do not divide.
 
     Args:
         values: Shape (rows, columns), fp32; changed in place.
         scales: Shape (rows, ceil(columns / group)), fp32.
         group: Columns that share a scale.
+        zeros: What is subtracted before, of the shape of `scales`; None for nothing.
     """
-    whole, runs, rest = _runs(values, group)
-    runs.mul_(scales[:, :whole, None])
-    if rest.shape[1]:
-        rest.mul_(scales[:, whole:])
-
-
-def subtract_columns(values: Tensor, zeros: Tensor, group: int) -> None:
-    """Subtract its zero from each run of `group` columns: as `scale_columns`."""
-    whole, runs, rest = _runs(values, group)
-    runs.sub_(zeros[:, :whole, None])
-    if rest.shape[1]:
-        rest.sub_(zeros[:, whole:])
-
-
-def _runs(values: Tensor, group: int) -> tuple[int, Tensor, Tensor]:
-    """How many whole runs there are, they (rows, runs, group), and the columns that are left."""
     whole = values.shape[1] // group
     runs = values[:, : whole * group].view(values.shape[0], whole, group)
-    return whole, runs, values[:, whole * group :]
+    rest = values[:, whole * group :]
+    if zeros is not None:
+        runs.sub_(zeros[:, :whole, None])
+        rest.sub_(zeros[:, whole:])
+    runs.mul_(scales[:, :whole, None])
+    rest.mul_(scales[:, whole:])
