@@ -27,8 +27,6 @@ from offload import SafetensorsSource, SourceError, format_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SHORT = 12
-
 _Known = TypeVar("_Known", bound=Described)
 
 
@@ -133,20 +131,13 @@ def verify_pack(folder: str | os.PathLike[str]) -> Sequence[str]:
     return found
 
 
-def packed_place(opened: Opened, packer: Packer, packed_dir: str | os.PathLike[str] | None) -> Path:
-    """Where the packed form of a checkpoint is kept."""
-    if packed_dir is not None:
-        return Path(packed_dir).expanduser().absolute()
+def _kept_place(given: BakeInput, packer: Packer) -> Path:
+    """Where the packed form of a checkpoint is kept if nobody says."""
     from platformdirs import user_cache_path
 
-    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(opened_name(opened)).name)
-    fingerprint = opened.source.fingerprint()[:_SHORT]
-    return user_cache_path("lowmem") / "packed" / f"{name or 'model'}-{packer.settings['format']}-{fingerprint}"
-
-
-def opened_name(opened: Opened) -> str:
-    """What the user called it."""
-    return str(opened.built.model.config.name_or_path)
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(given.name).name)
+    kept = f"{name or 'model'}-{packer.settings['format']}-{given.fingerprint[:12]}"
+    return user_cache_path("lowmem") / "packed" / kept
 
 
 def open_packed(
@@ -173,18 +164,16 @@ def open_packed(
     """
     with closing(opened.source):
         packer = packer_for(quantization)
-        place = packed_place(opened, packer, packed_dir)
         given = BakeInput.of(opened, trust_remote_code=trust_remote_code)
+        place = _kept_place(given, packer) if packed_dir is None else Path(packed_dir).expanduser().absolute()
         if not is_baked(place, given.manifest(packer)):
             size = format_bytes(given.select(packer).nbytes)
-            tqdm.write(
-                f"lowmem: packing {opened_name(opened)} to {quantization}, once, into {place} ({size})", file=sys.stderr
-            )
+            tqdm.write(f"lowmem: packing {given.name} to {quantization}, once, into {place} ({size})", file=sys.stderr)
             place.parent.mkdir(parents=True, exist_ok=True)
             bake(given, packer, output=place, device=opened.device)
     return open_checkpoint(
         place,
-        name=opened_name(opened),
+        name=given.name,
         device=opened.device,
         dtype=opened.dtype,
         num_labels=opened.num_labels,

@@ -102,11 +102,6 @@ class PackSelection:
         """Bytes of all weight files."""
         return sum(unit.nbytes for unit in self.units)
 
-    @property
-    def num_packed(self) -> int:
-        """Parameters that are packed."""
-        return sum(len(unit.packed) for unit in self.units)
-
     def as_found(self, built: Skeleton, packer: Packer) -> Skeleton:
         """A model as it will be found when the folder is opened, for plans before it is; outside the blocks as it is.
 
@@ -186,7 +181,7 @@ def select(
         shapes = {slot.key: tuple(slot.shape) for slot in streamed.slots}
         units.append(numbered(number, streamed.recipes, transposed=names, shapes=shapes))
     made = PackSelection(units=tuple(units), skipped=tuple(skipped))
-    if not made.num_packed and not formats:
+    if not any(unit.packed for unit in units) and not formats:
         raise UnsupportedError(
             f"packing architecture {type(built.model).__name__}",
             reason="its decoder blocks have no linear layers or stacks of experts",
@@ -211,16 +206,10 @@ def _outer(built: Skeleton, include: Collection[Included]) -> dict[str, bool]:
         weight = getattr(module, "weight", None)
         name = names.get(id(weight), "")
         what = f"include={part} of {type(model).__name__}"
-        if (
-            name in tied
-            or name in tied.values()
-            or modules["embeddings"].weight is getattr(modules["head"], "weight", None)
-        ):
-            raise UnsupportedError(
-                what,
-                reason="embeddings and head are one table, which would be rounded for both",
-                instead="packing without it",
-            )
+        is_shared = modules["embeddings"].weight is getattr(modules["head"], "weight", None)
+        if is_shared or name in tied or name in tied.values():
+            reason = "embeddings and head are one table, which would be rounded for both"
+            raise UnsupportedError(what, reason=reason, instead="packing without it")
         if not isinstance(module, nn.Embedding if part == "embeddings" else nn.Linear) or not name:
             raise UnsupportedError(what, reason=f"it is no ordinary {_KINDS[part]}", instead="packing without it")
         found[name] = False

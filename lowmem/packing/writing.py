@@ -36,25 +36,25 @@ class Contents(Protocol):
         """Close the files."""
 
 
-class StoredContents:
+class StoredContents(TensorReader):
     """Tensors as a checkpoint's files hold them."""
-
-    def __init__(self) -> None:
-        """Open nothing yet."""
-        self._reader = TensorReader()
 
     def tiles(self, spec: TensorSpec) -> Iterator[Tensor]:
         """See `Contents`."""
         for start in range(0, spec.nbytes, _TILE_BYTES):
-            yield self._reader.read(spec, start, nbytes=min(_TILE_BYTES, spec.nbytes - start))
-
-    def close(self) -> None:
-        """See `Contents`."""
-        self._reader.close()
+            yield self.read(spec, start, nbytes=min(_TILE_BYTES, spec.nbytes - start))
 
 
 class UnitWriter:
-    """Makes the tensors of one file."""
+    """Makes the tensors of one file.
+
+    Args:
+        unit: The file.
+        packer: Writes the format.
+        contents: Values; stays the caller's.
+        device: Where values are quantised.
+        observe: Sees what is quantised, and what of it is stored.
+    """
 
     def __init__(
         self,
@@ -65,15 +65,6 @@ class UnitWriter:
         device: torch.device,
         observe: Observe | None = None,
     ) -> None:
-        """Read nothing yet.
-
-        Args:
-            unit: The file.
-            packer: Writes the format.
-            contents: Values; stays the caller's.
-            device: Where values are quantised.
-            observe: Sees what is quantised, and what of it is stored.
-        """
         self._unit, self._packer, self._contents, self._device = unit, packer, contents, device
         self._observe = observe
         self._entries: dict[str, PackedEntry] = {
@@ -122,10 +113,11 @@ class UnitWriter:
 
     def _values(self, entry: PackedEntry) -> Iterator[Tensor]:
         recipe = entry.recipe
-        apart = None if recipe.plain is not None else _by_expert(recipe, entry.shape)
+        apart = None if recipe.plain is not None else taken_apart(recipe, entry.shape)
         if recipe.plain is not None and not entry.is_transposed:
             yield from self._contents.tiles(recipe.plain)
-        elif apart is not None:
+        elif apart is not None and all(rows.alone == rows.wholes for expert in apart for rows in expert):
+            # Stored tensors are one expert's each.
             yield from self._experts(apart, entry.shape[1:])
         else:
             values = self._run(recipe)[entry.target]
@@ -158,11 +150,3 @@ class UnitWriter:
                 end += tile.numel()
             assert end == values.numel(), f"{spec.name}: {end} of {values.numel()} values"
         return made
-
-
-def _by_expert(recipe: Recipe, shape: Sequence[int]) -> Sequence[Sequence[MatrixRows]] | None:
-    """What each expert of a stack is made of, where stored tensors are one expert's each; else None."""
-    apart = taken_apart(recipe, shape) if len(shape) == 3 else None
-    if apart is None or any(rows.alone != rows.wholes for expert in apart for rows in expert):
-        return None
-    return apart
