@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -399,11 +399,9 @@ class ExpertScheduler:
         """Fetch ahead for these visits."""
         self._scheduler.expect([self._number(block) for block in order])
 
-    @contextmanager
-    def resident(self, block: int) -> Iterator[Mapping[str, Tensor]]:
+    def resident(self, block: int) -> AbstractContextManager[Mapping[str, Tensor]]:
         """A block's tensors on the compute device, for the time of a ``with``."""
-        with self._scheduler.resident(self._number(block)) as stored:
-            yield stored
+        return self._scheduler.resident(self._number(block))
 
     def reset(self) -> None:
         """End all visits."""

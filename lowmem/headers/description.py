@@ -16,7 +16,7 @@ from lowmem.models.checkpoint import Described, checked_config, open_checkpoint,
 from lowmem.models.configuration import check_counts
 from lowmem.quantization.registry import find_packed
 
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt")
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def describing(
     remote = None
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         folder = resolve(path)
-        is_checkpoint = _has_weights(folder)
+        # Be it one that is refused.
+        is_checkpoint = any(file.name.endswith(_WEIGHTS) for file in folder.iterdir())
     else:
         remote = read_remote(name, revision=revision, with_code=trust_remote_code)
         folder, is_checkpoint = remote.folder, remote.tensors is None
@@ -96,9 +97,3 @@ def describing(
             config, remote.tensors, dtype=compute, folder=folder, packed=packed, trust_remote_code=trust_remote_code
         )
     yield Described(built=built, device=device, dtype=compute, folder=folder)
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether a folder is to be opened as a checkpoint, be it one that is refused."""
-    names = [path.name for path in folder.iterdir()]
-    return any(name.endswith((".safetensors", ".safetensors.index.json", *_PICKLED)) for name in names)

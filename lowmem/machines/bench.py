@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +17,7 @@ from lowmem.packing.place import as_if_packed
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import ShapeRates, Trained
-from offload import DiskRate, probe_disk
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from offload import probe_disk
 
 _DISK_S, _DISK_BYTES = 2.0, 1 << 30
 
@@ -68,7 +64,15 @@ def bench_lines(
     with checkpoint.source as source:
         bare = read_shapes(checkpoint)
         disk = probe_disk(source.files, max_s=_DISK_S, max_bytes=_DISK_BYTES)
-    yield from _disk_lines(disk, folder)
+    for setting in disk.measured:
+        yield {
+            "probe": "disk",
+            "folder": str(folder),
+            "gb_per_s": round(setting.read_bytes_per_s / 1e9, 3),
+            "num_requests": setting.num_threads,
+            "request_bytes": setting.request_bytes,
+            "is_chosen": (setting.num_threads, setting.request_bytes) == (disk.num_threads, disk.request_bytes),
+        }
     rates = measure_rates(disk, device=chosen, dtype=checkpoint.dtype)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
     machine = {"machine": platform.machine(), "torch": torch.__version__, "num_threads": torch.get_num_threads()}
@@ -100,18 +104,6 @@ def bench_lines(
     yield {"probe": "kept", "file": None if kept is None else str(kept)}
 
 
-def _disk_lines(disk: DiskRate, folder: Path) -> Iterator[Mapping[str, object]]:
-    for setting in disk.measured:
-        yield {
-            "probe": "disk",
-            "folder": str(folder),
-            "gb_per_s": round(setting.read_bytes_per_s / 1e9, 3),
-            "num_requests": setting.num_threads,
-            "request_bytes": setting.request_bytes,
-            "is_chosen": (setting.num_threads, setting.request_bytes) == (disk.num_threads, disk.request_bytes),
-        }
-
-
 def _trained(opened: Opened) -> tuple[Trained, ...]:
     """What can train there: every weight only of a model that is not packed."""
     is_packed = any(recipe.formats for streamed in opened.built.blocks for recipe in streamed.recipes)
@@ -122,10 +114,7 @@ def _trained(opened: Opened) -> tuple[Trained, ...]:
 def _shapes(opened: Opened, trains: Trained) -> ModelShapes:
     if trains == "full":
         return read_shapes(opened).with_every_weight()
-    return read_shapes(opened, peft_config=_adapter(trains))
-
-
-def _adapter(trains: Trained) -> PeftConfig:
     from peft import LoraConfig
 
-    return LoraConfig(r=16, target_modules="all-linear", use_dora=trains == "dora")
+    config = LoraConfig(r=16, target_modules="all-linear", use_dora=trains == "dora")
+    return read_shapes(opened, peft_config=config)

@@ -172,10 +172,11 @@ class Machine:
         """The card with what was given in place of the table's numbers; None for a processor."""
         if self.gpu is None:
             return None
-        numbers = (self.vram, self.tflops, self.pcie_gbps)
-        is_complete = None not in numbers
-        known = None if is_complete and _plain(self.gpu) not in map(_plain, _NAMES) else find_card(self.gpu)
-        card = known or Card(name=self.gpu, vram_gib=0, tflops=0, pcie=4)
+        is_complete = None not in (self.vram, self.tflops, self.pcie_gbps)
+        if is_complete and _plain(self.gpu) not in {_plain(card.name) for card in CARDS}:
+            card = Card(name=self.gpu, vram_gib=0, tflops=0, pcie=4)
+        else:
+            card = find_card(self.gpu)
         vram_gib = card.vram_gib if self.vram is None else parse_bytes(self.vram) / _GIB
         return replace(card, vram_gib=vram_gib, tflops=self.tflops or card.tflops)
 
@@ -207,8 +208,8 @@ class Machine:
         ram_bytes = max(0, int((parse_bytes(self.ram) - _SYSTEM_BYTES) * (1 - _MARGIN)))
         host_bytes: int | None = given.host_bytes
         if card is None:
-            device_bytes = given.device_bytes
-            device_bytes = max(0, ram_bytes - (host_bytes or 0)) if device_bytes is None else device_bytes
+            own_bytes = max(0, ram_bytes - (host_bytes or 0))
+            device_bytes = own_bytes if given.device_bytes is None else given.device_bytes
             host_bytes = max(0, ram_bytes - device_bytes) if host_bytes is None else host_bytes
         else:
             own_bytes = max(0, int((card.vram_gib * _GIB - _CONTEXT_BYTES) * (1 - _MARGIN)))
@@ -228,6 +229,3 @@ class Machine:
         if self.nodes > 1:
             words.append(f"{self.nodes} such machines with {self.network_gbps:g} GB/s between them")
         return ", ".join(words)
-
-
-_NAMES: Final = tuple(card.name for card in CARDS)

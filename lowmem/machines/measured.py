@@ -134,7 +134,9 @@ def measure_shape(
     timing = _BlockTiming(opened, shapes, watch, trains=trains)
     calls = timing.measured()
     attention, backward = _attention_rates(shapes, opened, watch)
-    scores = [_scores(shapes, call.num_tokens) for call in calls]
+    # Operations of attention of one sequence, of the mean block.
+    mean_size = sum(block.query_size for block in shapes.blocks) / len(shapes.blocks)
+    scores = [2.0 * call.num_tokens**2 * mean_size for call in calls]
     head_s, head_backward_s = _head_rates(shapes, opened, watch)
     return ShapeRates(
         trains=trains,
@@ -155,12 +157,6 @@ def measure_shape(
     )
 
 
-def _scores(shapes: ModelShapes, num_tokens: int) -> float:
-    """Operations of attention of one sequence, of the mean block."""
-    widths = [block.query_size for block in shapes.blocks]
-    return 2.0 * num_tokens**2 * sum(widths) / len(widths)
-
-
 @dataclass(frozen=True)
 class _Call:
     num_tokens: int
@@ -174,8 +170,9 @@ class _BlockTiming:
     def __init__(self, opened: Described, shapes: ModelShapes, watch: _Stopwatch, *, trains: Trained) -> None:
         self._opened, self._shapes, self._watch = opened, shapes, watch
         blocks = [streamed.block for streamed in opened.built.blocks]
-        adapted = [index for index, block in enumerate(blocks) if _has_adapter(block.module)] or range(len(blocks))
-        self._kinds = _stand_ins(shapes, list(adapted))
+        trained = [any(param.requires_grad for param in block.module.parameters()) for block in blocks]
+        adapted = [index for index, is_trained in enumerate(trained) if is_trained]
+        self._kinds = _stand_ins(shapes, adapted or range(len(blocks)))
         if trains == "full":
             for index in set(self._kinds):
                 blocks[index].module.requires_grad_(True)
@@ -197,7 +194,6 @@ class _BlockTiming:
 
     def _call(self, num_tokens: int) -> _Call:
         model, device = self._opened.built.model, self._opened.device
-        found: list[tuple[float, float]] = []
         walk = BlockWalk(self._opened.built, stand_ins=self._kinds, measure=self._time)
         hidden = torch.randn(1, num_tokens, self._shapes.hidden_size, device=device).to(self._opened.dtype)
         try:
@@ -236,10 +232,6 @@ def _first_tensor(value: object) -> Tensor:
         return value
     assert isinstance(value, tuple | list)
     return _first_tensor(value[0])
-
-
-def _has_adapter(module: nn.Module) -> bool:
-    return any(param.requires_grad for param in module.parameters())
 
 
 def _stand_ins(shapes: ModelShapes, usable: Sequence[int]) -> tuple[int, ...]:

@@ -75,10 +75,7 @@ def what_trains(shapes: ModelShapes) -> Trained:
     """What is differentiated in a model's blocks, as far as it changes how long that takes."""
     if shapes.trains_every_weight:
         return "full"
-    linears = [linear for block in shapes.blocks for linear in block.linears]
-    if any(linear.is_dora for linear in linears):
-        return "dora"
-    return "lora"
+    return "dora" if any(linear.is_dora for block in shapes.blocks for linear in block.linears) else "lora"
 
 
 def kept_file(shapes: ModelShapes, device: torch.device) -> Path:
@@ -102,7 +99,7 @@ def read_kept(shapes: ModelShapes, device: torch.device) -> KeptRates | None:
         found = json.loads(kept_file(shapes, device).read_text())
         general = {field.name: found["rates"][field.name] for field in fields(Rates) if field.name != "shape"}
         return KeptRates(
-            rates=Rates(**{**general, "measured": tuple(general["measured"])}),
+            rates=Rates(**_tuples(general)),
             shapes={kind: ShapeRates(**_tuples(values)) for kind, values in found["shapes"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError):
