@@ -91,6 +91,13 @@ class Change:
         return changed
 
 
+def _with_batch(room: Room, size: int) -> Room:
+    """The same with another batch, and as many examples per optimizer step."""
+    steps = room.job.gradient_accumulation_steps * room.job.batch_size // size
+    job = replace(room.job, batch_size=size, gradient_accumulation_steps=steps, micro_batch=None)
+    return replace(room, job=job)
+
+
 def changes_that_fit(room: Room) -> tuple[Change, ...]:
     """Changes that each make a job fit that does not, those first that change least of what is trained.
 
@@ -125,9 +132,9 @@ def _smaller_batch(room: Room) -> Change | None:
     for size in range(job.batch_size - 1, 0, -1):
         if job.batch_size % size or size % fewest:
             continue
-        steps = job.gradient_accumulation_steps * job.batch_size // size
-        smaller = replace(room, job=replace(job, batch_size=size, gradient_accumulation_steps=steps, micro_batch=None))
+        smaller = _with_batch(room, size)
         if smaller.best() is not None:
+            steps = smaller.job.gradient_accumulation_steps
             text = f"a batch of {size} with gradient_accumulation_steps={steps}: the same gradients in {steps} times "
             text += f"{job.gradient_accumulation_steps} passes" if job.gradient_accumulation_steps > 1 else "the passes"
             return Change(text=text, batch_size=size, gradient_accumulation_steps=steps)
@@ -139,10 +146,9 @@ def _smallest_batch_with_more(room: Room) -> Change | None:
     job, fewest = room.job, _NUM_GENERATIONS.get(room.job.task, 1)
     if job.batch_size <= fewest or job.batch_size % fewest:
         return None
-    steps = job.gradient_accumulation_steps * job.batch_size // fewest
-    least = replace(room, job=replace(job, batch_size=fewest, gradient_accumulation_steps=steps, micro_batch=None))
-    needed = least.smallest.device_bytes
-    if needed <= room.device_bytes or needed >= room.smallest.device_bytes:
+    least = _with_batch(room, fewest)
+    steps, needed = least.job.gradient_accumulation_steps, least.smallest.device_bytes
+    if not room.device_bytes < needed < room.smallest.device_bytes:
         return None
     if least.with_budget(device_bytes=needed).best() is None:
         return None
@@ -269,15 +275,7 @@ def _to_fit(room: Room, draft: Draft) -> Iterator[str]:
                 f"With a host budget of {format_bytes(boundary)} the boundary activations move there and "
                 f"{format_bytes(with_host.device_bytes)} on the device are enough."
             )
-    yield from _with_disk(room, needed)
-    yield from _state_elsewhere(room, draft)
-    yield from _smaller_job(room, draft)
-
-
-def _with_disk(room: Room, needed: int) -> Iterator[str]:
-    """What a folder to write to would change."""
-    if room.has_disk:
-        return
+    # Where there is a folder already, this is the same draft.
     with_disk = replace(room, has_disk=True).smallest
     if with_disk.device_bytes < needed and with_disk.choice != room.smallest.choice:
         what = "state" if with_disk.choice.state_tier == "disk" else "boundary activations"
@@ -285,17 +283,14 @@ def _with_disk(room: Room, needed: int) -> Iterator[str]:
             f"With a folder on disk for {what}, Budget(disk=...), {format_bytes(with_disk.device_bytes)} on the device "
             "are enough."
         )
-
-
-def _state_elsewhere(room: Room, draft: Draft) -> Iterator[str]:
-    """What to do about an optimizer that keeps its state in RAM where the weights are on disk."""
     optimizer = room.shapes.optimizer
-    if optimizer is None or optimizer.is_flat or draft.choice.state_tier != "disk" or not optimizer.state_bytes:
-        return
-    yield (
-        f"{optimizer.name} keeps {format_bytes(optimizer.state_bytes)} of state in RAM: lowmem.optim.AdamW(model) has "
-        "its own on disk with the weights, and lowmem.full.state_on_disk(optimizer) brings those of others there."
-    )
+    in_ram = 0 if optimizer is None or optimizer.is_flat else optimizer.state_bytes
+    if optimizer is not None and in_ram and draft.choice.state_tier == "disk":
+        yield (
+            f"{optimizer.name} keeps {format_bytes(in_ram)} of state in RAM: lowmem.optim.AdamW(model) has its own on "
+            "disk with the weights, and lowmem.full.state_on_disk(optimizer) brings those of others there."
+        )
+    yield from _smaller_job(room, draft)
 
 
 def _smaller_job(room: Room, draft: Draft) -> Iterator[str]:

@@ -80,7 +80,7 @@ def block_recompute_bytes(block: BlockShape, batch: MicroBatch) -> int:
     compute, adapter = itemsize(batch.dtype), _adapter_itemsize(block)
     wide, is_mixed = max(compute, adapter), adapter > compute
     saved = _saved_per_token(block, batch)
-    hidden, product = block.hidden_size, _product_size(block)
+    hidden, (_, product) = block.hidden_size, block.mlp_sizes
     # End of the forward: the base's result, the adapter's, its scaled form and their sum, next to the residual.
     tail = 4 * wide * hidden + compute * product + (5 * compute * hidden if is_mixed else 0)
     if block.num_norms > 2:
@@ -139,15 +139,10 @@ def _attention_states(block: BlockShape, batch: MicroBatch) -> int:
 
 def _expanded_states(block: BlockShape) -> int:
     """Elements per token that the activation and the gate keep: gate, activated gate and up, or one plain state."""
-    expanded = sum(linear.out_features for linear in block.of_part(Part.MLP_IN))
-    product = sum(linear.in_features for linear in block.of_part(Part.MLP_OUT))
+    expanded, product = block.mlp_sizes
     if expanded >= 2 * product:
         return expanded + product * block.activation_copies
     return expanded * block.activation_copies
-
-
-def _product_size(block: BlockShape) -> int:
-    return sum(linear.in_features for linear in block.of_part(Part.MLP_OUT))
 
 
 def _input_bytes(block: BlockShape, part: Part, batch: MicroBatch) -> int:
@@ -200,16 +195,24 @@ def _mask_bytes(batch: MicroBatch) -> int:
     return batch.num_sequences * batch.seq_len**2 * (1 + itemsize(batch.dtype)) if batch.has_mask else 0
 
 
-def block_forward_bytes(block: BlockShape, batch: MicroBatch) -> int:
-    """Bytes that one block's forward without gradients holds at its largest, its weights and its input aside."""
+def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None = None) -> int:
+    """Bytes that one block's forward without gradients holds at its largest, its weights and its input aside.
+
+    Args:
+        block: The block's widths.
+        batch: The micro-batch.
+        chunk_tokens: Tokens of a chunk, at least 1; None for whole sequences.
+    """
+    if chunk_tokens is not None:
+        chunk = replace(batch, seq_len=min(chunk_tokens, batch.seq_len), has_mask=False)
+        return block_forward_bytes(block, chunk) + chunk_bytes(block, batch, chunk_tokens).keys_values
     compute = itemsize(batch.dtype)
-    wide, hidden, product = max(compute, _adapter_itemsize(block)), block.hidden_size, _product_size(block)
+    wide, hidden, (expanded, product) = max(compute, _adapter_itemsize(block)), block.hidden_size, block.mlp_sizes
     # The residual, a norm's fp32 copies, the normed states; then the heads' states, rotated copies included, or the
     # expanded ones with the adapter's input and result next to them.
     stream = compute * 2 * hidden + 2 * _FP32_BYTES * hidden
     heads = block.query_size + block.key_size + block.value_size
     attention = 3 * compute * heads + 3 * wide * max(block.query_size, hidden)
-    expanded = sum(linear.out_features for linear in block.of_part(Part.MLP_IN))
     mlp = compute * (expanded + 2 * product) + 3 * wide * max(hidden, product)
     experts = 0
     if block.experts is not None:
@@ -236,8 +239,7 @@ _MIXED_CHUNKS_HEAP = 2.8
 
 # Of what a backward has taken there, temporaries included, the part that stays until the next step's head runs, whose
 # own are too large for the pieces: benchmarks/plan_accuracy.py, 14 jobs on hidden 512 and 1024.
-_STAYING_HEAP = 0.8
-
+STAYING_HEAP = 0.8
 
 # Larger pieces are mappings of their own, which go back to the system at once (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
 LARGEST_ON_HEAP_BYTES = 32 << 20
@@ -315,20 +317,11 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
         if _adapter_itemsize(block) > itemsize(batch.dtype) and block.experts is None:
             kept = _MIXED_CHUNKS_HEAP
         parts = chunk_bytes(block, batch, chunk_tokens)
-        forward = forward_chunk_bytes(block, batch, chunk_tokens) - parts.keys_values
+        forward = block_forward_bytes(block, batch, chunk_tokens) - parts.keys_values
         return int(_FORWARD_HEAP * forward), int(kept * (parts.activations + parts.attention))
     share = _share_on_heap(block, batch)
     forward, backward = block_forward_bytes(block, batch), block_recompute_bytes(block, batch)
     return int(_FORWARD_HEAP * share * forward), int(kept * share * backward)
-
-
-def heap_at_head_bytes(after_block_bytes: int) -> int:
-    """What the C library holds while the head runs, of what blocks have left.
-
-    Args:
-        after_block_bytes: A block's temporaries in its backward and what is kept between them; 0 where none is.
-    """
-    return int(_STAYING_HEAP * after_block_bytes)
 
 
 def _share_on_heap(block: BlockShape, batch: MicroBatch) -> float:
@@ -336,19 +329,7 @@ def _share_on_heap(block: BlockShape, batch: MicroBatch) -> float:
     nbytes = batch.num_tokens * itemsize(batch.dtype)
     if nbytes * block.hidden_size >= LARGEST_ON_HEAP_BYTES:
         return 0.0
-    if nbytes * _product_size(block) < LARGEST_ON_HEAP_BYTES:
+    if nbytes * block.mlp_sizes[1] < LARGEST_ON_HEAP_BYTES:
         return 1.0
     saved = _saved_per_token(block, batch)
     return saved.attention / saved.total
-
-
-def forward_chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> int:
-    """Bytes that a block's forward in chunks, without gradients, holds at its largest.
-
-    Args:
-        block: The block's widths.
-        batch: The micro-batch.
-        chunk_tokens: Tokens of a chunk, at least 1.
-    """
-    chunk = replace(batch, seq_len=min(chunk_tokens, batch.seq_len), has_mask=False)
-    return block_forward_bytes(block, chunk) + chunk_bytes(block, batch, chunk_tokens).keys_values

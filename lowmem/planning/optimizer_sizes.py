@@ -84,7 +84,7 @@ def read_optimizer(optimizer: OptimizerChoice | None, shapes: ModelShapes, model
     """
     if optimizer is None:
         return None
-    trained = model if shapes.trains_every_weight else _Adapters(shapes)
+    trained = model if shapes.trains_every_weight else _adapters(shapes)
     if not any(True for _ in trained.parameters()):
         return None
     # Methods that go by blocks turn the gradients of the others off.
@@ -101,7 +101,7 @@ def _read(optimizer: OptimizerChoice, trained: nn.Module) -> OptimizerShape:
         name = optimizer.lower().replace("-", "_")
         found = _OWN.get(name.replace("_", "")) if name != "adam" else None
         if found is None:
-            return _by_name(optimizer, name, trained)
+            return _by_name(optimizer, name, list(trained.parameters()))
         optimizer = found
     made = optimizer.func if isinstance(optimizer, partial) else optimizer
     if not isinstance(made, type) or not issubclass(made, torch.optim.Optimizer):
@@ -128,17 +128,16 @@ def sizes_in_training(optimizer: object, name: str, params: Sequence[Tensor]) ->
     if isinstance(optimizer, RuleOptimizer):
         return sizes_of(optimizer)
     kind: type = type(optimizer)
-    meta = [nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device="meta")) for param in params]
     try:
         if kind.__module__.startswith(("bitsandbytes.", "transformers.")):
-            return _by_name(name, name, nn.ParameterList(meta))
+            return _by_name(name, name, params)
         if isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim."):
             known = signature(kind).parameters
             # How it goes about it says nothing of sizes, and some ways do not go without values.
             fields = optimizer.defaults.items()
             options = {field: value for field, value in fields if field in known and field not in _WAYS}
             make: _Maker = partial(kind, **options)
-            return _by_one_step(kind.__name__, make, meta)
+            return _by_one_step(kind.__name__, make, params)
     except UnsupportedError:
         pass
     # What somebody else's keeps cannot be asked for without running its code.
@@ -182,8 +181,7 @@ def _state_bytes(rule: Rule, param: Tensor) -> int:
     return sum(value.nbytes for value in state.values() if value.device.type == "meta")
 
 
-def _by_name(given: str, name: str, trained: nn.Module) -> OptimizerShape:
-    params = list(trained.parameters())
+def _by_name(given: str, name: str, params: Sequence[Tensor]) -> OptimizerShape:
     if name in _ELEMENTWISE:
         return _elementwise(given, params, lambda param: _ELEMENTWISE[name] * param.numel() * _FP32_BYTES)
     if name == "adafactor":
@@ -219,7 +217,7 @@ def _quantised_bytes(param: Tensor, *, num_states: int, in_8_bits: bool) -> int:
     return num_states * (param.numel() + -(-param.numel() // _BLOCK_8BIT) * _FP32_BYTES)
 
 
-def _by_one_step(name: str, make: _Maker, params: list[nn.Parameter]) -> OptimizerShape:
+def _by_one_step(name: str, make: _Maker, params: Sequence[Tensor]) -> OptimizerShape:
     """Have an optimizer make its state of parameters without values.
 
     Raises:
@@ -247,26 +245,20 @@ def _by_one_step(name: str, make: _Maker, params: list[nn.Parameter]) -> Optimiz
     return OptimizerShape(name=name, state_bytes=state_bytes, num_updated=num)
 
 
-class _Adapters(nn.Module):
+def _adapters(shapes: ModelShapes) -> nn.Module:
     """Parameters as an adapter has them, by the widths of the layers that it is on; named as in a model's blocks."""
-
-    def __init__(self, shapes: ModelShapes) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for block in shapes.blocks:
-            matrices = chain.from_iterable(
-                ((linear.rank, linear.in_features), (linear.out_features, linear.rank))
-                for linear in block.linears
-                if linear.rank
-            )
-            width = block.adapter_bytes // block.num_adapter_params if block.num_adapter_params else 0
-            self.layers.append(_parameters(matrices, block.num_adapter_params, width))
-        num, nbytes = shapes.num_outer_adapter_params, shapes.outer_adapter_bytes
-        self.outer = _parameters((), num, nbytes // num if num else 0)
+    layers = nn.ModuleList()
+    for block in shapes.blocks:
+        adapted = [linear for linear in block.linears if linear.rank]
+        matrices = [((one.rank, one.in_features), (one.out_features, one.rank)) for one in adapted]
+        layers.append(_parameters(chain.from_iterable(matrices), block.num_adapter_params, block.adapter_bytes))
+    outer = _parameters((), shapes.num_outer_adapter_params, shapes.outer_adapter_bytes)
+    return nn.ModuleDict({"layers": layers, "outer": outer})
 
 
-def _parameters(matrices: Iterable[tuple[int, int]], num_params: int, width: int) -> nn.ParameterList:
+def _parameters(matrices: Iterable[tuple[int, int]], num_params: int, nbytes: int) -> nn.ParameterList:
     """Some matrices, and one vector that makes as many parameters of them as there are."""
+    width = nbytes // num_params if num_params else 0
     dtype = {itemsize("float32"): torch.float32, itemsize("float64"): torch.float64}.get(width, torch.bfloat16)
     shapes: list[tuple[int, ...]] = [*matrices]
     if sum(rows * columns for rows, columns in shapes) > num_params:

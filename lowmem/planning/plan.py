@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import NoneType
@@ -207,7 +207,8 @@ class Plan:
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON: every field, and the numbers that follow from them under `summary`."""
         summary = {name: getattr(self, name) for name in _SUMMARY}
-        return {"version": _VERSION, **_plain(self), "placement": self.placement.to_dict(), "summary": summary}
+        plain = dataclasses.asdict(self, dict_factory=_with_lists)
+        return {"version": _VERSION, **plain, "placement": self.placement.to_dict(), "summary": summary}
 
     @staticmethod
     def from_dict(data: Mapping[str, object]) -> Plan:
@@ -229,26 +230,24 @@ class Plan:
         return plan
 
     def __str__(self) -> str:
-        return plan_text(self)
+        """Fewer than 50 lines: the verdict in three, what it is a verdict on, bytes, facts, advice."""
+        lines = [*_verdict(self), "", _title(self), "", *_table(self), "", *_facts(self)]
+        return "\n".join([*lines, *(f"-> {sentence}" for sentence in self.advice)])
 
     def _repr_html_(self) -> str:
-        return plan_html(self)
+        return _html(self)
 
 
 _SUMMARY = ("fits", "device_bytes", "host_bytes", "disk_bytes", "step_s", "bottleneck", "passes")
 
 
-def _plain(value: object) -> Any:
-    """Dataclasses as dictionaries, tuples as lists, enumerations as their values."""
-    if dataclasses.is_dataclass(value):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+def _with_lists(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    """A dataclass's fields as JSON has them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}
 
 
 def _read_fields(kind: type[Any], data: object, field: str) -> Any:
-    """Make a dataclass of what `_plain` made of one.
+    """Make a dataclass of what `Plan.to_dict` made of one.
 
     Raises:
         ValueError: A field is missing, unknown or of the wrong type; names it.
@@ -317,13 +316,7 @@ _RATED_WRITES = 600
 _DAY_S = 86_400
 
 
-def plan_text(plan: Plan) -> str:
-    """Write a plan in fewer than 50 lines: the verdict in three, what it is a verdict on, bytes, facts, advice."""
-    lines = [*_verdict(plan), "", _title(plan), "", *_table(plan), "", *_facts(plan)]
-    return "\n".join([*lines, *(f"-> {sentence}" for sentence in plan.advice)])
-
-
-def plan_html(plan: Plan) -> str:
+def _html(plan: Plan) -> str:
     """Write a plan as HTML: a table and a list."""
     rows = "".join(
         "<tr>"
@@ -395,9 +388,8 @@ def _verdict(plan: Plan) -> list[str]:
             ("host", plan.kept_host_bytes, plan.host_budget_bytes),
         )
     )
-    lines = [f"FITS: {sizes}"]
-    if not plan.fits:
-        lines = [f"DOES NOT FIT: {sizes}" + (f"; would fit: {plan.changes[0].text}" if plan.changes else "")]
+    instead = f"; would fit: {plan.changes[0].text}" if plan.changes else ""
+    lines = [f"FITS: {sizes}" if plan.fits else f"DOES NOT FIT: {sizes}{instead}"]
     job, time = plan.job, plan.time
     lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
     lanes += f", copy {format_seconds(time.copy_s)}" if time.copy_s else ""
@@ -416,10 +408,8 @@ def _run_words(plan: Plan) -> str:
     if not job.trains:
         return "nothing is trained"
     steps = job.run_steps or _USUAL_STEPS
-    words = f"{steps} steps take {format_seconds(steps * plan.time.step_s)}"
-    if job.num_examples is not None:
-        words = f"{job.num_epochs:g} x {job.num_examples:,} examples: {words}"
-    return words
+    examples = "" if job.num_examples is None else f"{job.num_epochs:g} x {job.num_examples:,} examples: "
+    return f"{examples}{steps} steps take {format_seconds(steps * plan.time.step_s)}"
 
 
 def _hiding_words(plan: Plan) -> str:
@@ -441,13 +431,9 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
         for (role, phase), cells in rows.items()
     ]
     peaks = (plan.device_bytes, plan.host_bytes, plan.disk_bytes)
-    return [*table, ("peak", *(_cell(nbytes) for nbytes in peaks), _peak_words(plan))]
-
-
-def _peak_words(plan: Plan) -> str:
-    """Which of the rows add up to the peak: moments exclude each other."""
-    moment = peak_phase(plan.roles, "device")
-    return f"always, and {_PHASES[moment]}"
+    # Which of the rows add up to the peak: moments exclude each other.
+    when = f"always, and {_PHASES[peak_phase(plan.roles, 'device')]}"
+    return [*table, ("peak", *map(_cell, peaks), when)]
 
 
 def _cell(nbytes: int) -> str:
@@ -491,10 +477,11 @@ def _facts(plan: Plan) -> list[str]:
         lines.append(f"           whole sequences: {plan.unchunkable}")
     if plan.written_bytes:
         lines.append(f"writes     {_written_words(plan)}")
+    gflops = rates.compute_flops_per_s / 1e9
     numbers = {
         "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
         "copy": f"{rates.copy_bytes_per_s / 1e9:.3g} GB/s",
-        "compute": _flops_words(rates.compute_flops_per_s),
+        "compute": f"{gflops / 1e3:.3g} TFLOP/s" if gflops >= 1e3 else f"{gflops:.4g} GFLOP/s",
     }
     words = (
         f"{name} {number} {'measured' if name in rates.measured else 'assumed'}" for name, number in numbers.items()
@@ -510,10 +497,6 @@ def _facts(plan: Plan) -> list[str]:
     lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}{by}")
     lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")
     return lines
-
-
-def _flops_words(flops_per_s: float) -> str:
-    return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.4g} GFLOP/s"
 
 
 def _written_words(plan: Plan) -> str:

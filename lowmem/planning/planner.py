@@ -55,11 +55,8 @@ def plan_again(made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: 
         completion_tokens=min(made.job.num_decodes, seq_len),
         has_mask=made.job.has_mask or num_sequences > 1,
     )
-    budget = Budget(device=made.device_budget_bytes, host=made.host_budget_bytes, disk=made.disk_folder)
-    planned = plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice, placement=made.placement)
-    if planned.fits or job.tuning == "full":
-        return planned
-    return plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice)
+    planned = _within(made, shapes, job, placement=made.placement)
+    return planned if planned.fits or job.tuning == "full" else _within(made, shapes, job)
 
 
 def plan_alone(made: Plan, shapes: ModelShapes) -> Plan:
@@ -69,10 +66,14 @@ def plan_alone(made: Plan, shapes: ModelShapes) -> Plan:
         made: What the model is loaded with.
         shapes: The model.
     """
-    job = replace(made.job, num_sharing=1)
-    budget = Budget(device=made.device_budget_bytes, host=made.host_budget_bytes, disk=made.disk_folder)
-    planned = plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice)
+    planned = _within(made, shapes, replace(made.job, num_sharing=1))
     return replace(planned, is_supposed=made.is_supposed)
+
+
+def _within(made: Plan, shapes: ModelShapes, job: Job, *, placement: PlacementPlan | None = None) -> Plan:
+    """Another job of a loaded model, within the same budget."""
+    budget = Budget(device=made.device_budget_bytes, host=made.host_budget_bytes, disk=made.disk_folder)
+    return plan_step(shapes, job, budget=budget, rates=made.rates, loaded=made.choice, placement=placement)
 
 
 def plan_step(
@@ -211,7 +212,5 @@ def bare_shapes(opened: Described) -> ModelShapes:
 
 
 def _unplanned_seq_lens(opened: Described) -> tuple[int, ...]:
-    longest = max_positions(opened.built.model.config)
-    if longest is None:
-        return _UNPLANNED_SEQ_LENS
+    longest = max_positions(opened.built.model.config) or _UNPLANNED_SEQ_LENS[0]
     return tuple(length for length in _UNPLANNED_SEQ_LENS if length <= longest) or (longest,)

@@ -39,9 +39,6 @@ _PYTHON_ACTIVATIONS = {
 }
 
 
-_ONE_KERNEL = 1
-
-
 def read_block(block: nn.Module, config: PretrainedConfig, *, buffer_bytes: int, workspace_bytes: int) -> BlockShape:
     """Read one decoder block's widths from its modules.
 
@@ -55,9 +52,10 @@ def read_block(block: nn.Module, config: PretrainedConfig, *, buffer_bytes: int,
     own = (child.config for child in block.modules() if isinstance(getattr(child, "config", None), type(config)))
     configs = (*islice(own, 1), config.get_text_config())
     hidden_size = _field(configs, "hidden_size", "n_embd", "d_model") or 1
-    attention = {path: module for path, module in block.named_modules() if _is_attention(module)}
-    norms = [path for path, module in block.named_modules() if _is_norm(module)]
-    num_inner_norms = sum(_is_under(path, attention) for path in norms)
+    kinds = {path: type(module).__name__ for path, module in block.named_modules()}
+    attention = [path for path, kind in kinds.items() if "Attention" in kind]
+    norms = [path for path, kind in kinds.items() if "Norm" in kind]
+    num_inner_norms = sum(any(path.startswith(f"{parent}.") for parent in attention) for path in norms)
     heads = _Heads(configs, hidden_size)
     trainable = [param for param in block.parameters() if param.requires_grad]
     num_params = sum(param.numel() for param in block.parameters() if not param.requires_grad)
@@ -75,10 +73,8 @@ def read_block(block: nn.Module, config: PretrainedConfig, *, buffer_bytes: int,
         linears=tuple(_linears(block, attention, hidden_size)),
         num_norms=max(1, len(norms) - num_inner_norms),
         has_query_key_norm=num_inner_norms > 0,
-        activation_copies=max(
-            (_PYTHON_ACTIVATIONS.get(type(module).__name__, _ONE_KERNEL) for module in block.modules()),
-            default=_ONE_KERNEL,
-        ),
+        # What is one kernel keeps one.
+        activation_copies=max(_PYTHON_ACTIVATIONS.get(type(module).__name__, 1) for module in block.modules()),
         experts=experts,
         num_adapter_params=sum(param.numel() for param in trainable),
         adapter_bytes=sum(param.nbytes for param in trainable),
@@ -116,19 +112,7 @@ def _field(configs: Sequence[PretrainedConfig], *names: str) -> int | None:
     return None
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in type(module).__name__
-
-
-def _is_under(path: str, parents: dict[str, nn.Module]) -> bool:
-    return any(path.startswith(f"{parent}.") for parent in parents)
-
-
-def _linears(block: nn.Module, attention: dict[str, nn.Module], hidden_size: int) -> Iterator[LinearShape]:
+def _linears(block: nn.Module, attention: Sequence[str], hidden_size: int) -> Iterator[LinearShape]:
     """Its linear layers outside the routed experts, in module order."""
     found = dict(_walk(block, ""))
     outs: dict[str, str] = {}
@@ -154,7 +138,7 @@ def _linears(block: nn.Module, attention: dict[str, nn.Module], hidden_size: int
         )
 
 
-def _group(path: str, attention: dict[str, nn.Module]) -> str:
+def _group(path: str, attention: Sequence[str]) -> str:
     return next((parent for parent in attention if path.startswith(f"{parent}.")), path.rpartition(".")[0])
 
 

@@ -128,6 +128,12 @@ class BlockShape:
         """Its linear layers that stand in one place."""
         return tuple(linear for linear in self.linears if linear.part == part)
 
+    @property
+    def mlp_sizes(self) -> tuple[int, int]:
+        """Widths that the MLP's first layers expand to, together, and that its last ones read."""
+        expanded = sum(linear.out_features for linear in self.of_part(Part.MLP_IN))
+        return expanded, sum(linear.in_features for linear in self.of_part(Part.MLP_OUT))
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerShape:
@@ -275,16 +281,16 @@ class ModelShapes:
         return sum(block.fp32_bytes for block in self.blocks)
 
     @property
-    def outer_fp32_bytes(self) -> int:
-        """Bytes of everything outside the blocks in fp32."""
-        outer_bytes = self.embedding_bytes + self.head_bytes + self.other_bytes
-        return outer_bytes * itemsize("float32") // itemsize(self.compute_dtype)
+    def outer_bytes(self) -> int:
+        """Bytes of everything outside the blocks in the compute dtype."""
+        return self.embedding_bytes + self.head_bytes + self.other_bytes
 
     @property
     def moments_bytes(self) -> int:
         """Bytes of both of AdamW's moments of every weight: in fp32, or as the optimizer that is known stores them."""
-        in_fp32 = 2 * (self.fp32_bytes + self.outer_fp32_bytes)
-        return in_fp32 if self.optimizer is None or self._has_fp32_moments else self.optimizer.state_bytes
+        if self.optimizer is not None and not self._has_fp32_moments:
+            return self.optimizer.state_bytes
+        return 2 * (self.fp32_bytes + self.outer_bytes * itemsize("float32") // itemsize(self.compute_dtype))
 
     @property
     def updates_fp32(self) -> bool:

@@ -9,12 +9,11 @@ from typing import Literal, get_args
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     LARGEST_ON_HEAP_BYTES,
+    STAYING_HEAP,
     MicroBatch,
     block_forward_bytes,
     block_recompute_bytes,
     chunk_bytes,
-    forward_chunk_bytes,
-    heap_at_head_bytes,
     heap_bytes,
 )
 from lowmem.planning.job import Job
@@ -108,26 +107,28 @@ class Choice:
 
 def peak_bytes(roles: Iterable[RoleBytes], tier: Tier) -> int:
     """Largest bytes held in a tier at any moment: what is always there, and the largest phase."""
+    by_phase = _by_phase(roles, tier)
+    return by_phase.pop(ALWAYS) + max(by_phase.values())
+
+
+def peak_phase(roles: Iterable[RoleBytes], tier: Tier) -> Moment:
+    """The phase in which a tier holds most."""
+    by_phase = _by_phase(roles, tier)
+    return max(_MOMENTS, key=lambda moment: by_phase[moment])
+
+
+def _by_phase(roles: Iterable[RoleBytes], tier: Tier) -> dict[Phase, int]:
     by_phase: dict[Phase, int] = dict.fromkeys((ALWAYS, *_MOMENTS), 0)
     for role in roles:
         if role.tier == tier:
             by_phase[role.phase] += role.nbytes
-    return by_phase.pop(ALWAYS) + max(by_phase.values())
+    return by_phase
 
 
 def counted_host_bytes(roles: Iterable[RoleBytes], *, budget_bytes: int) -> int:
     """What counts against a host budget: everything; with one of 0, all but the buffers that transfers pass through."""
     passing = () if budget_bytes else (STAGING_BUFFERS, BOUNDARY_BUFFERS)
     return peak_bytes((role for role in roles if role.role not in passing), "host")
-
-
-def peak_phase(roles: Iterable[RoleBytes], tier: Tier) -> Moment:
-    """The phase in which a tier holds most."""
-    by_phase = dict.fromkeys(_MOMENTS, 0)
-    for role in roles:
-        if role.tier == tier and role.phase != "always":
-            by_phase[role.phase] += role.nbytes
-    return max(by_phase, key=lambda phase: by_phase[phase])
 
 
 def step_roles(shapes: ModelShapes, job: Job, choice: Choice) -> tuple[RoleBytes, ...]:
@@ -172,16 +173,15 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
     of its own at a time. On a GPU those of a whole block may be on their way down, what is outside the blocks has its
     master weights on the host, and weights and gradients pass page-locked memory.
     """
-    outer_bytes = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
     widest_bytes = max(block.fp32_bytes for block in shapes.blocks)
-    yield _device("gradients", outer_bytes)
+    yield _device("gradients", shapes.outer_bytes)
     tier = choice.state_tier
     if on_gpu:
         lent_bytes = max(block.buffer_bytes for block in shapes.blocks)
         yield _device("weight gradients", lent_bytes, phase="block")
         passing = NUM_LANDING_BLOCKS * widest_bytes
         if tier == "host":
-            yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=outer_bytes)
+            yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=shapes.outer_bytes)
             passing += NUM_MASTER_STAGING * lent_bytes
         if choice.update_share:
             yield _device("state that is updated", NUM_UPDATE_PIECES * UPDATE_PIECE_BYTES)
@@ -220,6 +220,11 @@ def boundary_bytes(shapes: ModelShapes, job: Job) -> int:
 def key_value_bytes(shapes: ModelShapes, job: Job) -> int:
     """Bytes of all blocks' keys and values of one training forward."""
     return job.num_tokens * shapes.key_value_bytes_per_token if job.trains else 0
+
+
+def kept_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
+    """Bytes that one training forward leaves for its backward: block inputs, and what is kept of keys and values."""
+    return boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
 
 
 def num_boundary_buffers(device: str) -> int:
@@ -275,12 +280,7 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         yield _device("embedding rows", _gathered_bytes(shapes, job), phase="embedding")
     if job.trains:
         batch = _batch(shapes, job, num_sequences=choice.micro_batch)
-        widest = max(
-            block_forward_bytes(block, batch)
-            if choice.chunk_tokens is None
-            else forward_chunk_bytes(block, batch, choice.chunk_tokens)
-            for block in set(shapes.blocks)
-        )
+        widest = max(block_forward_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks))
         yield _device("block without gradients", widest, phase="forward")
     if job.generates:
         # With a cache, a block takes whole sequences.
@@ -314,7 +314,7 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
             yield _device(FREED_HEAP, max(kept) + between, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
             after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
-            yield _device(FREED_HEAP, heap_at_head_bytes(after_block), phase="head")
+            yield _device(FREED_HEAP, int(STAYING_HEAP * after_block), phase="head")
 
 
 def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:

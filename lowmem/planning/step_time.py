@@ -19,7 +19,7 @@ from typing import Literal
 from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
 from lowmem.planning.job import DeviceKind, Job
 from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
-from lowmem.planning.step_memory import Choice, boundary_bytes, key_value_bytes
+from lowmem.planning.step_memory import Choice, kept_bytes
 from offload import Placement, PlacementPlan, ceil_div
 
 _MIB = 1 << 20
@@ -165,34 +165,14 @@ def _update_s_per_param(rates: Rates) -> float:
 class StateTraffic:
     """Bytes of one optimizer step, the weights that visits read left out."""
 
-    update_read_bytes: int = 0
-    """Moments and gradients, read for the update."""
-    update_written_bytes: int = 0
-    """Weights and moments, written by the update."""
-    gradient_read_bytes: int = 0
-    """Gradients of earlier micro-steps, read to be added to."""
-    gradient_written_bytes: int = 0
-    """Gradients, written by the backwards."""
-
-    @property
-    def read_bytes(self) -> int:
-        """All that is read."""
-        return self.update_read_bytes + self.gradient_read_bytes
-
-    @property
-    def written_bytes(self) -> int:
-        """All that is written."""
-        return self.update_written_bytes + self.gradient_written_bytes
-
-    @property
-    def update_bytes(self) -> int:
-        """What moves within the forward that follows the step."""
-        return self.update_read_bytes + self.update_written_bytes
-
-    @property
-    def gradient_bytes(self) -> int:
-        """What moves within the backwards."""
-        return self.gradient_read_bytes + self.gradient_written_bytes
+    update_bytes: int = 0
+    """Read and written by the update: moments, gradients and weights."""
+    gradient_bytes: int = 0
+    """Written by the backwards: gradients, and those of earlier micro-steps read to be added to."""
+    read_bytes: int = 0
+    """All that is read."""
+    written_bytes: int = 0
+    """All that is written."""
 
 
 def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic:
@@ -203,23 +183,19 @@ def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic
     """
     if job.tuning != "full" or choice.state_tier != "disk":
         return StateTraffic()
-    gradients = shapes.fp32_bytes
-    weights = shapes.stored_bytes + shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
-    optimizer = shapes.optimizer
+    optimizer, gradients = shapes.optimizer, shapes.fp32_bytes
+    read = shapes.moments_bytes + gradients
+    written = shapes.moments_bytes + shapes.stored_bytes + shapes.outer_bytes
     if optimizer is not None and not optimizer.is_flat:
-        changed = optimizer.block_share
-        return StateTraffic(
-            update_read_bytes=round((shapes.stored_bytes + gradients) * changed),
-            update_written_bytes=round(shapes.stored_bytes * changed),
-            gradient_read_bytes=(job.num_backwards - 1) * round(gradients * changed),
-            gradient_written_bytes=job.num_backwards * round(gradients * changed),
-        )
-    moments = shapes.moments_bytes
+        read = round((shapes.stored_bytes + gradients) * optimizer.block_share)
+        written = round(shapes.stored_bytes * optimizer.block_share)
+        gradients = round(gradients * optimizer.block_share)
+    again = (job.num_backwards - 1) * gradients
     return StateTraffic(
-        update_read_bytes=moments + gradients,
-        update_written_bytes=moments + weights,
-        gradient_read_bytes=(job.num_backwards - 1) * gradients,
-        gradient_written_bytes=job.num_backwards * gradients,
+        update_bytes=read + written,
+        gradient_bytes=again + job.num_backwards * gradients,
+        read_bytes=read + again,
+        written_bytes=written + job.num_backwards * gradients,
     )
 
 
@@ -246,15 +222,14 @@ def bus_traffic(shapes: ModelShapes, job: Job, choice: Choice, placement: Placem
     up = placement.step_copied_bytes(changes=is_full)
     down = 0
     if choice.boundary_tier != "device":
-        kept = boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
-        up += job.num_backwards * kept
-        down += job.num_backwards * kept
+        down = job.num_backwards * kept_bytes(shapes, job, choice)
+        up += down
     if is_full:
-        outer = shapes.embedding_bytes + shapes.head_bytes + shapes.other_bytes
         updated = choice.update_share * _UPDATE_BYTES * shapes.num_params
-        up += outer + round(updated * _UPDATE_UP_BYTES / _UPDATE_BYTES)
+        up += shapes.outer_bytes + round(updated * _UPDATE_UP_BYTES / _UPDATE_BYTES)
         # With state on disk, what is outside the blocks has no other master than the device's.
-        down += outer * (2 if choice.state_tier == "disk" else 1) + job.num_backwards * shapes.stored_bytes
+        down += shapes.outer_bytes * (2 if choice.state_tier == "disk" else 1)
+        down += job.num_backwards * shapes.stored_bytes
         down += round(updated * (_UPDATE_BYTES - _UPDATE_UP_BYTES) / _UPDATE_BYTES)
     return up, down
 
@@ -339,7 +314,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         ):
             total[lane] += passes.count * seconds
     gather_s = _gather_s(shapes, job, rates) if choice.embedding_on_disk else 0.0
-    moved_bytes = _boundary_disk_bytes(shapes, job, choice)
+    moved_bytes = job.num_backwards * kept_bytes(shapes, job, choice) if choice.boundary_tier == "disk" else 0
     state = state_traffic(shapes, job, choice)
     update_s = costs.update_s if job.trains else 0.0
     # An update that runs within the optimizer's step hides behind nothing.
@@ -469,8 +444,7 @@ class _Costs:
 
 
 def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Iterable[_Passes]:
-    kept_bytes = boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
-    boundary = float(kept_bytes) if choice.boundary_tier != "device" else 0.0
+    boundary = float(kept_bytes(shapes, job, choice)) if choice.boundary_tier != "device" else 0.0
     on_disk = boundary if choice.boundary_tier == "disk" else 0.0
     state = state_traffic(shapes, job, choice)
     if job.num_backwards:
@@ -527,14 +501,6 @@ def _key_value_flops(shapes: ModelShapes, job: Job) -> float:
         for linear in block.of_part(Part.ATTENTION_IN)
     )
     return 2.0 * widths * job.num_tokens
-
-
-def _boundary_disk_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
-    """Bytes of boundary activations that go to disk in one optimizer step, and come back."""
-    if choice.boundary_tier != "disk":
-        return 0
-    kept_bytes = key_value_bytes(shapes, job) if choice.keeps_keys_values else 0
-    return (boundary_bytes(shapes, job) + kept_bytes) * job.num_backwards
 
 
 def _attention_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:
