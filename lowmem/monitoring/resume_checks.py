@@ -36,6 +36,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = "model*.safetensors*"
 _NUMBERS = ("epoch", "global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos")
 """Fields of the Trainer's state that are a number and never null."""
+_NEEDED = ("global_step", "max_steps", "train_batch_size")
+"""Those without which a run would start from its beginning, or end in the Trainer's arithmetic."""
 
 
 def damage_of_archive(file: Path) -> str | None:
@@ -157,6 +159,9 @@ def _check_state(file: Path) -> None:
             fields.refuse(name, "expected a field of transformers' TrainerState")
         if name in _NUMBERS and type(value) not in (int, float):
             fields.refuse(name, f"expected a number, got {type(value).__name__}")
+    for name in _NEEDED:
+        if type(fields.members.get(name)) is not int:
+            fields.refuse(name, "expected a whole number")
     for name, kind in (("log_history", list), ("stateful_callbacks", dict)):
         value = fields.members.get(name)
         if value is not None and not isinstance(value, kind):

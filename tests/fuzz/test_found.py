@@ -89,6 +89,8 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "records of optimizer.pt marked as folders": ("optimizer.pt", _mark_as_folders),
     "a bit of optimizer.pt": ("optimizer.pt", _flip_in_a_record),
     "an unknown field": ("trainer_state.json", lambda file: edit_json(file, {"architectures": []})),
+    "a state of nothing": ("trainer_state.json", lambda file: file.write_text("{}")),
+    "a batch of no number": ("trainer_state.json", lambda file: edit_json(file, {"train_batch_size": None})),
     "a step that is text": ("trainer_state.json", lambda file: edit_json(file, {"global_step": "2"})),
     "a number that is a list": ("CONFIG", lambda file: edit_json(file, {"head_dim": [[8]], "r": [[8]]})),
     "weights": ("WEIGHTS", lambda file: file.write_bytes(b"\xff" * 100)),
