@@ -549,7 +549,9 @@ def install_saving(model: PreTrainedModel, full: FullTuning, names: StoredNames,
     saving = Saving(model, full, names, source=source)
     object.__setattr__(model, "save_pretrained", saving.save_pretrained)
     object.__setattr__(model, "load_state_dict", saving.load_state_dict)
-    full.stored_shapes = saving.stored_shapes
+    # The model keeps `saving`, and that the engine: the other way round it were a circle, which only a collection ends.
+    shapes = weakref.WeakMethod(saving.stored_shapes)
+    full.stored_shapes = lambda: found() if (found := shapes()) is not None else {}
 
 
 def _refuse(named: Mapping[str, object], others: Mapping[str, object]) -> None:
