@@ -40,7 +40,7 @@ NUM_SLOTS = 3
 PATIENCE = 4.0
 """A process that has asked for nothing for so many times its usual pause is not waited for."""
 
-LEAST_PATIENCE_S, MOST_PATIENCE_S = 3.0, 60.0
+PATIENCE_S = (3.0, 60.0)
 """Bounds of that wait: the end of a step is not taken for that of a run, and a rank that is done costs no minutes."""
 
 _PREFETCHED = NUM_SLOTS + 1
@@ -58,8 +58,8 @@ class _Client:
     number: int
     pid: int
     heard_s: float
-    least_s: float
-    """Least time that it is waited for."""
+    patience_bounds_s: tuple[float, float]
+    """Least and most time that it is waited for."""
     usual_s: float = 0.0
     """Longest recent pause between two messages."""
     num_takes: Counter[int] = field(default_factory=Counter)
@@ -70,13 +70,18 @@ class _Client:
     """Blocks that it waits for and that nobody reads yet."""
     said_bye: bool = False
 
+    def is_behind(self, other: _Client) -> bool:
+        """Whether it has not come as far: in visits, and where those are equal (before the first one) in blocks."""
+        return (self.progress, self.num_takes.total()) < (other.progress, other.num_takes.total())
+
     def hear(self, now_s: float) -> None:
         pause_s = now_s - self.heard_s
         self.heard_s = now_s
-        self.usual_s = max(min(pause_s, MOST_PATIENCE_S), self.usual_s * _FORGETTING)
+        self.usual_s = max(pause_s, self.usual_s * _FORGETTING)
 
     def patience_s(self) -> float:
-        return min(MOST_PATIENCE_S, max(self.least_s, PATIENCE * self.usual_s))
+        least_s, most_s = self.patience_bounds_s
+        return min(most_s, max(least_s, PATIENCE * self.usual_s))
 
     def is_moving(self, now_s: float) -> bool:
         return now_s - self.heard_s < self.patience_s()
@@ -120,9 +125,9 @@ class _Service:
         places: ArenaLayout,
         reader: FileIO,
         listener: socket.socket,
-        least_patience_s: float,
+        patience_s: tuple[float, float],
     ) -> None:
-        self._least_patience_s = least_patience_s
+        self._patience_s = patience_s
         self._layouts, self._arena, self._places, self._reader = tuple(layouts), arena, places, reader
         self._listener = listener
         self._selector = selectors.DefaultSelector()
@@ -164,7 +169,7 @@ class _Service:
             number=self._num_clients,
             pid=pid,
             heard_s=time.monotonic(),
-            least_s=self._least_patience_s,
+            patience_bounds_s=self._patience_s,
         )
         self._num_clients += 1
         socket.send_fds(connection, [b"arena"], [self._arena.fd])
@@ -352,7 +357,7 @@ class _Service:
         if self._free_slots:
             return self._free_slots[0]
         now_s = time.monotonic()
-        behind = [other for other in self._clients if other.progress < client.progress]
+        behind = [other for other in self._clients if other.is_behind(client)]
         free = [
             held
             for held in self._passing.values()
@@ -404,14 +409,14 @@ class BlockServer(ClosedAfterwards):
     Args:
         layouts: The blocks; every process has the same.
         reader: Reads them; stays the caller's, to be closed after this.
-        least_patience_s: Least time that a process which is behind, and says nothing, is waited for.
+        patience_s: Least and most time that a process which is behind, and says nothing, is waited for.
 
     Raises:
         OSError: The system has no such memory or sockets.
     """
 
     def __init__(
-        self, layouts: Sequence[BlockLayout], *, reader: FileIO, least_patience_s: float = LEAST_PATIENCE_S
+        self, layouts: Sequence[BlockLayout], *, reader: FileIO, patience_s: tuple[float, float] = PATIENCE_S
     ) -> None:
         places = ArenaLayout.of(layouts, num_slots=NUM_SLOTS)
         arena = SharedArena.create(places.nbytes)
@@ -431,7 +436,7 @@ class BlockServer(ClosedAfterwards):
             places=places,
             reader=reader,
             listener=listener,
-            least_patience_s=least_patience_s,
+            patience_s=patience_s,
         )
         self._thread = WorkerThread(target=service.run, name="offload-share")
         self._thread.start()
