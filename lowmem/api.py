@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from socket import gethostname
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -33,7 +36,15 @@ from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates
 from lowmem.processes.node import shared_bytes
-from lowmem.processes.ranks import Ranks, agreed, budget_of_rank, ranks, refuse_for_ranks
+from lowmem.processes.ranks import (
+    Ranks,
+    agreed,
+    agreement,
+    budget_of_rank,
+    opening_together,
+    ranks,
+    refuse_for_ranks,
+)
 from lowmem.quantization.packing import packer_for
 from offload import Budget, format_bytes, format_seconds
 
@@ -110,20 +121,20 @@ def from_pretrained(
         device, (dtype, masters) = device or plan.job.device, _types_of(plan, dtype, masters)
         num_labels = 1 if num_labels is None and plan.job.task == "reward" else num_labels
     chosen = pick_device(device)
-    opening: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    compute, folder = _dtype(dtype, masters, tuning=tuning, device=chosen), resolve(model, revision=revision)
-    opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, num_labels=num_labels, **opening)
-    if quantization is not None:
-        opened = open_packed(opened, quantization, packed_dir=packed_dir, **opening)
+    how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     given: dict[str, Any] = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "optimizer": optimizer}
-    try:
-        plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, given=given)
-        _cap_device(opened.device, plan if cap_device else None)
+    compute = _dtype(dtype, masters, tuning=tuning, device=chosen)
+    with opening_together(), ExitStack() as unless_loaded:
+        folder = resolve(model, revision=revision)
+        opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, num_labels=num_labels, **how)
+        if quantization is not None:
+            opened = open_packed(opened, quantization, packed_dir=packed_dir, **how)
+        unless_loaded.callback(opened.source.close)
+        plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, given=given, cap_device=cap_device)
         check_every_trainer()
-        return load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen, masters=compute))
-    except BaseException:
-        opened.source.close()
-        raise
+        loaded = load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen, masters=compute))
+        unless_loaded.pop_all()
+    return loaded
 
 
 def _refuse_beside_plan(*others: object) -> None:
@@ -143,7 +154,13 @@ def _types_of(
 
 
 def _checked_plan(
-    opened: Opened, plan: Plan | None, *, tuning: Tuning, budget: Budget | None, given: Mapping[str, Any]
+    opened: Opened,
+    plan: Plan | None,
+    *,
+    tuning: Tuning,
+    budget: Budget | None,
+    given: Mapping[str, Any],
+    cap_device: bool,
 ) -> Plan:
     """The plan given, or one for a job that nobody has described; refused where it does not fit. Rank 0's for all."""
     if tuning == "full":
@@ -160,6 +177,7 @@ def _checked_plan(
         _refuse_another_plan(found, opened, tuning=tuning)
     found.require_fit()
     _check_disk(found)
+    _cap_device(opened.device, found if cap_device else None)
     return found
 
 
@@ -177,15 +195,26 @@ def _refuse_another_base(opened: Opened) -> None:
     """Refuse ranks whose checkpoints are not copies of one.
 
     Raises:
-        ValueError: This rank's differs from rank 0's in a name, a size or a header.
+        ValueError: On all ranks: one of them differs from rank 0's in its configuration, files, headers or values.
     """
-    folder, own = opened.folder, opened.source.fingerprint(of_copies=True)
-    first, fingerprint = agreed("checkpoint", lambda: (str(folder), own))
-    if fingerprint != own:
+    if not ranks().are_several:
+        return
+    described = sha256((opened.folder / "config.json").read_bytes()).hexdigest()
+    own = (gethostname(), str(opened.folder), opened.source.fingerprint(of_copies=True) + described)
+    told = agreement().of_all("checkpoint", own)
+    others = [rank for rank, (_, _, fingerprint) in enumerate(told) if fingerprint != told[0][2]]
+    if others:
+        (machine, folder, _), (first_machine, first_folder, _) = told[others[0]], told[0]
         raise ValueError(
-            f"{ranks()}: the files of {folder} differ in names, sizes or headers from those of {first}, which rank 0 "
-            "has opened; give all ranks copies of the same checkpoint"
+            f"{ranks()}: the files of {folder} on {machine}, which {_numbered(others)} opened, are not copies "
+            f"of those of {first_folder} on {first_machine}, which rank 0 has opened: config.json, names, sizes, "
+            "headers or values differ; give all ranks copies of the same checkpoint"
         )
+
+
+def _numbered(numbers: Sequence[int]) -> str:
+    listed = ", ".join(map(str, numbers))
+    return f"ranks {listed} have" if len(numbers) > 1 else f"rank {listed} has"
 
 
 def _cap_device(device: torch.device, plan: Plan | None) -> None:

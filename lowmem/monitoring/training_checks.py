@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -22,6 +23,7 @@ from lowmem.internals.transformers import add_default_callback, before_resume, l
 from lowmem.monitoring.resume_checks import check_before_resume, newest_complete
 from lowmem.optim.optimizer import RuleOptimizer
 from lowmem.planning.optimizer_sizes import sizes_in_training
+from lowmem.processes.ranks import ranks
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
 
 if TYPE_CHECKING:
@@ -212,6 +214,17 @@ _LOSS_WAIT_S = 2.0
 """Longest wait for word of a lost process, after a collective operation has failed: word comes within milliseconds."""
 
 
+_ENDED_ELSEWHERE = (
+    "a rank of this run has ended or cannot be reached, perhaps one on another machine: look at what it wrote there; "
+    "start all ranks again, from the last checkpoint"
+)
+
+
+def _is_of_ranks(error: RuntimeError) -> bool:
+    """Whether ranks could not reach each other: gloo's errors have no class of their own, NCCL's have."""
+    return "gloo" in str(error) or isinstance(error, getattr(torch.distributed, "DistError", ()))
+
+
 def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt | RuntimeError) -> None:
     if not is_streamed(model):
         return
@@ -219,7 +232,9 @@ def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt | Runtim
     if isinstance(interruption, RuntimeError):
         # DDP says that a connection was closed, and by which address.
         lost = None if runtime.find_lost is None else runtime.find_lost(_LOSS_WAIT_S)
-        if lost is not None and lost is not interruption:
+        if lost is None and ranks().are_several and _is_of_ranks(interruption):
+            interruption.add_note(_ENDED_ELSEWHERE)
+        elif lost is not None and lost is not interruption:
             interruption.add_note(str(lost))
         return
     if runtime.advise_interrupted is not None:

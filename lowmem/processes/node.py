@@ -6,14 +6,12 @@ themselves, and the plan says why.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
-from lowmem.processes.ranks import AGREE_S, KeyValueStore, Ranks, agreement, ranks
+from lowmem.processes.ranks import Ranks, agreement, ranks
 from offload import (
     NUM_SLOTS,
     BlockLayout,
@@ -21,7 +19,6 @@ from offload import (
     BlockSpec,
     FileIO,
     KeptMemory,
-    OffloadError,
     PeerLost,
     SharedReader,
     lay_out,
@@ -96,24 +93,25 @@ def share_blocks(blocks: Sequence[BlockSpec], *, reader: FileIO, files: Mapping[
     found = ranks()
     if not found.are_several:
         return NodeBlocks(reader=reader)
-    key, store = agreement().key(f"reader-of-node-{found.node}"), agreement().store
-    if found.local_size == 1:
-        return NodeBlocks(reader=reader)
     layouts = [lay_out(block) for block in blocks]
     owned = ExitStack()
-    if found.local_rank == 0:
-        address, problem = "", ""
+
+    def serve() -> tuple[str, dict[Path, object], str]:
+        if found.local_size == 1 or found.local_rank:
+            return "", {}, ""
         try:
             server = BlockServer(layouts, reader=reader)
-            owned.callback(server.close)
-            address = server.address
         except OSError as error:
-            problem = f"there is no shared memory ({error})"
-        store.set(key, pickle.dumps((address, dict(files), problem)))
-    else:
-        address, theirs, problem = _told(store, key, found)
-        if not problem and theirs != dict(files):
-            problem = "the first rank of this machine has opened other files"
+            return "", dict(files), f"there is no shared memory ({error})"
+        owned.callback(server.close)
+        return server.address, dict(files), ""
+
+    first = found.rank - found.local_rank
+    address, theirs, problem = agreement().on(f"reader of node {found.node}", serve, rank=first)
+    if found.local_size == 1:
+        return NodeBlocks(reader=reader)
+    if not problem and theirs != dict(files):
+        problem = "the first rank of this machine has opened other files"
     if not problem:
         try:
             shared = SharedReader(address, layouts, reader=reader, pin=pin)
@@ -127,14 +125,3 @@ def share_blocks(blocks: Sequence[BlockSpec], *, reader: FileIO, files: Mapping[
         note=f"{found} reads and keeps its blocks for itself, beside {found.local_size - 1} others: {problem}",
         _owned=owned,
     )
-
-
-def _told(store: KeyValueStore, key: str, found: Ranks) -> tuple[str, dict[Path, object], str]:
-    try:
-        store.wait([key], timedelta(seconds=AGREE_S))
-    except RuntimeError as error:
-        raise OffloadError(
-            f"{found}: local rank 0 of this machine has not opened the model for {AGREE_S:.0f} s; look at what it wrote"
-        ) from error
-    address, files, problem = pickle.loads(store.get(key))
-    return address, files, problem

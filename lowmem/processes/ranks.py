@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -22,7 +25,13 @@ from offload import Budget, OffloadError
 T = TypeVar("T")
 
 AGREE_S = 1800.0
-"""Longest wait for rank 0, which may be reading headers from a slow disk: torch's own default for process groups."""
+"""Longest wait for a rank, which may be reading headers from a slow disk: torch's own default for process groups."""
+
+SAY_S = 60.0
+"""A wait that is longer is said."""
+
+_POLL_S = (0.002, 0.25)
+"""Between two looks at the store: at first, and in the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,65 +180,128 @@ class KeyValueStore(Protocol):
     def get(self, key: str) -> bytes:
         """A value that was stored."""
 
-    def wait(self, keys: list[str], timeout: timedelta) -> None:
-        """Wait until values are stored under all of these keys.
-
-        Raises:
-            RuntimeError: They were not in time.
-        """
+    def check(self, keys: list[str]) -> bool:
+        """Whether values are stored under all of these keys."""
 
 
 class Agreement:
-    """What all ranks go by is rank 0's: it is passed on through the launcher's own key-value store.
+    """What ranks tell each other while they open a model: passed on through the launcher's own key-value store.
 
-    No process group is needed, which accelerate makes later by the user's options. Every rank asks the same questions
-    in the same order.
+    No process group is needed, which accelerate makes later by the user's options. Every rank opens the same models in
+    the same order, and asks the same questions meanwhile.
 
     Args:
         store: Of torch.distributed, the same for all ranks.
         found: Of this process.
+        attempt: How often the launcher has started the ranks again: its store may be the one they had before.
     """
 
-    def __init__(self, store: KeyValueStore, found: Ranks) -> None:
-        self.store, self._ranks = store, found
+    def __init__(self, store: KeyValueStore, found: Ranks, *, attempt: str = "0") -> None:
+        self._store, self._ranks, self._attempt = store, found, attempt
+        self._num_openings = self._num_asked = 0
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Around the opening of one model: an error of any rank ends the others too, which would wait for it."""
+        self._num_openings += 1
         self._num_asked = 0
+        try:
+            yield
+        except Exception as error:
+            # Whoever hears of it fails as well, and must not say that it was the first. The store ends with rank 0.
+            with suppress(RuntimeError):
+                if not self._store.check([self._failed_key]):
+                    told = (self._ranks.rank, f"{type(error).__name__}: {error}")
+                    self._store.set(self._failed_key, pickle.dumps(told))
+            raise
 
-    def key(self, what: str) -> str:
-        """A key of the store that nothing else uses; the same on all ranks that ask equally often."""
-        self._num_asked += 1
-        return f"lowmem/{self._num_asked}/{what}"
-
-    def on(self, what: str, make: Callable[[], T]) -> T:
-        """Make something on every rank, and return what rank 0 made.
+    def on(self, what: str, make: Callable[[], T], *, rank: int = 0) -> T:
+        """Make something on every rank, and return what one of them made.
 
         Args:
             what: A word for it.
-            make: Makes it; its errors are this rank's own, and rank 0's end the others too.
+            make: Makes it; its errors are this rank's own.
+            rank: The one that decides.
 
         Raises:
-            OffloadError: Rank 0 could not make it, or did not say anything.
+            OffloadError: That one or another could not open its model, or did not say anything.
         """
-        key = self.key(what)
-        if self._ranks.is_first:
-            try:
-                made = make()
-            except Exception as error:
-                self.store.set(key, pickle.dumps((None, f"{type(error).__name__}: {error}")))
-                raise
-            self.store.set(key, pickle.dumps((made, None)))
+        key, made = self._key(what), make()
+        if self._ranks.rank == rank:
+            self._store.set(key, pickle.dumps(made))
             return made
-        make()
+        self._wait({rank: key}, what)
+        return cast(T, pickle.loads(self._store.get(key)))
+
+    def of_all(self, what: str, own: T) -> list[T]:
+        """What each rank says, in the order of their numbers.
+
+        Args:
+            what: A word for it.
+            own: What this one says.
+
+        Raises:
+            OffloadError: One of them could not open its model, or did not say anything.
+        """
+        stem = self._key(what)
+        self._store.set(f"{stem}/{self._ranks.rank}", pickle.dumps(own))
+        keys = {rank: f"{stem}/{rank}" for rank in range(self._ranks.size)}
+        self._wait(keys, what)
+        return [pickle.loads(self._store.get(key)) for key in keys.values()]
+
+    def _key(self, what: str) -> str:
+        """A key that nothing else uses; the same on all ranks that have asked equally often."""
+        self._num_asked += 1
+        return f"lowmem/{self._attempt}/{self._num_openings}/{self._num_asked}/{what}"
+
+    @property
+    def _failed_key(self) -> str:
+        return f"lowmem/{self._attempt}/{self._num_openings}/failed"
+
+    def _wait(self, keys: Mapping[int, str], what: str) -> None:
+        """Wait until ranks have said something.
+
+        Args:
+            keys: Under which key each rank says it.
+            what: A word for it.
+
+        Raises:
+            OffloadError: A rank could not open its model, or they did not in time.
+        """
+        start_s, pause_s, was_said = time.monotonic(), _POLL_S[0], False
+        while not self._has(*keys.values()):
+            if self._has(self._failed_key) and not self._has(*keys.values()):
+                rank, problem = pickle.loads(self._store.get(self._failed_key))
+                raise OffloadError(f"{self._ranks}: rank {rank} could not open the model: {problem}")
+            waited_s = time.monotonic() - start_s
+            if waited_s > AGREE_S:
+                raise OffloadError(
+                    f"{self._ranks}: {self._silent(keys)} not said the {what} for {AGREE_S:.0f} s; look at what was "
+                    "written there, and make sure that every rank runs the same script"
+                )
+            if waited_s > SAY_S and not was_said:
+                was_said = True
+                warnings.warn(
+                    f"{self._ranks}: {self._silent(keys)} not said the {what} for {SAY_S:.0f} s; every rank has to "
+                    "open each model, in the same order",
+                    stacklevel=2,
+                )
+            time.sleep(pause_s)
+            pause_s = min(_POLL_S[1], 2 * pause_s)
+
+    def _has(self, *keys: str) -> bool:
         try:
-            self.store.wait([key], timedelta(seconds=AGREE_S))
+            return self._store.check(list(keys))
         except RuntimeError as error:
             raise OffloadError(
-                f"{self._ranks}: rank 0 has not said its {what} for {AGREE_S:.0f} s; look at what it wrote, and make "
-                "sure that every rank runs the same script"
+                f"{self._ranks}: the process that keeps what ranks say (the launcher, or rank 0) has ended; "
+                "look at what was written there"
             ) from error
-        value, problem = pickle.loads(self.store.get(key))
-        if problem is not None:
-            raise OffloadError(f"{self._ranks}: rank 0 could not make the {what}: {problem}")
-        return cast(T, value)
+
+    def _silent(self, keys: Mapping[int, str]) -> str:
+        """Who has said nothing, and the verb to it."""
+        found = [str(rank) for rank, key in keys.items() if not self._has(key)]
+        return f"ranks {', '.join(found)} have" if len(found) > 1 else f"rank {', '.join(found)} has"
 
 
 @cache
@@ -238,7 +310,22 @@ def agreement() -> Agreement:
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=AGREE_S)))
-    return Agreement(cast(KeyValueStore, store), ranks())
+    return Agreement(cast(KeyValueStore, store), ranks(), attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+@contextmanager
+def opening_together() -> Iterator[None]:
+    """Around the opening of a model, which all ranks go through together: all of them, or none, have it in the end.
+
+    Raises:
+        OffloadError: Another rank could not open it.
+    """
+    if not ranks().are_several:
+        yield
+        return
+    with agreement().opening():
+        yield
+        agreement().of_all("opened model", None)
 
 
 def agreed(what: str, make: Callable[[], T]) -> T:

@@ -442,6 +442,21 @@ def test_file_that_changes_is_found_out(tmp_path: Path, change: Any, match: str)
             source.check_unchanged(file)
 
 
+@pytest.mark.parametrize("numel", [1, 40_000])
+def test_copies_have_one_fingerprint_and_another_training_of_the_model_has_its_own(tmp_path: Path, numel: int) -> None:
+    weight = torch.arange(float(numel))
+    copies, files = [], []
+    for name, values in {"here": weight, "there": weight, "trained on": weight + 1e-2}.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": values}, tmp_path / name / "model.safetensors")
+        os.utime(tmp_path / name / "model.safetensors", ns=(len(files), len(files)))
+        with SafetensorsSource(tmp_path / name) as source:
+            copies.append(source.fingerprint(of_copies=True))
+            files.append(source.fingerprint())
+    assert copies[0] == copies[1] != copies[2]
+    assert len(set(files)) == 3
+
+
 def test_closed_source_says_so(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)

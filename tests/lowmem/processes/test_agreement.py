@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 import lowmem
 from lowmem.headers.description import describing
@@ -57,19 +58,72 @@ def test_what_rank_0_could_not_make_ends_the_others_with_its_reason(both: tuple[
     def refuse() -> NoReturn:
         raise lowmem.UnsupportedError("x=1", reason="it is not", instead="x=0")
 
-    with pytest.raises(lowmem.UnsupportedError):
+    with pytest.raises(lowmem.UnsupportedError), both[0].opening():
         both[0].on("plan", refuse)
-    with pytest.raises(
-        OffloadError, match=r"rank 1 of 2: rank 0 could not make the plan: UnsupportedError: x=1 is not"
-    ):
+    says = r"rank 1 of 2: rank 0 could not open the model: UnsupportedError: x=1 is not"
+    with pytest.raises(OffloadError, match=says), both[1].opening():
         both[1].on("plan", lambda: 1)
+
+
+def test_every_rank_ends_with_the_reason_of_the_one_that_could_not(both: tuple[Agreement, Agreement]) -> None:
+    first, second = both
+    with pytest.raises(FileNotFoundError), second.opening():
+        raise FileNotFoundError("/data/model: there is no such folder")
+    says = r"rank 0 of 2: rank 1 could not open the model: FileNotFoundError: /data/model: there is no such folder"
+    with pytest.raises(OffloadError, match=says), first.opening():  # noqa: PT012
+        assert first.on("plan", lambda: 3) == 3
+        first.of_all("opened model", None)
+
+
+def test_what_all_ranks_cannot_do_each_says_for_itself(both: tuple[Agreement, Agreement]) -> None:
+    for one in both:
+        with pytest.raises(ValueError, match=r"^too small$"), one.opening():  # noqa: PT012
+            one.on("plan", lambda: 1)
+            raise ValueError("too small")
+
+
+def test_an_opening_that_failed_is_forgotten_by_the_next(both: tuple[Agreement, Agreement]) -> None:
+    first, second = both
+    with pytest.raises(ValueError, match="once"), second.opening():
+        raise ValueError("once")
+    with pytest.raises(OffloadError, match="ValueError: once"), first.opening():
+        first.of_all("opened model", None)
+    with first.opening(), second.opening(), ThreadPoolExecutor(2) as threads:
+        told = list(threads.map(lambda one: one.of_all("number", one.on("plan", lambda: 7)), both))
+    assert told == [[7, 7], [7, 7]]
+
+
+def test_what_ranks_said_before_the_launcher_started_them_again_is_not_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = HashStore()
+    Agreement(store, FIRST, attempt="0").on("plan", lambda: 1)
+    monkeypatch.setattr(ranks_room, "AGREE_S", 0.2)
+    with pytest.raises(OffloadError, match="rank 0 has not said the plan"):
+        Agreement(store, SECOND, attempt="1").on("plan", lambda: 1)
+
+
+def test_a_long_wait_says_for_whom(both: tuple[Agreement, Agreement], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_room, "AGREE_S", 0.5)
+    monkeypatch.setattr(ranks_room, "SAY_S", 0.1)
+    says = "rank 0 of 2: rank 1 has not said the opened model"
+    with pytest.warns(UserWarning, match=says), pytest.raises(OffloadError, match=says):
+        both[0].of_all("opened model", None)
+
+
+def test_when_the_launcher_is_gone_a_rank_says_so() -> None:
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("localhost", server.port, is_master=False, wait_for_workers=False)
+    del server
+    with pytest.raises(OffloadError, match=r"the launcher, or rank 0\) has ended"), Agreement(client, SECOND).opening():
+        Agreement(client, SECOND).on("plan", lambda: 1)
 
 
 def test_a_rank_0_that_says_nothing_is_not_waited_for_without_end(
     both: tuple[Agreement, Agreement], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranks_room, "AGREE_S", 0.2)
-    with pytest.raises(OffloadError, match="rank 0 has not said its plan"):
+    with pytest.raises(OffloadError, match="rank 0 has not said the plan"):
         both[1].on("plan", lambda: 1)
 
 
