@@ -12,7 +12,7 @@ def watch_host_memory() -> None:
     """Note reads of blocks from disk, reads and writes of scratch space, and what full tuning does, as the host's."""
     from lowmem.full.gpu_tier import GpuMemoryTier, _Halves
     from lowmem.full.tier import Contribution
-    from offload import FileIO, Scratch
+    from offload import FileIO, Scratch, SharedReader
 
     add_to = Contribution.add_to
 
@@ -31,6 +31,8 @@ def watch_host_memory() -> None:
     Contribution.add_to = noted_adding  # type: ignore[method-assign]
     GpuMemoryTier._lift = _noted(GpuMemoryTier._lift, writes=True, who="GpuMemoryTier._lift")  # type: ignore[method-assign]
     FileIO.read = _noted(FileIO.read, writes=True, who="FileIO.read")  # type: ignore[method-assign]
+    # Out of memory of all ranks of a machine, into a buffer of this one.
+    SharedReader.read = _noted(SharedReader.read, writes=True, who="SharedReader.read")  # type: ignore[method-assign]
     for name, writes in (("read", True), ("write", False)):
         setattr(Scratch, name, _noted(getattr(Scratch, name), writes=writes, who=f"Scratch.{name}"))
 

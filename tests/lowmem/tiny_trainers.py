@@ -78,7 +78,7 @@ def even_words(completions: list[str], **columns: object) -> list[float]:
     return [sum(int(word[1:]) % 2 == 0 for word in text.split() if word[1:].isdigit()) / 8 for text in completions]
 
 
-_TRAINERS: dict[str, tuple[type[Trainer], type, Callable[[], Dataset], dict[str, object]]] = {
+_TRAINERS: dict[str, tuple[type[Trainer], type, Callable[..., Dataset], dict[str, object]]] = {
     "sft": (SFTTrainer, SFTConfig, texts, {}),
     "dpo": (DPOTrainer, DPOConfig, pairs, {}),
     "kto": (KTOTrainer, KTOConfig, judged, {}),
@@ -86,6 +86,11 @@ _TRAINERS: dict[str, tuple[type[Trainer], type, Callable[[], Dataset], dict[str,
     "grpo": (GRPOTrainer, GRPOConfig, questions, {"num_generations": 4, "max_completion_length": 6}),
     "rloo": (RLOOTrainer, RLOOConfig, questions, {"num_generations": 4, "max_completion_length": 6}),
 }
+
+
+def rows_for(task: str, num: int) -> Dataset:
+    """So many rows of what a task trains on."""
+    return _TRAINERS[task][2](num)
 
 
 def make(

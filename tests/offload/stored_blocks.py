@@ -24,7 +24,15 @@ from offload.trace import Trace
 class StoredBlocks:
     """Blocks of different sizes over two files, at odd offsets, and what their bytes are."""
 
-    def __init__(self, folder: Path, num_blocks: int = 6, *, block_bytes: int = 30_000) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_blocks: int = 6,
+        *,
+        block_bytes: int = 30_000,
+        most_gap: int = 3,
+        are_there: bool = False,
+    ) -> None:
         chance = random.Random(num_blocks)
         files = [folder / "one.bin", folder / "two.bin"]
         contents = [bytearray(), bytearray()]
@@ -35,7 +43,7 @@ class StoredBlocks:
             for number, which in enumerate((block % 2, block % 2, 1 - block % 2)):
                 rows = max(1, block_bytes // 3 // 40 - block)
                 data = chance.randbytes(rows * 5 * 4)
-                contents[which] += bytes(chance.randint(0, 3))
+                contents[which] += bytes(chance.randint(0, most_gap))
                 name = f"{block}.{number}"
                 tensors.append(
                     TensorSpec(
@@ -50,8 +58,9 @@ class StoredBlocks:
                 contents[which] += data
                 self.truth[name] = data
             self.blocks.append(BlockSpec(name=f"block {block}", tensors=tuple(tensors)))
-        for file, content in zip(files, contents, strict=True):
-            file.write_bytes(content)
+        if not are_there:
+            for file, content in zip(files, contents, strict=True):
+                file.write_bytes(content)
         self.files = files
 
     @property

@@ -24,6 +24,9 @@ from transformers import TrainerCallback
 import lowmem.adapters.dora
 import lowmem.api  # what opening and training import lazily: once, not in each run
 import lowmem.generation.hooks  # noqa: F401
+from lowmem.streaming.boundary import DiskBoundaries
+from lowmem.streaming.runtime import runtime_of
+from offload import Scratch
 from tests.lowmem.kill_job import last_complete_checkpoint
 from tests.lowmem.tiny_training import trainer
 from tests.zoo.streamed import streamed
@@ -84,8 +87,15 @@ def train(folder: Path, output: Path, say: int) -> None:
     torch.set_num_threads(1)
     # The first to get there saves: both must have seen the same checkpoint before.
     checkpoint = last_complete_checkpoint(output)
+    model = streamed(folder)
+    runtime = runtime_of(model)
+    runtime.boundaries.close()
+    # Of both, as Budget(disk=...) is.
+    scratch = output.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    runtime.boundaries = DiskBoundaries(torch.device("cpu"), Scratch(scratch), num_buffers=1)
     done = trainer(
-        streamed(folder),
+        model,
         output,
         max_steps=NUM_STEPS,
         save_strategy="steps",
@@ -134,17 +144,20 @@ def kill(rank: int, folder: Path, output: Path, chance: random.Random) -> dict[s
     return {"rank": rank, "steps": num_steps, "status": status, "ended_s": ended_s, "words": text}
 
 
+def finish(pair: Pair) -> None:
+    """Let a pair go on to its end."""
+    for pid in pair.pids:
+        assert wait(pid, 400) == 0, [path.read_text() for path in pair.words if path.exists()]
+    os.close(pair.hear)
+
+
 def main(folder: Path, scratch: Path, num: int) -> None:
     chance = random.Random(num)
-    whole = start(folder, scratch / "whole")
-    for pid in whole.pids:
-        assert wait(pid, 200) == 0
+    finish(start(folder, scratch / "whole"))
     before = set(os.listdir("/dev/shm"))
     found = [kill(rank, folder, scratch / "killed", chance) for _ in range(num) for rank in (0, 1)]
-    last = start(folder, scratch / "killed")
-    for pid in last.pids:
-        assert wait(pid, 200) == 0, [path.read_text() for path in last.words if path.exists()]
-    left = sorted(set(os.listdir("/dev/shm")) - before)
+    finish(start(folder, scratch / "killed"))
+    left = sorted((set(os.listdir("/dev/shm")) - before) | set(os.listdir(scratch / "scratch")))
     (scratch / "found.json").write_text(json.dumps({"killed": found, "left": left}))
     print("finished", flush=True)
 

@@ -1,17 +1,18 @@
 """When a rank is killed the others end by themselves, say why, and leave nothing; the run goes on bit by bit."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.lowmem.processes.test_ranks import ROOT, case, of_rank, run_ranks
 from tests.zoo.architectures import build
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
@@ -20,7 +21,7 @@ def test_a_rank_that_is_killed_takes_nothing_with_it(num: int, tmp_path: Path) -
     folder = build("llama", tmp_path / "model")
     command = [sys.executable, "-W", "ignore", "-m", "tests.lowmem.processes.kill_ranks_job"]
     done = subprocess.run(
-        [*command, str(folder), str(tmp_path), str(num)], cwd=ROOT, capture_output=True, text=True, timeout=1200
+        [*command, str(folder), str(tmp_path), str(num)], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
@@ -35,3 +36,37 @@ def test_a_rank_that_is_killed_takes_nothing_with_it(num: int, tmp_path: Path) -
     for name, weight in expected.items():
         assert torch.equal(got[name], weight), name
     assert not [path for path in tmp_path.rglob("*") if "lowmem-blocks" in path.name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_rank_that_is_killed_while_models_are_opened_takes_the_others_with_it(
+    rank: int, when: str, tmp_path: Path
+) -> None:
+    build("llama", tmp_path / "llama")
+    (tmp_path / "cases.json").write_text(json.dumps([case("killed", dies={"rank": rank, "when": when})]))
+    before = set(os.listdir("/dev/shm"))
+    done = run_ranks(tmp_path, limit_s=240)
+    ended_s = time.time() - float((tmp_path / "killed.txt").read_text())
+    assert done.returncode != 0
+    assert ended_s < 60
+    # torchrun's summary names whoever was the first.
+    assert f"rank      : {rank} (local_rank: {rank})" in done.stdout + done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stdout + done.stderr
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["after", "training"])
+def test_ranks_that_the_launcher_starts_again_hear_nothing_of_those_before(when: str, tmp_path: Path) -> None:
+    build("llama", tmp_path / "llama")
+    dies = {"rank": 1, "when": when, "attempt": "0"}
+    (tmp_path / "cases.json").write_text(json.dumps([case("again", dies=dies), case("whole")]))
+    done = run_ranks(tmp_path, "--max-restarts", "1", limit_s=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert (tmp_path / "killed.txt").exists()
+    assert "reads and keeps its blocks for itself" not in done.stderr
+    again, whole = of_rank(tmp_path, "again", 0), of_rank(tmp_path, "whole", 0)
+    for name, weight in whole["adapter"].items():
+        assert torch.equal(again["adapter"][name], weight), name

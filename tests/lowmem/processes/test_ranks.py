@@ -19,6 +19,7 @@ from lowmem.processes.ranks import Ranks, budget_of_rank, ranks, refuse_for_rank
 from offload import Budget
 from tests.lowmem.processes.ranks_job import run
 from tests.lowmem.tiny_training import streamed
+from tests.offload.kernel_counts import page_bytes_of_shared_memory
 from tests.zoo.architectures import build
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,22 +69,19 @@ BESIDE_PLAIN = [
 SLOW = {"sft-finds-unused", "sft-finds-none", "dora-accumulated", "experts-accumulated", "dpo-accumulated", "reward"}
 SLOW |= {"experts-balanced", "rloo"}
 RESUMED = case("resumed", output="saving", options={"max_steps": 4, **ADAMW})
+# Each rank opens a folder of its own, and one of them must not: then all of them are told why.
+ANOTHER = {"name": "another", "opens": ["llama", "trained on"]}
+MISSING = {"name": "missing", "opens": ["llama", "nothing"]}
 
 
-def launch(folder: Path, cases: list[dict[str, Any]], *, num_ranks: int = NUM_RANKS, limit_s: float = 240) -> str:
-    """Run cases under torchrun; returns what it said.
-
-    Args:
-        folder: Has the models; gets `NAME.rankR.pt`.
-        cases: What to run.
-        num_ranks: Processes.
-        limit_s: It is killed then.
-    """
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks)]
+def run_ranks(
+    folder: Path, *options: str, num_ranks: int = NUM_RANKS, limit_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a folder's `cases.json` under torchrun, with options of its own; it is killed after so many seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc_per_node", str(num_ranks)]
     # A free port chosen by the system, so that two such tests may run at a time.
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "tests.lowmem.processes.ranks_job", str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -92,12 +90,25 @@ def launch(folder: Path, cases: list[dict[str, Any]], *, num_ranks: int = NUM_RA
         timeout=limit_s,
         check=False,
     )
+
+
+def launch(folder: Path, cases: list[dict[str, Any]], *, num_ranks: int = NUM_RANKS, limit_s: float = 240) -> None:
+    """Run cases under torchrun.
+
+    Args:
+        folder: Has the models; gets `NAME.rankR.pt`.
+        cases: What to run.
+        num_ranks: Processes.
+        limit_s: It is killed then.
+    """
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = run_ranks(folder, num_ranks=num_ranks, limit_s=limit_s)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout + done.stderr
 
 
 def make_models(folder: Path) -> None:
     build("llama", folder / "llama")
+    build("llama", folder / "trained on", seed=1)
     # More blocks than pass through shared memory at a time.
     build("llama", folder / "deep", changes={"num_hidden_layers": 8})
     build("qwen3_moe", folder / "qwen3_moe", changes={"num_experts": 8, "num_experts_per_tok": 2})
@@ -115,7 +126,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks did in the quick cases: importing takes longer than all of the runs."""
     made = tmp_path_factory.mktemp("ranks")
     resumed = {**RESUMED, "resume": str(made / "saving" / "checkpoint-2")}
-    return run_on_ranks(made, [*(one for one in (*EXACT, *BESIDE_PLAIN) if one["name"] not in SLOW), resumed])
+    quick = [one for one in (*EXACT, *BESIDE_PLAIN) if one["name"] not in SLOW]
+    return run_on_ranks(made, [*quick, resumed, ANOTHER, MISSING])
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +236,33 @@ def test_rank_0_alone_writes_what_there_is_one_of(folder: Path) -> None:
 def test_ranks_generate_for_themselves(folder: Path) -> None:
     first, second = (of_rank(folder, "sft", rank)["generated"] for rank in range(NUM_RANKS))
     assert first.shape[1] != second.shape[1]
+
+
+def test_blocks_that_ranks_keep_are_one_copy(folder: Path) -> None:
+    found = [of_rank(folder, "sft", rank) for rank in range(NUM_RANKS)]
+    page = page_bytes_of_shared_memory()
+    sizes = found[0]["block_bytes"]
+    one_copy = sum(-(-size // page) * page for size in sizes)
+    mapped = [one["mapped"] for one in found]
+    rounding = 1024 * sum(one["num"] for one in mapped)
+    for one in mapped:
+        assert one["rss"] >= sum(sizes), "each maps all of them"
+    assert sum(sizes) - rounding <= sum(one["pss"] for one in mapped) <= one_copy + rounding
+
+
+def test_a_checkpoint_that_is_another_ones_is_refused_on_all_ranks(folder: Path) -> None:
+    for rank in range(NUM_RANKS):
+        refused = of_rank(folder, "another", rank)["refused"]
+        assert refused.startswith(f"ValueError: rank {rank} of 2: the files of {folder / 'trained on'} on ")
+        assert "which rank 1 has opened, are not copies of those of" in refused
+        assert str(folder / "llama") in refused
+
+
+def test_what_one_rank_cannot_open_ends_the_others_with_its_reason(folder: Path) -> None:
+    assert of_rank(folder, "missing", 1)["refused"].startswith("FileNotFoundError")
+    refused = of_rank(folder, "missing", 0)["refused"]
+    assert refused.startswith("OffloadError: rank 0 of 2: rank 1 could not open the model: FileNotFoundError")
+    assert str(folder / "nothing") in refused
 
 
 def test_the_plan_says_that_ranks_share(folder: Path) -> None:
