@@ -4,7 +4,7 @@
 
 --model: a local folder or a hub id, with .safetensors. --data: a JSONL file or a hub data set in one of TRL's formats:
 {"text"}, {"messages"}, {"prompt", "completion"}; or with the columns of Alpaca: {"instruction", "input", "output"}. Run
-it again with --resume to go on after an interruption.
+it again with --resume to go on after an interruption, from the last checkpoint in --output or from one by its name.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import lowmem
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -39,13 +39,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapters on all linear layers")
     parser.add_argument("--save-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+        help="go on from this one; without a name, from the last one in --output",
+    )
     parser.add_argument("--plan-only", action="store_true", help="print what would run where, and stop")
     return parser.parse_args()
 
 
 def last_checkpoint(output: str) -> str | None:
     return get_last_checkpoint(output) if Path(output).is_dir() else None
+
+
+def is_finished(checkpoint: str, options: argparse.Namespace) -> bool:
+    """Whether a checkpoint is that of the last step: resumed there, the Trainer would take one more."""
+    try:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):
+        return False  # not whole: the Trainer, asked to resume it, says what is wrong
+    if options.max_steps > 0:
+        return bool(state.global_step >= options.max_steps)
+    return state.epoch is not None and bool(state.epoch >= options.epochs)
 
 
 def load_rows(data: str) -> Dataset:
@@ -67,12 +84,21 @@ def chat_of(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def how_to_merge(model: str, adapter: str) -> str:
+    return f"merge it: lowmem merge {model} --adapter {adapter} --output merged"
+
+
 def main() -> None:
     options = parse()
-    if options.resume and not last_checkpoint(options.output):
-        sys.exit(
-            f"--resume: no checkpoint in {options.output}; leave it out, or give the --output of the run to go on with"
-        )
+    if options.resume:
+        last = last_checkpoint(options.output) if options.resume is True else options.resume
+        if not last or not Path(last).is_dir():
+            where = f"in {options.output}" if options.resume is True else options.resume
+            sys.exit(f"--resume: no checkpoint {where}; leave it out, or give the --output of the run to go on with")
+        if is_finished(last, options):
+            print(f"nothing is left to train: {last} has all steps; for more, raise --epochs or --max-steps")
+            print(f"adapter: {last}\n{how_to_merge(options.model, last)}")
+            return
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     plan = lowmem.plan(
         options.model,
@@ -118,12 +144,12 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=options.resume)
     except KeyboardInterrupt:
         last = last_checkpoint(options.output)
-        sys.exit(f"stopped; {last}: run it again with --resume" if last else "stopped before the first checkpoint")
+        if last:
+            sys.exit(f"stopped; {last}: run it again with --resume")
+        sys.exit(f"stopped before the first checkpoint; one is saved every {options.save_steps} steps (--save-steps)")
     trainer.save_model(options.output)
     trainer.save_state()  # the loss curve, in trainer_state.json
-    print(
-        f"adapter: {options.output}\nmerge it: lowmem merge {options.model} --adapter {options.output} --output merged"
-    )
+    print(f"adapter: {options.output}\n{how_to_merge(options.model, options.output)}")
 
 
 if __name__ == "__main__":

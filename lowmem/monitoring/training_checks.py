@@ -6,6 +6,7 @@ begins, and a step whose gradients did not come from the streamed blocks before 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -145,6 +146,15 @@ class TrainingChecks(TrainerCallback):
             trained = [param for param in model.parameters() if param.requires_grad]
             runtime.optimizer = sizes_in_training(optimizer, str(getattr(args.optim, "value", args.optim)), trained)
         self._runtime = weakref.ref(runtime)
+        if state.is_world_process_zero and 0 < state.max_steps <= state.global_step:
+            # By the trainer's rules, and as without streaming: it looks at its limit behind a step, not before one.
+            warnings.warn(
+                f"the checkpoint is of a run that has taken all its steps ({state.global_step} of {state.max_steps}): "
+                "nothing is left to train, though the Trainer takes one more step where the last epoch is unfinished; "
+                "for more, raise max_steps or num_train_epochs",
+                UserWarning,
+                stacklevel=2,
+            )
         self._stop_listening = runtime.listen(self._visited)
         runtime.advise_interrupted = partial(how_to_go_on, args.output_dir, is_adapter=hasattr(model, "peft_config"))
 

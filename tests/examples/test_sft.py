@@ -51,6 +51,47 @@ def test_resuming_where_nothing_is_says_so_before_anything_loads(
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit, match=f"--resume: no checkpoint in {tmp_path}; leave it out"):
         sft.main()
+    monkeypatch.setattr(sys, "argv", [*given, str(tmp_path / "checkpoint-9")])
+    with pytest.raises(SystemExit, match=f"--resume: no checkpoint {tmp_path / 'checkpoint-9'}; leave it out"):
+        sft.main()
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "is_finished"),
+    [
+        ({"global_step": 40, "epoch": 0.4}, ["--max-steps", "40"], True),
+        ({"global_step": 40, "epoch": 0.4}, ["--max-steps", "41"], False),
+        ({"global_step": 40, "epoch": 0.4}, [], False),
+        ({"global_step": 100, "epoch": 1.0}, [], True),
+        ({"global_step": 100, "epoch": 1.0}, ["--epochs", "2"], False),
+        ({"global_step": 4, "epoch": 4 / 7}, ["--epochs", "0.5"], True),
+        ("not json", [], False),
+        ({"unknown": 1}, [], False),
+        (None, [], False),
+    ],
+)
+def test_a_finished_run_is_known_by_its_last_checkpoint(
+    state: object, options: list[str], is_finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--model", "m", "--data", "d", *options])
+    if state is not None:
+        text = state if isinstance(state, str) else json.dumps(state)
+        (tmp_path / "trainer_state.json").write_text(text)
+    assert sft.is_finished(str(tmp_path), sft.parse()) == is_finished
+
+
+def test_resuming_a_finished_run_trains_nothing_and_says_where_its_adapter_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = tmp_path / "checkpoint-40"
+    last.mkdir()
+    (last / "trainer_state.json").write_text(json.dumps({"global_step": 40, "max_steps": 40, "epoch": 0.4}))
+    given = ["sft.py", "--model", "nowhere", "--data", "nothing", "--output", str(tmp_path), "--max-steps", "40"]
+    monkeypatch.setattr(sys, "argv", [*given, "--resume"])
+    sft.main()
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"nothing is left to train: {last} has all steps")
+    assert f"lowmem merge nowhere --adapter {last}" in shown
 
 
 def run_sft(inputs: Path, *options: str) -> subprocess.CompletedProcess[str]:
