@@ -94,18 +94,27 @@ class TierFull(OffloadError):
 
 
 class FolderInUse(OffloadError):
-    """Another run works in a folder that only one may use.
+    """Another run, or something else in this process, works in a folder that only one may use.
 
     Args:
         folder: The folder in question.
         pid: The process that holds it, or None if that is not known.
+        holder: What in that process holds it, in the words that it left; empty if that is not known.
+        is_own: Whether that process is this one.
     """
 
-    def __init__(self, folder: Path, *, pid: int | None) -> None:
-        holder = "another run" if pid is None else f"another run (process {pid})"
-        super().__init__(f"{folder} is in use by {holder}; wait until it has ended, or give this run another folder")
+    def __init__(self, folder: Path, *, pid: int | None, holder: str = "", is_own: bool = False) -> None:
+        if is_own:
+            who = f"this process itself ({holder or f'process {pid}'})"
+            remedy = "delete what was opened there, with all that refers to it, such as an optimizer or a Trainer"
+        else:
+            words = ": ".join(filter(None, ("" if pid is None else f"process {pid}", holder)))
+            who = f"another run ({words})" if words else "another run"
+            remedy = "wait until it has ended"
+        super().__init__(f"{folder} is in use by {who}; {remedy}, or give this run another folder")
         self.folder = folder
         self.pid = pid
+        self.is_own = is_own
 
 
 class PeerLost(OffloadError):

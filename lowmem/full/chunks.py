@@ -5,9 +5,12 @@ Blocks whose weights change, as the scheduler sees them: sizes, and reads that b
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
+from traceback import walk_stack
 
 import torch
 from torch import Tensor
@@ -184,6 +187,7 @@ class ChunkFiles:
         self.load_base = load_base
         """Fills a flat buffer with a block's weight as the checkpoint has it, by the block's number."""
         self._folder, self._fingerprint, self._io = folder, fingerprint, StoreIo(trace=trace)
+        self._holder = f"the model opened by {calling_line()}"
         self._store = self._open()
         self._have: set[str] = set()
         self._is_fresh, self._in_step = True, False
@@ -346,8 +350,30 @@ class ChunkFiles:
     def _open(self) -> Store:
         if Store.exists(self._folder):
             # `adopt` verifies the state; a run that begins anew replaces it.
-            return Store.open(self._folder, fingerprint=self._fingerprint, io=self._io, verify=False)
-        return Store.create(self._folder, fingerprint=self._fingerprint, io=self._io)
+            return Store.open(
+                self._folder, fingerprint=self._fingerprint, io=self._io, verify=False, holder=self._holder
+            )
+        return Store.create(self._folder, fingerprint=self._fingerprint, io=self._io, holder=self._holder)
+
+
+_OURS = ("lowmem", "offload")
+_MAX_LINE = 100
+"""Characters of a line that is quoted."""
+
+
+def calling_line() -> str:
+    """The line of the user's that all this is done for: its number, file and text."""
+    caller, was_ours = None, False
+    for frame, number in walk_stack(None):
+        is_ours = str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS
+        if was_ours and not is_ours:
+            caller = (frame.f_code.co_filename, number, frame.f_globals)
+        was_ours = is_ours
+    if caller is None:
+        return "a thread of its own"
+    file, number, names = caller
+    text = shorten(linecache.getline(file, number, names), _MAX_LINE, placeholder=" ...")
+    return f"line {number} of {file}" + (f": {text}" if text else "")
 
 
 def _state_name(key: str) -> str:

@@ -10,6 +10,7 @@ import re
 import stat
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -25,6 +26,7 @@ from offload.files.strict_json import MAX_JSON_BYTES, JsonObject, parse_json_obj
 MANIFEST = "store.json"
 OBJECTS = "objects"
 _LOCK = "store.lock"
+_MAX_LOCK_BYTES = 512
 _FORMAT = "offload-store"
 _VERSION = 2
 _FILE_NAME = re.compile(r"[0-9]{1,18}\.bin", re.ASCII)
@@ -37,6 +39,7 @@ class StoreFolder:
 
     Args:
         path: The folder; made if it is not there.
+        holder: What holds it, in a few words for whoever wants it meanwhile.
 
     Raises:
         SourceError: It is not this user's alone; or it never was a store's, and has files that a store would take for
@@ -45,8 +48,8 @@ class StoreFolder:
         WriteError: It cannot be made, or not be locked.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._lock_fd = -1
+    def __init__(self, path: Path, *, holder: str = "") -> None:
+        self._lock_fd, self._holder = -1, holder
         self._opened: list[Folder] = []
         try:
             self._take(path)
@@ -67,8 +70,12 @@ class StoreFolder:
             self._lock(path / _LOCK)
             self.folder.remove_unfinished(MANIFEST)
         except BlockingIOError as error:
-            holder = os.pread(self._lock_fd, 32, 0).strip()
-            raise FolderInUse(path, pid=int(holder) if holder.isdigit() else None) from error
+            found = os.pread(self._lock_fd, _MAX_LOCK_BYTES, 0).decode(errors="replace")
+            pid, _, holder = found.partition("\n")
+            holder = "".join(filter(str.isprintable, holder))
+            is_own = _has_open(os.fstat(self._lock_fd), beside=self._lock_fd)
+            number = int(pid) if pid.isascii() and pid.isdigit() else None
+            raise FolderInUse(path, pid=number, holder=holder, is_own=is_own) from error
         except OSError as error:
             reason = f"locking it: {reason_of(error)}"
             raise WriteError(path / _LOCK, offset_bytes=0, nbytes=0, reason=reason) from error
@@ -110,10 +117,23 @@ class StoreFolder:
         self._lock_fd = self.folder.open_file(file.name, os.O_RDWR | os.O_CREAT)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(self._lock_fd, f"{os.getpid()}\n{self._holder}".encode()[:_MAX_LOCK_BYTES], 0)
 
     def __del__(self) -> None:
         self.release()
+
+
+def _has_open(file: os.stat_result, *, beside: int) -> bool:
+    """Whether this process has a file open under another descriptor than `beside`.
+
+    Numbers of processes do not tell: in two containers that share a folder, both may be number 1.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        # The descriptor that lists them is closed by now, as may be those of other threads.
+        with suppress(OSError):
+            if int(name) != beside and os.path.samestat(os.fstat(int(name)), file):
+                return True
+    return False
 
 
 def _release_in_child(folder: weakref.ref[StoreFolder]) -> None:

@@ -80,13 +80,14 @@ class Store(ClosedAfterwards):
             copy_state(manifest, objects, target)
 
     @classmethod
-    def create(cls, folder: Path, *, fingerprint: str, io: StoreIo | None = None) -> Self:
+    def create(cls, folder: Path, *, fingerprint: str, io: StoreIo | None = None, holder: str = "") -> Self:
         """Begin in a folder that has no state yet, made if it is not there. Other files in it are left alone.
 
         Args:
             folder: The folder.
             fingerprint: What the state will belong to: of a model, its data, its options.
             io: How to read and write.
+            holder: What works there from now on, in a few words for whoever finds the folder in use.
 
         Raises:
             FolderInUse: Another run works there.
@@ -94,7 +95,7 @@ class Store(ClosedAfterwards):
             WriteError: The folder cannot be made or written.
         """
         with ExitStack() as undo:
-            owned = StoreFolder(folder)
+            owned = StoreFolder(folder, holder=holder)
             undo.callback(owned.release)
             sync_folder(folder.parent)
             if cls.exists(folder):
@@ -108,7 +109,13 @@ class Store(ClosedAfterwards):
 
     @classmethod
     def open(
-        cls, folder: Path, *, fingerprint: str | None = None, io: StoreIo | None = None, verify: bool = True
+        cls,
+        folder: Path,
+        *,
+        fingerprint: str | None = None,
+        io: StoreIo | None = None,
+        verify: bool = True,
+        holder: str = "",
     ) -> Self:
         """Go on with the state that was committed last.
 
@@ -117,6 +124,7 @@ class Store(ClosedAfterwards):
             fingerprint: What the state has to belong to; None takes any.
             io: How to read and write.
             verify: Read all of the state first; without that, call `verify` before anything is believed.
+            holder: As for `create`.
 
         Raises:
             FolderInUse: Another run works there.
@@ -127,7 +135,7 @@ class Store(ClosedAfterwards):
             with open_state(folder):
                 pass
         with ExitStack() as undo:
-            owned = StoreFolder(folder)
+            owned = StoreFolder(folder, holder=holder)
             undo.callback(owned.release)
             manifest = read_manifest(owned.folder)
             if fingerprint not in (None, manifest.fingerprint):

@@ -59,6 +59,22 @@ def test_the_second_run_on_a_folder_is_refused(folder: Path, tmp_path: Path) -> 
     runtime_of(full(folder, "disk", tmp_path)).close()
 
 
+def test_a_second_model_on_a_folder_is_told_which_call_of_this_process_has_it_and_how_to_free_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = full(folder, "disk", tmp_path)
+    optimizer = lowmem.optim.AdamW(first)
+    held = (
+        r"this process itself \(the model opened by line \d+ of .*full_training\.py: return lowmem\.from_pretrained\(.*"
+        r"\)\); delete what .* such as an optimizer or a Trainer, or give this run another folder"
+    )
+    with pytest.raises(FolderInUse, match=held) as caught:
+        full(folder, "disk", tmp_path)
+    assert caught.value.is_own
+    del first, optimizer, caught
+    runtime_of(full(folder, "disk", tmp_path)).close()
+
+
 @pytest.mark.parametrize("tier", ["device", "disk"])
 def test_a_deleted_model_takes_its_threads_along_and_leaves_its_folder_to_the_next(
     folder: Path, tmp_path: Path, tier: str

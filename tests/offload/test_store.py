@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -236,7 +237,7 @@ def test_a_version_that_is_being_read_is_not_written_over(folder: Path) -> None:
     gate = threading.Event()
 
     def slow(fd: int, buffers: list[memoryview], offset: int) -> int:
-        gate.wait(10)
+        gate.wait(60)
         return os.preadv(fd, buffers, offset)
 
     with Store.create(folder, fingerprint="", io=StoreIo(pread=slow)) as store:
@@ -347,11 +348,21 @@ def test_once_a_checkpoint_is_deleted_its_files_are_written_again(store: Store, 
 
 
 def test_a_second_store_on_a_folder_is_refused(store: Store, folder: Path) -> None:
-    with pytest.raises(FolderInUse, match=rf"{folder} is in use by another run \(process {os.getpid()}\)"):
+    own = rf"{folder} is in use by this process itself \(process {os.getpid()}\); delete what was opened there"
+    with pytest.raises(FolderInUse, match=own) as caught:
         Store.open(folder)
+    assert caught.value.is_own
     with pytest.raises(FolderInUse):
         Store.create(folder, fingerprint="")
     assert torch.equal(loaded(store, "a"), contents(1))
+
+
+def test_a_folder_in_use_by_this_process_says_what_holds_it(folder: Path) -> None:
+    with (
+        Store.create(folder, fingerprint="", holder="the firsté " + "x" * 600),
+        pytest.raises(FolderInUse, match=r"this process itself \(the firsté x{400,}[^x]?\)"),
+    ):
+        Store.create(folder, fingerprint="")
 
 
 def test_a_second_process_on_a_folder_is_refused_until_the_first_is_gone(folder: Path) -> None:
@@ -359,7 +370,7 @@ def test_a_second_process_on_a_folder_is_refused_until_the_first_is_gone(folder:
 import sys
 from pathlib import Path
 from offload import Store
-store = Store.create(Path({str(folder)!r}), fingerprint="")
+store = Store.create(Path({str(folder)!r}), fingerprint="", holder="a child of tests")
 store.begin_step()
 store.commit(step=1, extra={{}})
 print("held", flush=True)
@@ -371,9 +382,20 @@ sys.stdin.read()
     assert child.stdin is not None
     assert child.stdout is not None
     assert child.stdout.readline() == "held\n"
-    with pytest.raises(FolderInUse, match=rf"process {child.pid}") as caught:
+    held = rf"by another run \(process {child.pid}: a child of tests\); wait until it has ended"
+    with pytest.raises(FolderInUse, match=held) as caught:
         Store.open(folder)
-    assert caught.value.pid == child.pid
+    assert (caught.value.pid, caught.value.is_own) == (child.pid, False)
+    # In two containers that share the folder, both may have the same number; and what is there may be anything.
+    for found, words in (
+        (f"{os.getpid()}\n", f"another run (process {os.getpid()});"),
+        ("\x1b[31m\n\0", "another run"),
+    ):
+        (folder / "store.lock").write_text(found)
+        with pytest.raises(FolderInUse, match=re.escape(words)) as caught:
+            Store.open(folder)
+        assert not caught.value.is_own
+        assert str(caught.value).isprintable()
     child.kill()
     child.wait(60)
     child.stdin.close()
@@ -393,13 +415,13 @@ store.commit(step=1, extra={{}})
 worker = os.fork()
 if worker == 0:
     os.close(1)
-    time.sleep(60)
+    time.sleep(600)
     os._exit(0)
 print(worker, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300
     )
     worker = int(done.stdout)
     try:
