@@ -308,7 +308,7 @@ def pack(
 def trace(
     run: Annotated[Path, typer.Argument(help="A run's output folder, or a trace that lowmem.Monitor saved.")],
     png: Annotated[Path | None, typer.Option(help="Draw a step's timeline into this file.")] = None,
-    step: Annotated[int | None, typer.Option(help="Which step of the trace, from 1; one of median length.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which step to draw, by its number; one of median length.")] = None,
 ) -> None:
     """Say where each second of a run went, what it waited for, and how time and memory compare with the plan.
 
@@ -319,13 +319,15 @@ def trace(
 
     file = run / "trace.json" if run.is_dir() else run
     spans, notes = read_trace(file)
-    steps = steps_of(spans)
-    if step is not None and not 1 <= step <= len(steps):
-        raise ValueError(f"--step {step}: the trace has steps 1 to {len(steps)}")
-    typer.echo(account_text(steps, RunFacts.from_dict(notes)))
+    facts = RunFacts.from_dict(notes)
+    steps = steps_of(spans, () if facts is None else facts.starts_ns)
+    drawn = {timeline.step: timeline for timeline in steps}
+    if step is not None and step not in drawn:
+        raise ValueError(f"--step {step}: the trace has steps {min(drawn)} to {max(drawn)}")
+    typer.echo(account_text(steps, facts))
     if png is not None:
         by_length = sorted(steps, key=lambda timeline: timeline.duration_s)
-        chosen = by_length[len(by_length) // 2] if step is None else steps[step - 1]
+        chosen = by_length[len(by_length) // 2] if step is None else drawn[step]
         draw_timeline(chosen, png)
         typer.echo(f"step {chosen.step} drawn: {png}")
 

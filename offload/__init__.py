@@ -68,7 +68,7 @@ from offload.sharing.reader import SharedReader
 from offload.sharing.server import NUM_SLOTS, BlockServer
 from offload.store.store import Store
 from offload.store.store_files import StoreIo, verify_store
-from offload.trace import LANES, Span, Trace
+from offload.trace import LANES, ORIGIN, Span, Trace
 from offload.transfer import SerialThread, Transfer, WorkerThread
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "LANES",
     "NO_ROOM",
     "NUM_SLOTS",
+    "ORIGIN",
     "PAGE_BYTES",
     "BlockLayout",
     "BlockServer",

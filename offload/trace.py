@@ -16,6 +16,9 @@ from offload.files.folder import Folder
 LANES = ("disk", "copy", "compute", "stall")
 """The usual lanes, in the order in which a saved trace shows them; any other name is a lane of its own below these."""
 
+ORIGIN = "origin_ns"
+"""Where a saved trace notes what its times are counted from, by `time.perf_counter_ns()`."""
+
 
 class Span(NamedTuple):
     """One stretch of time in which one resource was busy. Times are `time.perf_counter_ns()`."""
@@ -118,25 +121,29 @@ class Trace:
         Args:
             path: File to write, usually ending in ``.json``. Its folder must exist.
             since_ns: Leave out spans that ended before.
-            notes: What else is to be kept with the spans, as plain data for JSON; viewers show it as metadata.
+            notes: What else is to be kept with the spans, as plain data for JSON; viewers show it as metadata, and the
+                origin of the times beside it.
 
         Raises:
             OSError: The file cannot be written.
         """
         target = Path(path)
-        document: dict[str, object] = {"traceEvents": _chrome_events(self.spans(since_ns)), "displayTimeUnit": "ms"}
-        if notes is not None:
-            document["otherData"] = dict(notes)
+        spans = self.spans(since_ns)
+        origin_ns = min((span.start_ns for span in spans), default=0)
+        document = {
+            "traceEvents": _chrome_events(spans, origin_ns=origin_ns),
+            "displayTimeUnit": "ms",
+            "otherData": {**(notes or {}), ORIGIN: origin_ns},
+        }
         with Folder.open(target.parent) as folder:
             folder.put(target.name, json.dumps(document).encode(), mode=0o666)
 
 
-def _chrome_events(spans: tuple[Span, ...]) -> list[Mapping[str, object]]:
+def _chrome_events(spans: tuple[Span, ...], *, origin_ns: int) -> list[Mapping[str, object]]:
     """Trace events: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU."""
     pid = os.getpid()
     rows: dict[tuple[str, int], int] = {}
     events: list[Mapping[str, object]] = []
-    origin_ns = min((span.start_ns for span in spans), default=0)
     for span, depth in _rows(spans):
         tid = rows.setdefault((span.lane, depth), len(rows) + 1)
         args: dict[str, object] = {}

@@ -135,6 +135,8 @@ class RunFacts:
     memory: tuple[RoleMemory, ...]
     steps: tuple[StepPoint, ...]
     losses: tuple[LossPoint, ...]
+    starts_ns: tuple[tuple[int, int], ...]
+    """Number and beginning of each of the newest steps, on the clock of the spans."""
     plan: str
     """The plan as text."""
 
@@ -158,9 +160,10 @@ class RunFacts:
         rows = {"memory": RoleMemory, "steps": StepPoint, "losses": LossPoint}
         try:
             made = {name: tuple(kind(**row) for row in data[name]) for name, kind in rows.items()}
-        except TypeError as error:
+            starts_ns = tuple((int(number), int(start_ns)) for number, start_ns in data["starts_ns"])
+        except (TypeError, ValueError) as error:
             raise ValueError(f"the trace's facts of the run are damaged: {error}") from error
-        return RunFacts(**{**data, **made})
+        return RunFacts(**{**data, **made, "starts_ns": starts_ns})
 
 
 Point = TypeVar("Point")

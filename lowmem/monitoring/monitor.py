@@ -420,6 +420,7 @@ class _Run:
         self._all: list[StepRecord] = []
         self._points: list[StepPoint] = []
         self._losses: list[LossPoint] = []
+        self._starts_ns: deque[tuple[int, int]] = deque(maxlen=4096)  # of as many steps as a trace has spans for
         self._held: dict[str, int] = {}
         self._last_steps: deque[StepTimeline] = deque(maxlen=NUM_REPORTED_STEPS)
         self._representative = RepresentativeStep()
@@ -442,8 +443,10 @@ class _Run:
         self._shows_result = shows and runs_in_notebook()
 
     def start_step(self, step: int, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self._progress.start_step(step, num_steps)
+        # A run that is resumed behind its last step takes one more.
+        self.num_steps = max(step, num_steps)
+        self._progress.start_step(step, self.num_steps)
+        self._starts_ns.append((step, time.perf_counter_ns()))
         self.recorder.start_step(step)
 
     def finish_update(self, optimizer: object) -> None:
@@ -511,7 +514,7 @@ class _Run:
 
     def _report_now_and_then(self) -> None:
         now_s = time.monotonic()
-        if self._report is None or now_s - self._reported_s < REPORT_EVERY_S:
+        if self._report is None or not self._all or now_s - self._reported_s < REPORT_EVERY_S:
             return
         self._reported_s = now_s
         left_s = None
@@ -542,6 +545,7 @@ class _Run:
             memory=memory_rows(plan, self._held, peak_bytes=peak_bytes),
             steps=evenly_chosen(self._points),
             losses=evenly_chosen(self._losses),
+            starts_ns=tuple(self._starts_ns),
             plan=str(plan),
         )
 
@@ -552,7 +556,8 @@ class _Run:
 
     def write(self, how: RunState) -> None:
         """Write the files that were asked for. A full disk must not cost the model that was just trained."""
-        if self._is_written:
+        if self._is_written or (how == "finished" and not self._all):
+            # Without a step, the files are those of the run that was resumed after its last one.
             return
         try:
             facts = self.facts(how)

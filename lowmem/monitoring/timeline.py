@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offload import LANES, Span, format_bytes
+from offload import LANES, ORIGIN, Span, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,14 +40,20 @@ def read_trace(path: Path) -> tuple[tuple[Span, ...], Mapping[str, object]]:
     events = document.get("traceEvents") if isinstance(document, dict) else None
     if not isinstance(events, list):
         raise ValueError(f"{path}: not a trace file: it has no list of traceEvents")
-    spans = tuple(_span(path, event) for event in events if isinstance(event, dict) and event.get("ph") == "X")
+    notes = document.get("otherData")
+    notes = notes if isinstance(notes, dict) else {}
+    origin_ns = notes.get(ORIGIN, 0)
+    if type(origin_ns) is not int:
+        raise ValueError(f"{path}: not a trace file: otherData.{ORIGIN} is {origin_ns!r}")
+    spans = tuple(
+        _span(path, event, origin_ns) for event in events if isinstance(event, dict) and event.get("ph") == "X"
+    )
     if not spans:
         raise ValueError(f"{path}: the trace holds no spans")
-    notes = document.get("otherData")
-    return tuple(sorted(spans, key=lambda span: span.start_ns)), notes if isinstance(notes, dict) else {}
+    return tuple(sorted(spans, key=lambda span: span.start_ns)), notes
 
 
-def _span(path: Path, event: Mapping[str, object]) -> Span:
+def _span(path: Path, event: Mapping[str, object], origin_ns: int) -> Span:
     try:
         start_us, length_us = float(str(event["ts"])), float(str(event["dur"]))
         args = event.get("args")
@@ -54,28 +61,36 @@ def _span(path: Path, event: Mapping[str, object]) -> Span:
         return Span(
             lane=str(event["cat"]),
             name=str(event["name"]),
-            start_ns=round(start_us * 1000),
-            end_ns=round((start_us + length_us) * 1000),
+            start_ns=origin_ns + round(start_us * 1000),
+            end_ns=origin_ns + round((start_us + length_us) * 1000),
             nbytes=int(nbytes),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: an event is not one of ours ({error!r}): {event}") from error
 
 
-def steps_of(spans: tuple[Span, ...]) -> tuple[StepTimeline, ...]:
+def steps_of(spans: tuple[Span, ...], known: Sequence[tuple[int, int]] = ()) -> tuple[StepTimeline, ...]:
     """Cut a trace into steps, each from its first forward to the next one's; the whole trace where no step is seen.
 
-    A step begins with the forward of block 0 that follows a backward. What lies before the first one (reading what
-    stays resident) belongs to no step.
+    A forward of block 0 that follows a backward begins a step, or one of the batches that a step accumulates. What lies
+    before the first one (reading what stays resident) belongs to no step.
 
     Args:
         spans: By their start.
+        known: Number and beginning of steps, which say what begins one; without them every such forward does.
     """
-    starts_ns = list(_step_starts(spans))
+    first_ns: dict[int, int] = {}
+    begun_ns = [start_ns for _, start_ns in known]
+    for count, start_ns in enumerate(_batch_starts(spans), start=1):
+        # A device computes after the host has begun the step, not before.
+        if place := bisect_right(begun_ns, start_ns):
+            first_ns.setdefault(known[place - 1][0], start_ns)
+        elif not known:
+            first_ns[count] = start_ns
     end_ns = max(span.end_ns for span in spans)
-    if not starts_ns:
-        starts_ns = [spans[0].start_ns]
-    bounds = zip(starts_ns, [*starts_ns[1:], end_ns], strict=True)
+    if not first_ns:
+        first_ns = {1: spans[0].start_ns}
+    bounds = zip(first_ns.items(), [*[*first_ns.values()][1:], end_ns], strict=True)
     return tuple(
         StepTimeline(
             step=number,
@@ -84,11 +99,11 @@ def steps_of(spans: tuple[Span, ...]) -> tuple[StepTimeline, ...]:
             spans=tuple(span for span in spans if span.end_ns > start_ns and span.start_ns < stop_ns),
             passes=(),
         )
-        for number, (start_ns, stop_ns) in enumerate(bounds, start=1)
+        for (number, start_ns), stop_ns in bounds
     )
 
 
-def _step_starts(spans: tuple[Span, ...]) -> Iterator[int]:
+def _batch_starts(spans: tuple[Span, ...]) -> Iterator[int]:
     after_backward = True
     for span in spans:
         if span.lane != "compute":

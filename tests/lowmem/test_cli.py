@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import lowmem
 from lowmem import cli, doctor
 from lowmem.machines.measured import probe_copy
 from offload import Trace
+from tests.lowmem.test_report import facts
 from tests.zoo.architectures import build
 
 PNG = b"\x89PNG"
@@ -349,6 +351,36 @@ def test_files_that_are_no_traces_are_one_line_and_status_2(run: Run, tmp_path: 
 def test_a_step_that_the_trace_does_not_have_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("trace", save_trace(tmp_path / "trace.json"), "--step", 9) == 2
     assert "steps 1 to 3" in run.err
+
+
+@pytest.mark.parametrize(
+    ("starts_s", "steps"),
+    [
+        # Each forward that follows a backward: at 5, 15 and 26 s.
+        (None, {1: 10.0, 2: 11.0, 3: 12.0}),
+        ([(7, 4), (8, 14), (9, 25)], {7: 10.0, 8: 11.0, 9: 12.0}),
+        # Two batches are accumulated in step 7.
+        ([(7, 4), (8, 25)], {7: 21.0, 8: 12.0}),
+        # The beginning of earlier ones is not kept.
+        ([(8, 14), (9, 25)], {8: 11.0, 9: 12.0}),
+    ],
+)
+def test_steps_have_the_numbers_that_they_have_in_the_run(
+    run: Run, tmp_path: Path, starts_s: list[tuple[int, int]] | None, steps: dict[int, float]
+) -> None:
+    file = save_trace(tmp_path / "trace.json")
+    if starts_s is not None:
+        document = json.loads(file.read_text())
+        known = facts(num_points=9).to_dict()
+        known["lowmem_run"]["starts_ns"] = [(step, second * 10**9) for step, second in starts_s]  # type: ignore[index]
+        file.write_text(json.dumps({**document, "otherData": known}))
+    assert run("trace", file) == 0
+    seen = re.findall(r"^step (\d+): ([\d.]+) s", run.out, re.MULTILINE)
+    assert {int(number): float(took) for number, took in seen} == steps
+    assert run("trace", file, "--png", tmp_path / "step.png", "--step", max(steps)) == 0
+    assert f"step {max(steps)} drawn" in run.out
+    assert run("trace", file, "--png", tmp_path / "step.png", "--step", max(steps) + 1) == 2
+    assert f"the trace has steps {min(steps)} to {max(steps)}" in run.err
 
 
 def test_a_trace_without_steps_is_shown_whole(run: Run, tmp_path: Path) -> None:

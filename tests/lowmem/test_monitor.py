@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerControl
 from benchmarks.harness import child_environment
 from lowmem.monitoring.account import RunFacts
 from lowmem.monitoring.monitor import Monitor
-from lowmem.monitoring.timeline import read_trace
+from lowmem.monitoring.timeline import read_trace, steps_of
 from lowmem.streaming.runtime import Visit, runtime_of
 from tests.zoo.architectures import build
 from tests.zoo.streamed import streamed
@@ -442,6 +442,54 @@ def test_resumed_steps_carry_on(model: nn.Module, dataset: list[dict[str, torch.
     logs = train_logs(trainer.state)
     assert [log["step"] for log in logs] == [1, 2, 3, 4]
     assert all(log.keys() >= STEP_VALUES for log in logs)
+    assert traced_steps(tmp_path / "trace.json") == [3, 4]
+
+
+def traced_steps(file: Path) -> list[int]:
+    spans, notes = read_trace(file)
+    facts = RunFacts.from_dict(notes)
+    assert facts is not None
+    return [timeline.step for timeline in steps_of(spans, facts.starts_ns)]
+
+
+def test_batches_that_are_accumulated_are_one_step_of_the_trace(
+    model: nn.Module, dataset: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, gradient_accumulation_steps=2)
+    Trainer(model, args, train_dataset=dataset, callbacks=[Monitor(timeline=False)]).train()
+    assert traced_steps(tmp_path / "trace.json") == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("num_rows", "num_steps"), [(32, 4), (6, 3)], ids=["within an epoch", "at its end"])
+def test_resuming_behind_the_last_step_does_what_it_does_without_streaming_and_says_so(
+    num_rows: int,
+    num_steps: int,
+    model: nn.Module,
+    checkpoint: Path,
+    dataset: list[dict[str, torch.Tensor]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    plain = adapted(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+    for name, trained in (("plain", plain), ("streamed", model)):
+        args = arguments(tmp_path / name, save_strategy="steps", save_steps=3)
+        callbacks = [Monitor(every_s=0)] if name == "streamed" else []
+        Trainer(trained, args, train_dataset=dataset[:num_rows], callbacks=callbacks).train()
+        before = (tmp_path / "streamed" / "report.html").read_text() if callbacks else ""
+        resumed = Trainer(trained, args, train_dataset=dataset[:num_rows], callbacks=callbacks)
+        capfd.readouterr()
+        if callbacks:
+            with pytest.warns(UserWarning, match=r"has taken all its steps \(3 of 3\): nothing is left to train"):
+                resumed.train(resume_from_checkpoint=True)
+        else:
+            resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == num_steps
+    shown = capfd.readouterr().err
+    assert ("lowmem: step 4/4" in shown) == (num_steps == 4)
+    assert "4/3" not in shown.replace("24/3", "")
+    assert "-" not in "".join(line for line in shown.splitlines() if line.startswith("lowmem: "))
+    # What the run before has left is there where this one had nothing to show.
+    assert ((tmp_path / "streamed" / "report.html").read_text() == before) == (num_steps == 3)
 
 
 def test_absent_matplotlib_is_an_error_at_the_start_only_where_a_picture_was_asked_for(

@@ -35,6 +35,7 @@ def facts(*, state: str = "running", num_points: int = 40) -> RunFacts:
             for i in range(1, num_points + 1)
         ),
         losses=tuple(LossPoint(step=i, loss=1 + 3 / i) for i in range(1, num_points + 1)),
+        starts_ns=tuple((i, i * 10**9) for i in range(1, num_points + 1)),
         plan="FITS <all of it>",
     )
 
