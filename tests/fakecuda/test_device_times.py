@@ -18,7 +18,7 @@ from tests.lowmem.full_training import backward, batches
 from tests.zoo.architectures import build
 
 pytestmark = pytest.mark.gpu
-MS = 1_000_000
+TIED_NS = 20_000_000
 
 
 def test_times_of_the_device_are_told_once_they_are_over() -> None:
@@ -33,7 +33,7 @@ def test_times_of_the_device_are_told_once_they_are_over() -> None:
     assert not trace.spans()
     times.settle()
     (span,) = trace.spans()
-    assert before_ns - MS <= span.start_ns <= span.end_ns <= time.perf_counter_ns() + MS
+    assert before_ns - TIED_NS <= span.start_ns <= span.end_ns <= time.perf_counter_ns() + TIED_NS
 
 
 def test_a_step_is_accounted_for_by_the_device(tmp_path: Path) -> None:
@@ -48,7 +48,8 @@ def test_a_step_is_accounted_for_by_the_device(tmp_path: Path) -> None:
     computed = [span.name for span in timeline.spans if span.lane == "compute"]
     num = runtime.num_blocks
     assert computed == [*(f"forward {i}" for i in range(num)), *(f"backward {i}" for i in reversed(range(num)))]
-    assert 0 < timeline.busy_s("compute") + record.stall_s <= record.duration_s * 1.05
+    # The device's clock is tied to the host's within some milliseconds where the machine is busy.
+    assert 0 < timeline.busy_s("compute") + record.stall_s <= record.duration_s * 1.05 + 0.02
     assert record.device_peak_bytes >= torch.cuda.memory_allocated()
 
 

@@ -33,7 +33,7 @@ _SECRET = b"a file of somebody else"
 class Adapters:
     """`lowmem.merge` with damaged adapters, and with links planted in either folder."""
 
-    limit_s = 20.0
+    limit_s = 60.0
     limit_bytes = 1 << 30
     cases_per_worker = 250
 

@@ -39,7 +39,7 @@ _WAYS = ("open", "open", "open", "open", "plan", "full")
 class Checkpoints:
     """`from_pretrained` and `plan` on damaged folders."""
 
-    limit_s = 20.0
+    limit_s = 60.0
     limit_bytes = 1 << 30
     cases_per_worker = 250
 

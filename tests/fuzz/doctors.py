@@ -25,7 +25,7 @@ _BUDGET = lowmem.Budget(device="16MiB", host="16MiB")
 class Doctors:
     """`check_folder`, and then what it looked at is opened."""
 
-    limit_s = 30.0
+    limit_s = 60.0
     limit_bytes = 1 << 30
     cases_per_worker = 250
 

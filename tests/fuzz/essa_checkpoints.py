@@ -26,7 +26,7 @@ _RUNS: dict[str, dict[str, object]] = {"own": {}, "seed": {"seed": 1}, "adapter"
 class EssaCheckpoints:
     """`ESSATrainer.train(resume_from_checkpoint=...)`, and the step after it."""
 
-    limit_s = 30.0
+    limit_s = 60.0
     limit_bytes = 1 << 30
     cases_per_worker = 100
 

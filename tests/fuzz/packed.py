@@ -59,7 +59,7 @@ _BUDGET = lowmem.Budget(device="16MiB", host="16MiB")
 class PackedCheckpoints:
     """`from_pretrained` and a forward on damaged folders of packed weights."""
 
-    limit_s = 20.0
+    limit_s = 60.0
     limit_bytes = 1 << 30
     cases_per_worker = 250
 

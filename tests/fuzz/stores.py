@@ -48,7 +48,7 @@ def _commit(store: Store, step: int) -> None:
 class Stores:
     """`Store.open`, `Store.restore`, and the step after it."""
 
-    limit_s = 10.0
+    limit_s = 60.0
     limit_bytes = 1 << 30
     cases_per_worker = 500
 

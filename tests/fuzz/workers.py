@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 
 _ROOT = Path(__file__).parents[2]
 _OURS = (str(_ROOT / "lowmem"), str(_ROOT / "offload"))
-_GRACE_S = 5.0
+_GRACE_S = 30.0
 """Seconds after the alarm until a worker is killed: code that never comes back to Python."""
 
 

@@ -41,24 +41,28 @@ def last_complete_checkpoint(output: Path) -> Path | None:
 
 
 class _Say(TrainerCallback):
-    def __init__(self, say: int) -> None:
-        self._say = say
+    def __init__(self, say: int, last: int) -> None:
+        self._say, self._last = say, last
 
     def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        os.write(self._say, b"%d\n" % state.global_step)  # type: ignore[attr-defined]
+        step: int = state.global_step  # type: ignore[attr-defined]
+        os.write(self._say, b"%d\n" % step)
+        if step == self._last:
+            signal.pause()
 
 
-def train(folder: Path, output: Path, say: int) -> None:
+def train(folder: Path, output: Path, say: int, last: int) -> None:
+    """Train to the end; or until `last` steps are over, and wait to be killed."""
     torch.set_num_threads(1)
     done = trainer(
-        streamed(folder), output, max_steps=NUM_STEPS, save_strategy="steps", save_steps=1, callbacks=[_Say(say)]
+        streamed(folder), output, max_steps=NUM_STEPS, save_strategy="steps", save_steps=1, callbacks=[_Say(say, last)]
     )
     checkpoint = last_complete_checkpoint(output)
     done.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done.save_model(str(output / "final"))
 
 
-def start(folder: Path, output: Path) -> tuple[int, int]:
+def start(folder: Path, output: Path, *, last: int = NUM_STEPS + 1) -> tuple[int, int]:
     """Fork a run; its number, and where to hear of its steps."""
     hear, say = os.pipe()
     pid = os.fork()
@@ -66,7 +70,7 @@ def start(folder: Path, output: Path) -> tuple[int, int]:
         status = 1
         try:
             os.close(hear)
-            train(folder, output, say)
+            train(folder, output, say, last)
             status = 0
         finally:
             if status:
@@ -77,8 +81,8 @@ def start(folder: Path, output: Path) -> tuple[int, int]:
 
 
 def kill_after(step: int, folder: Path, output: Path, delay_s: float) -> None:
-    """Kill a run a moment after it has said that a step is over."""
-    pid, hear = start(folder, output)
+    """Kill a run a moment after it has said that a step is over; on a busy machine, before the one after next is."""
+    pid, hear = start(folder, output, last=step + 2)
     with os.fdopen(hear) as said:
         heard = next((line for line in said if int(line) == step), None)
         assert heard is not None, f"the run ended without step {step}"

@@ -16,6 +16,7 @@ from lowmem.streaming.boundary import Boundary, DeviceBoundaries, DiskBoundaries
 from lowmem.streaming.boundary_tiers import tier_for
 from offload import Closed, ReadError, Scratch, TierFull, Trace, WriteError
 from tests.offload.small_disk import fill, small_disk
+from tests.offload.stored_blocks import until
 
 CPU = torch.device("cpu")
 Move = Callable[[int, list[memoryview], int], int]
@@ -66,8 +67,9 @@ def test_boundaries_come_back_in_reverse_step_after_step_through_a_fixed_number_
         for boundary, value in zip(reversed(kept), reversed(values), strict=True):
             finish(boundary, value)
         assert tier.held_bytes == num_buffers * 45_056, "42,000 bytes in whole pages"
-        assert tier.scratch.file_bytes == 6 * 45_056
-    assert tier.scratch.written_bytes == 3 * 6 * 45_056
+        # What is still being written when its block has gone by keeps its place for that long.
+        assert 6 * 45_056 <= tier.scratch.file_bytes <= (6 + num_buffers) * 45_056
+    until(lambda: tier.scratch.written_bytes == 3 * 6 * 45_056)
     tier.close()
     assert tier.held_bytes == 0
     assert os.listdir(tmp_path) == []
@@ -127,16 +129,14 @@ def test_what_is_still_in_a_buffer_is_not_read_and_the_next_ones_are_read_ahead(
     kept = [tier.keep(torch.full((1000,), float(i))) for i in range(6)]
     finish(kept[5], torch.full((1000,), 5.0))
     finish(kept[4], torch.full((1000,), 4.0))
-    deadline_s = time.monotonic() + 10
-    while not any(span.name == "boundary 4" for span in trace.spans() if span.lane == "disk"):
-        assert time.monotonic() < deadline_s, "boundary 4 is not read before it is asked for"
-        time.sleep(1e-3)
+    # Before it is asked for.
+    until(lambda: any(span.name == "boundary 4" for span in trace.spans() if span.lane == "disk"))
     for i in reversed(range(4)):
         finish(kept[i], torch.full((1000,), float(i)))
+    # Two may be under way at a time, and end in either order.
     read = [span.name for span in trace.spans() if span.lane == "disk"]
-    assert read == [f"boundary {number}" for number in (4, 3, 2, 1)]
-    written = [span for span in trace.spans() if span.lane == "disk write"]
-    assert [span.nbytes for span in written] == [4096] * 6
+    assert sorted(read) == [f"boundary {number}" for number in (1, 2, 3, 4)]
+    until(lambda: [span.nbytes for span in trace.spans() if span.lane == "disk write"] == [4096] * 6)
     tier.close()
 
 
@@ -156,7 +156,7 @@ def test_a_released_boundary_that_is_still_being_written_spoils_nothing(tmp_path
     gate.set()
 
     def gated(fd: int, buffers: list[memoryview], offset: int) -> int:
-        gate.wait(10)
+        gate.wait(60)
         return os.pwritev(fd, buffers, offset)
 
     tier = tier_in(tmp_path, num_buffers=3, pwrite=gated)

@@ -153,9 +153,10 @@ def six_loads(folder: Path, state: Path, *, tuning: str, tier: str) -> list[tupl
 
 
 _CHILD = """
-import gc, json, sys
+import gc, json, sys, torch
 from pathlib import Path
 from tests.lowmem.test_release import KINDS, six_loads
+torch.set_num_threads(1)
 folder, state = map(Path, sys.argv[1:])
 gc.collect()
 gc.disable()

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,6 +113,29 @@ class StoredBlocks:
         )
 
 
+PATIENCE_S = 60.0
+"""How long a test waits for what has to happen; a busy machine may keep a thread from running for seconds."""
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something to become true."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end_s, f"did not happen in {PATIENCE_S:.0f} s"
+        time.sleep(0.001)
+
+
+def waits_in(thread: threading.Thread, file: str) -> bool:
+    """Whether a thread waits for another one, in a function of a file of this name."""
+    assert thread.ident is not None
+    frame = sys._current_frames().get(thread.ident)
+    if frame is None or frame.f_code.co_filename != threading.__file__ or frame.f_code.co_name != "wait":
+        return False
+    while frame is not None and Path(frame.f_code.co_filename).name != file:
+        frame = frame.f_back
+    return frame is not None
+
+
 class SlowReads:
     """Stands in for `os.preadv`: sleeps before every read, holds reads back, or fails them."""
 
@@ -130,7 +154,7 @@ class SlowReads:
         self.started.add((os.fstat(fd).st_ino, offset))
         if self._max_s:
             time.sleep(self._chance.random() * self._max_s)
-        assert self.gate.wait(timeout=20)
+        assert self.gate.wait(timeout=PATIENCE_S)
         if self.num_failures > 0:
             self.num_failures -= 1
             raise OSError(errno.EIO, "Input/output error")
@@ -188,10 +212,10 @@ class DelayedDevice:
     def wait_for(self, copy: Copy) -> None:
         assert isinstance(copy, DelayedCopy)
         self._visited[copy.into.data_ptr()] = self._num_marks
-        copy.future.result(timeout=20)
+        copy.future.result(timeout=PATIENCE_S)
 
     def synchronize(self) -> None:
-        self._stream.submit(int).result(timeout=20)
+        self._stream.submit(int).result(timeout=PATIENCE_S)
 
     def _copy(self, source: Tensor, into: Tensor, parts: Sequence[DeviceCopy] | None) -> tuple[int, int]:
         start_ns = time.perf_counter_ns()
@@ -209,7 +233,7 @@ class DelayedCopy:
         return self.future.done()
 
     def wait(self) -> None:
-        self.future.result(timeout=20)
+        self.future.result(timeout=PATIENCE_S)
 
     def times_ns(self) -> tuple[int, int]:
         return self.future.result()

@@ -16,12 +16,14 @@ MIB = 1 << 20
 PROGRAM = """
 import json, sys, warnings
 from pathlib import Path
-import lowmem
+import lowmem, torch
 from lowmem.host_memory import give_back_freed
 
 def megabytes(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 
+# Each further thread has an arena of the C library's, and temporaries.
+torch.set_num_threads(1)
 small, large, output = map(Path, sys.argv[1:4])
 lowmem.pack(small, quantization=sys.argv[4], output=output / "small-packed", device="cpu")
 give_back_freed()
