@@ -492,6 +492,11 @@ def _refuse_others(others: Mapping[str, object]) -> None:
         if name in _OTHERS:
             reason, instead = _OTHERS[name]
             raise UnsupportedError(f"{name}={ascii(value)[:60]}", reason=reason, instead=instead)
+        if name in inspect.signature(plan).parameters:
+            raise TypeError(
+                f"lowmem.from_pretrained has no option {name!r}: it belongs to a plan; "
+                f"plan=lowmem.plan(model, {name}=...) brings it here"
+            )
         options = [option for option in inspect.signature(from_pretrained).parameters if option != "others"]
         near = get_close_matches(name, options, n=1)
         hint = f"did you mean {near[0]}=?" if near else f"it takes {', '.join(options[1:])}"

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lowmem.machines.measured import measure_rates, measure_shape
 from lowmem.machines.rates import KeptRates, keep
@@ -85,7 +86,7 @@ def bench_lines(
         **machine,
     }
     found: dict[str, ShapeRates] = {}
-    for trains in _trained(checkpoint):
+    for trains in _trained(checkpoint, bare):
         fresh = opened()
         fresh.source.close()
         try:
@@ -104,17 +105,35 @@ def bench_lines(
     yield {"probe": "kept", "file": None if kept is None else str(kept)}
 
 
-def _trained(opened: Opened) -> tuple[Trained, ...]:
+def _trained(opened: Opened, bare: ModelShapes) -> tuple[Trained, ...]:
     """What can train there: every weight only of a model that is not packed."""
     is_packed = any(recipe.formats for streamed in opened.built.blocks for recipe in streamed.recipes)
     can_be_full = opened.device.type == "cpu" and opened.dtype == torch.float32 and not is_packed
-    return ("lora", "dora", "full") if can_be_full else ("lora", "dora")
+    of_experts: tuple[Trained, ...] = ("lora of experts",) if _has_experts(bare) else ()
+    return ("lora", *of_experts, "dora", *(("full",) if can_be_full else ()))
+
+
+def _has_experts(shapes: ModelShapes) -> bool:
+    return any(block.experts is not None for block in shapes.blocks)
 
 
 def _shapes(opened: Opened, trains: Trained) -> ModelShapes:
+    bare = read_shapes(opened)
     if trains == "full":
-        return read_shapes(opened).with_every_weight()
+        return bare.with_every_weight()
     from peft import LoraConfig
 
-    config = LoraConfig(r=16, target_modules="all-linear", use_dora=trains == "dora")
+    target: str | list[str] = "all-linear"
+    if _has_experts(bare) and trains != "lora of experts":
+        # PEFT adapts stacked experts too where it is told the names of their layers, and a block takes several times as
+        # long then: attention is what has adapters in most such jobs.
+        modules = (pair for streamed in opened.built.blocks for pair in streamed.block.module.named_modules())
+        attention = {path: module for path, module in modules if "Attention" in type(module).__name__}
+        target = sorted(
+            f"{path}.{name}"
+            for path, parent in attention.items()
+            for name, module in parent.named_modules()
+            if isinstance(module, nn.Linear)
+        )
+    config = LoraConfig(r=16, target_modules=target, use_dora=trains == "dora")
     return read_shapes(opened, peft_config=config)

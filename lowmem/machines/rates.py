@@ -75,7 +75,10 @@ def what_trains(shapes: ModelShapes) -> Trained:
     """What is differentiated in a model's blocks, as far as it changes how long that takes."""
     if shapes.trains_every_weight:
         return "full"
-    return "dora" if any(linear.is_dora for block in shapes.blocks for linear in block.linears) else "lora"
+    if any(linear.is_dora for block in shapes.blocks for linear in block.linears):
+        return "dora"
+    is_of_experts = any(block.experts is not None and block.experts.adapted_bytes for block in shapes.blocks)
+    return "lora of experts" if is_of_experts else "lora"
 
 
 def kept_file(shapes: ModelShapes, device: torch.device) -> Path:

@@ -63,6 +63,8 @@ class AbsentParameter(StandIn, torch.nn.Parameter):
         return param
 
     def read(self) -> Tensor:
+        if self._store is None and self.device.type == "cpu":
+            host_memory.weight_was_read(self.numel() * self.dtype.itemsize)
         return self._load()
 
     def check_write(self, by: str) -> None:

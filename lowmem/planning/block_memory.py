@@ -228,7 +228,7 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int 
 # the process; with whole sequences of 512 to 8192 tokens 0.2 to 0.5 and 0.9 to 1.9 were seen, with a few chunks of 1024
 # tokens as much, with many of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2.
 _FORWARD_HEAP = 0.4
-_BACKWARD_HEAP = 2.2
+_BACKWARD_HEAP = 2.3
 
 # Of routed experts, whose tokens are gathered in pieces of any size: benchmarks/plan_accuracy.py, 1 x 256 and 4 x 256.
 _EXPERTS_HEAP = 3.4
@@ -238,8 +238,15 @@ _EXPERTS_HEAP = 3.4
 _MIXED_CHUNKS_HEAP = 2.8
 
 # Of what a backward has taken there, temporaries included, the part that stays until the next step's head runs, whose
-# own are too large for the pieces: benchmarks/plan_accuracy.py, 14 jobs on hidden 512 and 1024.
-STAYING_HEAP = 0.8
+# own are too large for the pieces; of the first 40 MiB all of it stays: benchmarks/plan_accuracy.py, 36 jobs on hidden
+# 512 and 1024.
+_STAYING_HEAP, _STAYS_WHOLE_BYTES = 0.8, 40 << 20
+
+# Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 1 x 512 and 2 x 512).
+_MIXED_HEAP = 2.0
+
+# Of optimizers that project: weights of the largest one's size (there, GaLore).
+PROJECTION_HOLES = 6
 
 # Larger pieces are mappings of their own, which go back to the system at once (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
 LARGEST_ON_HEAP_BYTES = 32 << 20
@@ -321,7 +328,21 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
         return int(_FORWARD_HEAP * forward), int(kept * (parts.activations + parts.attention))
     share = _share_on_heap(block, batch)
     forward, backward = block_forward_bytes(block, batch), block_recompute_bytes(block, batch)
+    # One mask serves the whole visit, and one tile all of DoRA's norms: neither leaves holes.
+    is_mixed = _adapter_itemsize(block) > itemsize(batch.dtype)
+    if is_mixed and block.experts is None:
+        kept = _MIXED_HEAP
+    backward -= ceil(block.correction * (_mask_bytes(batch) + _dora_tile_bytes(block, is_mixed=is_mixed)))
     return int(_FORWARD_HEAP * share * forward), int(kept * share * backward)
+
+
+def staying_heap_bytes(after_block: int) -> int:
+    """What of the heap at the end of a backward is still there while the next step's head runs.
+
+    Args:
+        after_block: Of temporaries and of freed pieces, at the end of a block's backward.
+    """
+    return int(_STAYING_HEAP * after_block + (1 - _STAYING_HEAP) * min(after_block, _STAYS_WHOLE_BYTES))
 
 
 def _share_on_heap(block: BlockShape, batch: MicroBatch) -> float:

@@ -9,12 +9,13 @@ from typing import Literal, get_args
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     LARGEST_ON_HEAP_BYTES,
-    STAYING_HEAP,
+    PROJECTION_HOLES,
     MicroBatch,
     block_forward_bytes,
     block_recompute_bytes,
     chunk_bytes,
     heap_bytes,
+    staying_heap_bytes,
 )
 from lowmem.planning.job import Job
 from lowmem.planning.limits import (
@@ -314,7 +315,8 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
             yield _device(FREED_HEAP, max(kept) + between, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
             after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
-            yield _device(FREED_HEAP, int(STAYING_HEAP * after_block), phase="head")
+            projected = PROJECTION_HOLES * gradient_bytes if shapes.optimizer and shapes.optimizer.update_flops else 0
+            yield _device(FREED_HEAP, staying_heap_bytes(after_block) + projected, phase="head")
 
 
 def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:

@@ -41,8 +41,8 @@ Lane = Literal["compute", "disk", "copy"]
 """What a step keeps busy."""
 
 
-Trained = Literal["nothing", "lora", "dora", "full"]
-"""What a block's backward differentiates, as far as it changes how long that takes."""
+Trained = Literal["nothing", "lora", "lora of experts", "dora", "full"]
+"""What a block's backward differentiates, as far as it changes how long that takes; of experts: of stacked ones too."""
 
 
 @dataclass(frozen=True, kw_only=True)

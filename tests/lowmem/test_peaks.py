@@ -27,7 +27,7 @@ FEW_KEYS = {"num_key_value_heads": 2}
 WIDE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
 WINDOW = {"sliding_window": 512}
 CASES = [
-    # As issue and README name it: 256 wide, 8 heads, one sequence.
+    # As README names it: 256 wide, 8 heads, one sequence.
     *(("llama", {}, 1, tokens) for tokens in (512, 2048, 4096, 8192)),
     ("llama", FEW_KEYS, 4, 512),
     ("llama", WIDE_HEADS, 1, 4096),
@@ -63,3 +63,36 @@ def test_a_step_of_whole_sequences_takes_what_was_planned(
     # A few MiB are the interpreter's and the libraries' own.
     assert report["grown"] <= 1.03 * report["planned"] + (4 << 20), report
     assert report["planned"] <= 2.5 * report["grown"], report
+
+
+_ADAPTED = """
+import sys
+import torch
+from peft import LoraConfig, get_peft_model
+import lowmem
+from benchmarks.process_memory import PeakMeter
+
+torch.set_num_threads(1)
+lora = LoraConfig(r=8, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")
+model = lowmem.from_pretrained(sys.argv[1], budget=lowmem.Budget(device="48MiB", host=0), device="cpu")
+with PeakMeter() as meter:
+    get_peft_model(model, lora)
+print(meter.growth_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is read from /proc")
+def test_making_dora_adapters_takes_no_more_for_many_blocks_than_for_one(tmp_path: Path) -> None:
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "head_dim": 64}
+    folder = build("llama", tmp_path / "model", changes=sizes)
+    found = subprocess.run(
+        [sys.executable, "-c", _ADAPTED, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    # The adapters are 4 MiB; PEFT makes four tensors of 2.75 MiB of a weight, and all weights are 122 MiB.
+    assert int(found.stdout.splitlines()[-1]) < 48 << 20
