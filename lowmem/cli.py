@@ -283,6 +283,9 @@ def pack(
     from lowmem.packing.place import verify_pack
 
     if verify:
+        given = {"--quantization": quantization, "--output": output, "--include": include, "--revision": revision}
+        if beside := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"lowmem pack --verify reads a folder and takes no {' or '.join(beside)}; leave it out")
         found = verify_pack(model)
         for name in found:
             typer.echo(f"damaged: {name}")
@@ -296,7 +299,7 @@ def pack(
         model,
         quantization=quantization,
         output=output,
-        include=cast("list[Included]", include.split(",") if include else []),
+        include=cast("list[Included]", [part.strip() for part in include.split(",")] if include else []),
         device=on,
         revision=revision,
         trust_remote_code=trust_remote_code,

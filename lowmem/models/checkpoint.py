@@ -15,7 +15,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, skeleton
 from lowmem.models.configuration import check_counts, check_generation_config, read_config, take_quantization
 from lowmem.processes.ranks import Ranks, ranks
-from lowmem.quantization.manifest import check_packed
+from lowmem.quantization.manifest import check_files, check_packed
 from lowmem.quantization.registry import find_packed
 from offload import SafetensorsSource
 
@@ -160,6 +160,8 @@ def open_checkpoint(
         trust_remote_code=trust_remote_code,
     )
     compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
+    # What lowmem packed is packed again where a file is missing, not downloaded.
+    check_files(folder)
     source = SafetensorsSource(folder)
     try:
         check_packed(folder, source)

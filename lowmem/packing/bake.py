@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -31,7 +32,7 @@ from lowmem.packing.beside import (
 )
 from lowmem.packing.selection import Included, OutputUnit, PackSelection, select
 from lowmem.packing.writing import Contents, StoredContents, UnitWriter
-from lowmem.quantization.manifest import PackManifest, damaged, read_manifest
+from lowmem.quantization.manifest import PackManifest, check_files, check_packed, damaged, read_manifest
 from lowmem.quantization.packing import Observe, Packer
 from offload import (
     PAGE_BYTES,
@@ -155,6 +156,7 @@ def bake(
             given.check()
             _finish(work, given, packer, chosen)
             _in_order(done, chosen).write(work)
+            work.chmod(_usual_mode(work, output))
             sync_files(work)
             sync_folder(work)
             with suppress(FileNotFoundError):
@@ -165,13 +167,29 @@ def bake(
 
 
 def is_baked(folder: Path, manifest: PackManifest) -> bool:
-    """Whether a folder is whole and was made of the same files in the same way.
+    """Whether a folder was made of the same files in the same way; its files are looked at, their contents are not.
 
     Raises:
-        SourceError: Its manifest is damaged.
+        SourceError: It was, and its manifest is damaged since, or a file is missing or another one.
     """
     found = read_manifest(folder) if folder.is_dir() else None
-    return found is not None and found.is_of(manifest.fingerprint, manifest.settings)
+    if found is None or not found.is_of(manifest.fingerprint, manifest.settings):
+        return False
+    check_files(folder)
+    with SafetensorsSource(folder) as source:
+        check_packed(folder, source)
+    return True
+
+
+def _usual_mode(work: Path, output: Path) -> int:
+    """Who may do what in the output: as in a folder that is made now, or in the empty one that was given."""
+    # The work is its owner's alone. What the process masks is only told to what it makes.
+    made = work / "mode"
+    made.mkdir(exist_ok=True)
+    mode = stat.S_IMODE((output if output.is_dir() else made).stat().st_mode)
+    made.rmdir()
+    # A work that everybody may write to is nobody's to go on with.
+    return mode & ~stat.S_IWOTH
 
 
 @contextmanager

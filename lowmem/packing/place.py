@@ -20,7 +20,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import Described, Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.bake import BakeInput, bake, is_baked
 from lowmem.packing.selection import Included, select
-from lowmem.quantization.manifest import check_packed, damaged
+from lowmem.quantization.manifest import check_files, check_packed, damaged
 from lowmem.quantization.packing import Packer, packer_for
 from offload import SafetensorsSource, SourceError, format_bytes
 
@@ -112,6 +112,7 @@ def verify_pack(folder: str | os.PathLike[str]) -> Sequence[str]:
         offload.SourceError: A file is missing or cut, or the folder has no manifest.
     """
     place = Path(folder).expanduser()
+    check_files(place)
     with SafetensorsSource(place) as source:
         manifest = check_packed(place, source)
         if manifest is None:

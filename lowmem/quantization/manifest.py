@@ -82,6 +82,26 @@ def read_manifest(folder: Path) -> PackManifest | None:
     )
 
 
+def check_files(folder: Path) -> PackManifest | None:
+    """Compare a packed folder's weight files with its manifest: names and sizes. Opens none of them.
+
+    Args:
+        folder: Any checkpoint; nothing is checked where it has no manifest.
+
+    Raises:
+        SourceError: A file is missing, or is of another size.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    for name, expected in manifest.files.items():
+        if sizes.get(name) != expected:
+            problem = f"expected {name} with {expected} bytes, got {sizes.get(name, 'no such file')}"
+            raise SourceError(folder / MANIFEST, field=f"files[{name}]", problem=problem, remedy=_AGAIN)
+    return manifest
+
+
 def check_packed(folder: Path, source: SafetensorsSource) -> PackManifest | None:
     """Compare a packed folder's files with its manifest: names, sizes, tensors. Reads headers only.
 
@@ -92,14 +112,9 @@ def check_packed(folder: Path, source: SafetensorsSource) -> PackManifest | None
     Raises:
         SourceError: A file is missing, is of another size, or holds other tensors.
     """
-    manifest = read_manifest(folder)
+    manifest = check_files(folder)
     if manifest is None:
         return None
-    sizes = {file.name: source.stamps[file].size_bytes for file in source.files}
-    for name, expected in manifest.files.items():
-        if sizes.get(name) != expected:
-            problem = f"expected {name} with {expected} bytes, got {sizes.get(name, 'no such file')}"
-            raise SourceError(folder / MANIFEST, field=f"files[{name}]", problem=problem, remedy=_AGAIN)
     if different := set(manifest.tensors) ^ set(source.tensors):
         name = min(different)
         problem = f"the files {'hold' if name in source.tensors else 'do not hold'} {name}, the manifest says otherwise"

@@ -18,7 +18,7 @@ from lowmem.adapters import merged_values
 from lowmem.cli import app
 from lowmem.errors import UnsupportedError
 from lowmem.packing.place import verify_pack
-from tests.lowmem.packing.pack_in_children import digest
+from tests.lowmem.packing.pack_in_children import check_kills, digest
 from tests.lowmem.quantization.checkpoints import tensors_of
 from tests.zoo.architectures import build
 from tests.zoo.reference import ATTENTION_ONLY, adapt, batch_of, resident
@@ -147,6 +147,16 @@ def test_interrupted_merge_goes_on_and_another_adapter_begins_anew(
     found = digest(merged(llama, other, tmp_path / "again"))
     assert found == digest(merged(llama, other, tmp_path / "whole"))
     assert found != expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_killed_merges_go_on_and_two_of_them_share(kind: str, llama: Path, adapter: Path, tmp_path: Path) -> None:
+    base = llama
+    if kind == "packed":
+        base = lowmem.pack(llama, quantization="nf4", output=tmp_path / "base", device="cpu")
+    (tmp_path / "merges").mkdir()
+    check_kills(base, tmp_path / "merges", 20, adapter)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(llama: Path, adapter: Path, tmp_path: Path) -> None:

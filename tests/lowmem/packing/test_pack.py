@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
-import subprocess
-import sys
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ from lowmem.packing.place import verify_pack
 from lowmem.quantization.manifest import MANIFEST
 from offload import PAGE_BYTES, Budget, SafetensorsSource, SourceError, TierFull
 from offload.files.file import File, write_failure
-from tests.lowmem.packing.pack_in_children import digest
+from tests.lowmem.packing.pack_in_children import check_kills, digest
 from tests.lowmem.quantization.checkpoints import tensors_of
 from tests.zoo.architectures import build
 from tests.zoo.reference import adapt, batch_of, lora, resident, run
@@ -157,23 +157,7 @@ def test_weights_of_whole_pages_begin_on_pages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_deaths", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_bakes_go_on_and_two_bakers_share(num_deaths: int, llama: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.lowmem.packing.pack_in_children", str(llama), str(tmp_path), str(num_deaths)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("num_instants") > 40
-    assert found == {
-        "deaths": num_deaths,
-        "half_outputs": 0,
-        "same_after_resuming": num_deaths,
-        "left_over": 0,
-        "two_bakers": [0, 0],
-        "two_bakers_same": True,
-    }
+    check_kills(llama, tmp_path, num_deaths)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -265,10 +249,12 @@ def test_command_packs_and_verifies(llama: Path, nf4: Path, tmp_path: Path) -> N
     assert digest(output) == digest(nf4)
     assert CliRunner().invoke(app, ["pack", str(output), "--verify"]).exit_code == 0
     assert isinstance(CliRunner().invoke(app, ["pack", str(llama)]).exception, ValueError)
+    told = CliRunner().invoke(app, ["pack", str(llama), "--verify", "--quantization", "nf4", "--output", str(output)])
+    assert str(told.exception).startswith("lowmem pack --verify reads a folder and takes no --quantization or --output")
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "extra", "manifest"])
-def test_damaged_packed_folder_is_refused_when_opened(damage: str, nf4: Path, tmp_path: Path) -> None:
+def test_damaged_packed_folder_is_refused(damage: str, llama: Path, nf4: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(nf4, tmp_path / "copy")
     shard, manifest = copy / "model-00002-of-00004.safetensors", copy / MANIFEST
     if damage == "cut":
@@ -281,8 +267,27 @@ def test_damaged_packed_folder_is_refused_when_opened(damage: str, nf4: Path, tm
         values = json.loads(manifest.read_text())
         values["tensors"].popitem()
         manifest.write_text(json.dumps(values))
-    with pytest.raises(SourceError):
+    with pytest.raises(SourceError, match="remove the folder and pack the model again"):
         streamed(copy)
+    # Nor is it taken for what was packed before.
+    with pytest.raises(SourceError, match="remove the folder and pack the model again"):
+        lowmem.pack(llama, quantization="nf4", output=copy, device="cpu")
+    with pytest.raises(SourceError, match="remove the folder and pack the model again"):
+        verify_pack(copy)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_packed_folder_may_be_read_by_whom_a_new_folder_may(there: bool, llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "packed"
+    before = os.umask(0o027)
+    try:
+        if there:
+            output.mkdir(0o705)
+        lowmem.pack(llama, quantization="nf4", output=output, device="cpu")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(output.stat().st_mode) == (0o700 if there else 0o750)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in output.glob("*.safetensors")} == {0o640}
 
 
 def test_what_cannot_be_packed_is_refused_before_anything_is_written(llama: Path, nf4: Path, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_a_step_has_the_bits_of_a_resident_model_with_the_same_values(
         # Norms of streamed models need no dense product, and are sums in another order: to the bit only among them. The
         # matrices are stored wider, so that they are computed from the same places in memory.
         torch.testing.assert_close(outcome.loss, expected.loss, rtol=1e-5, atol=0)
+        for key, gradient in expected.gradients.items():
+            torch.testing.assert_close(outcome.gradients[key], gradient, rtol=1e-4, atol=1e-5)
         values = {key: value.double() if value.dim() == 2 else value for key, value in tensors_of(plain).items()}
         expected = step(streamed(write(tmp_path / "wide", plain, values)), use_dora=True)
     assert torch.equal(outcome.loss, expected.loss)
