@@ -1,7 +1,7 @@
 """Plans held against what happened: peak memory and seconds per step, predicted and measured, job by job.
 
     python -m benchmarks.plan_accuracy [--root /nvme/checkpoints] [--case NAME ...] [--results FILE] [--table]
-        [--cpu-time]
+        [--cpu-time] [--bench-each]
 
 36 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
 tiers. Each runs in a process of its own, forked from one that has imported everything, and trains a tiny model first.
@@ -10,7 +10,8 @@ time is the median of the steps after the second.
 Steps are predicted twice: with the rates that `lowmem bench` keeps for the shape (measured here once for each), and
 after the first step, as lowmem.Monitor corrects them. What lies in FILE already is not run again. About ten minutes on
 two quiet cores. With --cpu-time everything is timed by the processor's time instead of the wall's, which says as much
-of computation where other programs run, and nothing of disks.
+of computation where other programs run, and nothing of disks. With --bench-each rates are measured right before each
+job, which takes another five minutes: for machines whose speed changes from minute to minute.
 """
 
 import argparse
@@ -426,6 +427,7 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append", help="again for several; all if not given")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "plan_accuracy.jsonl")
     parser.add_argument("--cpu-time", action="store_true", help="time by the processor's time")
+    parser.add_argument("--bench-each", action="store_true", help="measure the rates right before each job")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     arguments = parser.parse_args()
     found = read_results(arguments.results)
@@ -438,7 +440,7 @@ def main() -> None:
     benched: set[tuple[str, str]] = set()
     for name in names:
         case = CASES[name]
-        if (case.shape, case.dtype) not in benched:
+        if arguments.bench_each or (case.shape, case.dtype) not in benched:
             benched.add((case.shape, case.dtype))
             _run_forked(_bench, case, root=arguments.root, clock=clock)
         report = _run_forked(run, case, root=arguments.root, clock=clock)

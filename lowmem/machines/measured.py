@@ -7,6 +7,7 @@ gigabytes and seconds are needed.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,10 @@ class _Stopwatch:
     device: torch.device
     clock: Clock
 
-    def best_s(self, run: Callable[[], object]) -> float:
-        """The shortest of some runs, after one that warms up."""
+    def usual_s(self, run: Callable[[], object]) -> float:
+        """The median of some runs, after one that warms up: a step is the sum of many, not of the shortest."""
         run()
-        return min(self._once_s(run) for _ in range(_NUM_REPEATS))
+        return statistics.median(self._once_s(run) for _ in range(_NUM_REPEATS))
 
     def _once_s(self, run: Callable[[], object]) -> float:
         self._wait()
@@ -113,7 +114,7 @@ def probe_copy(device: torch.device) -> float:
     source = torch.zeros(_COPY_BYTES // 2, dtype=torch.bfloat16, pin_memory=is_cuda)
     target = torch.empty(source.numel(), dtype=source.dtype if is_cuda else torch.float32, device=device)
     watch = _Stopwatch(device, time.perf_counter)
-    return target.nbytes / watch.best_s(lambda: target.copy_(source, non_blocking=is_cuda))
+    return target.nbytes / watch.usual_s(lambda: target.copy_(source, non_blocking=is_cuda))
 
 
 def measure_shape(
@@ -223,8 +224,8 @@ class _BlockTiming:
                 result = _first_tensor(run(leaf))
                 torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
 
-        forward_s = self._watch.best_s(forward)
-        return (forward_s, self._watch.best_s(backward)), output
+        forward_s = self._watch.usual_s(forward)
+        return (forward_s, self._watch.usual_s(backward)), output
 
 
 def _first_tensor(value: object) -> Tensor:
@@ -299,8 +300,8 @@ def _attention_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) 
 
     flops = 2.0 * _ATTENTION_TOKENS**2 * block.query_size
     with torch.no_grad():
-        forward_s = watch.best_s(forward)
-    return flops / forward_s, flops / watch.best_s(backward)
+        forward_s = watch.usual_s(forward)
+    return flops / forward_s, flops / watch.usual_s(backward)
 
 
 def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tuple[float, float]:
@@ -323,8 +324,8 @@ def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tu
         forward()
         torch.autograd.grad(made[0], wanted, gradient.to(made[0].dtype))
 
-    forward_s = watch.best_s(forward)
-    both_s = watch.best_s(both)
+    forward_s = watch.usual_s(forward)
+    both_s = watch.usual_s(both)
     share = shapes.num_head_params / (words * shapes.hidden_size) / _HEAD_TOKENS
     return forward_s * share, max(0.0, both_s - forward_s) * share
 
@@ -353,7 +354,7 @@ def _whole_s(streamed: StreamedBlock, device: torch.device, watch: _Stopwatch) -
         unpacker.forget()
         unpacker.unpack(0, stored)
 
-    seconds = watch.best_s(run) if unpacker.workspace_bytes else 0.0
+    seconds = watch.usual_s(run) if unpacker.workspace_bytes else 0.0
     unpacker.close()
     return seconds
 
@@ -368,7 +369,7 @@ def _expert_s(experts: RoutedExperts, device: torch.device, watch: _Stopwatch) -
         for stack, matrix in zip(stacks, made, strict=True):
             stack.make(0, stored, matrix)
 
-    return watch.best_s(run)
+    return watch.usual_s(run)
 
 
 def _zeros(spec: BlockSpec, device: torch.device) -> dict[str, Tensor]:
@@ -378,7 +379,7 @@ def _zeros(spec: BlockSpec, device: torch.device) -> dict[str, Tensor]:
 def _dropout_s(opened: Described, watch: _Stopwatch) -> float:
     """Seconds of dropping one value, where an adapter does: in fp32."""
     values = torch.ones(_DROPPED_VALUES, device=opened.device)
-    return watch.best_s(lambda: functional.dropout(values, 0.1)) / _DROPPED_VALUES
+    return watch.usual_s(lambda: functional.dropout(values, 0.1)) / _DROPPED_VALUES
 
 
 def _update_s(device: torch.device, watch: _Stopwatch) -> float:
@@ -393,4 +394,4 @@ def _update_s(device: torch.device, watch: _Stopwatch) -> float:
         nn.utils.clip_grad_norm_([param], 1.0)
         optimizer.step()
 
-    return watch.best_s(update) / _UPDATE_PARAMS
+    return watch.usual_s(update) / _UPDATE_PARAMS
