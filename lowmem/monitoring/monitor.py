@@ -40,6 +40,7 @@ from lowmem.monitoring.account import (
 from lowmem.monitoring.progress import StepEstimate, StepProgress, runs_in_notebook, show_in_notebook, writes_to_file
 from lowmem.monitoring.report import save_report
 from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
+from lowmem.planning.plan import plan_title
 from lowmem.streaming.runtime import Runtime, Visit, runtime_of
 
 if TYPE_CHECKING:
@@ -531,7 +532,7 @@ class _Run:
         host, device = (last.host_peak_bytes, last.device_peak_bytes) if last else (process_peak_bytes(), 0)
         peak_bytes = host if plan.job.device == "cpu" else device
         return RunFacts(
-            title=str(plan).partition("\n")[0],
+            title=plan_title(plan),
             state=how,
             num_steps=self.num_steps,
             planned_s={

@@ -37,6 +37,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var
        max-width: 1080px; padding: 0 1em; }
 h1 { font-size: 1.25em; margin: 0 } h2 { font-size: 1em; margin: 2em 0 .4em }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
+svg text.over { paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
 .grid { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2em }
 .facts { display: flex; flex-wrap: wrap; gap: .3em 2em; margin: .8em 0 } .facts b { font-size: 1.15em }
 .facts span { display: block; font-size: .85em; opacity: .75 }
@@ -122,14 +123,16 @@ def _curve(points: Sequence[tuple[int, float]], *, name: str, level: float = 0.0
         'stroke="var(--faint)"/>'
         for value in (low, low + span / 2, low + span)
     )
+    label = ""
     if level:
         y = at(first, level)[1]
         # Below the line where there is no room above it.
         word_y = y - 5 if y > 20 else y + 14
         marks += (
             f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1495b" stroke-dasharray="5 4"/>'
-            f'<text x="{width - 10}" y="{word_y:.1f}" text-anchor="end">planned</text>'
         )
+        # Over the line, with a rim in the paper's colour.
+        label = f'<text class="over" x="{width - 10}" y="{word_y:.1f}" text-anchor="end">planned</text>'
     drawn = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in points)
     dots = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="var(--line)"/>'.format(*at(*p)) for p in points[-1:])
     steps = "".join(
@@ -138,7 +141,7 @@ def _curve(points: Sequence[tuple[int, float]], *, name: str, level: float = 0.0
     )
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name} by step">{marks}{steps}'
-        f'<polyline points="{drawn}" fill="none" stroke="var(--line)" stroke-width="1.6"/>{dots}</svg>'
+        f'<polyline points="{drawn}" fill="none" stroke="var(--line)" stroke-width="1.6"/>{dots}{label}</svg>'
     )
 
 

@@ -231,7 +231,7 @@ class Plan:
 
     def __str__(self) -> str:
         """Fewer than 50 lines: the verdict in three, what it is a verdict on, bytes, facts, advice."""
-        lines = [*_verdict(self), "", _title(self), "", *_table(self), "", *_facts(self)]
+        lines = [*_verdict(self), "", plan_title(self), "", *_table(self), "", *_facts(self)]
         return "\n".join([*lines, *(f"-> {sentence}" for sentence in self.advice)])
 
     def _repr_html_(self) -> str:
@@ -329,7 +329,7 @@ def _html(plan: Plan) -> str:
     lines = (strip.get(line, html.escape(line)) for line in (*_facts(plan), *plan.advice))
     facts = "".join(f"<li>{line}</li>" for line in lines)
     return (
-        f"<div><b>{html.escape(_title(plan))}</b><br>{'<br>'.join(map(html.escape, _verdict(plan)))}"
+        f"<div><b>{html.escape(plan_title(plan))}</b><br>{'<br>'.join(map(html.escape, _verdict(plan)))}"
         f"{tier_bars(plan)}<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table><ul>{facts}</ul></div>"
     )
 
@@ -368,7 +368,8 @@ def tier_bars(plan: Plan) -> str:
     return f'<div style="max-width:60em">{"".join(bars)}</div>'
 
 
-def _title(plan: Plan) -> str:
+def plan_title(plan: Plan) -> str:
+    """Model and job in a line."""
     job = plan.job
     words = [plan.model, f"{job.task}", f"batch {job.batch_size} x {job.seq_len} tokens"]
     if job.gradient_accumulation_steps > 1:

@@ -166,6 +166,9 @@ def test_files_are_written_into_the_output_folder(
     computed = [event["name"] for event in events if event.get("cat") == "compute"]
     assert computed[: 2 * NUM_BLOCKS] == [*(f"forward {i}" for i in range(3)), *(f"backward {i}" for i in (2, 1, 0))]
     assert (tmp_path / "out" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    # Headed by model and job, not by the plan's verdict, which is not the run's.
+    head = (tmp_path / "out" / "report.html").read_text().partition("<h1>")[2].partition("</h1>")[0]
+    assert " tokens | float32 on cpu" in head
 
 
 def test_files_go_where_they_are_told_or_nowhere(
