@@ -65,13 +65,24 @@ def is_finished(checkpoint: str, options: argparse.Namespace) -> bool:
     return state.epoch is not None and bool(state.epoch >= options.epochs)
 
 
+FORMATS = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
+"""Columns that TRL's SFTTrainer takes."""
+
+
 def load_rows(data: str) -> Dataset:
     if Path(data).is_file():
         rows = load_dataset("json", data_files=data, split="train")
     else:
         rows = load_dataset(data, split="train")
-    if {"instruction", "output"} <= set(rows.column_names):
+    found = set(rows.column_names)
+    if {"instruction", "output"} <= found:
         return rows.map(chat_of, remove_columns=rows.column_names)
+    if not any(columns <= found for columns in FORMATS):
+        expected = "; ".join(" and ".join(sorted(columns)) for columns in FORMATS)
+        sys.exit(
+            f"--data {data}: its columns are {', '.join(sorted(found))}; expected one of: {expected}; "
+            "instruction and output"
+        )
     return rows
 
 
@@ -115,6 +126,7 @@ def main() -> None:
         sys.exit(1)  # the plan says what to change
     if options.plan_only:
         return
+    rows = load_rows(options.data)
     trainer = SFTTrainer(
         model=lowmem.from_pretrained(options.model, plan=plan),
         args=SFTConfig(
@@ -135,7 +147,7 @@ def main() -> None:
             disable_tqdm=not sys.stderr.isatty(),
             seed=options.seed,
         ),
-        train_dataset=load_rows(options.data),
+        train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(options.model),
         peft_config=lora,
         callbacks=[lowmem.Monitor()],

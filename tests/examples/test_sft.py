@@ -36,6 +36,12 @@ def test_rows_with_the_columns_of_alpaca_become_prompts_and_completions(tmp_path
     assert found[1]["completion"] == [{"role": "assistant", "content": "Hello!"}]
 
 
+def test_rows_with_other_columns_are_named_with_what_is_expected(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?", "answer": "Because."}\n')
+    with pytest.raises(SystemExit, match=r"its columns are answer, question; expected one of: text; messages; "):
+        sft.load_rows(str(tmp_path / "rows.jsonl"))
+
+
 def test_the_pirates_chats_are_whole_and_different() -> None:
     rows = sft.load_rows(str(ROOT / "examples" / "data" / "pirate.jsonl"))
     questions = [row["prompt"][0]["content"] for row in rows]
