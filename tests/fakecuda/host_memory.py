@@ -12,7 +12,6 @@ def watch_host_memory() -> None:
     """Note reads of blocks from disk, reads and writes of scratch space, and what full tuning does, as the host's."""
     from lowmem.full.gpu_tier import GpuMemoryTier, _Halves
     from lowmem.full.tier import Contribution
-    from offload import FileIO, Scratch, SharedReader
 
     add_to = Contribution.add_to
 
@@ -30,6 +29,13 @@ def watch_host_memory() -> None:
     _Halves.fill = noted_filling  # type: ignore[method-assign]
     Contribution.add_to = noted_adding  # type: ignore[method-assign]
     GpuMemoryTier._lift = _noted(GpuMemoryTier._lift, writes=True, who="GpuMemoryTier._lift")  # type: ignore[method-assign]
+    watch_reads_and_writes()
+
+
+def watch_reads_and_writes() -> None:
+    """What of that the package `offload` does."""
+    from offload import FileIO, Scratch, SharedReader
+
     FileIO.read = _noted(FileIO.read, writes=True, who="FileIO.read")  # type: ignore[method-assign]
     # Out of memory of all ranks of a machine, into a buffer of this one.
     SharedReader.read = _noted(SharedReader.read, writes=True, who="SharedReader.read")  # type: ignore[method-assign]

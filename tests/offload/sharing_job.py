@@ -92,8 +92,8 @@ if __name__ == "__main__":
     if sys.argv[3] == "simulated":
         # Before torch is imported.
         from tests.fakecuda import simulated_gpu
-        from tests.fakecuda.host_memory import watch_host_memory
+        from tests.fakecuda.host_memory import watch_reads_and_writes
 
         simulated_gpu.install(lag_ms=1.0)
-        watch_host_memory()
+        watch_reads_and_writes()
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
