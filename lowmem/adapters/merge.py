@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lowmem.adapters.merge_packed import merge_into_packed
 from lowmem.adapters.merge_plan import MergePlan, plan_merge
@@ -22,6 +21,7 @@ from lowmem.packing.beside import (
     files_beside,
     refuse_output,
     require_room,
+    showing_bytes,
     telling_full_disk,
 )
 from lowmem.quantization.packing import packer_for
@@ -182,12 +182,12 @@ def _write_shards(
 ) -> None:
     by_name = {tensor.output.name: tensor for tensor in plan.tensors}
     num_bytes = sum(tensor.output.nbytes for tensor in plan.tensors)
-    bar = tqdm(total=num_bytes, desc="merging", unit="B", unit_scale=True, leave=False, delay=_QUIET_S)
-    with closing(MergedValues(plan, rounding)) as writer, bar:
+    showing = showing_bytes("merging", num_bytes, delay_s=_QUIET_S)
+    with closing(MergedValues(plan, rounding)) as writer, showing as done:
         for file, outputs in shards.items():
             with ShardFile(folder / file, outputs) as shard:
                 for output in outputs:
                     for values in writer.values(by_name[output.name]):
                         shard.write(values)
-                        bar.update(values.nbytes)
+                        done(values.nbytes)
     write_index(folder, shards)

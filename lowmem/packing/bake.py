@@ -28,6 +28,7 @@ from lowmem.packing.beside import (
     files_beside,
     refuse_output,
     require_room,
+    showing_bytes,
     telling_full_disk,
 )
 from lowmem.packing.selection import Included, OutputUnit, PackSelection, select
@@ -277,25 +278,15 @@ def _write_units(
     work: Path, given: BakeInput, packer: Packer, chosen: PackSelection, done: PackManifest, *, device: torch.device
 ) -> PackManifest:
     left = [unit for unit in chosen.units if unit.file not in done.files]
-    with (
-        closing(given.contents()) as contents,
-        tqdm(
-            total=chosen.nbytes,
-            initial=sum(done.files.values()),
-            desc="packing",
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            delay=_QUIET_S,
-        ) as bar,
-    ):
+    showing = showing_bytes("packing", chosen.nbytes, done=sum(done.files.values()), delay_s=_QUIET_S)
+    with closing(given.contents()) as contents, showing as moved:
         for unit in left:
             writer = UnitWriter(unit, packer, contents=contents, device=device, observe=given.observe)
             unfinished = work / f"{unit.file}.unfinished"
             with ShardFile(unfinished, unit.outputs, align_bytes=PAGE_BYTES) as shard:
                 for part in writer.parts():
                     shard.write(part)
-                    bar.update(part.nbytes)
+                    moved(part.nbytes)
             unfinished.rename(work / unit.file)
             sync_folder(work)
             done = replace(done, files={**done.files, unit.file: unit.nbytes}, tensors={**done.tensors, **writer.sums})

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import Described, Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.bake import BakeInput, bake, is_baked
+from lowmem.packing.beside import showing_bytes
 from lowmem.packing.selection import Included, select
 from lowmem.quantization.manifest import check_files, check_packed, damaged
 from lowmem.quantization.packing import Packer, packer_for
@@ -124,9 +125,9 @@ def verify_pack(folder: str | os.PathLike[str]) -> Sequence[str]:
             )
         num_bytes = sum(spec.nbytes for spec in source.tensors.values())
         found = []
-        with tqdm(total=num_bytes, desc="verifying", unit="B", unit_scale=True, leave=False, delay=1.0) as bar:
+        with showing_bytes("verifying", num_bytes, delay_s=1.0) as done:
             for name, is_damaged in damaged(manifest, source.tensors):
-                bar.update(source.tensors[name].nbytes)
+                done(source.tensors[name].nbytes)
                 if is_damaged:
                     found.append(name)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -279,10 +280,16 @@ def test_tensors_that_no_adapter_touches_are_copied_bit_by_bit(tmp_path: Path) -
 def test_a_long_merge_shows_how_far_it_is(
     lora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("lowmem.adapters.merge._QUIET_S", 3600.0)
     merge(lora[0], adapter=lora[1], output=tmp_path / "quick")
     assert "merging" not in capsys.readouterr().err
     monkeypatch.setattr("lowmem.adapters.merge._QUIET_S", 0.0)
     merge(lora[0], adapter=lora[1], output=tmp_path / "out")
+    # In a file, lines without control characters, and few of them.
+    shown = capsys.readouterr().err
+    assert re.fullmatch(r"(lowmem: merging, [\d.]+ \w+ of [\d.]+ \w+\n)+", shown)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    merge(lora[0], adapter=lora[1], output=tmp_path / "shown")
     assert "merging:   0%" in capsys.readouterr().err
 
 
