@@ -1,9 +1,13 @@
 """The notebook, headless and in a folder of its own: every cell runs, nothing is pink, and what it shows is there."""
 
+import re
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
+from transformers import LlamaConfig
 
+import lowmem
 from benchmarks.harness import ROOT
 
 nbformat = pytest.importorskip("nbformat")
@@ -29,6 +33,21 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, objec
     )
     client.execute()
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_the_budget_for_the_real_model_is_enough(tmp_path: Path) -> None:
+    source = (ROOT / "examples" / "quickstart.ipynb").read_text()
+    found = re.search(r'device=\\"(\w+)\\" if MODEL.name == \\"smollm2\\"', source)
+    assert found is not None
+    # Of SmolLM2-135M; a plan needs its configuration only.
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    config = LlamaConfig(**sizes, **heads, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    budget = lowmem.Budget(device=found[1], host="0")
+    assert "batch_size=8, seq_len=128" in source
+    assert lowmem.plan(tmp_path, batch_size=8, seq_len=128, peft_config=lora, budget=budget, device="cpu").fits
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
