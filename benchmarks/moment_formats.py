@@ -4,22 +4,37 @@
 
 Gradients of 64 blocks of 256 values, their sizes spread over two decades within each block, with a mean that persists;
 half way they shrink to 0.3. Printed per format: relative error of the direction m / sqrt(v) after the last step, and
-the median ratio of v to fp32's.
+the median ratio of v to fp32's. Then what AdamW's update takes of each parameter with masters and moments in each type,
+on flat buffers in memory, beside fp32's.
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import emit, emit_skip
-from lowmem.optim.rule import generator
-from lowmem.optim.state import decode, encode, round_to_bf16
+from lowmem.full.flat import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FlatBuffers,
+    FlatMoment,
+    ParamUpdate,
+    Segment,
+    lay_out_moments,
+    update_runs,
+)
+from lowmem.optim.rule import Hyper, generator
+from lowmem.optim.state import STATE_DTYPES, decode, encode, round_to_bf16
+from offload import StagingBuffer
 
 BENCHMARK = "moment_formats"
 NUM_VALUES, NUM_STEPS = 64 * 256, 1200
+NUM_UPDATED, NUM_UPDATES = 1 << 23, 7
 Store = Callable[[Tensor, bool, int], Tensor]
 """What is read back after storing values; whether they are signed; the step."""
 
@@ -43,7 +58,7 @@ def eight_bit_stochastic(values: Tensor, signed: bool, step: int) -> Tensor:
 
 
 def bf16_stochastic(values: Tensor, signed: bool, step: int) -> Tensor:
-    return round_to_bf16(values, generator(2 * step + signed, values.device)).float()
+    return round_to_bf16(values, seed=2 * step + signed).float()
 
 
 def bf16_nearest(values: Tensor, _: bool, __: int) -> Tensor:
@@ -91,12 +106,48 @@ def measure(name: str, store: Store) -> None:
     emit(BENCHMARK, name, direction_error=error, second_moment_ratio=ratio, ns_per_value_stored_and_read=ns_per_value)
 
 
+def update_s(masters: torch.dtype, moments: str) -> float:
+    """Seconds of AdamW's update of one parameter, the median of some."""
+    layout = lay_out_moments(moments, NUM_UPDATED, num_wide=NUM_UPDATED)
+    stored = layout.views(StagingBuffer(layout.nbytes).tensor)
+    at = FlatBuffers(
+        weight=torch.randn(NUM_UPDATED).to(masters),
+        exp_avg=FlatMoment(EXP_AVG, stored),
+        exp_avg_sq=FlatMoment(EXP_AVG_SQ, stored),
+        gradient=torch.randn(NUM_UPDATED),
+    )
+    hyper = Hyper(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clock=0)
+    seed = None if masters == torch.float32 and moments == "fp32" else 1
+    times = []
+    for step in range(1, NUM_UPDATES + 1):
+        run = Segment(start=0, stop=NUM_UPDATED, update=ParamUpdate(hyper=hyper, step=step, seed=seed))
+        start_s = time.perf_counter()
+        update_runs(at, [run])
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times) / NUM_UPDATED
+
+
+def measure_updates() -> None:
+    """Time the update with everything in each type that it may be in."""
+    fp32_s = update_s(torch.float32, "fp32")
+    for (name, dtype), moments in product((("fp32", torch.float32), ("bf16", torch.bfloat16)), STATE_DTYPES):
+        seconds = update_s(dtype, moments)
+        emit(
+            BENCHMARK,
+            f"update, {name} masters, {moments} moments",
+            ns_per_param=seconds * 1e9,
+            beside_fp32=seconds / fp32_s,
+            num_threads=torch.get_num_threads(),
+        )
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     measure("8 bits, lowmem", eight_bit)
     measure("8 bits, stochastic", eight_bit_stochastic)
     measure("bf16, stochastic", bf16_stochastic)
     measure("bf16, nearest", bf16_nearest)
+    measure_updates()
     try:
         dynamic = dynamic_code()
     except ImportError:

@@ -19,7 +19,7 @@ import torch
 
 from lowmem.adapters.support import check_peft_config
 from lowmem.errors import UnsupportedError
-from lowmem.full.opening import master_dtype, moved_dtype, refuse_unsupported
+from lowmem.full.opening import master_dtype, moved_name, refuse_unsupported
 from lowmem.headers.description import describing
 from lowmem.loading import load
 from lowmem.machines.cards import Machine
@@ -123,7 +123,7 @@ def from_pretrained(
     chosen = pick_device(device)
     how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     given: dict[str, Any] = {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "optimizer": optimizer}
-    compute = _dtype(dtype, masters, tuning=tuning, device=chosen)
+    compute, given["moved_dtype"] = _dtypes(dtype, masters, tuning=tuning, device=chosen)
     with opening_together(), ExitStack() as unless_loaded:
         folder = resolve(model, revision=revision)
         opened = open_checkpoint(folder, name=str(model), device=chosen, dtype=compute, num_labels=num_labels, **how)
@@ -132,16 +132,14 @@ def from_pretrained(
         unless_loaded.callback(opened.source.close)
         plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, given=given, cap_device=cap_device)
         check_every_trainer()
-        loaded = load(opened, plan=plan, moved_dtype=moved_dtype(dtype, tuning=tuning, device=chosen, masters=compute))
+        loaded = load(opened, plan=plan)
         unless_loaded.pop_all()
     return loaded
 
 
 def _refuse_beside_plan(*others: object) -> None:
     if any(other is not None for other in others):
-        raise ValueError(
-            "give plan, or budget, micro_batch, chunk_tokens and optimizer, not both: the plan holds them already"
-        )
+        raise ValueError("give plan, or budget, micro_batch, chunk_tokens and optimizer, not both: the plan has them")
 
 
 def _types_of(
@@ -149,7 +147,7 @@ def _types_of(
 ) -> tuple[torch.dtype | str | None, torch.dtype | str | None]:
     """Compute dtype and the masters' type: those given, else those of the plan."""
     if plan.job.tuning == "full":
-        return dtype, masters or plan.compute_dtype
+        return dtype or plan.moved_dtype, masters or plan.compute_dtype
     return dtype or plan.compute_dtype, masters
 
 
@@ -174,7 +172,7 @@ def _checked_plan(
 
     found = agreed("plan", make)
     if plan is not None:
-        _refuse_another_plan(found, opened, tuning=tuning)
+        _refuse_another_plan(found, opened, tuning=tuning, moved=given["moved_dtype"])
     found.require_fit()
     _check_disk(found)
     _cap_device(opened.device, found if cap_device else None)
@@ -238,21 +236,21 @@ def _cap_device(device: torch.device, plan: Plan | None) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes / total_bytes), device)
 
 
-def _dtype(
+def _dtypes(
     dtype: torch.dtype | str | None, masters: torch.dtype | str | None, *, tuning: str, device: torch.device
-) -> torch.dtype | str | None:
-    """Type of the model's parameters: the masters' where every weight is trained, also where blocks get another one."""
+) -> tuple[torch.dtype | str | None, str | None]:
+    """Type of the model's parameters, the masters' where every weight is trained; and that of matrices on their way."""
     kept = master_dtype(masters, dtype, tuning=tuning)
     if tuning != "full":
-        return dtype
-    moved = moved_dtype(dtype, tuning=tuning, device=device)
-    if kept == torch.float32 and moved == torch.float32 and dtype not in (None, torch.float32, "float32", "fp32"):
+        return dtype, None
+    moved = moved_name(dtype, device=device, masters=kept)
+    if kept == torch.float32 and moved is None and dtype not in (None, torch.float32, "float32", "fp32"):
         raise UnsupportedError(
             f"tuning='full' with dtype={dtype}",
             reason="blocks compute from the fp32 master weights, or on a GPU from copies of them in bf16",
             instead="masters='bf16', dtype=torch.float32, or the trainer's bf16=True",
         )
-    return kept
+    return kept, moved
 
 
 def _check_disk(plan: Plan) -> None:
@@ -356,12 +354,12 @@ def plan(
     given |= {"batch_size": 1 if batch_size == "auto" else batch_size, "has_dropout": _has_dropout(peft_config)}
     job = Job(task=task, seq_len=seq_len, device=kind_of(chosen), tuning=tuning, **given)
     opening: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation}
-    opening |= {"trust_remote_code": trust_remote_code, "dtype": _dtype(dtype, masters, tuning=tuning, device=chosen)}
-    finds_batch = batch_size == "auto"
+    opening["trust_remote_code"] = trust_remote_code
     how: dict[str, Any] = {"peft_config": peft_config, "optimizer": optimizer, "budget": budget, "rates": rates}
+    opening["dtype"], how["moved"] = _dtypes(dtype, masters, tuning=tuning, device=chosen)
     planned: Callable[..., Plan] = partial(_planned, model, job, device=chosen, opening=opening, machine=machine, **how)
-    made = planned(quantization, finds_batch=finds_batch)
-    compares = finds_batch and quantization is None and tuning == "adapter"
+    made = planned(quantization, finds_batch=batch_size == "auto")
+    compares = batch_size == "auto" and quantization is None and tuning == "adapter"
     return replace(made, advice=(*made.advice, *(_packed_advice(made, planned) if compares else ())))
 
 
@@ -375,6 +373,7 @@ def _planned(
     opening: Mapping[str, Any],
     peft_config: PeftConfig | None,
     optimizer: OptimizerChoice | None,
+    moved: str | None,
     budget: Budget | None,
     rates: Rates | str | None,
     machine: Machine | None,
@@ -384,7 +383,7 @@ def _planned(
     with describing(model, device=device, has_bf16=_has_bf16(machine), **opening) as opened:
         if quantization is not None:
             opened = as_if_packed(opened, quantization)
-        shapes = _shapes_for(opened, job, peft_config=peft_config, optimizer=optimizer)
+        shapes = _shapes_for(opened, job, moved, peft_config=peft_config, optimizer=optimizer)
         found = rates_for(opened, shapes, rates) if machine is None else machine.rates
         bounds = _bounds(budget, opened, machine)
     name = THIS_MACHINE if machine is None else str(machine)
@@ -506,7 +505,7 @@ def _refuse_others(others: Mapping[str, object]) -> None:
         )
 
 
-def _refuse_another_plan(plan: Plan, opened: Opened, *, tuning: str) -> None:
+def _refuse_another_plan(plan: Plan, opened: Opened, *, tuning: str, moved: str | None) -> None:
     """Refuse a plan that was made for something else than what is opened.
 
     Raises:
@@ -522,6 +521,7 @@ def _refuse_another_plan(plan: Plan, opened: Opened, *, tuning: str) -> None:
         ("tuning", plan.job.tuning, tuning),
         ("device", plan.job.device, opened.device.type),
         ("dtype", plan.compute_dtype, dtype),
+        ("dtype of matrices on the GPU", plan.moved_dtype, moved),
         ("blocks", len(plan.placements), len(shapes.blocks)),
         ("bytes of the blocks", sum(plan.placement.block_bytes), shapes.stored_bytes),
         ("bytes of the head", plan.bytes_of("head", tier="device"), shapes.head_bytes),
@@ -584,7 +584,7 @@ def refuse_options(
 
 
 def _shapes_for(
-    opened: Described, job: Job, *, peft_config: PeftConfig | None, optimizer: OptimizerChoice | None
+    opened: Described, job: Job, moved: str | None, *, peft_config: PeftConfig | None, optimizer: OptimizerChoice | None
 ) -> ModelShapes:
     if job.tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
@@ -593,7 +593,7 @@ def _shapes_for(
     else:
         shapes = read_shapes(opened, peft_config=peft_config, seq_len=job.seq_len)
     if job.tuning == "full":
-        shapes = shapes.with_every_weight()
+        shapes = shapes.with_every_weight(moved)
     if job.trains:
         shapes = replace(shapes, optimizer=read_optimizer(optimizer, shapes, opened.built.model))
     return shapes.with_score_head() if job.task == "reward" else shapes

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from lowmem import __version__
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
 
     from lowmem.machines.cards import Machine
@@ -83,6 +85,8 @@ def plan(
     quantization: Quantization = None,
     tuning: Annotated[str, typer.Option(help="adapter, or full: every weight.")] = "adapter",
     optimizer: Annotated[str | None, typer.Option(help="galore, badam, adafactor, ...; AdamW if absent.")] = None,
+    masters: Annotated[str | None, typer.Option(help="With --tuning full, type of the weights: fp32 or bf16.")] = None,
+    state_dtype: Annotated[str | None, typer.Option(help="How AdamW keeps its moments: fp32, bf16 or 8bit.")] = None,
     use_reference: Annotated[bool | None, typer.Option(help="Compute a reference's values; else as TRL does.")] = None,
     gpu: Annotated[str | None, typer.Option(help='Plan for a machine with this card, "RTX 4090" for instance.')] = None,
     ram: Annotated[str | None, typer.Option(help="Plan for a machine with so much RAM, 64GiB for instance.")] = None,
@@ -112,6 +116,8 @@ def plan(
     lora = _lora(0 if tuning == "full" else lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules)
     card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "gpus": gpus}
     machine = _machine(ram=ram, disk_gbps=disk_gbps, nodes=nodes, **card)
+    opening: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    opening |= {"masters": masters, "micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
     made = make_plan(
         model,
         task=cast("Task", task),
@@ -126,18 +132,30 @@ def plan(
         peft_config=lora,
         quantization=quantization,
         tuning=tuning,  # type: ignore[arg-type]  # an unknown one is refused by name
-        optimizer=optimizer,
+        optimizer=_optimizer(optimizer, state_dtype=state_dtype),
         use_reference=use_reference,
-        chunk_tokens=chunk_tokens,
         budget=Budget(device=device, host=host, disk=disk),
-        micro_batch=micro_batch,
         device=on,
-        dtype=dtype,
         rates="measure" if measure else None,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        **opening,
     )
     _show(made, as_json=as_json)
+
+
+def _optimizer(named: str | None, *, state_dtype: str | None) -> str | partial[torch.optim.Optimizer] | None:
+    """The optimizer to plan for: the one that is named, or AdamW with moments as they are to be kept.
+
+    Raises:
+        ValueError: Moments of another optimizer.
+    """
+    if state_dtype is None:
+        return named
+    if named is not None and named.lower() != "adamw":
+        raise ValueError(f"--state-dtype {state_dtype} with --optimizer {named}: only AdamW has moments in other types")
+    from lowmem.optim import AdamW
+
+    # Masters in bf16 that were rounded to nearest would lose small updates; fp32 is written as it is.
+    return cast("partial[torch.optim.Optimizer]", partial(AdamW, state_dtype=state_dtype, writer="stochastic"))
 
 
 def _show(made: Plan, *, as_json: bool) -> None:

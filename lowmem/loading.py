@@ -36,7 +36,7 @@ from lowmem.internals.trl import install as install_head
 from lowmem.models.absent import GatheredEmbedding, read_now
 from lowmem.models.blocks import can_chunk
 from lowmem.models.build import Skeleton, Unpacker, fill
-from lowmem.models.checkpoint import Opened, gatherable_embedding
+from lowmem.models.checkpoint import Opened, gatherable_embedding, pick_dtype
 from lowmem.models.whole import install_resizing
 from lowmem.planning.planner import bare_shapes, plan_alone
 from lowmem.planning.step_memory import num_boundary_buffers
@@ -122,13 +122,12 @@ _ROW_THREADS = 4
 """Requests in flight where rows of an embedding table are read one by one."""
 
 
-def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     """Make the streamed model: read what stays resident, start the scheduler, take over the blocks.
 
     Args:
         opened: A checked checkpoint; its files are closed with the model.
         plan: What goes where.
-        moved_dtype: With every weight trained, type in which blocks' matrices go to a GPU; torch.float32 or bfloat16.
 
     Raises:
         OffloadError: A file cannot be read, or memory cannot be had.
@@ -145,6 +144,7 @@ def load(opened: Opened, *, plan: Plan, moved_dtype: torch.dtype = torch.float32
         stack.callback(reader.close)
         trace = Trace()
         tables = _Weights(built, reader=reader, device=device)
+        moved_dtype = pick_dtype(plan.moved_dtype or "fp32", device=device, stored=torch.float32)
         masters = Masters(moved_dtype) if plan.job.tuning == "full" else None
         gathered = gatherable_embedding(built) if plan.embedding_on_disk else None
         model = fill(
@@ -242,7 +242,7 @@ def _shapes_within_memory(opened: Opened, plan: Plan) -> ModelShapes:
     """
     _require_memory(plan, opened.device)
     shapes = replace(bare_shapes(opened), optimizer=plan.optimizer)
-    return shapes.with_every_weight() if plan.job.tuning == "full" else shapes
+    return shapes.with_every_weight(plan.moved_dtype) if plan.job.tuning == "full" else shapes
 
 
 class _Boundaries:

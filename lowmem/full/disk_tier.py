@@ -15,8 +15,8 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.chunks import Chunk, ChunkFiles, block_spec, chunk_numel, cut, parts, reads_newest
 from lowmem.full.disk_gradients import DiskGradients
 from lowmem.full.disk_updates import UpdateJob, UpdateThread, keep_as_it_is, put_values, update_chunk
-from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, UnitLayout, UpdateNoise
-from lowmem.full.gpu_tier import GradientLanding
+from lowmem.full.flat import ELEMENT_BYTES, FlatBuffers, ParamPlace, Segment, UnitLayout, UpdateRuns, update_runs
+from lowmem.full.gpu_tier import DeviceUpdates, GradientLanding
 from lowmem.full.rules import RuleStream
 from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, StateTier, weakly
 from lowmem.optim.state import STATE_DTYPES
@@ -42,6 +42,7 @@ class DiskTier(StateTier):
         read_base: Reads one parameter as the checkpoint has it, by name.
         trace: Where transfers are recorded.
         device: Where blocks are computed. On a GPU, blocks go up from the ring, and gradients come down as made.
+        update_share: Which part of each chunk of a block's state a GPU updates.
 
     Raises:
         FolderInUse: Another run has the folder.
@@ -61,6 +62,7 @@ class DiskTier(StateTier):
         read_base: Callable[[str], Tensor],
         trace: Trace,
         device: torch.device,
+        update_share: float = 0.0,
     ) -> None:
         self.layouts, self.state_dtype = tuple(layouts), "fp32"
         self._live, self._num_blocks, self._read_base = dict(live), num_blocks, read_base
@@ -83,7 +85,12 @@ class DiskTier(StateTier):
         self._rules = RuleStream(
             self.files, self._gradients, self._chunks, settle=weakly(self._carry_out), changed=weakly(self._invalidate)
         )
-        self._thread = UpdateThread(self.files, self._gradients, chunk_numel=chunk_numel(self.layouts))
+        self._update_runs: UpdateRuns = (
+            DeviceUpdates(device, share=update_share).run if update_share > 0 else update_runs
+        )
+        self._thread = UpdateThread(
+            self.files, self._gradients, chunk_numel=chunk_numel(self.layouts), pin=update_share > 0
+        )
         self._scheduler = Scheduler(
             [block_spec(layout, folder) for layout in self.layouts[:num_blocks]],
             plan=placement,
@@ -339,7 +346,8 @@ class DiskTier(StateTier):
     def _submit_update(
         self, index: int, segments: Sequence[Segment], *, into: Tensor | None = None, gradient: Tensor | None = None
     ) -> Transfer:
-        job = self._job(index, change=partial(update_chunk, segments, UpdateNoise()), moments=True)
+        run = self._update_runs if index < self._num_blocks else update_runs
+        job = self._job(index, change=partial(update_chunk, segments, run), moments=True)
         job.into, job.live, job.gradient = into, self._live.get(index), gradient
         job.reads_gradient = gradient is None
         return self._submit(job)

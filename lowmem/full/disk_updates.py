@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 import torch
@@ -20,8 +20,8 @@ from lowmem.full.flat import (
     FlatBuffers,
     ParamPlace,
     Segment,
-    UpdateNoise,
-    update_run,
+    UpdateRuns,
+    clipped,
 )
 from lowmem.full.tier import WEIGHT
 from lowmem.planning.limits import NUM_CHUNK_BUFFERS, PAGES_OF_SCALES
@@ -62,12 +62,10 @@ class UpdateJob:
         self.done = Transfer(self.name, nbytes=nbytes, num_pieces=1, memory=torch.empty(0, dtype=torch.uint8))
 
 
-def update_chunk(segments: Sequence[Segment], rounding: UpdateNoise, chunk: Chunk, at: FlatBuffers) -> None:
-    """The change of an AdamW step; called for a unit's chunks in their order."""
-    for segment in segments:
-        start, stop = max(segment.start, chunk.start), min(segment.stop, chunk.stop)
-        if start < stop:
-            update_run(segment.update, at, start=start - chunk.start, stop=stop - chunk.start, rounding=rounding)
+def update_chunk(segments: Sequence[Segment], run: UpdateRuns, chunk: Chunk, at: FlatBuffers) -> None:
+    """The change of an AdamW step, which `run` carries out."""
+    here = clipped(segments, chunk.start, chunk.stop)
+    run(at, [replace(one, start=one.start - chunk.start, stop=one.stop - chunk.start) for one in here])
 
 
 def put_values(field: str, place: ParamPlace, value: Tensor, chunk: Chunk, at: FlatBuffers) -> None:
@@ -77,7 +75,7 @@ def put_values(field: str, place: ParamPlace, value: Tensor, chunk: Chunk, at: F
         if field == WEIGHT:
             at.weight[here].copy_(part)
         else:
-            (at.exp_avg if field == EXP_AVG else at.exp_avg_sq).write(here, part.to("cpu", torch.float32), None)
+            (at.exp_avg if field == EXP_AVG else at.exp_avg_sq).write(here, part.to("cpu", torch.float32))
 
 
 def keep_as_it_is(chunk: Chunk, at: FlatBuffers) -> None:
@@ -121,14 +119,15 @@ class UpdateThread:
         files: Where weights and moments lie.
         gradients: Where gradients lie.
         chunk_numel: Elements of the largest chunk.
+        pin: Whether to keep chunks page-locked, for a GPU that copies from them and to them.
     """
 
-    def __init__(self, files: ChunkFiles, gradients: DiskGradients, *, chunk_numel: int) -> None:
+    def __init__(self, files: ChunkFiles, gradients: DiskGradients, *, chunk_numel: int, pin: bool = False) -> None:
         self._files, self._gradients = files, gradients
         nbytes = chunk_numel * ELEMENT_BYTES
         # The widest format of moments; of others, and of weights in fewer bytes, the rest is never touched.
         moments_bytes = 2 * nbytes + PAGES_OF_SCALES * PAGE_BYTES
-        self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * (2 * nbytes + moments_bytes), in_children=False)
+        self._memory = StagingBuffer(NUM_CHUNK_BUFFERS * (2 * nbytes + moments_bytes), pin=pin, in_children=False)
         self._sets = deque(
             _Set(weight=own[:nbytes], gradient=own[nbytes : 2 * nbytes], moments=own[2 * nbytes :])
             for own in torch.split(self._memory.tensor, 2 * nbytes + moments_bytes)

@@ -34,6 +34,21 @@ class TunedParam:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """How one parameter's gradient becomes all that its optimizer's next step wants of it."""
+
+    run: Callable[[Tensor], Tensor]
+    """Gives a gradient's projection in fp32, where the gradient is."""
+    numel: int
+    """Elements of that, fewer than the gradient has."""
+
+    def with_norm(self, gradient: Tensor) -> Tensor:
+        """The projection of a gradient, flat, and behind it the gradient's 2-norm."""
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return torch.cat([self.run(gradient).reshape(-1), norm.reshape(1)])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saved:
     """Where the weights were written last."""
 
@@ -81,6 +96,9 @@ class FullTuning:
                 self._take_gradients_of(key, param)
         self.version = 0
         """Counts changes of weights and moments."""
+        self.reductions: Callable[[Sequence[str]], Mapping[str, Reduction]] | None = None
+        """How gradients of a block are reduced before they leave the device, by name of those that are; None for none.
+        """
         self.updates_now: Callable[[Sequence[str]], Mapping[str, ParamUpdate]] | None = None
         """Settings by name for updates within the backward; None where they wait for `step`."""
         self.optimizer: OptimizerShape | None = None
@@ -140,11 +158,12 @@ class FullTuning:
             yield {place.key: flat[place.start : place.stop].view(place.shape) for place in self._places(index)}
 
     @contextmanager
-    def taking_gradients(self, index: int) -> Iterator[Callable[[str, Tensor], None]]:
+    def taking_gradients(self, index: int, *, in_parts: bool) -> Iterator[Callable[[str, Tensor], None]]:
         """Accumulate the gradients of one backward of a block, each as it comes; whole when the `with` ends.
 
         Args:
             index: Number of the block.
+            in_parts: Whether a weight's gradient comes as several that are added up.
 
         Yields:
             What takes a weight's gradient, by name; again for each further part of the block's batch.
@@ -158,6 +177,8 @@ class FullTuning:
                 reason=f"{kept[0]} was updated within the first of them",
                 instead="gradient_accumulation_steps=1, or no update_in_backward",
             )
+        reduced = self._reductions_of(places, in_parts=in_parts)
+        kept_at = {key: replace(places[key], shape=torch.Size([one.numel + 1])) for key, one in reduced.items()}
         taken: set[str] = set()
         with self.tier.accumulating(index, adds=bool(kept), stays=self.updates_now is not None) as keep:
 
@@ -165,16 +186,37 @@ class FullTuning:
                 # What a part of the batch left is added to as it is.
                 scales = () if key in taken else earlier[key]
                 taken.add(key)
-                keep(Contribution(place=places[key], value=value, earlier_scales=scales))
+                if key in reduced:
+                    value = reduced[key].with_norm(value)
+                keep(Contribution(place=kept_at.get(key, places[key]), value=value, earlier_scales=scales))
 
             yield take
         for key in taken:
-            self._mark_taken(index, places[key])
+            self._mark_taken(index, places[key], reduced=kept_at.get(key), is_whole=not in_parts and key not in kept)
         if taken and self.updates_now is not None:
             self.version += 1
             segments = segments_of(self.tier.layouts[index], self.updates_now([key for key in places if key in taken]))
             if segments:
                 self.tier.update(index, segments, None)
+
+    def _reductions_of(self, places: Mapping[str, ParamPlace], *, in_parts: bool) -> Mapping[str, Reduction]:
+        """How a backward's gradients of a block are reduced, those that are.
+
+        A gradient whose norm would not be known is left as it is, unless one of this step was reduced before.
+        """
+        if self.reductions is None:
+            return {}
+        grads = {key: self.params[key].param.grad for key in places}
+        earlier = {key for key, grad in grads.items() if isinstance(grad, OffloadedGradient) and grad.reduced}
+        first = {key for key, grad in grads.items() if grad is None}
+        found = self.reductions(sorted(earlier if in_parts else earlier | first))
+        if earlier - set(found):
+            raise UnsupportedError(
+                f"keeping the gradient of {min(earlier - set(found))} after optimizer.step()",
+                reason="only its projection is known, and the next step takes another one",
+                instead="optimizer.zero_grad() after each step, as the Trainer does",
+            )
+        return found
 
     def _earlier_scales(self, key: str) -> tuple[float, ...] | None:
         """What the gradient that was accumulated before is multiplied with first; None where there is none."""
@@ -187,13 +229,17 @@ class FullTuning:
             )
         return None if grad is None else tuple(grad.scales)
 
-    def _mark_taken(self, index: int, place: ParamPlace) -> None:
+    def _mark_taken(
+        self, index: int, place: ParamPlace, *, reduced: ParamPlace | None = None, is_whole: bool = True
+    ) -> None:
         param = self.params[place.key].param
-        if isinstance(param.grad, OffloadedGradient):
-            param.grad.scales.clear()
-            return
-        param.grad = OffloadedGradient.of(param, self.tier, index, place)
-        param.grad.is_used_up = self.updates_now is not None
+        grad = param.grad
+        if isinstance(grad, OffloadedGradient):
+            grad.scales.clear()
+        else:
+            param.grad = grad = OffloadedGradient.of(param, self.tier, index, place)
+            grad.is_used_up = self.updates_now is not None
+        grad.reduced, grad.has_norm = reduced, is_whole
 
     def step(self, updates: Mapping[str, ParamUpdate], *, number: int, record: dict[str, object]) -> None:
         """Update every parameter that has settings and a gradient.
@@ -230,8 +276,8 @@ class FullTuning:
 
         Args:
             key: The parameter.
-            run: Called with weight and gradient, both fp32 and of the parameter's shape; changes the weight in place,
-                and may change the gradient.
+            run: Called with weight and gradient, both fp32 and of the parameter's shape, or with what it was reduced
+                to; changes the weight in place, and may change the gradient.
             gradient: The gradient of a parameter outside the blocks; None for one that was accumulated.
             upcoming: The next parameter with an accumulated gradient that is changed.
         """
@@ -241,7 +287,15 @@ class FullTuning:
         scales = tuple(grad.scales) if isinstance(grad, OffloadedGradient) else ()
         after = None if upcoming is None else self.params[upcoming]
         following = None if after is None else (after.unit, after.place)
-        edit = Edit(unit=entry.unit, place=entry.place, run=run, gradient=gradient, scales=scales, upcoming=following)
+        edit = Edit(
+            unit=entry.unit,
+            place=entry.place,
+            run=run,
+            gradient=gradient,
+            reduced=grad.reduced if isinstance(grad, OffloadedGradient) else None,
+            scales=scales,
+            upcoming=following,
+        )
         self.tier.change(edit)
         if isinstance(grad, OffloadedGradient):
             grad.scales.clear()

@@ -10,7 +10,7 @@ Decoupled weight decay (Loshchilov and Hutter, Decoupled weight decay regulariza
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,22 +165,35 @@ class FlatMoment:
         rest = self.read(slice(self._num_wide, numel))
         return torch.cat([self.read(slice(0, self._num_wide)), rest]) if self._num_wide else rest
 
-    def write(self, piece: slice, values: Tensor, source: torch.Generator | None) -> None:
+    def write(self, piece: slice, values: Tensor, *, seed: int | None = None, first: int = 0) -> None:
         """Store some elements.
 
         Args:
             piece: As for `read`.
             values: fp32, flat.
-            source: For rounding to bf16; None where the values are bf16's own.
+            seed: Of the parameter in this step, for rounding to bf16; None where the values are bf16's own.
+            first: Position of the first one in its parameter.
         """
         part = self._part(piece)
         if part.dtype in (torch.int8, torch.uint8):
             codes, scales = encode(values, signed=part.dtype == torch.int8)
             part.copy_(codes)
             self._scales_of(piece).copy_(scales)
+        elif part.dtype == torch.bfloat16 and seed is not None:
+            part.copy_(round_to_bf16(values, seed=rounding_of_moment(seed, self._name), first=first))
         elif part.data_ptr() != values.data_ptr():
-            is_rounded = part.dtype == torch.bfloat16 and source is not None
-            part.copy_(round_to_bf16(values, source) if is_rounded and source is not None else values)
+            part.copy_(values)
+
+    def stored(self, piece: slice) -> dict[str, Tensor]:
+        """What some elements are stored in: the tensors of a moment that begins with them.
+
+        Args:
+            piece: As for `read`.
+        """
+        if self._rest is not None and piece.start >= self._num_wide:
+            return {f"{self._name}{_REST}": self._part(piece)}
+        found = {self._name: self._part(piece)}
+        return found if self._scales is None else found | {f"{self._name}{_SCALE}": self._scales_of(piece)}
 
     def _part(self, piece: slice) -> Tensor:
         if self._rest is not None and piece.start >= self._num_wide:
@@ -224,6 +237,8 @@ class Segment:
     """One past the last element."""
     update: ParamUpdate
     """Their settings."""
+    skipped: int = 0
+    """Elements of the whole run that come before these."""
 
 
 def segments_of(layout: UnitLayout, updates: Mapping[str, ParamUpdate]) -> tuple[Segment, ...]:
@@ -250,7 +265,12 @@ def segments_of(layout: UnitLayout, updates: Mapping[str, ParamUpdate]) -> tuple
 def clipped(segments: Iterable[Segment], start: int, stop: int) -> tuple[Segment, ...]:
     """The parts of runs that lie between two elements."""
     return tuple(
-        replace(segment, start=max(segment.start, start), stop=min(segment.stop, stop))
+        replace(
+            segment,
+            start=max(segment.start, start),
+            stop=min(segment.stop, stop),
+            skipped=segment.skipped + max(0, start - segment.start),
+        )
         for segment in segments
         if max(segment.start, start) < min(segment.stop, stop)
     )
@@ -270,63 +290,43 @@ class FlatBuffers:
     """As accumulated; fp32, or the weight's type."""
 
 
-class UpdateNoise:
-    """The random numbers of one unit's update, each parameter's going on from one piece of it to the next."""
-
-    def __init__(self) -> None:
-        self._sources: dict[tuple[int, str], torch.Generator] = {}
-
-    def of(self, update: ParamUpdate, name: str, device: torch.device) -> torch.Generator:
-        """Those of one parameter's weight (an empty name) or moment. Pieces are asked for in order."""
-        assert update.seed is not None, "only runs of one parameter are rounded"
-        source = self._sources.get((update.seed, name))
-        if source is None:
-            seed = mix(update.seed, update.step)
-            source = rounding_of_moment(seed, name, device) if name else rounding_of_weight(seed, device)
-            self._sources[update.seed, name] = source
-        return source
+UpdateRuns = Callable[[FlatBuffers, Sequence[Segment]], None]
+"""Updates runs of a unit, or of a chunk of one, in place."""
 
 
-def update_run(
-    update: ParamUpdate,
-    at: FlatBuffers,
-    *,
-    start: int,
-    stop: int,
-    scaled: Tensor | None = None,
-    rounding: UpdateNoise | None = None,
-) -> None:
-    """Update a run of elements in place.
+def update_runs(at: FlatBuffers, segments: Sequence[Segment], *, scaled: Tensor | None = None) -> None:
+    """Update runs in place, where their buffers are.
 
     Args:
-        update: Its settings.
-        at: Has the run; the gradient is left as it is, or multiplied with the scales.
-        start: First element.
-        stop: One past the last.
+        at: Has the runs; the gradient is left as it is, or multiplied with the scales.
+        segments: The runs, counted from the beginning of the buffers.
         scaled: Room for `SCALED_ELEMENTS` of a scaled gradient, which stay in the cache; scaled in place if not given.
-        rounding: Of the unit's update, where not all is fp32.
     """
-    is_converted = update.seed is not None
-    size = _CONVERTED_ELEMENTS if is_converted else SCALED_ELEMENTS if update.scales else stop - start
-    for first in range(start, stop, size):
-        piece = slice(first, min(first + size, stop))
-        part = at.gradient[piece]
-        if part.dtype != torch.float32:
-            part = part.float()
-        for scale in update.scales:
-            part = part.mul_(scale) if scaled is None else torch.mul(part, scale, out=scaled[: part.numel()])
-        # It counts the step itself.
-        # Made where it is used: copied to a GPU, it would have the host wait.
-        step = torch.full((), float(update.step - 1), device=part.device)
-        stored = at.weight[piece]
-        weight = stored if stored.dtype == torch.float32 else stored.float()
-        exp_avg, exp_avg_sq = at.exp_avg.read(piece), at.exp_avg_sq.read(piece)
-        adamw_step(weight, part, exp_avg, exp_avg_sq, step, hyper=update.hyper)
-        if not is_converted:
-            continue
-        assert rounding is not None, "what is not fp32 is rounded"
-        device = part.device
-        at.exp_avg.write(piece, exp_avg, rounding.of(update, EXP_AVG, device))
-        at.exp_avg_sq.write(piece, exp_avg_sq, rounding.of(update, EXP_AVG_SQ, device))
-        if weight is not stored:
-            stored.copy_(round_to_bf16(weight, rounding.of(update, "", device)))
+    for run in segments:
+        is_converted = run.update.seed is not None
+        size = _CONVERTED_ELEMENTS if is_converted else SCALED_ELEMENTS if run.update.scales else run.stop - run.start
+        for first in range(run.start, run.stop, size):
+            piece = slice(first, min(first + size, run.stop))
+            _update_piece(run.update, at, piece, first=run.skipped + first - run.start, scaled=scaled)
+
+
+def _update_piece(update: ParamUpdate, at: FlatBuffers, piece: slice, *, first: int, scaled: Tensor | None) -> None:
+    part = at.gradient[piece]
+    if part.dtype != torch.float32:
+        part = part.float()
+    for scale in update.scales:
+        part = part.mul_(scale) if scaled is None else torch.mul(part, scale, out=scaled[: part.numel()])
+    # It counts the step itself.
+    # Made where it is used: copied to a GPU, it would have the host wait.
+    step = torch.full((), float(update.step - 1), device=part.device)
+    stored = at.weight[piece]
+    weight = stored if stored.dtype == torch.float32 else stored.float()
+    exp_avg, exp_avg_sq = at.exp_avg.read(piece), at.exp_avg_sq.read(piece)
+    adamw_step(weight, part, exp_avg, exp_avg_sq, step, hyper=update.hyper)
+    if update.seed is None:
+        return
+    seed = mix(update.seed, update.step)
+    at.exp_avg.write(piece, exp_avg, seed=seed, first=first)
+    at.exp_avg_sq.write(piece, exp_avg_sq, seed=seed, first=first)
+    if weight is not stored:
+        stored.copy_(round_to_bf16(weight, seed=rounding_of_weight(seed), first=first))

@@ -28,10 +28,12 @@ from lowmem.full.flat import (
     ParamPlace,
     Segment,
     UnitLayout,
+    UpdateRuns,
     clipped,
-    update_run,
+    update_runs,
 )
 from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, MemoryTier, weakly
+from lowmem.optim.state import BLOCK_VALUES
 from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING, NUM_UPDATE_PIECES, UPDATE_PIECE_BYTES
 from offload import (
     PAGE_BYTES,
@@ -68,7 +70,9 @@ class GpuMemoryTier(MemoryTier):
         moved_dtype: Type in which weights of products go up, and their gradients come down; what else there is stays as
             it is. For blocks that run under autocast, which would make the same of them.
         products: Names of the weights that go up so: those that autocast casts.
-        update_share: Which part of each block's state is updated on the device, where all of it is fp32.
+        update_share: Which part of each block's state is updated on the device.
+        reduces: Whether gradients are reduced on the device, where all that an optimizer wants is a projection.
+        takes_bases: Whether the bases of such projections are read off gradients there.
     """
 
     def __init__(
@@ -84,12 +88,18 @@ class GpuMemoryTier(MemoryTier):
         moved_dtype: torch.dtype = torch.float32,
         products: Collection[str] = (),
         update_share: float = 0.0,
+        reduces: bool = False,
+        takes_bases: bool = False,
     ) -> None:
         super().__init__(layouts, live={}, pin=update_share > 0)
-        self._updates = DeviceUpdates(device) if update_share > 0 else None
-        self._update_share = update_share
+        self.device, self.reduces, self.takes_bases = device, reduces, takes_bases
+        self._bases: dict[str, StagingBuffer] = {}
+        self._basis_copies = CopyStream(device) if reduces else None
+        self._updates = DeviceUpdates(device, share=update_share) if update_share > 0 else None
         # Held while a master changes beside the host: nobody reads it meanwhile.
         self._masters = threading.Lock()
+        # Blocks that rules have changed, one parameter after the other; they are fetched anew once they are complete.
+        self._changed: set[int] = set()
         self._on_device = dict(live)
         self._num_blocks = num_blocks
         for index, weight in live.items():
@@ -117,6 +127,9 @@ class GpuMemoryTier(MemoryTier):
     @contextmanager
     def lend(self, index: int) -> Iterator[FlatWeight]:
         """See `StateTier.lend`: a slot of the device's ring."""
+        if index in self._changed:
+            # A step has failed before its end.
+            self._replace(index)
         with self._scheduler.resident(index) as tensors:
             yield self._halves[index].joined(tensors)
 
@@ -150,33 +163,47 @@ class GpuMemoryTier(MemoryTier):
             down[: gradient.numel()].copy_(gradient.cpu())
             gradient = down
         with self._masters:
-            cut = self._num_on_device(index)
-            if cut and self._updates is not None:
-                self._updates.begin(self._buffers_of(index, gradient), clipped(segments, 0, cut))
-                segments = clipped(segments, cut, self.layouts[index].numel)
-            super().update(index, segments, gradient)
-            if cut and self._updates is not None:
-                self._updates.finish()
+            unit = self._buffers_of(index, gradient)
+            if index < self._num_blocks and self._updates is not None:
+                self._updates.run(unit, segments, beside=self._update_here)
+            else:
+                self._update_here(unit, segments)
         self._replace(index)
-
-    def _num_on_device(self, index: int) -> int:
-        """Elements of a unit, the first ones, that the device updates while the processor updates the others."""
-        layout = self.layouts[index]
-        is_fp32 = self.state_dtype == "fp32" and layout.weight_dtype == torch.float32
-        if index >= self._num_blocks or not is_fp32:
-            return 0
-        return min(layout.numel, round_up(round(layout.numel * self._update_share), _ALIGN_BYTES))
 
     def change(self, edit: Edit) -> None:
         self._landing.finish()
         down = None if edit.gradient is None else edit.gradient.to(device="cpu", dtype=torch.float32)
+        if edit.unit < self._num_blocks:
+            # Whatever happens: what the device has of it is of no use.
+            self._changed.add(edit.unit)
         super().change(replace(edit, gradient=down))
-        self._replace(edit.unit)
+        if edit.unit >= self._num_blocks:
+            self._replace(edit.unit)
+
+    def end_step(self, step: int, record: dict[str, object]) -> None:
+        """See `StateTier.end_step`: what rules have changed is brought to the device from now on."""
+        super().end_step(step, record)
+        for index in sorted(self._changed):
+            self._replace(index)
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
         super().write(index, field, place, value)
         if field == WEIGHT:
             self._replace(index)
+
+    def keep_basis(self, key: str, basis: Tensor) -> Tensor:
+        """A copy of a parameter's basis in page-locked memory, in place of the last one."""
+        self._bases[key] = buffer = StagingBuffer(basis.nbytes, pin=True, in_children=False)
+        kept = buffer.tensor.view(basis.dtype).view(basis.shape)
+        return kept.copy_(basis)
+
+    def bring_basis(self, kept: Tensor) -> Tensor:
+        """Start bringing a basis that is kept to the device, for what is computed there from now on.
+
+        Nobody may change it before the gradients that it reduces have landed.
+        """
+        assert self._basis_copies is not None, "gradients are not reduced"
+        return self._basis_copies.up(kept)[0]
 
     def reset(self) -> None:
         self._scheduler.reset()
@@ -198,10 +225,14 @@ class GpuMemoryTier(MemoryTier):
         self._lifts.close()
         self._landing.close()
         self._on_device.clear()
+        for buffer in self._bases.values():
+            buffer.close()
+        self._bases.clear()
         super().close()
 
     def _replace(self, index: int) -> None:
         """Bring a unit's newest weight to the device: now, or for a block when it is visited next."""
+        self._changed.discard(index)
         if index < self._num_blocks:
             # After the master has changed: what is being read of it meanwhile is dropped.
             self._scheduler.invalidate((index,))
@@ -285,59 +316,90 @@ _PIECE_ELEMENTS = UPDATE_PIECE_BYTES // ELEMENT_BYTES
 class DeviceUpdates:
     """Runs AdamW on a GPU for state in page-locked memory: pieces go up, are updated, and come down.
 
-    Two streams take turns, so that one piece comes down while the next goes up. The host waits in `finish` only.
+    Two streams take turns, so that one piece comes down while the next goes up. The host waits in `finish` only. Used
+    by one thread at a time.
 
     Args:
         device: The GPU.
+        share: Which part of a unit, or of a chunk of one, is updated there.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, share: float) -> None:
+        self._share = share
         self._streams = [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
-        # Weight, both moments and gradient of a piece, for each stream; made once: the streams keep it to themselves.
-        self._pieces = [
-            torch.empty((NUM_UPDATE_PIECES // len(self._streams), _PIECE_ELEMENTS), device=device)
-            for _ in self._streams
-        ]
+        shape = (NUM_UPDATE_PIECES // len(self._streams), UPDATE_PIECE_BYTES)
+        self._pieces: list[Tensor] = []
         for stream in self._streams:
-            stream.wait_stream(torch.cuda.current_stream(device))
+            # Weight, both moments and gradient of a piece. It is the stream's own: what has it next is of that stream.
+            with torch.cuda.stream(stream):
+                self._pieces.append(torch.empty(shape, dtype=torch.uint8, device=device))
+
+    def run(self, state: FlatBuffers, segments: Sequence[Segment], *, beside: UpdateRuns = update_runs) -> None:
+        """Update runs: the first elements here, and the others on the processor at the same time.
+
+        Args:
+            state: Flat buffers in page-locked memory, as they are stored.
+            segments: The runs.
+            beside: Updates those of the processor.
+        """
+        numel = state.weight.numel()
+        # Whole blocks of moments in 8 bits.
+        num_here = min(numel, round_up(round(numel * self._share), BLOCK_VALUES))
+        try:
+            self.begin(state, clipped(segments, 0, num_here))
+            beside(state, clipped(segments, num_here, numel))
+        finally:
+            self.finish()
 
     def begin(self, state: FlatBuffers, segments: Iterable[Segment]) -> None:
         """Start updating some runs of a unit; leave its buffers alone until `finish` returns.
 
         Args:
-            state: Flat buffers in page-locked memory, fp32.
+            state: Flat buffers in page-locked memory, as they are stored.
             segments: The runs.
         """
-        whole = slice(0, state.weight.numel())
-        kept = (state.weight, state.exp_avg.read(whole), state.exp_avg_sq.read(whole), state.gradient)
         turn = 0
         for run in segments:
-            for first in range(run.start, run.stop, _PIECE_ELEMENTS):
-                piece = slice(first, min(first + _PIECE_ELEMENTS, run.stop))
+            for start in range(run.start, run.stop, _PIECE_ELEMENTS):
+                piece = clipped((run,), start, start + _PIECE_ELEMENTS)
                 with torch.cuda.stream(self._streams[turn]):
-                    self._update(run, [flat[piece] for flat in kept], self._pieces[turn])
+                    self._update(piece[0], state, self._pieces[turn])
                 turn = 1 - turn
 
-    def _update(self, run: Segment, kept: Sequence[Tensor], own: Tensor) -> None:
-        numel = kept[0].numel()
-        weight, exp_avg, exp_avg_sq, gradient = (part[:numel] for part in own)
-        for there, here in zip((weight, exp_avg, exp_avg_sq, gradient), kept, strict=True):
-            there.copy_(here, non_blocking=True)
-        at = FlatBuffers(
-            weight=weight,
-            exp_avg=FlatMoment(EXP_AVG, {EXP_AVG: exp_avg}),
-            exp_avg_sq=FlatMoment(EXP_AVG_SQ, {EXP_AVG_SQ: exp_avg_sq}),
-            gradient=gradient,
+    def _update(self, piece: Segment, state: FlatBuffers, memory: Tensor) -> None:
+        where = slice(piece.start, piece.stop)
+        here = (
+            {WEIGHT: state.weight[where]},
+            state.exp_avg.stored(where),
+            state.exp_avg_sq.stored(where),
+            {"gradient": state.gradient[where]},
         )
-        update_run(run.update, at, start=0, stop=numel)
-        for there, here in zip((weight, exp_avg, exp_avg_sq), kept[:3], strict=True):
-            here.copy_(there, non_blocking=True)
+        there = [_brought(stored, into) for stored, into in zip(here, memory, strict=True)]
+        at = FlatBuffers(
+            weight=there[0][WEIGHT],
+            exp_avg=FlatMoment(EXP_AVG, there[1]),
+            exp_avg_sq=FlatMoment(EXP_AVG_SQ, there[2]),
+            gradient=there[3]["gradient"],
+        )
+        update_runs(at, [replace(piece, start=0, stop=piece.stop - piece.start)])
+        for stored, updated in zip(here[:3], there, strict=False):
+            for name, value in stored.items():
+                value.copy_(updated[name], non_blocking=True)
 
     def finish(self) -> None:
         """Wait until everything has come down."""
         for stream in self._streams:
             stream.synchronize()
+
+
+def _brought(stored: Mapping[str, Tensor], into: Tensor) -> dict[str, Tensor]:
+    """Start copying tensors to the device, into memory that they fit into one behind the other."""
+    found, start = {}, 0
+    for name, value in stored.items():
+        found[name] = into[start : start + value.nbytes].view(value.dtype)
+        found[name].copy_(value, non_blocking=True)
+        start += round_up(value.nbytes, _ALIGN_BYTES)
+    return found
 
 
 def _carry_out(transfer: Transfer, run: Callable[[], object]) -> None:

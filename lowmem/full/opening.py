@@ -219,21 +219,18 @@ def require_autocast(device: torch.device, moved_dtype: torch.dtype) -> None:
         )
 
 
-def moved_dtype(
-    dtype: torch.dtype | str | None, *, tuning: str, device: torch.device, masters: torch.dtype | str | None = None
-) -> torch.dtype:
-    """Type in which the matrices of blocks go to a GPU where every weight is trained: the one asked for, else fp32.
+def moved_name(dtype: torch.dtype | str | None, *, device: torch.device, masters: torch.dtype) -> str | None:
+    """Type in which matrices of blocks go to a GPU where every weight is trained, by torch's name; None: as they are.
 
     Args:
-        dtype: What was asked for.
-        masters: Type of the master weights; those in bf16 are what goes.
-        tuning: What is trained; without "full", weights go as they are stored, and fp32 is returned.
+        dtype: What was asked for: bf16 is moved for forwards under autocast.
         device: Compute device; a CPU computes from the masters.
+        masters: Type of the master weights; those in bf16 are what goes.
     """
-    if tuning != "full" or dtype is None or device.type == "cpu" or masters == torch.bfloat16:
-        return torch.float32
+    if dtype is None or device.type == "cpu" or masters == torch.bfloat16:
+        return None
     found = pick_dtype(dtype, device=device, stored=torch.float32)
-    return found if found == torch.bfloat16 else torch.float32
+    return "bfloat16" if found == torch.bfloat16 else None
 
 
 def refuse_adapter(model: weakref.ref[PreTrainedModel]) -> None:
@@ -405,6 +402,8 @@ def _memory_tier(
         trace=trace,
         moved_dtype=moved_dtype,
         update_share=plan.choice.update_share,
+        reduces=plan.choice.reduces_gradients,
+        takes_bases=plan.choice.takes_bases,
         products=frozenset(
             slot.key
             for streamed in opened.built.blocks
@@ -439,6 +438,7 @@ def _disk_tier(
         read_base=base.read,
         trace=trace,
         device=opened.device,
+        update_share=plan.choice.update_share,
     )
 
 

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
-from lowmem.full.engine import FullTuning, TunedParam
+from lowmem.full.engine import FullTuning, Reduction, TunedParam
 from lowmem.full.flat import EXP_AVG, EXP_AVG_SQ, ParamUpdate
+from lowmem.full.gpu_tier import GpuMemoryTier
 from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saving import (
@@ -30,9 +32,11 @@ from lowmem.full.saving import (
     save_moments,
     steps_of,
 )
+from lowmem.full.tier import weakly
 from lowmem.host_memory import give_back_freed
 from lowmem.optim.optimizer import RuleOptimizer, check_saved_group, engine_of, mark_active, restored_state
 from lowmem.optim.plain import AdamWRule
+from lowmem.optim.projected import ProjectedRule
 from lowmem.planning.optimizer_sizes import sizes_of
 from offload import Store
 
@@ -78,6 +82,9 @@ class OptimizerEngine:
         self._num_steps, self._steps = 0, {}
         self._states.clear()
         self._full.updates_now = None
+        tier = self._full.tier
+        reduces = isinstance(tier, GpuMemoryTier) and tier.reduces
+        self._full.reductions = weakly(self._reductions) if reduces else None
         self._full.optimizer = sizes_of(optimizer)
         self._choose_moments(optimizer)
 
@@ -202,6 +209,9 @@ class OptimizerEngine:
             self._states.clear()
         # Those on disk came with the folder.
         if isinstance(self._states, MemoryStates):
+            if optimizer is not None:
+                for key, state in states.items():
+                    self._keep_basis(key, optimizer.rule_of(self._full.params[key].param), state)
             self._states.load(states)
         self._steps, self._num_steps = dict(saved.steps), saved.num_steps
         self._resumed = None
@@ -210,8 +220,11 @@ class OptimizerEngine:
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is None:
             raise RuntimeError("a later optimizer has taken over this model's weights; load its state")
-        params = {key: self._full.params[key].param for key in saved}
-        return {key: restored_state(optimizer.rule_of(params[key]), params[key], state) for key, state in saved.items()}
+        params, host = {key: self._full.params[key].param for key in saved}, torch.device("cpu")
+        return {
+            key: restored_state(optimizer.rule_of(params[key]), params[key], state, device=host)
+            for key, state in saved.items()
+        }
 
     def will_resume_from(self, folder: Path) -> None:
         """Note the checkpoint whose optimizer state is loaded next."""
@@ -329,7 +342,37 @@ class OptimizerEngine:
         with self._states.lend(call.key) as state:
             if not state:
                 state.update(call.rule.init(weight))
-            call.rule.update(weight, gradient, state, call.hyper)
+                self._keep_basis(call.key, call.rule, state)
+            rule, tier = call.rule, self._full.tier
+            if not isinstance(rule, ProjectedRule) or not isinstance(tier, GpuMemoryTier):
+                rule.update(weight, gradient, state, call.hyper)
+            elif gradient.shape != weight.shape:
+                # Behind it is the whole one's norm.
+                rule.update_reduced(weight, gradient[:-1].view(rule.reduced_shape), state, call.hyper)
+            elif tier.takes_bases and rule.reduces and rule.refreshes(state) and self._is_offloaded(call.key):
+                _update_there(rule, weight, gradient, state, call.hyper, device=tier.device)
+            else:
+                rule.update(weight, gradient, state, call.hyper)
+
+    def _keep_basis(self, key: str, rule: Rule, state: State) -> None:
+        """Have the basis of a rule's state lie where a GPU fetches it, where it does."""
+        tier = self._full.tier
+        if isinstance(tier, GpuMemoryTier) and tier.reduces and isinstance(rule, ProjectedRule) and rule.reduces:
+            state["basis"] = tier.keep_basis(key, state["basis"])
+
+    def _reductions(self, keys: Sequence[str]) -> dict[str, Reduction]:
+        """How gradients of some parameters are reduced on a GPU: with the bases that the next step uses as they are."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        tier, states = self._full.tier, self._states
+        if optimizer is None or not isinstance(tier, GpuMemoryTier) or not isinstance(states, MemoryStates):
+            return {}
+        found: dict[str, Reduction] = {}
+        for key in keys:
+            rule, state = optimizer.rule_of(self._full.params[key].param), states.get(key)
+            if state and isinstance(rule, ProjectedRule) and rule.reduces and not rule.refreshes(state):
+                run = partial(rule.reduce, basis=tier.bring_basis(state["basis"]))
+                found[key] = Reduction(run=run, numel=prod(rule.reduced_shape))
+        return found
 
     def _is_offloaded(self, key: str) -> bool:
         return isinstance(self._full.params[key].param.grad, OffloadedGradient)
@@ -370,6 +413,20 @@ class _RuleCall(NamedTuple):
     key: str
     rule: Rule
     hyper: Hyper
+
+
+def _update_there(
+    rule: Rule, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper, *, device: torch.device
+) -> None:
+    """Run a rule on a GPU, on copies: a new basis keeps a processor busy for longer than they take."""
+    # Counters stay on the CPU.
+    there = {name: value.to(device) if value.ndim else value for name, value in state.items()}
+    changed = weight.to(device)
+    rule.update(changed, gradient.to(device), there, hyper)
+    weight.copy_(changed)
+    for name, value in state.items():
+        if value.ndim:
+            value.copy_(there[name])
 
 
 def _plain(value: object) -> object:

@@ -65,6 +65,10 @@ class MemoryStates(RuleStates):
     def clear(self) -> None:
         self._states.clear()
 
+    def get(self, key: str) -> State | None:
+        """A parameter's state; None before its first step."""
+        return self._states.get(key)
+
     def load(self, states: Mapping[str, State]) -> None:
         """Take these states over, instead of all that there were."""
         self._states = dict(states)

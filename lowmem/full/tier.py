@@ -24,9 +24,8 @@ from lowmem.full.flat import (
     ParamPlace,
     Segment,
     UnitLayout,
-    UpdateNoise,
     lay_out_moments,
-    update_run,
+    update_runs,
 )
 from offload import StagingBuffer
 
@@ -89,6 +88,8 @@ class Edit:
     """Called with weight and gradient, of the parameter's shape."""
     gradient: Tensor | None
     """The gradient of a parameter outside the blocks; None for a block's, which was accumulated."""
+    reduced: ParamPlace | None = None
+    """Where what was accumulated of it lies, if that is not the whole gradient; `run` is called with that."""
     scales: Sequence[float]
     """What the accumulated gradient is multiplied with first."""
     upcoming: tuple[int, ParamPlace] | None
@@ -243,15 +244,15 @@ class MemoryTier(StateTier):
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
         """See `StateTier.update`: at once."""
-        unit = self._buffers_of(index, gradient)
-        scaled, rounding = self._scaled.tensor.view(torch.float32), UpdateNoise()
-        for run in segments:
-            update_run(run.update, unit, start=run.start, stop=run.stop, scaled=scaled, rounding=rounding)
+        self._update_here(self._buffers_of(index, gradient), segments)
+
+    def _update_here(self, unit: FlatBuffers, segments: Sequence[Segment]) -> None:
+        update_runs(unit, segments, scaled=self._scaled.tensor.view(torch.float32))
 
     def change(self, edit: Edit) -> None:
         gradient = edit.gradient
         if gradient is None:
-            gradient = _view(self._flat(edit.unit, _GRADIENT), edit.place)
+            gradient = _view(self._flat(edit.unit, _GRADIENT), edit.reduced or edit.place)
             for scale in edit.scales:
                 gradient.mul_(scale)
         edit.run(_view(self._flat(edit.unit, WEIGHT), edit.place), gradient)
@@ -266,7 +267,7 @@ class MemoryTier(StateTier):
             _view(self._flat(index, field), place).copy_(value)
         else:
             flat = value.detach().to("cpu", torch.float32).reshape(-1)
-            self._moment(index, field).write(slice(place.start, place.stop), flat, None)
+            self._moment(index, field).write(slice(place.start, place.stop), flat)
 
     def memory(self) -> dict[str, int]:
         by_field = dict.fromkeys((*FIELDS, _GRADIENT), 0)

@@ -353,8 +353,14 @@ class RuleOptimizer(Optimizer):
         return list(engines.values())
 
 
-def restored_state(rule: Rule, param: Tensor, saved: object) -> State:
+def restored_state(rule: Rule, param: Tensor, saved: object, *, device: torch.device | None = None) -> State:
     """A copy of a parameter's saved state, where the rule wants its tensors.
+
+    Args:
+        rule: The parameter's.
+        param: It.
+        saved: Its state.
+        device: Where the rule runs; the parameter's device if not given.
 
     Raises:
         ValueError: It is not what the rule makes of such a parameter.
@@ -374,7 +380,7 @@ def restored_state(rule: Rule, param: Tensor, saved: object) -> State:
             )
     # What is made on the CPU whatever the weight's device is a counter, and stays there.
     return {
-        name: value.detach().to("cpu" if expected[name].device.type == "cpu" else param.device, copy=True)
+        name: value.detach().to("cpu" if expected[name].device.type == "cpu" else device or param.device, copy=True)
         for name, value in saved.items()
     }
 

@@ -90,6 +90,14 @@ class AdamWRule(Rule):
             return None
         return self.state_dtype or ("fp32" if is_exact else "bf16")
 
+    def relative_time(self, weight_dtype: torch.dtype) -> float:
+        """See `Rule.relative_time`; benchmarks/moment_formats.py, on one thread."""
+        if self.state_dtype is None and self.writer == "nearest":
+            # All in the weight's type, by torch's kernel.
+            return 1.0
+        moments = self.state_dtype or ("fp32" if weight_dtype == torch.float32 else "bf16")
+        return 1.0 + (0.0 if weight_dtype == torch.float32 else 4.5) + (0.0 if moments == "fp32" else 9.0)
+
     def init(self, weight: Tensor) -> State:
         """The `step` of torch (fp32), `exp_avg` and `exp_avg_sq`, and what the writer keeps."""
         check_writable(weight)
@@ -157,8 +165,9 @@ class AdaLomoRule(Rule):
             state["exp_avg_sq"] = torch.zeros(weight.shape, device=weight.device)
         return state | new_writer_state(self.writer, weight)
 
-    def relative_time(self) -> float:
+    def relative_time(self, weight_dtype: torch.dtype) -> float:
         """See `Rule.relative_time`; benchmarks/plan_accuracy.py, 1 x 256 of every weight on two cores."""
+        del weight_dtype
         return 3.4
 
     def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:

@@ -202,33 +202,70 @@ class ProjectedRule(DirectionRule):
         num_products = 1 + (self.method.scale_gradient == "none") + (self.method.residual != "none")
         return 2 * self._rank * prod(self.shape) * num_products
 
-    def relative_time(self) -> float:
+    def relative_time(self, weight_dtype: torch.dtype) -> float:
         """See `Rule.relative_time`; benchmarks/plan_accuracy.py, 1 x 256 of every weight on two cores."""
+        del weight_dtype
         return 1.7
 
     def init(self, weight: Tensor) -> State:
         """Counters, a basis if it is read off the gradient, moments of R, the last norm, and what the writer keeps."""
         check_writable(weight)
         state: State = {"step": counter(), "inner_step": counter()}
-        *batch, num_rows, num_columns = self._oriented_shape
         if self._keeps_basis:
-            state["basis"] = torch.zeros((*batch, num_rows, self._rank), device=weight.device)
-        low_shape = (*batch, self._rank, num_columns)
+            state["basis"] = torch.zeros(self.basis_shape, device=weight.device)
         state |= new_inner_state(
-            self.method.inner, low_shape, state_dtype=self.method.state_dtype, device=weight.device
+            self.method.inner, self.reduced_shape, state_dtype=self.method.state_dtype, device=weight.device
         )
         return state | self._limiter_state(weight) | new_writer_state(self.method.writer, weight)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether all that a step wants of the gradient is R = P^T G, unless it takes a new basis."""
+        method = self.method
+        return self._keeps_basis and method.residual == method.scale_gradient == method.limiter == "none"
+
+    @property
+    def reduces(self) -> bool:
+        """Whether that is less than the gradient."""
+        return self.is_linear and prod(self.reduced_shape) < prod(self.shape)
+
+    @property
+    def reduced_shape(self) -> tuple[int, ...]:
+        """Shape of R."""
+        *batch, _, num_columns = self._oriented_shape
+        return (*batch, self._rank, num_columns)
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        """Shape of a basis that is kept."""
+        *batch, num_rows, _ = self._oriented_shape
+        return (*batch, num_rows, self._rank)
+
+    def reduce(self, gradient: Tensor, basis: Tensor) -> Tensor:
+        """R = P^T G in fp32, of `reduced_shape`."""
+        return DenseBasis(basis).project(self._oriented(gradient))
+
     def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
         """As `DirectionRule.update`; P N and nothing else is lifted into the weight, and never a matrix of its own."""
-        method = self.method
-        if not (self._keeps_basis and method.residual == method.scale_gradient == method.limiter == "none"):
+        if not self.is_linear:
             super().update(weight, gradient, state, hyper)
             return
         full = self._oriented(gradient)
         _, low = self._project(full, state, hyper)
         # Of a bf16 gradient it is a copy, as large as the weight.
         del full
+        self.update_reduced(weight, low, state, hyper)
+
+    def update_reduced(self, weight: Tensor, low: Tensor, state: State, hyper: Hyper) -> None:
+        """As `update`, of a linear rule with R in a step that takes no new basis, or has taken it.
+
+        Args:
+            weight: The weight.
+            low: R, fp32.
+            state: As for `update`.
+            hyper: As for `update`.
+        """
+        method = self.method
         low = self._inner_direction(low, state, hyper)
         exact, basis = read_weight(weight, state), state["basis"]
         left, right = (low.mT, basis.mT) if self._is_transposed else (basis, low)

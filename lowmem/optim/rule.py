@@ -84,8 +84,13 @@ class Rule(ABC):
         """Operations of the products of one update: what it does besides to each element is left out."""
         return 0
 
-    def relative_time(self) -> float:
-        """What an update does to each element, in the time that torch's fused AdamW takes, products left out."""
+    def relative_time(self, weight_dtype: torch.dtype) -> float:
+        """What an update does to each element, in the time that torch's fused AdamW takes, products left out.
+
+        Args:
+            weight_dtype: Type of the weight.
+        """
+        del weight_dtype
         return 1.0
 
     @abstractmethod

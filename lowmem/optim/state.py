@@ -20,35 +20,62 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import UnsupportedError
-from lowmem.optim.rule import Hyper, State, generator, mix
+from lowmem.optim.rule import Hyper, State, mix
 
 
-def rounding_of_moment(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Random numbers with which a parameter's moment is rounded in one step, element after element.
+def rounding_of_moment(seed: int, name: str) -> int:
+    """Seed of the random numbers with which a parameter's moment is rounded in one step.
 
     Args:
         seed: Of the parameter in this step.
         name: exp_avg or exp_avg_sq.
-        device: Where.
     """
-    return generator(mix(seed, len(name)), device)
+    return mix(seed, len(name))
 
 
-def rounding_of_weight(seed: int, device: torch.device) -> torch.Generator:
-    """Random numbers with which a parameter itself is rounded in one step, element after element."""
-    return generator(mix(seed, _SALT), device)
+def rounding_of_weight(seed: int) -> int:
+    """Seed of the random numbers with which a parameter itself is rounded in one step."""
+    return mix(seed, _SALT)
 
 
-def round_to_bf16(values: Tensor, source: torch.Generator) -> Tensor:
+def round_to_bf16(values: Tensor, *, seed: int, first: int = 0) -> Tensor:
     """Round each fp32 value to one of its two bf16 neighbours, the nearer one more often.
 
     bf16 is the upper half of fp32: adding 16 random bits and cutting the lower half off carries with the probability of
     the distance. Infinities and NaN stay what they are.
+
+    Args:
+        values: fp32.
+        seed: What the random numbers follow from, together with each value's position alone: they are the same on every
+            device, and in whatever pieces the values are rounded.
+        first: Position of the first value; even.
     """
     bits = values.float().contiguous().view(torch.int32)
-    noise = torch.randint(1 << 16, bits.shape, generator=source, dtype=torch.int32, device=bits.device)
-    rounded = ((bits + noise) & -65536).view(torch.float32)
+    noise = random_bits(bits.numel(), seed=seed, first=first, device=bits.device)
+    rounded = noise.view(bits.shape).add_(bits).bitwise_and_(-65536).view(torch.float32)
     return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)
+
+
+def random_bits(num_values: int, *, seed: int, first: int, device: torch.device) -> Tensor:
+    """16 random bits for each of some positions, int32, flat.
+
+    A finaliser of 32-bit hashes ("lowbias32", C. Wellons, 2018) of a counter, with half of the seed before it and half
+    within. A word is the bits of two positions.
+    """
+    assert first % 2 == 0, "two positions share a word"
+    mixed = mix(seed)
+    before, within = mixed & 0x7FFFFFFF, mixed >> 32
+    words = torch.arange(first // 2, (first + num_values + 1) // 2, dtype=torch.int32, device=device)
+    words.bitwise_xor_(before)
+    words.bitwise_xor_(_shifted(words, 16)).mul_(0x7FEB352D).add_(within)
+    words.bitwise_xor_(_shifted(words, 15)).mul_(0x846CA68B - (1 << 32))
+    words.bitwise_xor_(_shifted(words, 16))
+    return words.view(torch.int16)[:num_values].to(torch.int32).bitwise_and_(0xFFFF)
+
+
+def _shifted(words: Tensor, by: int) -> Tensor:
+    # Of signed words the sign would come in from above.
+    return (words >> by).bitwise_and_((1 << (32 - by)) - 1)
 
 
 BLOCK_VALUES = 256
@@ -123,7 +150,7 @@ def write_moment(state: State, name: str, value: Tensor, *, seed: int) -> None:
         state[f"{name}_scale"].copy_(scales)
     elif stored.dtype == torch.bfloat16:
         # To nearest, a second moment would stand still: one step changes it by less than bf16's spacing.
-        stored.copy_(round_to_bf16(value, rounding_of_moment(seed, name, value.device)))
+        stored.copy_(round_to_bf16(value, seed=rounding_of_moment(seed, name)))
     elif stored is not value:
         stored.copy_(value)
 
@@ -170,7 +197,7 @@ def write_weight(writer: str, weight: Tensor, exact: Tensor, state: State, *, se
     if exact is weight:
         return
     if writer == "stochastic":
-        weight.copy_(round_to_bf16(exact, rounding_of_weight(seed, exact.device)))
+        weight.copy_(round_to_bf16(exact, seed=rounding_of_weight(seed)))
         return
     weight.copy_(exact)  # to nearest: the master, or Kahan's compensation, has the rest
     if writer == "kahan":

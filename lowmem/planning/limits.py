@@ -75,6 +75,15 @@ NUM_UPDATE_PIECES = 2 * 4
 """Such pieces on the device: of two updates, one that comes and one that goes."""
 
 
+NUM_CONVERTED_PIECES = 2 * 8
+"""As many more where weights or moments are not fp32: each update makes them so, rounds them, and brings them back."""
+
+
+NUM_BASIS_MATRICES = 8
+"""Matrices as large as a weight in fp32 that a GPU holds while a new basis is read off that weight's gradient: weight,
+gradient, state, and the factors and the workspace of a full decomposition."""
+
+
 _LARGEST_STATE_CHUNK_BYTES = 16 << 20
 """Larger ones move no faster."""
 

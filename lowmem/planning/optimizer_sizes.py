@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import chain
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,8 @@ import lowmem.optim as own
 from lowmem.errors import UnsupportedError
 from lowmem.optim.optimizer import RuleOptimizer, block_name
 from lowmem.optim.plain import AdamWRule
-from lowmem.planning.shapes import ModelShapes, OptimizerShape, itemsize
+from lowmem.optim.projected import ProjectedRule
+from lowmem.planning.shapes import ModelShapes, OptimizerShape, ReductionShape, itemsize
 
 if TYPE_CHECKING:
     from lowmem.optim.rule import Rule
@@ -151,7 +153,7 @@ def sizes_of(optimizer: RuleOptimizer) -> OptimizerShape:
     in_blocks = sum(param.numel() for _, param, name, _ in rules if block_name(name) is not None)
     updated = sum(param.numel() for _, param, name in active if block_name(name) is not None)
     num_updated = sum(param.numel() for _, param, _ in active)
-    work = sum(param.numel() * rule.relative_time() for rule, param, _ in active)
+    work = sum(param.numel() * rule.relative_time(param.dtype) for rule, param, _ in active)
     return OptimizerShape(
         name=optimizer.method_name,
         state_bytes=sum(_state_bytes(rule, param) for rule, param, _ in active),
@@ -160,6 +162,17 @@ def sizes_of(optimizer: RuleOptimizer) -> OptimizerShape:
         relative_time=work / num_updated if num_updated else 1.0,
         block_share=updated / in_blocks if in_blocks else 1.0,
         update_flops=sum(rule.num_flops() for rule, *_ in active),
+        reduction=_reduction(rule for rule, _, name in active if block_name(name) is not None),
+    )
+
+
+def _reduction(rules: Iterable[Rule]) -> ReductionShape:
+    reducing = [rule for rule in rules if isinstance(rule, ProjectedRule) and rule.reduces]
+    return ReductionShape(
+        num_params=sum(prod(rule.shape) for rule in reducing),
+        # The norm goes with it.
+        reduced_bytes=sum((prod(rule.reduced_shape) + 1) * _FP32_BYTES for rule in reducing),
+        basis_bytes=sum(prod(rule.basis_shape) * _FP32_BYTES for rule in reducing),
     )
 
 

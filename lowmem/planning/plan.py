@@ -20,7 +20,7 @@ from lowmem.planning.step_memory import ALWAYS, Choice, RoleBytes, Tier, counted
 from lowmem.planning.step_time import Lane, Rates, StepTime
 from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
 
-_VERSION = 4
+_VERSION = 5
 
 
 THIS_MACHINE = "this machine"
@@ -37,7 +37,9 @@ class Plan:
     num_trainable: int
     """Parameters that train."""
     compute_dtype: str
-    """Dtype the model computes in, by torch's name."""
+    """Dtype the model computes in, by torch's name; where every weight is trained, that of the masters."""
+    moved_dtype: str | None
+    """Dtype in which blocks' matrices go to a GPU for forwards under autocast; None where they go as they are."""
     stored_dtypes: tuple[str, ...]
     """Dtypes the blocks are stored in."""
     job: Job
@@ -296,6 +298,7 @@ _PHASES = {
     "generation": "generating",
     "head": "head and loss",
     "block": "recomputing a block",
+    "update": "updating",
 }
 
 
@@ -376,7 +379,8 @@ def plan_title(plan: Plan) -> str:
         words[-1] += f" x {job.gradient_accumulation_steps}"
     if job.generates:
         words[-1] += f" ({job.num_decodes} generated)"
-    words.append(f"{plan.compute_dtype} on {job.device} from {', '.join(plan.stored_dtypes)}")
+    moved = "" if plan.moved_dtype is None else f", matrices as {plan.moved_dtype},"
+    words.append(f"{plan.compute_dtype}{moved} on {job.device} from {', '.join(plan.stored_dtypes)}")
     return " | ".join([*words, plan.adapter] if plan.adapter != "none" else words)
 
 
@@ -478,6 +482,8 @@ def _facts(plan: Plan) -> list[str]:
         lines.append(f"           whole sequences: {plan.unchunkable}")
     if plan.written_bytes:
         lines.append(f"writes     {_written_words(plan)}")
+    if job.device != "cpu" and job.tuning == "full":
+        lines.append(f"bus        {_bus_words(plan)}")
     gflops = rates.compute_flops_per_s / 1e9
     numbers = {
         "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
@@ -498,6 +504,16 @@ def _facts(plan: Plan) -> list[str]:
     lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}{by}")
     lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")
     return lines
+
+
+def _bus_words(plan: Plan) -> str:
+    share, time = plan.choice.update_share, plan.time
+    words = [f"{format_bytes(time.up_bytes)} to the GPU and {format_bytes(time.down_bytes)} from it per step"]
+    if share:
+        words.append(f"it updates {share:.0%} of the blocks")
+    if plan.choice.reduces_gradients:
+        words.append("of matrices' gradients only projections leave it")
+    return "; ".join(words)
 
 
 def _written_words(plan: Plan) -> str:

@@ -117,6 +117,7 @@ def plan_step(
         adapter=shapes.adapter,
         num_trainable=shapes.num_trainable,
         compute_dtype=shapes.compute_dtype,
+        moved_dtype=shapes.moved_dtype,
         stored_dtypes=shapes.stored_dtypes,
         job=room.job,
         choice=drafted.choice,
@@ -147,6 +148,7 @@ def plan_for(
     micro_batch: int | None = None,
     chunk_tokens: int | None = None,
     tuning: Tuning = "adapter",
+    moved_dtype: str | None = None,
     optimizer: OptimizerChoice | None = None,
 ) -> Plan:
     """Plan for a model that is about to be loaded for a job that nobody has described.
@@ -161,11 +163,13 @@ def plan_for(
         micro_batch: As in `plan`.
         chunk_tokens: As in `plan`.
         tuning: As in `plan`.
+        moved_dtype: As in `ModelShapes.with_every_weight`.
         optimizer: As in `plan`.
     """
     bare = bare_shapes(opened)
     filled = (budget or Budget()).measured(opened.device)
-    trained = [bare.with_every_weight()] if tuning == "full" else [bare.with_lora(ASSUMED_RANK), bare]
+    every = bare.with_every_weight(moved_dtype)
+    trained = [every] if tuning == "full" else [bare.with_lora(ASSUMED_RANK), bare]
     model = opened.built.model
     trained = [replace(shapes, optimizer=read_optimizer(optimizer, shapes, model)) for shapes in trained]
     for shapes, seq_len in product(trained, _unplanned_seq_lens(opened)):

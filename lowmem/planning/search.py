@@ -14,6 +14,7 @@ from lowmem.planning.step_memory import (
     Choice,
     RoleBytes,
     Tier,
+    as_moved,
     boundary_bytes,
     counted_host_bytes,
     key_value_bytes,
@@ -173,26 +174,44 @@ class Room:
         if self.loaded is not None:
             places = (self.loaded.embedding_on_disk,)
         keeps = (False, True) if chunk_tokens is not None and boundary else (False,)
-        for state, tier, kept, on_disk, share in product(self._state_tiers(), tiers, keeps, places, self._shares()):
-            if share and state != "host":
-                continue
+        for state, tier, kept, on_disk in product(self._state_tiers(), tiers, keeps, places):
             if kept and tier == "host" and boundary + key_value_bytes(self.shapes, self.job) > self.host_bytes:
                 continue
-            yield Choice(
-                micro_batch=micro_batch,
-                chunk_tokens=chunk_tokens,
-                boundary_tier=tier,
-                keeps_keys_values=kept,
-                embedding_on_disk=on_disk,
-                state_tier=state,
-                update_share=share,
-            )
+            for share in self._shares(state):
+                yield Choice(
+                    micro_batch=micro_batch,
+                    chunk_tokens=chunk_tokens,
+                    boundary_tier=tier,
+                    keeps_keys_values=kept,
+                    embedding_on_disk=on_disk,
+                    state_tier=state,
+                    update_share=share,
+                    reduces_gradients=self._takes_bases(state) and self._reduces_gradients(micro_batch, chunk_tokens),
+                    takes_bases=self._takes_bases(state),
+                )
 
-    def _shares(self) -> tuple[float, ...]:
-        """Parts of the blocks' state that a GPU may update."""
+    def _takes_bases(self, state_tier: Tier) -> bool:
+        """Whether bases of projections are read off gradients on a GPU."""
+        if self.loaded is not None:
+            return self.loaded.takes_bases
+        optimizer = self.shapes.optimizer
+        on_gpu = self.job.tuning == "full" and self.job.device != "cpu" and state_tier == "host"
+        return on_gpu and optimizer is not None and optimizer.reduction.num_params > 0
+
+    def _reduces_gradients(self, micro_batch: int, chunk_tokens: int | None) -> bool:
+        """Whether gradients that an optimizer wants projections of are reduced before they leave a GPU.
+
+        Clipping wants the norm of the whole gradient, which is known where it is made in one piece.
+        """
+        if self.loaded is not None:
+            return self.loaded.reduces_gradients
+        return self.job.num_backwards == 1 and micro_batch >= self.job.num_sequences and chunk_tokens is None
+
+    def _shares(self, state_tier: Tier) -> tuple[float, ...]:
+        """Parts of the blocks' state, where it is in a tier, that a GPU may update."""
         if self.loaded is not None:
             return (self.loaded.update_share,)
-        share = update_share(self.shapes, self.job, self.rates)
+        share = update_share(self.shapes, self.job, self.rates, tier=state_tier)
         return (share, 0.0) if share else (0.0,)
 
     def _state_tiers(self) -> tuple[Tier, ...]:
@@ -203,7 +222,8 @@ class Room:
             return ("device",)
         # On a GPU, the state is never on the device.
         in_memory: tuple[Tier, ...] = ("device", "host") if self.job.device == "cpu" else ("host",)
-        return (*in_memory, "disk") if self.has_disk else in_memory
+        # From disk, weights come as they are.
+        return (*in_memory, "disk") if self.has_disk and self.shapes.moved_dtype is None else in_memory
 
     def _draft(self, choice: Choice) -> Draft | None:
         """What a choice leads to if it fits."""
@@ -252,10 +272,11 @@ class Room:
             return self.placement
         sizes = [block.buffer_bytes for block in self.shapes.blocks]
         if self.job.tuning == "full":
-            ring = max(_MIN_RING, min(_MAX_RING, device_bytes // max(sizes)))
+            ring = max(_MIN_RING, min(_MAX_RING, device_bytes // max(self.shapes.moved_bytes)))
             plan = place_masters(sizes, tier=choice.state_tier, ring=ring, job=self.job)
-            if plan.device_bytes > device_bytes or plan.host_bytes > host_bytes:
-                raise BudgetError("the master weights do not fit", needed_bytes=plan.device_bytes)
+            needed_bytes = as_moved(self.shapes, plan).device_bytes
+            if needed_bytes > device_bytes or plan.host_bytes > host_bytes:
+                raise BudgetError("the master weights do not fit", needed_bytes=needed_bytes)
             return plan
         place = partial(
             place_blocks,
@@ -281,7 +302,7 @@ class Room:
         return Draft(
             choice=choice,
             placement=placement,
-            roles=(*_block_roles(placement, self.job), *roles),
+            roles=(*_block_roles(self.shapes, placement, self.job), *roles),
             time=predict(self.shapes, self.job, choice=choice, placement=placement, rates=self.rates),
         )
 
@@ -316,12 +337,13 @@ def cached_bytes(placement: PlacementPlan, job: Job) -> int:
     return ceil_div(placement.host_bytes, job.num_sharing)
 
 
-def _block_roles(placement: PlacementPlan, job: Job) -> tuple[RoleBytes, ...]:
+def _block_roles(shapes: ModelShapes, placement: PlacementPlan, job: Job) -> tuple[RoleBytes, ...]:
+    slot_bytes = as_moved(shapes, placement).slot_bytes
     roles = (
         RoleBytes(role="decoder blocks", tier="device", nbytes=placement.resident_bytes),
         RoleBytes(role="decoder blocks", tier="host", nbytes=cached_bytes(placement, job)),
         RoleBytes(role="decoder blocks", tier="disk", nbytes=placement.streamed_bytes),
-        RoleBytes(role="block ring", tier="device", nbytes=placement.ring_size * placement.slot_bytes),
+        RoleBytes(role="block ring", tier="device", nbytes=placement.ring_size * slot_bytes),
         RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=placement.staging_bytes),
     )
     return tuple(role for role in roles if role.nbytes)

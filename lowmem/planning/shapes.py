@@ -65,6 +65,8 @@ class BlockShape:
 
     buffer_bytes: int
     """Bytes it takes in a buffer: its stored tensors with what page alignment adds."""
+    moved_bytes: int = 0
+    """Bytes that a visit brings to a GPU, where these are not those of the buffer: matrices in another type."""
     num_params: int
     """Weights, adapters not counted."""
     num_active_params: int
@@ -136,6 +138,18 @@ class BlockShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReductionShape:
+    """Gradients of which an optimizer wants a projection only, in all decoder blocks together."""
+
+    num_params: int = 0
+    """Weights that have them."""
+    reduced_bytes: int = 0
+    """Bytes of what is left of them."""
+    basis_bytes: int = 0
+    """Bytes of what they are projected with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerShape:
     """What an optimizer keeps of a model's trained parameters, and how much of them a step changes."""
 
@@ -153,6 +167,8 @@ class OptimizerShape:
     """Operations of its products in one step."""
     relative_time: float = 1.0
     """What it does to each element besides, in the time that AdamW takes."""
+    reduction: ReductionShape = ReductionShape()
+    """What of the gradients it can do without, in most steps."""
 
     def __post_init__(self) -> None:
         if min(self.state_bytes, self.num_updated, self.update_flops) < 0 or not 0 <= self.block_share <= 1:
@@ -185,6 +201,9 @@ class ModelShapes:
     """Weights outside the blocks, tied ones once."""
     trains_every_weight: bool = False
     """Whether the weights themselves are trained, and not an adapter."""
+    moved_dtype: str | None = None
+    """Type in which matrices of the blocks go to a GPU for forwards under autocast, by torch's name; None: as they
+    are."""
     compute_dtype: str = "float32"
     """Dtype the model computes in, by torch's name."""
     adapter: str = "none"
@@ -225,19 +244,37 @@ class ModelShapes:
             adapter=f"LoRA r={rank} on all linear layers (assumed)",
         )
 
-    def with_every_weight(self) -> ModelShapes:
-        """The same model with every weight trained: each linear layer keeps its input, as one with an adapter does."""
+    def with_every_weight(self, moved_dtype: str | None = None) -> ModelShapes:
+        """The same model with every weight trained: each linear layer keeps its input, as one with an adapter does.
+
+        Args:
+            moved_dtype: See the field.
+        """
+
+        def moved_bytes(block: BlockShape) -> int:
+            if moved_dtype is None:
+                return 0
+            matrices = sum(linear.in_features * linear.out_features for linear in block.linears)
+            rest = (block.num_params - matrices) * itemsize(self.compute_dtype)
+            return round_up(matrices * itemsize(moved_dtype), PAGE_BYTES) + round_up(rest, PAGE_BYTES)
+
         blocks = tuple(
             replace(
                 block,
                 linears=tuple(replace(linear, rank=1) for linear in block.linears),
                 workspace_bytes=0,
                 buffer_bytes=round_up(block.num_params * itemsize(self.compute_dtype), PAGE_BYTES),
+                moved_bytes=moved_bytes(block),
             )
             for block in self.blocks
         )
         return replace(
-            self, blocks=blocks, adapter="every weight", embedding_gatherable=False, trains_every_weight=True
+            self,
+            blocks=blocks,
+            adapter="every weight",
+            embedding_gatherable=False,
+            trains_every_weight=True,
+            moved_dtype=moved_dtype,
         )
 
     @property
@@ -276,6 +313,11 @@ class ModelShapes:
         return sum(block.buffer_bytes for block in self.blocks)
 
     @property
+    def moved_bytes(self) -> tuple[int, ...]:
+        """Bytes of each block that a visit brings to a GPU; where every weight is trained, those of its gradients."""
+        return tuple(block.moved_bytes or block.buffer_bytes for block in self.blocks)
+
+    @property
     def fp32_bytes(self) -> int:
         """Bytes of all blocks' weights in fp32: of their gradients, and of either of AdamW's moments."""
         return sum(block.fp32_bytes for block in self.blocks)
@@ -293,11 +335,16 @@ class ModelShapes:
         return 2 * (self.fp32_bytes + self.outer_bytes * itemsize("float32") // itemsize(self.compute_dtype))
 
     @property
-    def updates_fp32(self) -> bool:
-        """Whether what AdamW updates, weights and moments, is all fp32."""
-        if self.compute_dtype != "float32":
-            return False
-        return self.optimizer is None or (self.optimizer.is_flat and self._has_fp32_moments)
+    def is_updated_flat(self) -> bool:
+        """Whether AdamW updates flat buffers, of which a GPU can do a part."""
+        return self.optimizer is None or self.optimizer.is_flat
+
+    @property
+    def state_bytes_each(self) -> float:
+        """Bytes of a weight and its moments, on average."""
+        if self.optimizer is None or self._has_fp32_moments:
+            return 2 * itemsize("float32") + itemsize(self.compute_dtype)
+        return self.optimizer.state_bytes / self.optimizer.num_updated + itemsize(self.compute_dtype)
 
     @property
     def _has_fp32_moments(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lowmem.models.absent import ROWS_PER_READ
@@ -20,7 +20,9 @@ from lowmem.planning.block_memory import (
 from lowmem.planning.job import Job
 from lowmem.planning.limits import (
     DENSE_MASK_BYTES,
+    NUM_BASIS_MATRICES,
     NUM_CHUNK_BUFFERS,
+    NUM_CONVERTED_PIECES,
     NUM_LANDING_BLOCKS,
     NUM_MASTER_STAGING,
     NUM_UPDATE_PIECES,
@@ -29,15 +31,15 @@ from lowmem.planning.limits import (
     state_chunk_bytes,
 )
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
-from offload import PAGE_BYTES, ceil_div
+from offload import PAGE_BYTES, PlacementPlan, ceil_div
 
 Tier = Literal["device", "host", "disk"]
 """Where bytes are."""
 
 
-Moment = Literal["embedding", "forward", "generation", "head", "block"]
+Moment = Literal["embedding", "forward", "generation", "head", "block", "update"]
 """Parts of a step that exclude each other: rows are looked up; a micro-batch goes through a block without gradients;
-tokens are generated; the head and its loss run; a block is recomputed and differentiated."""
+tokens are generated; the head and its loss run; a block is recomputed and differentiated; the optimizer steps."""
 
 
 Phase = Literal[Moment, "always"]
@@ -104,6 +106,10 @@ class Choice:
     """Where master weights, gradients and moments are, where every weight is trained."""
     update_share: float = 0.0
     """Which part of the blocks' state a GPU updates, while the processor updates the rest."""
+    reduces_gradients: bool = False
+    """Whether gradients are reduced on a GPU before they leave it, where that is all their optimizer wants of them."""
+    takes_bases: bool = False
+    """Whether what they are projected with is read off them on a GPU."""
 
 
 def peak_bytes(roles: Iterable[RoleBytes], tier: Tier) -> int:
@@ -130,6 +136,11 @@ def counted_host_bytes(roles: Iterable[RoleBytes], *, budget_bytes: int) -> int:
     """What counts against a host budget: everything; with one of 0, all but the buffers that transfers pass through."""
     passing = () if budget_bytes else (STAGING_BUFFERS, BOUNDARY_BUFFERS)
     return peak_bytes((role for role in roles if role.role not in passing), "host")
+
+
+def as_moved(shapes: ModelShapes, placement: PlacementPlan) -> PlacementPlan:
+    """The same placement of what visits bring to a device, which may be fewer bytes than blocks take."""
+    return placement if shapes.moved_dtype is None else replace(placement, block_bytes=shapes.moved_bytes)
 
 
 def step_roles(shapes: ModelShapes, job: Job, choice: Choice) -> tuple[RoleBytes, ...]:
@@ -178,14 +189,24 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
     yield _device("gradients", shapes.outer_bytes)
     tier = choice.state_tier
     if on_gpu:
-        lent_bytes = max(block.buffer_bytes for block in shapes.blocks)
+        lent_bytes = max(shapes.moved_bytes)
         yield _device("weight gradients", lent_bytes, phase="block")
+        if choice.takes_bases:
+            # Weight, gradient and state of the largest matrix, and what its decomposition makes of it.
+            widest = max(map(_largest_weight_bytes, shapes.blocks))
+            yield _device("new basis", NUM_BASIS_MATRICES * widest, phase="update")
+        if choice.reduces_gradients and shapes.optimizer is not None:
+            # The largest gradient in fp32, and its projection.
+            widest = 2 * max(map(_largest_weight_bytes, shapes.blocks))
+            each = ceil_div(shapes.optimizer.reduction.basis_bytes, len(shapes.blocks))
+            yield _device("bases", each + widest, phase="block")
         passing = NUM_LANDING_BLOCKS * widest_bytes
         if tier == "host":
             yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=shapes.outer_bytes)
             passing += NUM_MASTER_STAGING * lent_bytes
         if choice.update_share:
-            yield _device("state that is updated", NUM_UPDATE_PIECES * UPDATE_PIECE_BYTES)
+            converted = 0 if shapes.state_bytes_each == 3 * _FP32_BYTES else NUM_CONVERTED_PIECES
+            yield _device("state that is updated", (NUM_UPDATE_PIECES + converted) * UPDATE_PIECE_BYTES)
         yield RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=passing)
     else:
         yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")

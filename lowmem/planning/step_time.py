@@ -19,7 +19,7 @@ from typing import Literal
 from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
 from lowmem.planning.job import DeviceKind, Job
 from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
-from lowmem.planning.step_memory import Choice, kept_bytes
+from lowmem.planning.step_memory import Choice, Tier, as_moved, kept_bytes
 from offload import Placement, PlacementPlan, ceil_div
 
 _MIB = 1 << 20
@@ -138,27 +138,35 @@ _UPDATE_S_PER_PARAM = 1.5e-9
 """torch's fused AdamW on a processor: it is limited by memory, 28 bytes for each parameter."""
 
 
-_UPDATE_UP_BYTES = 16
-_UPDATE_BYTES = 28
-"""Of each parameter that AdamW in fp32 reads (weight, moments, gradient) and writes (weight, moments)."""
+def update_share(shapes: ModelShapes, job: Job, rates: Rates, *, tier: Tier) -> float:
+    """Which part of the blocks' state a GPU best updates: it is done when the processor is done with the rest.
 
-
-def update_share(shapes: ModelShapes, job: Job, rates: Rates) -> float:
-    """Which part of the blocks' state in RAM a GPU best updates: it is done when the processor is done with the rest.
+    With state on disk the processor does as much as it can while the disk is busy.
 
     Args:
         shapes: The model.
         job: The step.
         rates: How fast a processor updates, and state goes up and comes down; both ways share what was measured of one.
+        tier: Where the state is.
     """
-    if job.tuning != "full" or job.device == "cpu" or not shapes.updates_fp32:
+    if job.tuning != "full" or job.device == "cpu" or not shapes.is_updated_flat:
         return 0.0
-    on_host_s, on_device_s = _update_s_per_param(rates), _UPDATE_BYTES / rates.copy_bytes_per_s
-    return on_host_s / (on_host_s + on_device_s)
+    on_host_s, on_device_s = _update_s_per_param(shapes, rates), sum(_update_bytes(shapes)) / rates.copy_bytes_per_s
+    share = on_host_s / (on_host_s + on_device_s)
+    if tier != "disk":
+        return share
+    disk_s = sum(_update_bytes(shapes)) / rates.disk_bytes_per_s
+    return min(share, max(0.0, 1 - disk_s / on_host_s))
 
 
-def _update_s_per_param(rates: Rates) -> float:
-    return _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
+def _update_bytes(shapes: ModelShapes) -> tuple[float, float]:
+    """Bytes of a parameter that an update reads (weight, moments, gradient) and writes (weight, moments)."""
+    return shapes.state_bytes_each + itemsize("float32"), shapes.state_bytes_each
+
+
+def _update_s_per_param(shapes: ModelShapes, rates: Rates) -> float:
+    fp32_s = _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
+    return fp32_s if shapes.optimizer is None else fp32_s * shapes.optimizer.relative_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,19 +227,34 @@ def bus_traffic(shapes: ModelShapes, job: Job, choice: Choice, placement: Placem
     if job.device == "cpu":
         return 0, 0
     is_full = job.tuning == "full"
-    up = placement.step_copied_bytes(changes=is_full)
+    up = as_moved(shapes, placement).step_copied_bytes(changes=is_full)
     down = 0
     if choice.boundary_tier != "device":
         down = job.num_backwards * kept_bytes(shapes, job, choice)
         up += down
     if is_full:
-        updated = choice.update_share * _UPDATE_BYTES * shapes.num_params
-        up += shapes.outer_bytes + round(updated * _UPDATE_UP_BYTES / _UPDATE_BYTES)
+        read, written = (round(choice.update_share * nbytes * shapes.num_params) for nbytes in _update_bytes(shapes))
+        up += shapes.outer_bytes + read
         # With state on disk, what is outside the blocks has no other master than the device's.
         down += shapes.outer_bytes * (2 if choice.state_tier == "disk" else 1)
-        down += job.num_backwards * shapes.stored_bytes
-        down += round(updated * (_UPDATE_BYTES - _UPDATE_UP_BYTES) / _UPDATE_BYTES)
+        bases, gradients = _gradient_traffic(shapes, choice)
+        up += job.num_backwards * bases
+        down += job.num_backwards * gradients
+        down += written
     return up, down
+
+
+def _gradient_traffic(shapes: ModelShapes, choice: Choice) -> tuple[int, int]:
+    """Bytes that go to a GPU for a backward's gradients of blocks, and that come from it.
+
+    As weights are moved, of those that are trained; of those that are reduced, what is left in a step that takes no new
+    basis.
+    """
+    optimizer, moved = shapes.optimizer, sum(shapes.moved_bytes)
+    if optimizer is None or not choice.reduces_gradients:
+        return 0, round(moved * (1.0 if optimizer is None else optimizer.block_share))
+    left_out = optimizer.reduction.num_params * itemsize(shapes.moved_dtype or shapes.compute_dtype)
+    return optimizer.reduction.basis_bytes, moved - left_out + optimizer.reduction.reduced_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,10 +312,9 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         placement: Where the blocks are; its `num_passes` must be the job's.
         rates: Of disk, copies and computation.
     """
+    moving = as_moved(shapes, placement)
     moved = sum(
-        size
-        for size, place in zip(placement.block_bytes, placement.placements, strict=True)
-        if place != Placement.RESIDENT
+        size for size, place in zip(moving.block_bytes, moving.placements, strict=True) if place != Placement.RESIDENT
     )
     on_cpu = job.device == "cpu"
     costs = _Costs(shapes, job, choice, rates)
@@ -320,7 +342,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     # An update that runs within the optimizer's step hides behind nothing.
     alone_s = 0.0 if _updates_move_with_forward(shapes) else state.update_bytes / rates.disk_bytes_per_s
     # The share is such that both end together; a GPU that updates waits for what goes up and comes down.
-    updated_bytes = choice.update_share * _UPDATE_BYTES * shapes.num_params
+    updated_bytes = choice.update_share * sum(_update_bytes(shapes)) * shapes.num_params
     up_bytes, down_bytes = bus_traffic(shapes, job, choice, placement)
     return StepTime(
         step_s=total["step"] + gather_s + update_s + alone_s,
@@ -457,7 +479,7 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         backward_s = costs.backward_s() + costs.head_backward_s(job.num_tokens)
         disk = on_disk + state.gradient_bytes / job.num_backwards
         # Down to the host, in the blocks' own dtype; copies both ways share what a measurement of one way gave.
-        gradients = shapes.stored_bytes if job.tuning == "full" else 0
+        gradients = sum(_gradient_traffic(shapes, choice)) if job.tuning == "full" else 0
         yield _Passes(count=job.num_backwards, compute_s=backward_s, copy_bytes=boundary + gradients, disk_bytes=disk)
     if job.num_decodes:
         num, num_blocks = job.num_generated, len(shapes.blocks)

@@ -272,7 +272,8 @@ class RecordedCall:
             # Autograd holds the absent weights; what is differentiated are those that this visit has bound.
             bound = runtime.trained_weights(self._index)
             keys = list(bound)
-            with full.taking_gradients(self._index) as take:
+            in_parts = len(self._rows) > 1 or self._split.chunk_tokens is not None
+            with full.taking_gradients(self._index, in_parts=in_parts) as take:
                 inputs, _ = self.backward(
                     grads, list(bound.values()), wanted, take=lambda number, grad: take(keys[number], grad)
                 )

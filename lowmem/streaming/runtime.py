@@ -220,7 +220,7 @@ class TrainedWeights(Protocol):
     stored_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
     """Shapes of the tensors of a saved checkpoint by name."""
 
-    def taking_gradients(self, index: int) -> AbstractContextManager[Callable[[str, Tensor], None]]:
+    def taking_gradients(self, index: int, *, in_parts: bool) -> AbstractContextManager[Callable[[str, Tensor], None]]:
         """What takes a weight's gradient by name, for the time of one backward of a block."""
 
 

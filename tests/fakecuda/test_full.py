@@ -48,11 +48,13 @@ def on_gpu(
     share: float = 0.0,
     masters: str | None = None,
     ring: int | None = None,
-    **options: Any,
+    dtype: str | None = None,
+    **more: Any,
 ) -> PreTrainedModel:
     """State in RAM, or on disk where there is a folder for it; a share of it updated on the device."""
     job: dict[str, Any] = {"tuning": "full", "seq_len": 12, "batch_size": 2, "micro_batch": 2, "device": "cuda"}
-    plan = lowmem.plan(folder, budget=lowmem.Budget(device="64MiB", host="64MiB"), masters=masters, **job)
+    job |= {"masters": masters, "dtype": dtype} | more
+    plan = lowmem.plan(folder, budget=lowmem.Budget(device="64MiB", host="64MiB"), **job)
     plan = replace(plan, choice=replace(plan.choice, update_share=share))
     if ring is not None:
         plan = replace(plan, placement=replace(plan.placement, num_slots=ring))
@@ -61,7 +63,7 @@ def on_gpu(
         plan = replace(plan, choice=replace(plan.choice, state_tier="disk"), disk_folder=str(scratch))
         placement = place_masters(plan.placement.block_bytes, tier="disk", ring=2, job=plan.job)
         plan = replace(plan, placement=placement)
-    return lowmem.from_pretrained(folder, tuning="full", plan=plan, **options).train()
+    return lowmem.from_pretrained(folder, tuning="full", plan=plan).train()
 
 
 def groups(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -88,8 +90,8 @@ def train(model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, parts: in
     return losses
 
 
-SHARES = {"host": 0.0, "mixed": 0.4, "device": 1.0, "disk": 0.0}
-"""How much of the blocks' state in RAM the GPU updates, by where the update is."""
+SHARES = {"host": 0.0, "mixed": 0.4, "device": 1.0, "disk": 0.0, "disk, mixed": 0.4, "disk, device": 1.0}
+"""How much of the blocks' state the GPU updates, by where the state and the update are."""
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,9 @@ SHARES = {"host": 0.0, "mixed": 0.4, "device": 1.0, "disk": 0.0}
         pytest.param("mixtral", 1, "mixed", marks=pytest.mark.slow),
         ("llama", 1, "disk"),
         ("llama", 4, "disk"),
+        ("llama", 4, "disk, mixed"),
+        pytest.param("llama", 1, "disk, device", marks=pytest.mark.slow),
+        pytest.param("mixtral", 4, "disk, mixed", marks=pytest.mark.slow),
         pytest.param("mixtral", 1, "disk", marks=pytest.mark.slow),
         pytest.param("mixtral", 4, "disk", marks=pytest.mark.slow),
         pytest.param("gpt_oss", 4, "disk", marks=pytest.mark.slow),
@@ -115,8 +120,9 @@ def test_twenty_steps_are_those_of_a_resident_model(
     arch: str, parts: int, tier: str, root: Path, tmp_path: Path
 ) -> None:
     folder = checkpoint(arch, root)
-    ours = on_gpu(folder, tmp_path / "state" if tier == "disk" else None, share=SHARES[tier])
-    assert runtime_of(ours).plan.choice.state_tier == ("disk" if tier == "disk" else "host")
+    on_disk = tier.startswith("disk")
+    ours = on_gpu(folder, tmp_path / "state" if on_disk else None, share=SHARES[tier])
+    assert runtime_of(ours).plan.choice.state_tier == ("disk" if on_disk else "host")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to("cuda")
     found = train(ours, lowmem.optim.AdamW(groups(ours), lr=3e-3), parts=parts, steps=range(NUM_STEPS))
     wanted = train(theirs, torch.optim.AdamW(groups(theirs), lr=3e-3, fused=True), parts=parts, steps=range(NUM_STEPS))
@@ -288,8 +294,8 @@ def updates_on_the_device_are_not_waited_for(patch: pytest.MonkeyPatch) -> None:
 def pieces_of_two_updates_share_their_memory(patch: pytest.MonkeyPatch) -> None:
     made = DeviceUpdates.__init__
 
-    def with_one_set(self: DeviceUpdates, device: torch.device) -> None:
-        made(self, device)
+    def with_one_set(self: DeviceUpdates, device: torch.device, **options: Any) -> None:
+        made(self, device, **options)
         self._pieces = [self._pieces[0]] * 2
 
     patch.setattr(DeviceUpdates, "__init__", with_one_set)
@@ -328,19 +334,47 @@ def test_nothing_is_reported_of_full_tuning_as_it_is(root: Path) -> None:
     train(model, lowmem.optim.AdamW(groups(model), lr=1e-3), parts=2, steps=range(2))
 
 
-@pytest.mark.parametrize("tier", ["host", "disk"])
-def test_bf16_masters_and_8_bit_moments_are_bitwise_the_optimizer_on_a_resident_model(
-    tier: str, root: Path, tmp_path: Path
+FORMATS = [
+    ("host", "bf16", "8bit"),
+    ("disk", "bf16", "8bit"),
+    ("mixed", "bf16", "8bit"),
+    ("mixed", "fp32", "bf16"),
+    ("disk, mixed", "bf16", "bf16"),
+    ("device", "bf16", "8bit"),
+    ("disk, device", "fp32", "8bit"),
+]
+MORE_FORMATS = [
+    (tier, masters, moments)
+    for tier in SHARES
+    for masters, moments in (("bf16", "fp32"), ("bf16", "bf16"), ("bf16", "8bit"), ("fp32", "bf16"), ("fp32", "8bit"))
+    if (tier, masters, moments) not in FORMATS
+]
+
+
+@pytest.mark.parametrize(
+    ("tier", "masters", "moments"),
+    [*FORMATS, *(pytest.param(*formats, marks=pytest.mark.slow) for formats in MORE_FORMATS)],
+)
+def test_masters_and_moments_in_fewer_bytes_are_bitwise_the_optimizer_on_a_resident_model(
+    tier: str, masters: str, moments: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if SHARES[tier] and torch.cuda.get_device_name() != "Simulated GPU":
+        pytest.skip("a real GPU's AdamW rounds otherwise than a processor's")
+    # A tiny block's matrices are several pieces only if these are tinier.
+    monkeypatch.setattr(gpu_tier, "_PIECE_ELEMENTS", 1024)
     folder = build("llama", tmp_path / "wide", changes={"hidden_size": 64, "intermediate_size": 98, "head_dim": 16})
-    ours = on_gpu(folder, tmp_path / "state" if tier == "disk" else None, masters="bf16")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
-    # Without clipping, which a plain model does in bf16.
+    state = tmp_path / "state" if tier.startswith("disk") else None
+    ours = on_gpu(folder, state, share=SHARES[tier], masters=masters)
+    dtype = torch.bfloat16 if masters == "bf16" else torch.float32
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
     for model in (theirs.cuda(), ours):
-        optimizer = lowmem.optim.AdamW(groups(model), lr=3e-3, writer="stochastic", state_dtype="8bit")
+        optimizer = lowmem.optim.AdamW(groups(model), lr=3e-3, writer="stochastic", state_dtype=moments)
         for ids in batches(6):
             backward(model, ids.cuda())
-            # The random numbers of a processor and of a GPU differ; both updates are to be a processor's.
+            if masters == "fp32":
+                # Of bf16, a plain model's gradients are clipped in bf16.
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            # A real GPU's AdamW rounds otherwise: both updates are to be a processor's.
             update_on_the_host(model, optimizer) if model is theirs else optimizer.step()
             optimizer.zero_grad()
     expected = weights(theirs)

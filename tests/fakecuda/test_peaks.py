@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Job:
     disk: bool = False
     dtype: str = "float32"
     masters: str | None = None
+    state_dtype: str | None = None
+    optimizer: str | None = None
     chunk_tokens: int | None = None
     micro_batch: int | None = None
     dora: bool = False
@@ -70,6 +73,10 @@ SLOW = [
     Job(tuning="full", arch="qwen3", device="least"),
     Job(tuning="full", arch="gemma3_text", disk=True),
     Job(tuning="full", masters="bf16", device="least", disk=True),
+    Job(tuning="full", masters="bf16", state_dtype="8bit"),
+    Job(tuning="full", state_dtype="bf16", device="least"),
+    Job(tuning="full", optimizer="galore"),
+    Job(tuning="full", optimizer="galore", batch_size=8, device="least"),
 ]
 JOBS = [*QUICK, *(pytest.param(job, marks=pytest.mark.slow) for job in SLOW)]
 assert len(JOBS) >= 24
@@ -91,7 +98,7 @@ def planned(job: Job, folder: Path, scratch: Path) -> lowmem.Plan:
     adapter = LoraConfig(r=8, target_modules="all-linear", use_dora=job.dora, task_type="CAUSAL_LM")
     options: dict[str, Any] = {"batch_size": job.batch_size, "seq_len": job.seq_len, "tuning": job.tuning}
     options |= {"chunk_tokens": job.chunk_tokens, "micro_batch": job.micro_batch, "device": "cuda"}
-    options |= {"peft_config": adapter} if job.tuning == "adapter" else {"masters": job.masters}
+    options |= {"peft_config": adapter} if job.tuning == "adapter" else {"masters": job.masters, "optimizer": made(job)}
     options |= {"dtype": job.dtype} if job.tuning == "adapter" else {}
     room: dict[str, Any] = {"host": "24MiB" if job.disk else "256MiB", "disk": scratch if job.disk else None}
     plan = lowmem.plan(folder, budget=lowmem.Budget(device="256MiB", **room), **options)
@@ -101,11 +108,18 @@ def planned(job: Job, folder: Path, scratch: Path) -> lowmem.Plan:
     return plan
 
 
+def made(job: Job) -> Any:
+    """The optimizer of every weight, without its model."""
+    if job.optimizer == "galore":
+        return partial(lowmem.optim.GaLore, rank=32, projector="svd", update_proj_gap=2)
+    return partial(lowmem.optim.AdamW, writer="stochastic", state_dtype=job.state_dtype)
+
+
 def run(job: Job, plan: lowmem.Plan, folder: Path) -> None:
     model: PreTrainedModel = lowmem.from_pretrained(folder, plan=plan, tuning=job.tuning).train()  # type: ignore[arg-type]
     optimizer: torch.optim.Optimizer
     if job.tuning == "full":
-        optimizer = lowmem.optim.AdamW(model, lr=1e-4, writer="stochastic")
+        optimizer = made(job)(model, lr=1e-4)
         trained: Any = model
     else:
         adapter = LoraConfig(r=8, target_modules="all-linear", use_dora=job.dora, task_type="CAUSAL_LM")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,19 @@ def test_plan_of_full_tuning_in_chunks_needs_no_adapter(run: Run, llama: Path) -
     assert run("plan", llama, *given) == 0
     (line,) = run.lines()
     assert (line["job"]["tuning"], line["choice"]["chunk_tokens"]) == ("full", 8)
+
+
+def test_plan_counts_masters_and_moments_as_they_are_kept(run: Run, llama: Path) -> None:
+    full = ("--tuning", "full", "--json", "--seq-len", 16, "--device", "32MiB", "--host", "0", "--on", "cpu")
+    assert run("plan", llama, *full, "--masters", "bf16", "--state-dtype", "8bit") == 0
+    (found,) = run.lines()
+    adamw = partial(lowmem.optim.AdamW, state_dtype="8bit", writer="stochastic")
+    budget, job = lowmem.Budget(device="32MiB", host="0"), {"seq_len": 16, "device": "cpu"}
+    planned = lowmem.plan(llama, tuning="full", masters="bf16", optimizer=adamw, budget=budget, **job)  # type: ignore[arg-type]
+    assert found == planned.to_dict()
+    assert planned.compute_dtype == "bfloat16"
+    assert run("plan", llama, *full, "--state-dtype", "8bit", "--optimizer", "galore") == 2
+    assert "only AdamW" in run.err
 
 
 @pytest.mark.parametrize("option", ["--use-reference", "--no-use-reference"])

@@ -184,9 +184,9 @@ def test_moments_read_back_and_stored_again_stay_as_they_are() -> None:
         memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
         moment = FlatMoment(name, layout.views(memory))
         for piece in (slice(0, num_wide), slice(num_wide, numel)):
-            moment.write(piece, given[piece], None)
+            moment.write(piece, given[piece])
         first = moment.values(numel).clone()
         for piece in (slice(0, num_wide), slice(num_wide, numel)):
-            moment.write(piece, first[piece], None)
+            moment.write(piece, first[piece])
         assert torch.equal(moment.values(numel), first)
         assert torch.equal(first[num_wide:], given[num_wide:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from lowmem import optim
 from lowmem.optim.basis import gradient_basis
 from lowmem.optim.optimizer import RuleOptimizer, give_to_engine
 from lowmem.optim.projected import active_blocks, limit_norm_growth, limit_update_rms, norm_ratio
-from lowmem.optim.rule import Hyper, generator, mix
-from lowmem.optim.state import decode, encode, new_moment, read_moment, round_to_bf16, write_moment
+from lowmem.optim.rule import Hyper, mix
+from lowmem.optim.state import decode, encode, new_moment, random_bits, read_moment, round_to_bf16, write_moment
 from tests.lowmem.tiny_optim import backward, tiny_model
 
 CPU = torch.device("cpu")
@@ -67,12 +68,43 @@ def test_small_moments_follow_fp32_adam(state_dtype: str, bound: float) -> None:
 
 def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average() -> None:
     value = torch.full((100_000,), 1.0 + 2**-9)  # a quarter of the way between two bf16 numbers
-    rounded = round_to_bf16(value, generator(1, CPU)).float()
+    rounded = round_to_bf16(value, seed=1).float()
     assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
     assert (rounded - 1).mean().item() == pytest.approx(2**-9, rel=0.03)
     exact = torch.tensor([0.0, -1.5, torch.inf, -torch.inf, 2.0**-130])
-    assert torch.equal(round_to_bf16(exact, generator(1, CPU)).float(), exact)
-    assert round_to_bf16(torch.tensor([torch.nan]), generator(1, CPU)).isnan().all()
+    assert torch.equal(round_to_bf16(exact, seed=1).float(), exact)
+    assert round_to_bf16(torch.tensor([torch.nan]), seed=1).isnan().all()
+
+
+def test_values_are_rounded_alike_in_whatever_pieces() -> None:
+    values = torch.randn(5000)
+    whole = round_to_bf16(values, seed=7)
+    cuts = (0, 2, 256, 1024, 4998, 5000)
+    pieces = [round_to_bf16(values[start:stop], seed=7, first=start) for start, stop in pairwise(cuts)]
+    assert torch.equal(torch.cat(pieces), whole)
+    assert torch.equal(round_to_bf16(values[:4999], seed=7), whole[:4999])
+    assert not torch.equal(round_to_bf16(values, seed=8), whole)
+
+
+def test_random_bits_of_rounding_are_even_and_of_seeds_and_positions_unrelated() -> None:
+    num_values = 1 << 16
+    seeds = [*range(8), *(1 << power for power in range(8, 16)), *(mix(number) for number in range(8))]
+    bits = torch.stack([random_bits(num_values, seed=seed, first=0, device=CPU) for seed in seeds]).double()
+    even = bits / (1 << 16) + 2**-17
+    assert (even.min(), even.max()) > (0, 0.99)
+    assert even.mean(dim=1).sub(0.5).abs().max() < 6 * (1 / 12 / num_values) ** 0.5
+    # Chi square of 256 equal parts: 255 on average, with a deviation of about 23.
+    counts = torch.stack([torch.histc(row, 256, 0, 1) for row in even])
+    chi = ((counts - num_values / 256) ** 2 / (num_values / 256)).sum(dim=1)
+    assert chi.max() < 255 + 6 * 23
+    assert chi.min() > 255 - 6 * 23
+    # Of two seeds, of neighbours, and of the halves of a word and of words.
+    normed = (even - even.mean(dim=1, keepdim=True)) / even.std(dim=1, keepdim=True)
+    between = normed @ normed.T / num_values
+    assert between.fill_diagonal_(0).abs().max() < 6 * num_values**-0.5
+    for distance in (1, 2, 3, 16, 256, 4096, 1 << 15):
+        beside = (normed * normed.roll(distance, dims=1)).mean(dim=1)
+        assert beside.abs().max() < 6 * num_values**-0.5
 
 
 @pytest.mark.parametrize(

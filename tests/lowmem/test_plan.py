@@ -56,7 +56,7 @@ def test_the_summary_says_what_the_properties_say() -> None:
 
 
 def test_another_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="version 4, got 7"):
+    with pytest.raises(ValueError, match="version 5, got 7"):
         Plan.from_dict({**planned().to_dict(), "version": 7})
 
 

@@ -100,7 +100,12 @@ Tensor& copy_(Tensor& self, const Tensor& src, bool non_blocking) {
       op.nbytes = self.nbytes();
       op.due_ns = now_ns() + W.lag_ns / 2 + (W.lag_ns ? (int64_t)(W.dice() % (uint64_t)W.lag_ns) : 0);
       if (is_torchs_pinned(host)) op.keep = host;
-      if (W.poisons) memset(op.dst, 0xFF, op.nbytes);
+      // Unless a copy before it on this stream still reads what is there: a stream keeps its order.
+      bool still_read = false;
+      for (const Op& earlier : W.streams[s].queue)
+        still_read |= earlier.kind == Op::Copy && (char*)earlier.src < (char*)op.dst + op.nbytes &&
+            (char*)op.dst < (char*)earlier.src + earlier.nbytes;
+      if (W.poisons && !still_read) memset(op.dst, 0xFF, op.nbytes);
       W.streams[s].queue.push_back(op);
       W.flights.push_back({(char*)(to ? op.src : op.dst), op.nbytes, s, W.streams[s].clock[s], to});
       W.num_late_copies++;
