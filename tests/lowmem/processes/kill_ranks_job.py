@@ -1,4 +1,4 @@
-"""Two ranks, one killed again and again: python -m tests.lowmem.processes.kill_ranks_job FOLDER SCRATCH NUM.
+"""Two ranks, one killed again and again: python -m tests.lowmem.processes.kill_ranks_job FOLDER SCRATCH NUM SEED.
 
 A pair in SCRATCH/whole is left alone. NUM times for each rank, a pair in SCRATCH/killed starts or goes on, one of it is
 killed at some instant, and the other has a minute to end by itself: there is no launcher that would end it. The last
@@ -151,8 +151,8 @@ def finish(pair: Pair) -> None:
     os.close(pair.hear)
 
 
-def main(folder: Path, scratch: Path, num: int) -> None:
-    chance = random.Random(num)
+def main(folder: Path, scratch: Path, num: int, seed: int) -> None:
+    chance = random.Random(seed)
     finish(start(folder, scratch / "whole"))
     before = set(os.listdir("/dev/shm"))
     found = [kill(rank, folder, scratch / "killed", chance) for _ in range(num) for rank in (0, 1)]
@@ -163,4 +163,4 @@ def main(folder: Path, scratch: Path, num: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
