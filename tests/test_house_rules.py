@@ -52,6 +52,7 @@ COUNTED_APART = {
     "lowmem/packing": "a room of its own: what is packed, the bake, where its results are kept",
     "lowmem/experts": "a room of its own: experts of a mixture are taken apart only where they are packed",
     "lowmem/internals/experts.py": "the private names of that room",
+    "lowmem/internals/unread.py": "products of a recomputation that nobody reads: torch's dispatch, and nothing else",
     "lowmem/adapters/expert_export.py": "the way of adapters of experts to inference servers",
     "lowmem/adapters/merged_values.py": "the values of a merge, which two kinds of output are written from",
     "lowmem/adapters/merge_packed.py": "the kind that is packed",

@@ -99,6 +99,57 @@ def _set(module: nn.Module, flags: Flags) -> None:
     setattr(module, _ACTIVE, active if isinstance(active, str) else list(active))
 
 
+class _UnlessAutocast:
+    """A flag that is off while autocast is on."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def __bool__(self) -> bool:
+        return not torch.is_autocast_enabled(self._kind)
+
+
+_CASTS = "cast_input_dtype_enabled"
+
+
+@contextmanager
+def inputs_cast_once(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a block whose LoRA layers leave it to autocast to convert their inputs.
+
+    PEFT converts an input to the type of the adapter's weights, fp32, and autocast converts that to its own type for
+    the product. Where autocast is on the first conversion changes no bit of the result; it is a tensor twice as large
+    for each layer, and another for its gradient. Layers that do more with their input (dropout, DoRA) are left alone.
+
+    Args:
+        block: The block.
+        device: Where it computes.
+    """
+    changed = [module for module in block.modules() if _only_multiplies(module)] if "peft" in sys.modules else []
+    try:
+        for module in changed:
+            setattr(module, _CASTS, _UnlessAutocast(device.type))
+        yield
+    finally:
+        for module in changed:
+            setattr(module, _CASTS, True)
+
+
+def _only_multiplies(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of LoRA whose active adapters take its input for a product alone."""
+    from peft.tuners.lora.layer import Linear
+
+    if type(module) is not Linear or vars(module).get(_CASTS) is not True:
+        return False
+    layer: Any = module
+    return all(
+        name not in layer.lora_variant
+        and type(layer.lora_A[name]) is nn.Linear
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    )
+
+
 def embed(layer: Embedding, ids: Tensor, weight: Tensor) -> Tensor:
     """Look rows of a weight up as an adapted embedding looks its base weight's up: padding, norms, sparsity."""
     found: Tensor = layer._embed(ids, weight)

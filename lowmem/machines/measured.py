@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lowmem.adapters.dora import install as install_dora
 from lowmem.experts.stacks import RoutedExperts, without_stacks
 from lowmem.experts.visiting import EXPERT_PASSES, experts_by_block
 from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
+from lowmem.internals.unread import PuttingOff, is_worth_putting_off
 from lowmem.models.build import StreamedBlock, Unpacker
 from lowmem.planning.dry_run import BlockWalk
 from lowmem.planning.shapes import ModelShapes
@@ -211,6 +213,9 @@ class _BlockTiming:
     ) -> tuple[tuple[float, float], object]:
         params = [param for param in module.parameters() if param.requires_grad]
         gradient = torch.randn_like(hidden)
+        # As blocks are recomputed.
+        shapes = (param.shape for param in module.parameters())
+        puts_off = is_worth_putting_off(hidden.device, shapes, num_tokens=hidden.shape[:2].numel())
         output: object = None
 
         def forward() -> None:
@@ -221,7 +226,8 @@ class _BlockTiming:
         def backward() -> None:
             leaf = hidden.detach().requires_grad_()
             with torch.enable_grad():
-                result = _first_tensor(run(leaf))
+                with PuttingOff() if puts_off else nullcontext():
+                    result = _first_tensor(run(leaf))
                 torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
 
         forward_s = self._watch.usual_s(forward)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -18,9 +19,10 @@ from lowmem import host_memory
 from lowmem.errors import UnsupportedError
 from lowmem.host_memory import products_for
 from lowmem.internals.hooks import BlockHooks
-from lowmem.internals.peft import settings_of
+from lowmem.internals.peft import inputs_cast_once, settings_of
 from lowmem.internals.torch import TreeSpec, is_sole_owner, tree_flatten, tree_leaves, tree_unflatten
 from lowmem.internals.transformers import CollectedOutputs
+from lowmem.internals.unread import PuttingOff, is_worth_putting_off
 from lowmem.streaming.boundary import Boundary, DeviceBoundaries
 from lowmem.streaming.call import BlockCall, CallArguments, Split, has_cache, micro_batches, without_cache
 from lowmem.streaming.chunking.attention import find_mask_tiles
@@ -343,9 +345,20 @@ class RecordedCall:
         kind, enabled, dtype = self._autocast
         # Without its weight cache: a cast made in the forward carries no graph, and the recomputation needs one.
         autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-        with autocast, products_for(hidden.device, num_tokens=hidden.shape[:2].numel()), hooks:
+        # What a user's hook sees stays as it is.
+        is_seen, num_tokens = bool(self._hooks.of_users), hidden.shape[:2].numel()
+        casts = inputs_cast_once(self._block.module, hidden.device) if enabled and not is_seen else nullcontext()
+        later = PuttingOff() if again and not is_seen and self._is_worth_putting_off(num_tokens) else None
+        with autocast, casts, later or nullcontext(), products_for(hidden.device, num_tokens=num_tokens), hooks:
             forward = partial(self._block.raw_forward, self._block.module, *args, **kwargs)
-            return self._collected.run(forward, hidden.shape[0])
+            output = self._collected.run(forward, hidden.shape[0])
+        if later is not None:
+            later.give_up(output)
+        return output
+
+    def _is_worth_putting_off(self, num_tokens: int) -> bool:
+        shapes = (slot.shape for slot in self._runtime.blocks[self._index].slots)
+        return is_worth_putting_off(self._runtime.device, shapes, num_tokens=num_tokens)
 
     def _cut(self, rows: slice) -> slice | None:
         return None if len(self._rows) == 1 else rows

@@ -15,12 +15,14 @@ from peft.tuners.lora.layer import Embedding
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.peft import ask_first, embed, embed_scale, flags_set, read_flags
+from lowmem.internals.peft import ask_first, embed, embed_scale, flags_set, inputs_cast_once, read_flags
 
 ROWS = torch.arange(6)
+FLAG = "cast_input_dtype_enabled"
 
 
 class Block(nn.Module):
@@ -127,6 +129,52 @@ def test_embedding_is_looked_up_and_scaled_as_peft_does(scale: float | None) -> 
     torch.testing.assert_close(layer(ROWS), base(ROWS) + update)
     (grad,) = torch.autograd.grad(embed(layer, ROWS, lora_A.T).sum(), lora_A)
     assert not grad[:, 2].any(), "padding has no gradient"
+
+
+class Widened(TorchDispatchMode):
+    """Counts conversions of bf16 to fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "_to_copy" in str(func) and args[0].dtype == torch.bfloat16 and out.dtype == torch.float32:
+            self.num += 1
+        return out
+
+
+@pytest.mark.parametrize(
+    ("options", "is_converted"),
+    [({}, False), ({"use_rslora": True, "lora_bias": True}, False), ({"lora_dropout": 0.1}, True)],
+    ids=str,
+)
+def test_autocast_alone_converts_an_input_that_is_only_multiplied(options: Any, is_converted: bool) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6)).to(torch.bfloat16)
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False, **options)
+    model: Any = get_peft_model(base, config)
+    factors = [param for param in model.parameters() if param.requires_grad]
+    assert {param.dtype for param in factors} == {torch.float32}
+    x = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
+
+    def outcome(*, once: bool, autocast: bool = True) -> tuple[int, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        casts = inputs_cast_once(model, x.device) if once else inputs_cast_once(nn.Identity(), x.device)
+        with Widened() as widened, torch.autocast("cpu", torch.bfloat16, enabled=autocast), casts:
+            out = model(x)
+        return widened.num, [out, *torch.autograd.grad(out.float().square().sum(), [x, *factors])]
+
+    num_before, expected = outcome(once=False)
+    num, found = outcome(once=True)
+    assert num_before == 2
+    assert num == (2 if is_converted else 0)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    # Where a part of a block leaves autocast, the layer converts as ever; and so it does afterwards.
+    assert outcome(once=True, autocast=False)[0] >= 2
+    assert outcome(once=False)[0] == num_before
+    assert all(value is True for module in model.modules() for value in [getattr(module, FLAG, True)])
 
 
 METHODS = ("inject_adapter", "merge_adapter", "merge_and_unload")
