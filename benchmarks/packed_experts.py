@@ -3,11 +3,13 @@
     python -m benchmarks.packed_experts --root /nvme/checkpoints [--layers 48] [--limit 4GiB] [--keep]
 
 The shape is Qwen3-30B-A3B's: 48 blocks of 128 experts, of which a token goes to 8. The checkpoint is in bitsandbytes'
-layout (NF4, nested, one weight per tensor and expert), 17 GB of random codes, and is deleted afterwards.
+layout (NF4, nested, one weight per tensor and expert), 17 GB of random codes, and is deleted afterwards. What `lowmem
+bench` measures of it is kept under the root, and plans are made with it: `planned` is held against what happened.
 """
 
 import argparse
 import json
+import os
 import shutil
 import struct
 import sys
@@ -20,6 +22,7 @@ import torch
 from benchmarks.checkpoints import write_tokenizer
 from benchmarks.harness import Value, emit, emit_skip, last_json, run_module
 from benchmarks.memory_limit import LimitUnavailable
+from lowmem.machines.bench import bench_lines
 from offload.budget import parse_bytes
 
 BENCHMARK = "packed_experts"
@@ -200,6 +203,9 @@ def main() -> None:
         if not (folder / "config.json").exists():
             folder.mkdir(parents=True)
             write_checkpoint(folder, arguments.layers)
+        # Rates of this folder on this machine, apart from what its user has measured.
+        os.environ["XDG_CACHE_HOME"] = str(arguments.root / "rates")
+        list(bench_lines(folder, device="cpu"))
         ok = [run_case(task, folder, arguments) for task in arguments.task or ("train", "generate")]
     finally:
         if not arguments.keep:

@@ -1,17 +1,23 @@
 """NF4 against bf16, both streamed, and against bitsandbytes in memory: step time, bytes read, memory of the process.
 
-    python -m benchmarks.quantised --root /nvme/checkpoints [--shape 1.1b] [--batch-size 4] [--limit 3.0GiB]
+    python -m benchmarks.quantised --root /nvme/checkpoints [--shape 1.1b] [--batch-size 4] [--device-budget 900MiB]
+        [--limit 3.0GiB [--limited-budget smallest]]
 
 The checkpoint is written at random (benchmarks.checkpoints), packed with `lowmem.pack`, and its packed folder is what
-bitsandbytes loads too. Steps of the jobs take turns. With --limit the streamed NF4 job runs once more inside a memory
+bitsandbytes loads too. What `lowmem bench` measures of both folders is kept under the root, and plans are made with it:
+each line has the planned step beside the measured one. Steps of the jobs take turns. The smallest budget has sequences
+cut into short chunks; more of it makes steps shorter. With --limit the streamed NF4 job runs once more inside a memory
 limit that the kernel enforces.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import lowmem
@@ -20,6 +26,7 @@ from benchmarks.harness import Value, emit, emit_skip, last_json, run_module, sa
 from benchmarks.lockstep import LockstepJob
 from benchmarks.memory_limit import LimitUnavailable
 from benchmarks.sft_job import Job
+from lowmem.machines.bench import bench_lines
 from offload.budget import parse_bytes
 
 BENCHMARK = "quantised"
@@ -44,12 +51,30 @@ def weight_file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def planned(report: Mapping[str, Value], step_s: float) -> dict[str, Value]:
+    """What a streamed job's plan said, and how the measured step compares; nothing for a job without one."""
+    plan = report.get("plan")
+    if not isinstance(plan, Mapping):
+        return {}
+    summary, choice = plan["summary"], plan["choice"]
+    assert isinstance(summary, Mapping)
+    assert isinstance(choice, Mapping)
+    predicted_s = summary["step_s"]
+    assert isinstance(predicted_s, float)
+    said = {key: choice[key] for key in ("micro_batch", "chunk_tokens", "boundary_tier")}
+    return {
+        "plan": {**said, "device_bytes": summary["device_bytes"], "host_bytes": summary["host_bytes"]},
+        "planned_step_s": predicted_s,
+        "over_planned": step_s / predicted_s,
+    }
+
+
 def compare(name: str, base: Path, packed: Path, *, job: Job, with_bitsandbytes: bool) -> None:
     """Steps of all jobs in turn, and one line for each of them."""
     jobs = {
         "bf16 streamed": job,
-        "nf4 streamed": Job(**{**vars(job), "folder": packed}),
-        **({"nf4 bitsandbytes": Job(**{**vars(job), "folder": packed, "mode": "plain"})} if with_bitsandbytes else {}),
+        "nf4 streamed": replace(job, folder=packed),
+        **({"nf4 bitsandbytes": replace(job, folder=packed, mode="plain")} if with_bitsandbytes else {}),
     }
     running = {label: LockstepJob(one) for label, one in jobs.items()}
     steps: dict[str, list[float]] = {label: [] for label in jobs}
@@ -78,14 +103,14 @@ def compare(name: str, base: Path, packed: Path, *, job: Job, with_bitsandbytes:
             peak_rss_bytes=report["peak_rss_bytes"],
             losses=report["losses"],
             checkpoint_bytes=weight_file_bytes(packed if label.startswith("nf4") else base),
+            **planned(report, medians[label]),
         )
 
 
-def limited(name: str, packed: Path, *, job: Job, limit: str) -> bool:
-    """One NF4 job inside an enforced limit; whether it ended."""
-    arguments = Job(**{**vars(job), "folder": packed}).arguments()
+def limited(name: str, *, job: Job, limit: str) -> bool:
+    """One job inside an enforced limit; whether it ended."""
     try:
-        outcome = run_module("benchmarks.sft_job", arguments, limit_bytes=parse_bytes(limit), echo_errors=True)
+        outcome = run_module("benchmarks.sft_job", job.arguments(), limit_bytes=parse_bytes(limit), echo_errors=True)
     except LimitUnavailable as error:
         emit_skip(BENCHMARK, f"{name} in {limit}", str(error))
         return False
@@ -96,14 +121,19 @@ def limited(name: str, packed: Path, *, job: Job, limit: str) -> bool:
     }
     completed = outcome.returncode == 0
     report = last_json(outcome.output) if completed else {}
+    steps_s = report.get("step_s", [])
+    assert isinstance(steps_s, list)
     emit(
         BENCHMARK,
         f"{name} in {limit}",
         completed=completed,
         memory=memory,
-        step_s=report.get("step_s"),
+        batch_size=job.batch_size,
+        dtype=job.dtype,
+        steps_s=steps_s,
         disk_read_bytes=report.get("disk_read_bytes"),
-        plan=report.get("plan"),
+        peak_rss_bytes=report.get("peak_rss_bytes"),
+        **(planned(report, sample(steps_s, num_warmup=NUM_WARMUP).median) if completed else {}),
     )
     return completed
 
@@ -116,10 +146,14 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--num-steps", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="what all jobs compute in")
-    parser.add_argument("--device-budget", default="smallest")
+    parser.add_argument("--device-budget", default="smallest", help="of both streamed jobs")
     parser.add_argument("--limit", help="run the NF4 job inside this much memory too")
+    parser.add_argument("--limited-budget", default="smallest", help="what that job's model may hold")
+    parser.add_argument("--only-limited", action="store_true", help="leave the comparison out")
     parser.add_argument("--without-bitsandbytes", action="store_true", help="where its model does not fit into memory")
     options = parser.parse_args()
+    # Rates of these folders on this machine, apart from what its user has measured.
+    os.environ["XDG_CACHE_HOME"] = str(options.root / "rates")
     base = ensure_checkpoint(options.shape, root=options.root)
     packed, pack_s = ensure_packed(base, dtype=options.dtype)
     emit(
@@ -138,8 +172,12 @@ def main() -> None:
         dtype=options.dtype,
         device_budget=options.device_budget,
     )
-    compare(options.shape, base, packed, job=job, with_bitsandbytes=not options.without_bitsandbytes)
-    if options.limit and not limited(options.shape, packed, job=job, limit=options.limit):
+    for folder in (packed,) if options.only_limited else (base, packed):
+        list(bench_lines(folder, device="cpu", dtype=options.dtype))
+    if not options.only_limited:
+        compare(options.shape, base, packed, job=job, with_bitsandbytes=not options.without_bitsandbytes)
+    small = replace(job, folder=packed, device_budget=options.limited_budget)
+    if options.limit and not limited(options.shape, job=small, limit=options.limit):
         sys.exit(1)
 
 
