@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, TrainerState
 from lowmem.errors import UnsupportedError
 from lowmem.internals.torch import damage_of_saved
 from lowmem.models.configuration import naming_field
+from lowmem.processes.ranks import ranks
 from lowmem.streaming.runtime import is_streamed, runtime_of
 from offload import SafetensorsSource, SourceError, read_json_object
 
@@ -33,6 +34,7 @@ _GROUPS = "param_groups"
 """What every optimizer's state has, and no scheduler's."""
 _STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_OF_RANK = re.compile(r"rng_state_(\d+)\.pth")
 _WEIGHTS = "model*.safetensors*"
 _NUMBERS = ("epoch", "global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos")
 """Fields of the Trainer's state that are a number and never null."""
@@ -120,9 +122,12 @@ def _check(folder: Path, *, is_adapter: bool, damage_of: Callable[[Path], str | 
             if not os.path.lexists(folder / name):
                 problem = f"missing: {ARCHIVES[name]} would start anew"
                 raise SourceError(folder / name, field="file", problem=problem, remedy=ANOTHER_CHECKPOINT)
-    for name in ARCHIVES:
+    for name in (*ARCHIVES, *_random_states(folder)):
         if os.path.lexists(folder / name) and (damage := damage_of(folder / name)) is not None:
             raise SourceError(folder / name, field="file", problem=damage, remedy=ANOTHER_CHECKPOINT)
+        if name not in ARCHIVES and not os.path.lexists(folder / name):
+            problem = "missing: dropout of its rank would start anew"
+            raise SourceError(folder / name, field="file", problem=problem, remedy=ANOTHER_CHECKPOINT)
     if is_adapter:
         from lowmem.adapters.saved_adapter import read_files
 
@@ -149,6 +154,22 @@ def _check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None
             if tuple(spec.shape) != shape:
                 problem = f"shape {list(spec.shape)}, the model's is {list(shape)}"
                 raise SourceError(spec.file, field=name, problem=problem, remedy=ANOTHER_CHECKPOINT)
+
+
+def _random_states(folder: Path) -> Iterator[str]:
+    """Where ranks saved: the files of this machine's, each of which writes its own and waits for no other.
+
+    A checkpoint of fewer ranks has none for the others. One process alone gives its file another name, so that fewer
+    are two at least.
+    """
+    found = ranks()
+    names = (_OF_RANK.fullmatch(path.name) for path in folder.glob("rng_state_*.pth"))
+    saved = {int(match[1]) for match in names if match is not None}
+    first = found.rank - found.local_rank
+    for rank in range(first, first + found.local_size) if saved and found.are_several else ():
+        is_of_fewer = rank >= len(saved) >= 2 and saved == set(range(len(saved)))
+        if not is_of_fewer:
+            yield f"rng_state_{rank}.pth"
 
 
 def _check_state(file: Path) -> None:

@@ -24,10 +24,10 @@ from transformers import TrainerCallback
 import lowmem.adapters.dora
 import lowmem.api  # what opening and training import lazily: once, not in each run
 import lowmem.generation.hooks  # noqa: F401
+from lowmem.monitoring.resume_checks import newest_complete
 from lowmem.streaming.boundary import DiskBoundaries
 from lowmem.streaming.runtime import runtime_of
 from offload import Scratch
-from tests.lowmem.kill_job import last_complete_checkpoint
 from tests.lowmem.tiny_training import trainer
 from tests.zoo.streamed import streamed
 
@@ -86,7 +86,7 @@ def _fork(rank: int, port: int, folder: Path, output: Path, say: int, words: Pat
 def train(folder: Path, output: Path, say: int) -> None:
     torch.set_num_threads(1)
     # The first to get there saves: both must have seen the same checkpoint before.
-    checkpoint = last_complete_checkpoint(output)
+    checkpoint = newest_complete(output, is_adapter=True)
     model = streamed(folder)
     runtime = runtime_of(model)
     runtime.boundaries.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
 import lowmem
+from lowmem.monitoring.resume_checks import check_before_resume, newest_complete
 from lowmem.monitoring.training_checks import refuse_training_options
 from lowmem.processes.ranks import Ranks, budget_of_rank, ranks, refuse_for_ranks
-from offload import Budget
+from offload import Budget, SourceError
 from tests.lowmem.processes.ranks_job import run
-from tests.lowmem.tiny_training import streamed
+from tests.lowmem.tiny_training import lora, streamed
 from tests.offload.kernel_counts import can_swap, page_bytes_of_shared_memory
 from tests.zoo.architectures import build
 
@@ -273,6 +276,35 @@ def test_the_plan_says_that_ranks_share(folder: Path) -> None:
 
 
 # One process, asked as if it were one of several.
+
+LACKING = {
+    "of two ranks": (2, [1], "checkpoint-2"),
+    "of one process": (1, [1], "checkpoint-4"),
+    "of fewer": (4, [], "checkpoint-4"),
+}
+
+
+@pytest.mark.parametrize(("num_ranks", "lacking", "newest"), LACKING.values(), ids=LACKING)
+def test_a_checkpoint_without_a_ranks_random_state_is_not_complete(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int, lacking: list[int], newest: str
+) -> None:
+    model = get_peft_model(streamed(folder / "llama"), lora(lora_dropout=0.0))
+    shutil.copytree(folder / "saving", tmp_path / "saving")
+    last = tmp_path / "saving" / "checkpoint-4"
+    for rank in lacking:
+        (last / f"rng_state_{rank}.pth").unlink()
+    if num_ranks > 1:
+        for name, value in {**TWO, "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}.items():
+            monkeypatch.setenv(name, value)
+    found = newest_complete(last.parent, is_adapter=True)
+    assert found is not None
+    assert found.name == newest
+    if newest == last.name:
+        check_before_resume(model, str(last))
+        return
+    with pytest.raises(SourceError, match=rf"rng_state_1\.pth.*missing: dropout of its rank.*complete one.*{newest}"):
+        check_before_resume(model, str(last))
+
 
 TWO = {
     "RANK": "1",
