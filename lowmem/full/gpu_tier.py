@@ -3,7 +3,8 @@
 The fp32 masters, moments and accumulated gradients are the host's. A block's weights are copied into page-locked memory
 and from there into a slot on the device, ahead of its visit, by the scheduler that streams frozen blocks. A weight's
 gradient is copied down while autograd goes on, through page-locked memory that holds those of two blocks, and a thread
-adds it to what is accumulated. Updates run on the processor, unit by unit; a block's next fetch follows its own.
+adds it to what is accumulated. Updates run on the processor, unit by unit; a block's next fetch follows its own. What
+is outside the blocks the model itself holds on the device, and anybody may set it there: an update begins from that.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class GpuMemoryTier(MemoryTier):
         self._changed: set[int] = set()
         self._on_device = dict(live)
         self._num_blocks = num_blocks
-        for index, weight in live.items():
-            self.weight(index)[: weight.numel()].copy_(weight)
+        for index in live:
+            self._take_live(index)
         blocks = self.layouts[:num_blocks]
         self._halves = [_Halves(layout, moved_dtype, products=products) for layout in blocks]
         widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in blocks)
@@ -162,6 +163,7 @@ class GpuMemoryTier(MemoryTier):
             # In its own type: it becomes fp32 here.
             down[: gradient.numel()].copy_(gradient.cpu())
             gradient = down
+        self._take_live(index)
         with self._masters:
             unit = self._buffers_of(index, gradient)
             if index < self._num_blocks and self._updates is not None:
@@ -176,6 +178,7 @@ class GpuMemoryTier(MemoryTier):
         if edit.unit < self._num_blocks:
             # Whatever happens: what the device has of it is of no use.
             self._changed.add(edit.unit)
+        self._take_live(edit.unit)
         super().change(replace(edit, gradient=down))
         if edit.unit >= self._num_blocks:
             self._replace(edit.unit)
@@ -185,6 +188,11 @@ class GpuMemoryTier(MemoryTier):
         super().end_step(step, record)
         for index in sorted(self._changed):
             self._replace(index)
+
+    def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
+        if field == WEIGHT:
+            self._take_live(index)
+        return super().read(index, field, place)
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
         super().write(index, field, place, value)
@@ -239,6 +247,12 @@ class GpuMemoryTier(MemoryTier):
         elif index in self._on_device:
             weight = self._on_device[index]
             weight.copy_(self.weight(index)[: weight.numel()])
+
+    def _take_live(self, index: int) -> None:
+        """Copy what the model itself holds of a unit to the host: it may have been set since the last update."""
+        weight = self._on_device.get(index)
+        if weight is not None:
+            self.weight(index)[: weight.numel()].copy_(weight)
 
     def _fill(self, index: int, into: Tensor) -> None:
         with self._masters:

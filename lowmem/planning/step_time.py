@@ -235,8 +235,8 @@ def bus_traffic(shapes: ModelShapes, job: Job, choice: Choice, placement: Placem
     if is_full:
         read, written = (round(choice.update_share * nbytes * shapes.num_params) for nbytes in _update_bytes(shapes))
         up += shapes.outer_bytes + read
-        # With state on disk, what is outside the blocks has no other master than the device's.
-        down += shapes.outer_bytes * (2 if choice.state_tier == "disk" else 1)
+        # What is outside the blocks has no other master than the device's: it comes down, and so does its gradient.
+        down += 2 * shapes.outer_bytes
         bases, gradients = _gradient_traffic(shapes, choice)
         up += job.num_backwards * bases
         down += job.num_backwards * gradients

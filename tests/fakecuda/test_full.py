@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_cosine_schedule_with_warmup
 
 import lowmem
@@ -150,7 +151,10 @@ def test_weights_that_move_as_bf16_give_what_autocast_gives_of_a_resident_model(
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("opens_saved", [True, False])
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(
+    opens_saved: bool, root: Path, tmp_path: Path
+) -> None:
     folder = checkpoint("llama", root)
 
     def optimizer_of(model: PreTrainedModel) -> torch.optim.Optimizer:
@@ -163,13 +167,50 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(root: Path, t
     train(first, optimizer, parts=1, steps=range(3))
     first.save_pretrained(tmp_path / "saved")
     state = optimizer.state_dict()
-    second = on_gpu(tmp_path / "saved")
+    second = on_gpu(tmp_path / "saved" if opens_saved else folder)
     resumed = optimizer_of(second)
+    if not opens_saved:
+        # As the Trainer resumes.
+        second.load_state_dict(weights(first))
+        state["lowmem_full"]["folder"] = str(tmp_path / "saved" / "optimizer_state")
     resumed.load_state_dict(state)
     train(second, resumed, parts=1, steps=range(3, 6))
     expected = weights(whole)
     for name, value in weights(second).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: lowmem.optim.AdamW(params, lr=1e-3, eps=1e-3),
+        lambda params: lowmem.optim.AdaLomo(params, lr=1e-3),
+        lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-3),
+    ],
+    ids=["flat", "by rules", "torch's"],
+)
+def test_weights_outside_the_blocks_are_trained_from_what_they_were_set_to_and_saved_so(
+    make: Any, root: Path, tmp_path: Path
+) -> None:
+    folder = checkpoint("llama", root)
+    ours = on_gpu(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to("cuda")
+    for model in (theirs, ours):
+        optimizer = make(model.parameters())
+        for ids in batches(2):
+            backward(model, ids.cuda())
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.get_input_embeddings().weight.mul_(0.5)
+                model.model.norm.weight.add_(0.25)
+    ours.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    expected = weights(theirs)
+    assert saved.keys() == expected.keys()
+    for name, value in weights(ours).items():
+        assert torch.equal(saved[name], value.cpu()), name
+        torch.testing.assert_close(value.cpu(), expected[name].cpu(), rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_a_run_goes_on_from_its_last_step_on_disk(root: Path, tmp_path: Path) -> None:
