@@ -144,7 +144,9 @@ class TrainingChecks(TrainerCallback):
         if runtime.full is None or not isinstance(optimizer, RuleOptimizer):
             # One of lowmem's on weights of its own has told already.
             trained = [param for param in model.parameters() if param.requires_grad]
-            runtime.optimizer = sizes_in_training(optimizer, str(getattr(args.optim, "value", args.optim)), trained)
+            runtime.optimizer = sizes_in_training(
+                optimizer, str(getattr(args.optim, "value", args.optim)), trained, model=model
+            )
         self._runtime = weakref.ref(runtime)
         if state.is_world_process_zero and 0 < state.max_steps <= state.global_step:
             # By the trainer's rules, and as without streaming: it looks at its limit behind a step, not before one.

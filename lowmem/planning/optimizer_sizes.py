@@ -7,7 +7,7 @@ makes its state and computes nothing. The Trainer's names stand for what transfo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import chain
@@ -103,7 +103,7 @@ def _read(optimizer: OptimizerChoice, trained: nn.Module) -> OptimizerShape:
         name = optimizer.lower().replace("-", "_")
         found = _OWN.get(name.replace("_", "")) if name != "adam" else None
         if found is None:
-            return _by_name(optimizer, name, list(trained.parameters()))
+            return _by_name(optimizer, name, list(trained.parameters()), in_32_bits=_embedded(trained))
         optimizer = found
     made = optimizer.func if isinstance(optimizer, partial) else optimizer
     if not isinstance(made, type) or not issubclass(made, torch.optim.Optimizer):
@@ -119,20 +119,23 @@ def _read(optimizer: OptimizerChoice, trained: nn.Module) -> OptimizerShape:
     return _by_one_step(made.__name__, make, list(trained.parameters()))
 
 
-def sizes_in_training(optimizer: object, name: str, params: Sequence[Tensor]) -> OptimizerShape | None:
+def sizes_in_training(
+    optimizer: object, name: str, params: Sequence[Tensor], *, model: nn.Module
+) -> OptimizerShape | None:
     """What the optimizer of a training loop keeps; None where that is not known.
 
     Args:
         optimizer: It, before its first step.
         name: The Trainer's name for it, if that made it.
         params: What it trains.
+        model: What these belong to.
     """
     if isinstance(optimizer, RuleOptimizer):
         return sizes_of(optimizer)
     kind: type = type(optimizer)
     try:
         if kind.__module__.startswith(("bitsandbytes.", "transformers.")):
-            return _by_name(name, name, params)
+            return _by_name(name, name, params, in_32_bits=_embedded(model))
         if isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim."):
             known = signature(kind).parameters
             # How it goes about it says nothing of sizes, and some ways do not go without values.
@@ -194,7 +197,12 @@ def _state_bytes(rule: Rule, param: Tensor) -> int:
     return sum(value.nbytes for value in state.values() if value.device.type == "meta")
 
 
-def _by_name(given: str, name: str, params: Sequence[Tensor]) -> OptimizerShape:
+def _embedded(model: nn.Module) -> frozenset[int]:
+    """Identities of embedding tables, whose state the Trainer has bitsandbytes keep in 32 bits."""
+    return frozenset(id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding))
+
+
+def _by_name(given: str, name: str, params: Sequence[Tensor], *, in_32_bits: Container[int]) -> OptimizerShape:
     if name in _ELEMENTWISE:
         return _elementwise(given, params, lambda param: _ELEMENTWISE[name] * param.numel() * _FP32_BYTES)
     if name == "adafactor":
@@ -203,7 +211,12 @@ def _by_name(given: str, name: str, params: Sequence[Tensor]) -> OptimizerShape:
     if found is not None and (found["bits"] or "bnb" in name or "ademamix" in name or found[1]):
         num_states = _BITSANDBYTES_STATES[found["kind"] or "adamw"]
         in_8_bits = found["bits"] == "8bit" or name == "adamw_bnb_8bit"
-        return _elementwise(given, params, partial(_quantised_bytes, num_states=num_states, in_8_bits=in_8_bits))
+
+        def nbytes(param: Tensor) -> int:
+            small = in_8_bits and id(param) not in in_32_bits
+            return _quantised_bytes(param, num_states=num_states, in_8_bits=small)
+
+        return _elementwise(given, params, nbytes)
     known = ", ".join(sorted((*_OWN, *_ELEMENTWISE, "adafactor")))
     raise UnsupportedError(
         f"optimizer={given!r}",

@@ -113,6 +113,7 @@ def test_a_plan_counts_what_an_optimizer_keeps(folder: Path, optimizer: Any, tun
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("paged_adamw_32bit", "lion_32bit", "rmsprop_bnb")),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 def test_names_of_the_trainer_stand_for_what_it_makes_of_them(folder: Path, tmp_path: Path, name: str) -> None:
     model = plain(folder, "full")
     options = TrainingArguments(str(tmp_path), optim=name, use_cpu=True)
