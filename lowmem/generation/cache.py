@@ -43,6 +43,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, *, max_tokens: int, on_host: bool = False) -> None:
         self._shown: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._num_given = 0
         self._pinned: _PinnedMemory | None = None
         super().__init__()
         self.on_host = on_host
@@ -64,11 +65,14 @@ class GrowingLayer(DynamicLayer):
         try:
             yield
         finally:
-            self._window, self._num_in_window = None, 0
+            self._num_given, self._window, self._num_in_window = self._num_in_window, None, 0
 
-    def advance(self, num_tokens: int) -> None:
-        """Count tokens that every row has been given through `rows`."""
-        self._length += num_tokens
+    def advance(self) -> None:
+        """Count tokens that every row has been given through `rows`.
+
+        As many as came: a model of several streams (prophetnet) keeps keys of one of them.
+        """
+        self._length += self._num_given
         self._show()
 
     def update(
@@ -87,7 +91,8 @@ class GrowingLayer(DynamicLayer):
             stored[rows, :, start:end] = states
             found.append(stored[rows, :, :end].to(states.device))
         if self._window is None:
-            self.advance(key_states.shape[-2])
+            self._length = end
+            self._show()
         else:
             self._num_in_window += key_states.shape[-2]
         return found[0], found[1]

@@ -108,7 +108,7 @@ class CachedBlock:
             with self._rows.set(chosen), updated:
                 outputs.append(self._run_part(part_args, part_kwargs))
         if is_long and growing is not None:
-            growing.advance(num_tokens)
+            growing.advance()
         return _whole(outputs, index, batch_size)
 
     def _run_part(self, args: Sequence[object], kwargs: Mapping[str, object]) -> object:

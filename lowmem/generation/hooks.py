@@ -23,7 +23,7 @@ from lowmem.streaming.chunking.chunks import InChunks
 from lowmem.streaming.runtime import ActiveRows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from lowmem.streaming.runtime import Runtime
 
@@ -179,6 +179,12 @@ def _layer_bytes(model: PreTrainedModel, *, num_rows: int, num_tokens: int) -> i
 
 def _width_by_config(model: PreTrainedModel) -> int:
     config = model.config.get_text_config(decoder=True)
+    # Where layers differ, transformers refuses to name one number for all, and has a configuration for each.
+    each = getattr(config, "per_layer_config", None)
+    return max(map(_width_of_layer, each if isinstance(each, Sequence) and each else (config,)))
+
+
+def _width_of_layer(config: PretrainedConfig) -> int:
     num_heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // num_heads
     return 2 * int(getattr(config, "num_key_value_heads", None) or num_heads) * int(width)

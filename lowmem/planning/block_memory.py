@@ -332,6 +332,11 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
     is_mixed = _adapter_itemsize(block) > itemsize(batch.dtype)
     if is_mixed and block.experts is None:
         kept = _MIXED_HEAP
+    scores = batch.num_sequences * block.num_heads * batch.seq_len**2 * itemsize(batch.dtype)
+    if block.correction > 1 and scores >= LARGEST_ON_HEAP_BYTES:
+        # Scores as they are where attention makes them whole, which is what such a block's correction is of.
+        forward, backward = int(forward / block.correction), int(backward / block.correction)
+        block = replace(block, correction=1.0)
     backward -= ceil(block.correction * (_mask_bytes(batch) + _dora_tile_bytes(block, is_mixed=is_mixed)))
     return int(_FORWARD_HEAP * share * forward), int(kept * share * backward)
 

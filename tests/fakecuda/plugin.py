@@ -44,7 +44,9 @@ def _no_race(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     simulated_gpu.forget()
+    lag_ns = simulated_gpu.simulator.lag_ns()
     yield
+    simulated_gpu.simulator.set_lag(lag_ns)
     races = simulated_gpu.simulator.races()
     seen = [f"{what}  at {place}" for (kind, what, place) in simulated_gpu.places if kind == "race"]
     simulated_gpu.forget()

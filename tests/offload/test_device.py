@@ -115,7 +115,7 @@ def test_a_copy_waits_for_what_still_computes_with_the_slot() -> None:
         slot.fill_(1)
         slot.clone()  # loads the kernel: that would wait for the sleep below
         torch.cuda.synchronize()
-        torch.cuda._sleep(200_000_000)  # about 0.1 s, behind which the kernel that reads the slot is queued
+        torch.cuda._sleep(2_000_000_000)  # about a second, behind which the kernel that reads the slot is queued
         seen = slot.clone()
         copy = device.copy(buffer.tensor, into=slot, after=device.mark())
         assert not copy.done()

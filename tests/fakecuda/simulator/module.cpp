@@ -52,6 +52,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     W.strict_devices = strict_devices;
     W.poisons = poisons;
   }, no_gil);
+  m.def("lag_ns", [] { Hold held; return W.lag_ns; }, no_gil);
   m.def("set_lag", [](int64_t lag_ns) { Hold held; return std::exchange(W.lag_ns, lag_ns); }, no_gil);
   m.def("set_limit", [](size_t nbytes) { W.limit_bytes = nbytes; }, no_gil);
   m.def("set_hook", [](py::object function) {
