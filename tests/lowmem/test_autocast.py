@@ -29,7 +29,7 @@ def under_autocast(model: Any, batch: dict[str, torch.Tensor]) -> Outcome:
 
 
 # PEFT's conversion of mixtures names layers that a model has as one stack.
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "dtype", "options"),
     [pytest.param(*case, marks=[] if number < 2 else pytest.mark.slow) for number, case in enumerate(CASES)],
