@@ -160,7 +160,7 @@ def _checked_plan(
     given: Mapping[str, Any],
     cap_device: bool,
 ) -> Plan:
-    """The plan given, or one for a job that nobody has described; refused where it does not fit. Rank 0's for all."""
+    """The plan given, or one for a job that nobody has described; rank 0's for all. It fits, and caps the device."""
     if tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
     _refuse_another_base(opened)

@@ -21,6 +21,7 @@ ROOMS = (
     "offload",
     "lowmem.errors",
     "lowmem.host_memory",
+    "lowmem.progress_line",
     "lowmem.processes",
     "lowmem.internals",
     "lowmem.quantization",

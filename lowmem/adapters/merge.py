@@ -21,9 +21,9 @@ from lowmem.packing.beside import (
     files_beside,
     refuse_output,
     require_room,
-    showing_bytes,
     telling_full_disk,
 )
+from lowmem.progress_line import showing_bytes
 from lowmem.quantization.packing import packer_for
 from offload import (
     OutputTensor,

@@ -15,7 +15,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, skeleton
 from lowmem.models.configuration import check_counts, check_generation_config, read_config, take_quantization
 from lowmem.processes.ranks import Ranks, ranks
-from lowmem.quantization.manifest import check_files, check_packed
+from lowmem.quantization.manifest import check_files, check_opened
 from lowmem.quantization.registry import find_packed
 from offload import SafetensorsSource
 
@@ -161,10 +161,11 @@ def open_checkpoint(
     )
     compute = pick_dtype(dtype, device=device, stored=config.dtype or torch.float32)
     # What lowmem packed is packed again where a file is missing, not downloaded.
-    check_files(folder)
+    manifest = check_files(folder)
     source = SafetensorsSource(folder)
     try:
-        check_packed(folder, source)
+        if manifest is not None:
+            check_opened(folder, manifest, source)
         packed = None
         if quantization is not None:
             packed = find_packed(quantization, source.tensors, file=folder / "config.json")

@@ -37,10 +37,11 @@ from lowmem.monitoring.account import (
     memory_rows,
     planned_peak_bytes,
 )
-from lowmem.monitoring.progress import StepEstimate, StepProgress, runs_in_notebook, show_in_notebook, writes_to_file
+from lowmem.monitoring.progress import StepEstimate, StepProgress
 from lowmem.monitoring.report import save_report
 from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
 from lowmem.planning.plan import plan_title
+from lowmem.progress_line import runs_in_notebook, show_in_notebook, writes_to_file
 from lowmem.streaming.runtime import Runtime, Visit, runtime_of
 
 if TYPE_CHECKING:

@@ -6,90 +6,23 @@ for use outside of training; within it `lowmem.Monitor` shows the same.
 
 from __future__ import annotations
 
-import builtins
-import html
-import sys
 from collections import Counter, deque
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from torch import nn
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
 from lowmem.generation.hooks import generation_of
 from lowmem.generation.session import TokenProgress
+from lowmem.progress_line import EVERY_S_IN_FILES, ProgressLine, writes_to_file
 from lowmem.streaming.runtime import runtime_of
 from offload import format_bytes
 
 EVERY_S = 0.5
-
-EVERY_S_IN_FILES = 30.0
-"""A log file keeps every line."""
-
-
-def runs_in_notebook() -> bool:
-    """Whether this is the kernel of a notebook, whose cells can show pages."""
-    # IPython adds the name while it runs a cell; outside of it, importing IPython to ask would take long.
-    get_shell = getattr(builtins, "get_ipython", None)
-    return get_shell is not None and "IPKernelApp" in get_shell().config
-
-
-def writes_to_file() -> bool:
-    """Whether what is shown goes to a file or a pipe, where a bar would leave control characters and stale lines."""
-    return not runs_in_notebook() and not sys.stderr.isatty()
-
-
-class ProgressLine:
-    """A line that changes: a tqdm bar in a terminal, a bar in a notebook's cell; in a log file, one line after another.
-
-    Nothing is shown before the first `show`.
-    """
-
-    def __init__(self) -> None:
-        self._cell: Any = None
-        self._bar: tqdm | None = None
-
-    def show(self, words: str, done: int, total: int, *, after: str = "") -> None:
-        """Show words, how much is done, and the words after it."""
-        total = max(total, 1)
-        together = ", ".join(filter(None, (words, after)))
-        if writes_to_file():
-            # On a line of its own, also where the Trainer's bar has one.
-            tqdm.write(f"lowmem: {together}", file=sys.stderr)
-        elif runs_in_notebook():
-            self._show_page(
-                f'<progress max="1" value="{done / total:.4f}" style="width:12em"></progress> '
-                f"<code>{html.escape(together)}</code>"
-            )
-        elif self._bar is None:
-            # Not `leave`d, and made after the Trainer's bar: tqdm gives it the line below and takes it away again.
-            layout = f"{words} |{{bar}}| {after}"
-            self._bar = tqdm(total=total, initial=done, leave=False, dynamic_ncols=True, bar_format=layout)
-        else:
-            self._bar.total, self._bar.n, self._bar.bar_format = total, done, f"{words} |{{bar}}| {after}"
-            self._bar.refresh()
-
-    def close(self) -> None:
-        """Take the line away."""
-        if self._cell is not None:
-            self._show_page("")
-            self._cell = None
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _show_page(self, page: str) -> None:
-        from IPython.display import HTML, display
-
-        if self._cell is None:
-            self._cell = display(HTML(page), display_id=True)
-        else:
-            self._cell.update(HTML(page))
-
 
 RATE_WINDOW_S = 3.0
 
@@ -323,12 +256,3 @@ class TokenBar:
     ) -> None:
         self._stop()  # type: ignore[no-untyped-call]
         self._line.close()
-
-
-def show_in_notebook(words: str, picture: Path | None) -> None:
-    """Show in the cell that is running what a run came to."""
-    from IPython.display import HTML, Image, display
-
-    display(HTML(f"<code>{html.escape(words)}</code>"))
-    if picture is not None and picture.is_file():
-        display(Image(str(picture)))

@@ -28,12 +28,12 @@ from lowmem.packing.beside import (
     files_beside,
     refuse_output,
     require_room,
-    showing_bytes,
     telling_full_disk,
 )
 from lowmem.packing.selection import Included, OutputUnit, PackSelection, select
 from lowmem.packing.writing import Contents, StoredContents, UnitWriter
-from lowmem.quantization.manifest import PackManifest, check_files, check_packed, damaged, read_manifest
+from lowmem.progress_line import showing_bytes
+from lowmem.quantization.manifest import PackManifest, check_files, check_opened, damaged, read_manifest
 from lowmem.quantization.packing import Observe, Packer
 from offload import (
     PAGE_BYTES,
@@ -178,7 +178,7 @@ def is_baked(folder: Path, manifest: PackManifest) -> bool:
         return False
     check_files(folder)
     with SafetensorsSource(folder) as source:
-        check_packed(folder, source)
+        check_opened(folder, found, source)
     return True
 
 

@@ -5,16 +5,11 @@ That is configuration, tokenizer, licence and code.
 
 from __future__ import annotations
 
-import builtins
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
-
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import stays_inside
@@ -31,9 +26,6 @@ _LEFT_BEHIND = frozenset({MANIFEST, "adapter_config.json"})
 # What names code of the repository in the configurations of models, tokenizers and pipelines.
 _CODE_FIELDS = ("auto_map", "custom_pipelines")
 
-_EVERY_S_IN_FILES = 30.0
-"""A log file keeps every line."""
-
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,37 +36,6 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-
-
-@contextmanager
-def showing_bytes(what: str, num_bytes: int, *, done: int = 0, delay_s: float) -> Iterator[Callable[[int], object]]:
-    """Show how far something long is: a bar in a terminal or a notebook, in a log file plain lines now and then.
-
-    Args:
-        what: What goes on.
-        num_bytes: Of all of it.
-        done: Bytes that are done already.
-        delay_s: Seconds until there is anything to see.
-
-    Returns:
-        What to call with the number of bytes that have been done since.
-    """
-    # IPython adds the name while it runs a cell.
-    if sys.stderr.isatty() or hasattr(builtins, "get_ipython"):
-        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": delay_s}
-        with tqdm(total=num_bytes, initial=done, desc=what, **options) as bar:
-            yield bar.update
-        return
-    next_s = monotonic() + delay_s
-
-    def tell(nbytes: int) -> None:
-        nonlocal done, next_s
-        done += nbytes
-        if monotonic() >= next_s:
-            next_s = monotonic() + _EVERY_S_IN_FILES
-            sys.stderr.write(f"lowmem: {what}, {format_bytes(done)} of {format_bytes(num_bytes)}\n")
-
-    yield tell
 
 
 def refuse_output(output: Path, base: Path, *, holds: str = "is not an empty folder") -> None:

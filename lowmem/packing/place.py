@@ -19,9 +19,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import Described, Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.bake import BakeInput, bake, is_baked
-from lowmem.packing.beside import showing_bytes
 from lowmem.packing.selection import Included, select
-from lowmem.quantization.manifest import check_files, check_packed, damaged
+from lowmem.progress_line import showing_bytes
+from lowmem.quantization.manifest import check_files, check_opened, damaged
 from lowmem.quantization.packing import Packer, packer_for
 from offload import SafetensorsSource, SourceError, format_bytes
 
@@ -113,9 +113,8 @@ def verify_pack(folder: str | os.PathLike[str]) -> Sequence[str]:
         offload.SourceError: A file is missing or cut, or the folder has no manifest.
     """
     place = Path(folder).expanduser()
-    check_files(place)
+    manifest = check_files(place)
     with SafetensorsSource(place) as source:
-        manifest = check_packed(place, source)
         if manifest is None:
             raise SourceError(
                 place,
@@ -123,6 +122,7 @@ def verify_pack(folder: str | os.PathLike[str]) -> Sequence[str]:
                 problem="the folder has none, so that nothing says what its bytes should be",
                 remedy="give a folder that lowmem pack made",
             )
+        check_opened(place, manifest, source)
         num_bytes = sum(spec.nbytes for spec in source.tensors.values())
         found = []
         with showing_bytes("verifying", num_bytes, delay_s=1.0) as done:

@@ -86,40 +86,43 @@ def check_files(folder: Path) -> PackManifest | None:
     """Compare a packed folder's weight files with its manifest: names and sizes. Opens none of them.
 
     Args:
-        folder: Any checkpoint; nothing is checked where it has no manifest.
+        folder: Any checkpoint.
+
+    Returns:
+        The manifest; None where there is none, and nothing was compared.
 
     Raises:
         SourceError: A file is missing, or is of another size.
     """
     manifest = read_manifest(folder)
-    if manifest is None:
-        return None
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-    for name, expected in manifest.files.items():
-        if sizes.get(name) != expected:
-            problem = f"expected {name} with {expected} bytes, got {sizes.get(name, 'no such file')}"
-            raise SourceError(folder / MANIFEST, field=f"files[{name}]", problem=problem, remedy=_AGAIN)
+    if manifest is not None:
+        _check_sizes(folder, manifest, {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()})
     return manifest
 
 
-def check_packed(folder: Path, source: SafetensorsSource) -> PackManifest | None:
-    """Compare a packed folder's files with its manifest: names, sizes, tensors. Reads headers only.
+def check_opened(folder: Path, manifest: PackManifest, source: SafetensorsSource) -> None:
+    """Compare the files of a packed folder, as they were opened, with its manifest: names, sizes, tensors.
 
     Args:
-        folder: Any checkpoint; nothing is checked where it has no manifest.
-        source: Its files.
+        folder: Where they are.
+        manifest: The folder's.
+        source: The files; their headers have been read.
 
     Raises:
         SourceError: A file is missing, is of another size, or holds other tensors.
     """
-    manifest = check_files(folder)
-    if manifest is None:
-        return None
+    _check_sizes(folder, manifest, {file.name: source.stamps[file].size_bytes for file in source.files})
     if different := set(manifest.tensors) ^ set(source.tensors):
         name = min(different)
         problem = f"the files {'hold' if name in source.tensors else 'do not hold'} {name}, the manifest says otherwise"
         raise SourceError(folder / MANIFEST, field="tensors", problem=problem, remedy=_AGAIN)
-    return manifest
+
+
+def _check_sizes(folder: Path, manifest: PackManifest, sizes: Mapping[str, int]) -> None:
+    for name, expected in manifest.files.items():
+        if sizes.get(name) != expected:
+            problem = f"expected {name} with {expected} bytes, got {sizes.get(name, 'no such file')}"
+            raise SourceError(folder / MANIFEST, field=f"files[{name}]", problem=problem, remedy=_AGAIN)
 
 
 def raw_bytes(values: Tensor) -> memoryview:

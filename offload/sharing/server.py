@@ -77,7 +77,8 @@ class _Client:
     def hear(self, now_s: float) -> None:
         pause_s = now_s - self.heard_s
         self.heard_s = now_s
-        self.usual_s = max(pause_s, self.usual_s * _FORGETTING)
+        # No longer than it would be waited for: after a long one, the usual pause is soon known again.
+        self.usual_s = max(min(pause_s, self.patience_bounds_s[1]), self.usual_s * _FORGETTING)
 
     def patience_s(self) -> float:
         least_s, most_s = self.patience_bounds_s

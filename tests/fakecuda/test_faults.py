@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,13 @@ from offload.transfer import Transfer
 from tests.fakecuda.steps import Step, run
 from tests.zoo.architectures import build
 
-pytestmark = [pytest.mark.gpu, pytest.mark.racy]
+pytestmark = [pytest.mark.gpu, pytest.mark.racy, pytest.mark.usefixtures("late_copies")]
 Break = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("llama", tmp_path_factory.mktemp("faults") / "llama")
-
-
-@pytest.fixture(autouse=True)
-def _copies_that_take_long() -> Iterator[None]:
-    if torch.cuda.get_device_name() != "Simulated GPU":
-        pytest.skip("a real GPU does not report races")
-    from tests.fakecuda import simulated_gpu
-
-    # A copy that the host has seen to be over orders what comes after it: it must still be under way at the visit.
-    before = simulated_gpu.set_lag(10.0)
-    yield
-    torch.cuda.synchronize()  # before the memory goes to another test
-    simulated_gpu.set_lag(before)
 
 
 def visits_do_not_wait_for_their_copy(patch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,18 +290,6 @@ def test_the_host_waits_for_no_gradient_inside_a_block(root: Path) -> None:
     assert not [place for kind, *place in simulated_gpu.places if kind == "wait in a block"]
 
 
-@pytest.fixture
-def _late() -> Iterator[None]:
-    if torch.cuda.get_device_name() != "Simulated GPU":
-        pytest.skip("a real GPU does not report races")
-    from tests.fakecuda import simulated_gpu
-
-    before = simulated_gpu.set_lag(30.0)
-    yield
-    torch.cuda.synchronize()
-    simulated_gpu.set_lag(before)
-
-
 class _Nothing:
     def synchronize(self) -> None:
         return
@@ -357,7 +344,7 @@ FULL_FAULTS: list[faults.Break] = [
 
 
 @pytest.mark.racy
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("late_copies")
 @pytest.mark.parametrize("fault", FULL_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_of_full_tuning_is_reported(fault: faults.Break, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.fakecuda import simulated_gpu
@@ -369,7 +356,7 @@ def test_a_fault_of_full_tuning_is_reported(fault: faults.Break, root: Path, mon
     assert simulated_gpu.simulator.races()
 
 
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("late_copies")
 def test_nothing_is_reported_of_full_tuning_as_it_is(root: Path) -> None:
     model = on_gpu(checkpoint("llama", root), share=0.5)
     train(model, lowmem.optim.AdamW(groups(model), lr=1e-3), parts=2, steps=range(2))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -44,19 +42,7 @@ def test_a_layer_on_the_host_gives_the_gpu_what_was_appended() -> None:
     assert layer.get_seq_length() == 0
 
 
-@pytest.fixture
-def _late() -> Iterator[None]:
-    if torch.cuda.get_device_name() != "Simulated GPU":
-        pytest.skip("a real GPU does not report races")
-    from tests.fakecuda import simulated_gpu
-
-    before = simulated_gpu.set_lag(10.0)
-    yield
-    torch.cuda.synchronize()
-    simulated_gpu.set_lag(before)
-
-
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("late_copies")
 def test_the_host_waits_only_where_memory_is_replaced() -> None:
     from tests.fakecuda import simulated_gpu
 
@@ -81,7 +67,7 @@ KEY_VALUE_FAULTS = [
 
 
 @pytest.mark.racy
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("late_copies")
 @pytest.mark.parametrize("fault", KEY_VALUE_FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_of_keys_and_values_on_the_host_is_reported(
     fault: faults.Break, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,26 +197,14 @@ def test_of_a_batch_that_comes_in_parts_gradients_are_kept_whole(root: Path) -> 
     check(ours, theirs, within=2e-5)
 
 
-@pytest.fixture
-def _late() -> Iterator[None]:
-    if torch.cuda.get_device_name() != "Simulated GPU":
-        pytest.skip("a real GPU does not report races")
-    from tests.fakecuda import simulated_gpu
-
-    before = simulated_gpu.set_lag(30.0)
-    yield
-    torch.cuda.synchronize()
-    simulated_gpu.set_lag(before)
-
-
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("late_copies")
 def test_nothing_is_reported_of_it_as_it_is(root: Path) -> None:
     model = on_gpu(checkpoint("llama", root), galore())
     train(model, galore()(model, lr=1e-3), range(3))
 
 
 @pytest.mark.racy
-@pytest.mark.usefixtures("_late")
+@pytest.mark.usefixtures("late_copies")
 def test_bases_that_are_used_before_they_have_come_are_reported(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.fakecuda import simulated_gpu
 

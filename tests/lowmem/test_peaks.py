@@ -38,6 +38,20 @@ CASES = [
 ]
 
 
+def said_by(*arguments: str) -> str:
+    """The last line of a Python process of its own, which must end well."""
+    found = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout.splitlines()[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark is read from /proc")
 @pytest.mark.parametrize(
@@ -49,16 +63,7 @@ def test_a_step_of_whole_sequences_takes_what_was_planned(
     tmp_path: Path, name: str, changes: dict[str, Any], num_sequences: int, seq_len: int
 ) -> None:
     folder = build(name, tmp_path / "model", changes=SIZES | changes)
-    found = subprocess.run(
-        [sys.executable, "-m", "tests.lowmem.peak_job", str(folder), str(num_sequences), str(seq_len)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    report = json.loads(found.stdout.splitlines()[-1])
+    report = json.loads(said_by("-m", "tests.lowmem.peak_job", str(folder), str(num_sequences), str(seq_len)))
     assert report["chunk_tokens"] is None
     # A few MiB are the interpreter's and the libraries' own.
     assert report["grown"] <= 1.03 * report["planned"] + (4 << 20), report
@@ -85,14 +90,5 @@ print(meter.growth_bytes)
 def test_making_dora_adapters_takes_no_more_for_many_blocks_than_for_one(tmp_path: Path) -> None:
     sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "head_dim": 64}
     folder = build("llama", tmp_path / "model", changes=sizes)
-    found = subprocess.run(
-        [sys.executable, "-c", _ADAPTED, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
     # The adapters are 4 MiB; PEFT makes four tensors of 2.75 MiB of a weight, and all weights are 122 MiB.
-    assert int(found.stdout.splitlines()[-1]) < 48 << 20
+    assert int(said_by("-c", _ADAPTED, str(folder))) < 48 << 20

@@ -268,23 +268,28 @@ def test_wrong_memory_and_settings_are_refused(path: Path) -> None:
 
 
 @pytest.fixture
-def gated(path: Path) -> Iterator[tuple[File, threading.Event]]:
-    release = threading.Event()
+def gated(path: Path) -> Iterator[tuple[File, threading.Event, threading.Event]]:
+    """A file, an event when a write to it has begun, and one that lets it go on."""
+    begun, release = threading.Event(), threading.Event()
 
     def pwrite(fd: int, buffers: list[memoryview], offset: int) -> int:
+        begun.set()
         release.wait(60)
         return os.pwritev(fd, buffers, offset)
 
     file = open_file(path, pwrite=pwrite)
-    yield file, release
+    yield file, begun, release
     release.set()
     file.close()
 
 
-def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(gated: tuple[File, threading.Event]) -> None:
-    file, release = gated
+def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(
+    gated: tuple[File, threading.Event, threading.Event],
+) -> None:
+    file, begun, release = gated
     writer = FileIO(num_threads=1, request_bytes=PAGE)
     writes = [writer.write(file, random_bytes(4 * PAGE), offset_bytes=0, name="w") for _ in range(3)]
+    assert begun.wait(60)
     closing = threading.Thread(target=writer.close, daemon=True)
     closing.start()
 
@@ -306,8 +311,10 @@ def test_close_fails_what_is_waiting_and_waits_for_what_is_in_flight(gated: tupl
     writer.close()
 
 
-def test_memory_is_kept_while_it_is_written_and_let_go_of_then(gated: tuple[File, threading.Event]) -> None:
-    file, release = gated
+def test_memory_is_kept_while_it_is_written_and_let_go_of_then(
+    gated: tuple[File, threading.Event, threading.Event],
+) -> None:
+    file, _, release = gated
     data = random_bytes(PAGE)
     expected = data.numpy().tobytes()
     with FileIO() as writer:
