@@ -30,7 +30,7 @@ from benchmarks.lockstep import LockstepJob
 from benchmarks.memory_limit import LimitUnavailable
 from benchmarks.raw_disk import best_setting, read_raw, write_raw
 from lowmem.full.flat import ParamUpdate, Segment, lay_out_unit
-from lowmem.full.tier import MemoryTier
+from lowmem.full.tier import MemoryTier, PrivateState
 from lowmem.optim.rule import Hyper
 from lowmem.optim.state import STATE_DTYPES
 from offload.budget import parse_bytes
@@ -228,13 +228,15 @@ def update(arguments: argparse.Namespace) -> None:
         for layer in range(shape.num_layers)
     ]
     numel = sum(layout.numel for layout in layouts)
-    tier = MemoryTier(layouts, live={})
+    tier = MemoryTier(layouts, live={}, memory=PrivateState(layouts))
     hyper = Hyper(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clock=9)
     flat = [torch.zeros(numel).uniform_(-1, 1) for _ in range(4)]
     flat[3].abs_()
-    for index, layout in enumerate(layouts):
-        tier.weight(index).uniform_(-1, 1)
-        assert layout.numel == tier.weight(index).numel()
+
+    def fill(_: int, weight: torch.Tensor) -> None:
+        weight.uniform_(-1, 1)
+
+    tier.fill(len(layouts), fill)
 
     def one_flat() -> None:
         torch._fused_adamw_(

@@ -34,6 +34,7 @@ from lowmem.planning.plan import THIS_MACHINE, Plan
 from lowmem.planning.planner import plan_for, plan_step, read_with_assumed_adapter
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_memory import exchange_bytes
 from lowmem.planning.step_time import Rates
 from lowmem.processes.node import shared_bytes
 from lowmem.processes.ranks import (
@@ -43,7 +44,8 @@ from lowmem.processes.ranks import (
     budget_of_rank,
     opening_together,
     ranks,
-    refuse_for_ranks,
+    refuse_engines,
+    refuse_full,
 )
 from lowmem.quantization.packing import packer_for
 from offload import Budget, format_bytes, format_seconds
@@ -168,25 +170,29 @@ def _checked_plan(
     def make() -> Plan:
         if plan is not None:
             return plan
-        return plan_for(opened, budget=_bounds(budget, opened), rates=rates_as_loaded(opened), tuning=tuning, **given)
+        bounds = _bounds(budget, opened, ranks(), tuning=tuning)
+        return plan_for(opened, budget=bounds, rates=rates_as_loaded(opened), tuning=tuning, **given)
 
     found = agreed("plan", make)
     if plan is not None:
         _refuse_another_plan(found, opened, tuning=tuning, moved=given["moved_dtype"])
     found.require_fit()
+    if tuning == "full":
+        refuse_full(ranks(), tier=found.choice.state_tier)
     _check_disk(found)
     _cap_device(opened.device, found if cap_device else None)
     return found
 
 
-def _bounds(budget: Budget | None, opened: Described, machine: Machine | None = None) -> Budget:
+def _bounds(budget: Budget | None, opened: Described, found: Ranks, *, tuning: Tuning) -> Budget:
     """What a plan has to keep to: one rank's part, where this process is one of several."""
-    specs = [streamed.spec for streamed in opened.built.blocks]
-    if machine is None:
-        return budget_of_rank(budget, opened.device, shared_bytes=shared_bytes(specs))
-    several = Ranks(size=machine.gpus, local_size=machine.gpus)
-    whole = machine.budget(budget)
-    return budget_of_rank(whole, opened.device, shared_bytes=shared_bytes(specs, several), found=several)
+    if tuning == "full":
+        every_weight = read_shapes(opened).with_every_weight()
+        on_gpu = opened.device.type != "cpu"
+        passing = exchange_bytes(every_weight, num_sharing=found.local_size, on_gpu=on_gpu) if found.are_several else 0
+    else:
+        passing = shared_bytes([streamed.spec for streamed in opened.built.blocks], found)
+    return budget_of_rank(budget, opened.device, shared_bytes=passing, found=found)
 
 
 def _refuse_another_base(opened: Opened) -> None:
@@ -243,6 +249,7 @@ def _dtypes(
     kept = master_dtype(masters, dtype, tuning=tuning)
     if tuning != "full":
         return dtype, None
+    refuse_full(ranks(), masters=kept)
     moved = moved_name(dtype, device=device, masters=kept)
     if kept == torch.float32 and moved is None and dtype not in (None, torch.float32, "float32", "fp32"):
         raise UnsupportedError(
@@ -379,28 +386,20 @@ def _planned(
     machine: Machine | None,
 ) -> Plan:
     """The plan with the weights as they are stored, or as they would be packed."""
-    job = replace(job, num_sharing=_num_sharing(machine, tuning=job.tuning))
+    found = ranks() if machine is None else Ranks(size=machine.gpus * machine.nodes, local_size=machine.gpus)
+    job = replace(job, num_sharing=found.local_size)
     with describing(model, device=device, has_bf16=_has_bf16(machine), **opening) as opened:
         if quantization is not None:
             opened = as_if_packed(opened, quantization)
         shapes = _shapes_for(opened, job, moved, peft_config=peft_config, optimizer=optimizer)
-        found = rates_for(opened, shapes, rates) if machine is None else machine.rates
-        bounds = _bounds(budget, opened, machine)
+        speeds = rates_for(opened, shapes, rates) if machine is None else machine.rates
+        whole = budget if machine is None else machine.budget(budget)
+        bounds = _bounds(whole, opened, found, tuning=job.tuning)
     name = THIS_MACHINE if machine is None else str(machine)
-    made = plan_step(shapes, job, budget=bounds, rates=found, machine=name, finds_batch=finds_batch)
+    made = plan_step(shapes, job, budget=bounds, rates=speeds, machine=name, finds_batch=finds_batch)
+    if job.tuning == "full":
+        refuse_full(found, masters=made.compute_dtype, tier=made.choice.state_tier)
     return made if machine is None else with_scaling(made, shapes, machine, alone=machine.budget(budget))
-
-
-def _num_sharing(machine: Machine | None, *, tuning: Tuning) -> int:
-    """Ranks of the machine that is planned for.
-
-    Raises:
-        UnsupportedError: It has several, which cannot do that together.
-    """
-    if machine is None:
-        return ranks().local_size
-    refuse_for_ranks(Ranks(size=machine.gpus * machine.nodes), tuning=tuning)
-    return machine.gpus
 
 
 _COMPARED = {"int8": "8 bits", "nf4": "4 bits"}
@@ -553,7 +552,7 @@ def refuse_options(
         given = repr(budget) if isinstance(budget, str) else '"6GiB"'
         raise TypeError(f"budget={budget!r}: expected lowmem.Budget(device={given}, host=...), each of them optional")
     _refuse_others(others or {})
-    refuse_for_ranks(ranks(), tuning=tuning)
+    refuse_engines()
     if peft_config is not None:
         if not hasattr(peft_config, "peft_type"):
             raise TypeError(f"peft_config: expected one of PEFT's, such as LoraConfig(r=16), got {peft_config!r:.80}")

@@ -188,8 +188,8 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
     runtime.full, runtime.idle_bytes = weights.full, idle_bytes
+    runtime.find_lost = weights.find_lost
     if isinstance(weights, _FrozenWeights):
-        runtime.find_lost = weights.find_lost
         runtime.announce = weights.announce
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     checks = () if masters is None else masters.checks(model)

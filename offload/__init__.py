@@ -64,6 +64,7 @@ from offload.pipeline import KeptMemory
 from offload.placement import Placement, PlacementPlan, place_blocks
 from offload.probe import DiskRate, probe_compute, probe_disk
 from offload.scheduler import Counters, Scheduler
+from offload.sharing.arena import HandingOn, SharedArena
 from offload.sharing.reader import SharedReader
 from offload.sharing.server import NUM_SLOTS, BlockServer
 from offload.store.store import Store
@@ -93,6 +94,7 @@ __all__ = [
     "FileSlot",
     "Folder",
     "FolderInUse",
+    "HandingOn",
     "JsonObject",
     "KeptMemory",
     "ObjectLayout",
@@ -107,6 +109,7 @@ __all__ = [
     "Scratch",
     "SerialThread",
     "ShardFile",
+    "SharedArena",
     "SharedReader",
     "SourceChanged",
     "SourceError",

@@ -61,6 +61,7 @@ COUNTED_APART = {
     "lowmem/monitoring/report.py": "the page that shows it",
     "lowmem/headers": "models whose weights are not here: known from the hub's headers, or from config.json",
     "lowmem/planning/optimizer_sizes.py": "what any optimizer keeps of a model, for plans that are told of one",
+    "lowmem/full/shared_state.py": "state of full tuning that several processes of a machine have in common",
     "lowmem/processes": "a room of its own: what several processes of a run agree on and share",
     "offload/sharing": "a room of its own: memory and reads that several processes of a machine share",
     "lowmem/machines": "machines that are planned for, and what was measured on this one",

@@ -33,7 +33,7 @@ from lowmem.full.flat import (
     clipped,
     update_runs,
 )
-from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, MemoryTier, weakly
+from lowmem.full.tier import WEIGHT, Contribution, Edit, FlatWeight, MemoryTier, StateMemory, weakly
 from lowmem.optim.state import BLOCK_VALUES
 from lowmem.planning.limits import NUM_LANDING_BLOCKS, NUM_MASTER_STAGING, NUM_UPDATE_PIECES, UPDATE_PIECE_BYTES
 from offload import (
@@ -62,7 +62,8 @@ class GpuMemoryTier(MemoryTier):
 
     Args:
         layouts: The units, blocks first.
-        live: Flat views of the weights that the model itself holds on the device, by unit.
+        live: The weights that the model itself holds on the device, by unit.
+        memory: Where the state is; page-locked where the device updates a share of it.
         num_blocks: How many of the units are blocks.
         device: The GPU.
         num_slots: Blocks that are on the device at a time.
@@ -81,6 +82,7 @@ class GpuMemoryTier(MemoryTier):
         layouts: Sequence[UnitLayout],
         *,
         live: Mapping[int, Tensor],
+        memory: StateMemory,
         num_blocks: int,
         device: torch.device,
         num_slots: int,
@@ -92,7 +94,7 @@ class GpuMemoryTier(MemoryTier):
         reduces: bool = False,
         takes_bases: bool = False,
     ) -> None:
-        super().__init__(layouts, live={}, pin=update_share > 0)
+        super().__init__(layouts, live=live, memory=memory, updates_live=False)
         self.device, self.reduces, self.takes_bases = device, reduces, takes_bases
         self._bases: dict[str, StagingBuffer] = {}
         self._basis_copies = CopyStream(device) if reduces else None
@@ -101,10 +103,7 @@ class GpuMemoryTier(MemoryTier):
         self._masters = threading.Lock()
         # Blocks that rules have changed, one parameter after the other; they are fetched anew once they are complete.
         self._changed: set[int] = set()
-        self._on_device = dict(live)
         self._num_blocks = num_blocks
-        for index in live:
-            self._take_live(index)
         blocks = self.layouts[:num_blocks]
         self._halves = [_Halves(layout, moved_dtype, products=products) for layout in blocks]
         widest_bytes = ELEMENT_BYTES * max(layout.numel for layout in blocks)
@@ -130,7 +129,7 @@ class GpuMemoryTier(MemoryTier):
         """See `StateTier.lend`: a slot of the device's ring."""
         if index in self._changed:
             # A step has failed before its end.
-            self._replace(index)
+            self._renew(index)
         with self._scheduler.resident(index) as tensors:
             yield self._halves[index].joined(tensors)
 
@@ -142,6 +141,13 @@ class GpuMemoryTier(MemoryTier):
         """See `StateTier.accumulating`. Gradients of the device land later; whoever needs them waits."""
         with super().accumulating(index, adds=adds, stays=stays) as keep:
             yield partial(self._landing.take, keep=keep)
+
+    def exchange(
+        self, index: int, taken: Collection[str], earlier: Mapping[str, tuple[float, ...] | None]
+    ) -> Collection[str]:
+        if self._memory.is_shared:
+            self._landing.finish()
+        return super().exchange(index, taken, earlier)
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         self._landing.finish()
@@ -163,14 +169,15 @@ class GpuMemoryTier(MemoryTier):
             # In its own type: it becomes fp32 here.
             down[: gradient.numel()].copy_(gradient.cpu())
             gradient = down
-        self._take_live(index)
+        super().update(index, segments, gradient)
+
+    def _run(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
         with self._masters:
             unit = self._buffers_of(index, gradient)
             if index < self._num_blocks and self._updates is not None:
-                self._updates.run(unit, segments, beside=self._update_here)
+                self._updates.run(unit, segments, within=self._memory.part(index), beside=self._update_here)
             else:
                 self._update_here(unit, segments)
-        self._replace(index)
 
     def change(self, edit: Edit) -> None:
         self._landing.finish()
@@ -178,26 +185,18 @@ class GpuMemoryTier(MemoryTier):
         if edit.unit < self._num_blocks:
             # Whatever happens: what the device has of it is of no use.
             self._changed.add(edit.unit)
-        self._take_live(edit.unit)
         super().change(replace(edit, gradient=down))
-        if edit.unit >= self._num_blocks:
-            self._replace(edit.unit)
 
     def end_step(self, step: int, record: dict[str, object]) -> None:
         """See `StateTier.end_step`: what rules have changed is brought to the device from now on."""
         super().end_step(step, record)
         for index in sorted(self._changed):
-            self._replace(index)
-
-    def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
-        if field == WEIGHT:
-            self._take_live(index)
-        return super().read(index, field, place)
+            self._renew(index)
 
     def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
         super().write(index, field, place, value)
-        if field == WEIGHT:
-            self._replace(index)
+        if field == WEIGHT and index < self._num_blocks:
+            self._renew(index)
 
     def keep_basis(self, key: str, basis: Tensor) -> Tensor:
         """A copy of a parameter's basis in page-locked memory, in place of the last one."""
@@ -232,31 +231,23 @@ class GpuMemoryTier(MemoryTier):
         self._scheduler.close()
         self._lifts.close()
         self._landing.close()
-        self._on_device.clear()
         for buffer in self._bases.values():
             buffer.close()
         self._bases.clear()
         super().close()
 
-    def _replace(self, index: int) -> None:
+    def _renew(self, index: int) -> None:
         """Bring a unit's newest weight to the device: now, or for a block when it is visited next."""
         self._changed.discard(index)
         if index < self._num_blocks:
             # After the master has changed: what is being read of it meanwhile is dropped.
             self._scheduler.invalidate((index,))
-        elif index in self._on_device:
-            weight = self._on_device[index]
-            weight.copy_(self.weight(index)[: weight.numel()])
-
-    def _take_live(self, index: int) -> None:
-        """Copy what the model itself holds of a unit to the host: it may have been set since the last update."""
-        weight = self._on_device.get(index)
-        if weight is not None:
-            self.weight(index)[: weight.numel()].copy_(weight)
+        else:
+            super()._renew(index)
 
     def _fill(self, index: int, into: Tensor) -> None:
         with self._masters:
-            self._halves[index].fill(into, self.weight(index))
+            self._halves[index].fill(into, self._flat(index, WEIGHT))
 
     def _lift(self, index: int, into: Tensor) -> Transfer:
         """Start copying a block's master weight into a staging buffer; called by the scheduler's thread."""
@@ -348,20 +339,28 @@ class DeviceUpdates:
             with torch.cuda.stream(stream):
                 self._pieces.append(torch.empty(shape, dtype=torch.uint8, device=device))
 
-    def run(self, state: FlatBuffers, segments: Sequence[Segment], *, beside: UpdateRuns = update_runs) -> None:
+    def run(
+        self,
+        state: FlatBuffers,
+        segments: Sequence[Segment],
+        *,
+        within: slice | None = None,
+        beside: UpdateRuns = update_runs,
+    ) -> None:
         """Update runs: the first elements here, and the others on the processor at the same time.
 
         Args:
             state: Flat buffers in page-locked memory, as they are stored.
             segments: The runs.
+            within: Elements that they lie in, and whose share is updated here; all of the buffers if not given.
             beside: Updates those of the processor.
         """
-        numel = state.weight.numel()
+        first, last = (0, state.weight.numel()) if within is None else (within.start, within.stop)
         # Whole blocks of moments in 8 bits.
-        num_here = min(numel, round_up(round(numel * self._share), BLOCK_VALUES))
+        end_here = min(last, first + round_up(round((last - first) * self._share), BLOCK_VALUES))
         try:
-            self.begin(state, clipped(segments, 0, num_here))
-            beside(state, clipped(segments, num_here, numel))
+            self.begin(state, clipped(segments, first, end_here))
+            beside(state, clipped(segments, end_here, last))
         finally:
             self.finish()
 

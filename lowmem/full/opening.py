@@ -27,13 +27,15 @@ from lowmem.full.flat import UnitLayout, lay_out_unit
 from lowmem.full.gpu_tier import GpuMemoryTier
 from lowmem.full.optimizer_engine import OptimizerEngine, tell_engine
 from lowmem.full.saving import StoredNames, install_saving
-from lowmem.full.tier import MemoryTier, StateTier
+from lowmem.full.shared_state import SharedState
+from lowmem.full.tier import MemoryTier, PrivateState, StateMemory, StateTier
 from lowmem.internals.torch import parameter_table
 from lowmem.internals.transformers import on_optimizer_resume
 from lowmem.models.absent import read_now
 from lowmem.models.checkpoint import pick_dtype
 from lowmem.optim.optimizer import give_to_engine
-from offload import BlockSpec, Closed, FileIO, StagingBuffer, Trace, lay_out, view_tensor
+from lowmem.processes.ranks import ranks
+from offload import BlockSpec, Closed, FileIO, PeerLost, StagingBuffer, Trace, lay_out, view_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,6 +123,10 @@ class MasterWeights:
     def memory(self) -> dict[str, int]:
         """Bytes of memory taken, by role."""
         return self.full.tier.memory()
+
+    def find_lost(self, wait_s: float) -> PeerLost | None:
+        """Which process that shares the weights has ended, if one has; waits so long for word of it."""
+        return self.full.tier.lost(wait_s)
 
     def expect(self, order: Iterable[int]) -> None:
         """Prefetch blocks for visits in this order."""
@@ -361,14 +367,14 @@ def open_full(
         lay_out_unit(name, [(key, param.shape) for key, param in params.items()], weight_dtype=opened.dtype)
         for name, params in named
     ]
-    live = {len(blocks) + index: param.data.view(-1) for index, param in enumerate(outer.values())}
+    live = {len(blocks) + index: param for index, param in enumerate(outer.values())}
     base = BaseWeights(built, layouts[: len(blocks)], reader=reader)
     if plan.choice.state_tier == "disk":
-        tier: StateTier = _disk_tier(layouts, live, base, opened, plan=plan, trace=trace)
+        flat = {index: param.data.view(-1) for index, param in live.items()}
+        tier: StateTier = _disk_tier(layouts, flat, base, opened, plan=plan, trace=trace)
     else:
-        tier = _memory_tier(layouts, live, opened, plan=plan, trace=trace, moved_dtype=moved_dtype)
-        for index in range(len(blocks)):
-            base.load(index, tier.weight(index))
+        tier = in_memory = _memory_tier(layouts, live, opened, plan=plan, trace=trace, moved_dtype=moved_dtype)
+        in_memory.fill(len(blocks), base.load)
         base.release()
     model.requires_grad_(True)
     full = FullTuning(blocks, outer, tier=tier)
@@ -390,12 +396,17 @@ def _memory_tier(
     trace: Trace,
     moved_dtype: torch.dtype,
 ) -> MemoryTier:
+    num_blocks, pin = len(opened.built.blocks), plan.choice.update_share > 0
+    memory: StateMemory = PrivateState(layouts, pin=pin)
+    if ranks().are_several:
+        memory = SharedState(layouts, num_blocks=num_blocks, pin=pin)
     if opened.device.type == "cpu":
-        return MemoryTier(layouts, live=live)
+        return MemoryTier(layouts, live=live, memory=memory)
     return GpuMemoryTier(
         layouts,
         live=live,
-        num_blocks=len(opened.built.blocks),
+        memory=memory,
+        num_blocks=num_blocks,
         device=opened.device,
         num_slots=plan.placement.num_slots,
         num_passes=plan.placement.num_passes,

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError
 from lowmem.full.disk_tier import DiskTier
-from lowmem.full.engine import FullTuning, Reduction, TunedParam
+from lowmem.full.engine import FullTuning, OffloadedGradient, Reduction, TunedParam
 from lowmem.full.flat import EXP_AVG, EXP_AVG_SQ, ParamUpdate
 from lowmem.full.gpu_tier import GpuMemoryTier
-from lowmem.full.gradient import OffloadedGradient
 from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saving import (
     FOLDER,
@@ -76,6 +75,7 @@ class OptimizerEngine:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 self._full.key_of(param)
+        self._full.tier.refuse_optimizer(type(optimizer).__name__, self._kinds_of_moments(optimizer))
         if self._optimizer is not None:
             self._forget_moments(set(self._steps))
         self._optimizer = weakref.ref(optimizer)
@@ -90,13 +90,13 @@ class OptimizerEngine:
 
     def _choose_moments(self, optimizer: RuleOptimizer) -> None:
         """Have the tier store moments as the optimizer wants them, where all of it wants the same."""
-        found = {
-            moments
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if (moments := self._flat_moments(optimizer.rule_of(param), param)) is not None
-        }
-        self._full.tier.store_moments_as(found.pop() if len(found) == 1 else "fp32")
+        found = [moments for moments in self._kinds_of_moments(optimizer) if moments is not None]
+        self._full.tier.store_moments_as(found[0] if len(found) == 1 else "fp32")
+
+    def _kinds_of_moments(self, optimizer: RuleOptimizer) -> set[str | None]:
+        """How flat moments are stored, and None where a rule has others."""
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        return {self._flat_moments(optimizer.rule_of(param), param) for param in params}
 
     @staticmethod
     def _flat_moments(rule: Rule, param: Tensor) -> str | None:

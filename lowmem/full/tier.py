@@ -6,9 +6,10 @@ State in memory: each unit's flat buffers, updated where they lie.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
 import torch
@@ -24,10 +25,11 @@ from lowmem.full.flat import (
     ParamPlace,
     Segment,
     UnitLayout,
+    clipped,
     lay_out_moments,
     update_runs,
 )
-from offload import StagingBuffer
+from offload import PeerLost, StagingBuffer
 
 WEIGHT = "weight"
 
@@ -117,6 +119,15 @@ class StateTier(Protocol):
     def store_moments_as(self, state_dtype: str) -> None:
         """Store moments in another way from now on; those that there are become zero."""
 
+    def refuse_optimizer(self, optimizer: str, moments: Collection[str | None]) -> None:
+        """Refuse an optimizer that cannot be served.
+
+        Args:
+            optimizer: Its name.
+            moments: How its moments would be stored; None where its rules go through `change`.
+        """
+        return
+
     def lend(self, index: int) -> AbstractContextManager[FlatWeight]:
         """A block's flat weight for the time of a visit; nobody writes to it meanwhile."""
 
@@ -135,6 +146,26 @@ class StateTier(Protocol):
             stays: Whether `update` is called with them before the visit ends, and they are not needed afterwards.
         """
 
+    def exchange(
+        self, index: int, taken: Collection[str], earlier: Mapping[str, tuple[float, ...] | None]
+    ) -> Collection[str]:
+        """Make what `accumulating` took, which has ended, the mean over all ranks of a run.
+
+        Args:
+            index: The block.
+            taken: Parameters, by name, that have had a gradient here.
+            earlier: For each parameter of the block, `Contribution.earlier_scales` of its first gradient.
+
+        Returns:
+            Parameters that have had one on any rank.
+        """
+        return taken
+
+    def set_gradient(self, index: int, place: ParamPlace, value: Tensor) -> None:
+        """Replace an accumulated gradient with a value of the parameter's shape."""
+        with self.accumulating(index, adds=False, stays=False) as keep:
+            keep(Contribution(place=place, value=value.view(place.shape), earlier_scales=None))
+
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
         """A copy of an accumulated gradient, of the parameter's shape."""
 
@@ -143,6 +174,10 @@ class StateTier(Protocol):
 
     def clear_gradient(self, index: int, place: ParamPlace) -> None:
         """Make an accumulated gradient zero."""
+
+    def begin_step(self) -> None:
+        """Note that the updates of a step are about to be asked for."""
+        return
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
         """Update a unit, now or before anybody reads it.
@@ -181,6 +216,10 @@ class StateTier(Protocol):
         """End all visits, wherever an exception has left them."""
         return
 
+    def lost(self, wait_s: float) -> PeerLost | None:
+        """Which process that shares the state has ended, if one has; waits so long for word of it."""
+        return None
+
     def memory(self) -> dict[str, int]:
         """Bytes of memory taken, by role."""
 
@@ -188,27 +227,160 @@ class StateTier(Protocol):
         """Complete all updates, then give everything back. May be called twice."""
 
 
-_GRADIENT, _MOMENTS = "gradient", "moments"
+class StateMemory(Protocol):
+    """Memory in which a tier has its flat buffers: this process's own, or that of several which change a part each.
+
+    Units are counted as in the tier; elements are those of its flat buffers.
+    """
+
+    is_shared: bool
+    """Whether others change parts of it."""
+
+    def room(self, index: int, field: str, nbytes: int) -> Tensor:
+        """Where a unit's weight, gradient or moments lie, uint8; zeros before they are first written."""
+
+    def drop(self, index: int, field: str) -> None:
+        """Forget one of these."""
+
+    def sizes(self) -> dict[tuple[int, str], int]:
+        """Bytes that this process counts for each."""
+
+    def refuse_optimizer(self, optimizer: str, moments: Collection[str | None]) -> None:
+        """See `StateTier.refuse_optimizer`."""
+        return
+
+    def refuse_setting(self, key: str) -> None:
+        """Refuse to replace the accumulated gradient of a parameter, where that is not one process's to do."""
+        return
+
+    def fill(self, num_blocks: int, load: Callable[[int], None]) -> None:
+        """Have the weights of blocks filled, each once, by `load` with the block's number."""
+
+    def part(self, index: int) -> slice:
+        """Elements of a unit that this process updates."""
+
+    def meet(self) -> None:
+        """Wait for the others: what each has changed before, all see afterwards."""
+        return
+
+    def changing(self, index: int, place: ParamPlace) -> AbstractContextManager[slice]:
+        """Change a parameter's weight, gradient or moment, as the others do: yields this process's elements."""
+
+    def adding(self, accumulated: Callable[[], Tensor]) -> Callable[[Contribution], None]:
+        """Begin a backward of a block; returns what takes its gradients.
+
+        Args:
+            accumulated: The block's flat gradient, which is complete after `exchange`.
+        """
+
+    def exchange(
+        self,
+        index: int,
+        accumulated: Callable[[], Tensor],
+        taken: Collection[str],
+        earlier: Mapping[str, tuple[float, ...] | None],
+    ) -> Collection[str]:
+        """See `StateTier.exchange`."""
+        return taken
+
+    def norm(self, index: int, place: ParamPlace, accumulated: Tensor) -> Tensor:
+        """The 2-norm of a parameter's accumulated gradient."""
+
+    def cleared(self, index: int, place: ParamPlace) -> None:
+        """Note, while it is being changed, that a parameter's accumulated gradient is zero now."""
+        return
+
+    def lost(self, wait_s: float) -> PeerLost | None:
+        """See `StateTier.lost`."""
+        return None
+
+    def close(self) -> None:
+        """Let go of it. May be called twice."""
+
+
+class PrivateState(StateMemory):
+    """This process's own: mappings in huge pages, committed as they are first written.
+
+    Args:
+        layouts: The units.
+        pin: Whether to keep it page-locked, for a GPU that copies from it and to it.
+    """
+
+    is_shared = False
+
+    def __init__(self, layouts: Sequence[UnitLayout], *, pin: bool = False) -> None:
+        self._layouts, self._pin = tuple(layouts), pin
+        self._buffers: dict[tuple[int, str], StagingBuffer] = {}
+
+    def room(self, index: int, field: str, nbytes: int) -> Tensor:
+        buffer = self._buffers.get((index, field))
+        if buffer is None:
+            buffer = self._buffers[index, field] = StagingBuffer(nbytes, pin=self._pin)
+        return buffer.tensor
+
+    def drop(self, index: int, field: str) -> None:
+        self._buffers.pop((index, field), None)
+
+    def sizes(self) -> dict[tuple[int, str], int]:
+        return {key: buffer.nbytes for key, buffer in self._buffers.items()}
+
+    def fill(self, num_blocks: int, load: Callable[[int], None]) -> None:
+        for index in range(num_blocks):
+            load(index)
+
+    def part(self, index: int) -> slice:
+        """See `StateMemory.part`: all."""
+        return slice(0, self._layouts[index].numel)
+
+    @contextmanager
+    def changing(self, index: int, place: ParamPlace) -> Iterator[slice]:
+        """See `StateMemory.changing`: all of it, at once."""
+        yield slice(place.start, place.stop)
+
+    def adding(self, accumulated: Callable[[], Tensor]) -> Callable[[Contribution], None]:
+        """See `StateMemory.adding`: to what is accumulated, at once."""
+        return lambda one: one.add_to(view_of(accumulated(), one.place))
+
+    def norm(self, index: int, place: ParamPlace, accumulated: Tensor) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(view_of(accumulated, place))
+        return norm
+
+    def close(self) -> None:
+        """Release all buffers."""
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._buffers.clear()
+
+
+GRADIENT, MOMENTS = "gradient", "moments"
 
 
 class MemoryTier(StateTier):
     """Keeps state in RAM. A processor computes from the master weights themselves, so nothing is copied.
 
     Updates are done when they are asked for: on a processor they would take the same cores from the next forward.
-    Buffers are mappings of their own, in huge pages, committed as they are first written.
 
     Args:
         layouts: The units.
-        live: Flat views of the weights that the model itself holds, by unit.
-        pin: Whether to keep the state of blocks page-locked, for a GPU that copies from it and to it.
+        live: The weights that the model itself holds, by unit.
+        memory: Where the buffers are; closed with this.
+        updates_live: Whether the weights that the model itself holds are updated where they are. Otherwise, and where
+            several processes update a part each, they are copied into the buffers for that, and back.
     """
 
-    def __init__(self, layouts: Sequence[UnitLayout], *, live: Mapping[int, Tensor], pin: bool = False) -> None:
+    def __init__(
+        self,
+        layouts: Sequence[UnitLayout],
+        *,
+        live: Mapping[int, Tensor],
+        memory: StateMemory,
+        updates_live: bool = True,
+    ) -> None:
         self.layouts = tuple(layouts)
-        self._pin = pin
         self.state_dtype = "fp32"
-        self._live = dict(live)
-        self._buffers: dict[tuple[int, str], StagingBuffer] = {}
+        self._live, self._updates_live = dict(live), updates_live and not memory.is_shared
+        self._memory = memory
+        self._updated: list[int] = []
         # Committed by the first update that scales a gradient.
         self._scaled = StagingBuffer(SCALED_ELEMENTS * ELEMENT_BYTES)
 
@@ -216,11 +388,14 @@ class MemoryTier(StateTier):
         if state_dtype != self.state_dtype:
             self.state_dtype = state_dtype
             for index in range(len(self.layouts)):
-                self._buffers.pop((index, _MOMENTS), None)
+                self._memory.drop(index, MOMENTS)
 
-    def weight(self, index: int) -> Tensor:
-        """A unit's flat master weight, to be filled."""
-        return self._flat(index, WEIGHT)
+    def refuse_optimizer(self, optimizer: str, moments: Collection[str | None]) -> None:
+        self._memory.refuse_optimizer(optimizer, moments)
+
+    def fill(self, num_blocks: int, load: Callable[[int, Tensor], None]) -> None:
+        """Fill the weights of so many units, the first ones: `load` is called with a number and the flat weight."""
+        self._memory.fill(num_blocks, lambda index: load(index, self._flat(index, WEIGHT)))
 
     @contextmanager
     def lend(self, index: int) -> Iterator[FlatWeight]:
@@ -230,90 +405,144 @@ class MemoryTier(StateTier):
     @contextmanager
     def accumulating(self, index: int, *, adds: bool, stays: bool) -> Iterator[Callable[[Contribution], None]]:
         del adds, stays
-        yield lambda one: one.add_to(_view(self._flat(index, _GRADIENT), one.place))
+        yield self._memory.adding(partial(self._flat, index, GRADIENT))
+
+    def exchange(
+        self, index: int, taken: Collection[str], earlier: Mapping[str, tuple[float, ...] | None]
+    ) -> Collection[str]:
+        return self._memory.exchange(index, partial(self._flat, index, GRADIENT), taken, earlier)
+
+    def set_gradient(self, index: int, place: ParamPlace, value: Tensor) -> None:
+        self._memory.refuse_setting(place.key)
+        super().set_gradient(index, place, value)
 
     def read_gradient(self, index: int, place: ParamPlace) -> Tensor:
-        return _view(self._flat(index, _GRADIENT), place).clone()
+        return view_of(self._flat(index, GRADIENT), place).clone()
 
     def gradient_norm(self, index: int, place: ParamPlace) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(_view(self._flat(index, _GRADIENT), place))
-        return norm
+        return self._memory.norm(index, place, self._flat(index, GRADIENT))
 
     def clear_gradient(self, index: int, place: ParamPlace) -> None:
-        _view(self._flat(index, _GRADIENT), place).zero_()
+        with self._memory.changing(index, place) as own:
+            self._flat(index, GRADIENT)[own].zero_()
+            self._memory.cleared(index, place)
+
+    def begin_step(self) -> None:
+        self._memory.meet()
 
     def update(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
-        """See `StateTier.update`: at once."""
+        """See `StateTier.update`: this process's part, at once."""
+        part = self._memory.part(index)
+        self._take_live(index)
+        self._run(index, clipped(segments, part.start, part.stop), gradient)
+        if self._memory.is_shared:
+            self._updated.append(index)
+        else:
+            self._renew(index)
+
+    def end_step(self, step: int, record: dict[str, object]) -> None:
+        """See `StateTier.end_step`. Until the next step begins, nobody changes what is copied here."""
+        self._memory.meet()
+        for index in self._updated:
+            self._renew(index)
+        self._updated.clear()
+
+    def change(self, edit: Edit) -> None:
+        gradient = edit.gradient
+        if gradient is None:
+            gradient = view_of(self._flat(edit.unit, GRADIENT), edit.reduced or edit.place)
+            for scale in edit.scales:
+                gradient.mul_(scale)
+        self._take_live(edit.unit)
+        edit.run(view_of(self._flat(edit.unit, WEIGHT), edit.place), gradient)
+        if edit.unit in self._live:
+            self._renew(edit.unit)
+
+    def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
+        if field == WEIGHT:
+            live = self._live_weight(index)
+            return view_of(self._flat(index, field) if live is None else live, place).to("cpu", copy=True)
+        return self._moment(index, field).read(slice(place.start, place.stop)).view(place.shape).clone()
+
+    def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
+        """See `StateTier.write`; called by all processes that share the memory, with the same value."""
+        if field == WEIGHT and (live := self._live_weight(index)) is not None:
+            view_of(live, place).copy_(value)
+            return
+        with self._memory.changing(index, place) as own:
+            flat = value.detach().to("cpu").reshape(-1)[own.start - place.start : own.stop - place.start]
+            if field == WEIGHT:
+                self._flat(index, field)[own].copy_(flat)
+            else:
+                self._moment(index, field).write(own, flat.float())
+
+    def lost(self, wait_s: float) -> PeerLost | None:
+        return self._memory.lost(wait_s)
+
+    def memory(self) -> dict[str, int]:
+        by_role = {f"{field}_bytes": 0 for field in (*FIELDS, GRADIENT)}
+        for (_, field), nbytes in self._memory.sizes().items():
+            if field == MOMENTS:
+                # Both are equally large.
+                by_role[f"{EXP_AVG}_bytes"] += nbytes // 2
+                by_role[f"{EXP_AVG_SQ}_bytes"] += nbytes // 2
+            else:
+                by_role[f"{field}_bytes"] = by_role.get(f"{field}_bytes", 0) + nbytes
+        return by_role
+
+    def close(self) -> None:
+        """Release all buffers."""
+        self._memory.close()
+        self._live.clear()
+
+    def _live_weight(self, index: int) -> Tensor | None:
+        """What the model itself holds of a unit, flat, where it is now: accelerate may have moved it since."""
+        live = self._live.get(index)
+        return None if live is None else live.detach().view(-1)
+
+    def _take_live(self, index: int) -> None:
+        """Bring what the model itself holds of a unit to its buffer, this process's part: it may have been set."""
+        live = self._live_weight(index)
+        if live is not None and not self._updates_live:
+            part = self._memory.part(index)
+            own = slice(part.start, min(part.stop, live.numel()))
+            self._flat(index, WEIGHT)[own].copy_(live[own])
+
+    def _renew(self, index: int) -> None:
+        """Bring a unit's newest weight to wherever there is a copy of it."""
+        live = self._live_weight(index)
+        if live is not None and not self._updates_live:
+            live.copy_(self._flat(index, WEIGHT)[: live.numel()])
+
+    def _run(self, index: int, segments: Sequence[Segment], gradient: Tensor | None) -> None:
+        """Update runs of a unit, with the gradient that is given in place of the accumulated one."""
         self._update_here(self._buffers_of(index, gradient), segments)
 
     def _update_here(self, unit: FlatBuffers, segments: Sequence[Segment]) -> None:
         update_runs(unit, segments, scaled=self._scaled.tensor.view(torch.float32))
 
-    def change(self, edit: Edit) -> None:
-        gradient = edit.gradient
-        if gradient is None:
-            gradient = _view(self._flat(edit.unit, _GRADIENT), edit.reduced or edit.place)
-            for scale in edit.scales:
-                gradient.mul_(scale)
-        edit.run(_view(self._flat(edit.unit, WEIGHT), edit.place), gradient)
-
-    def read(self, index: int, field: str, place: ParamPlace) -> Tensor:
-        if field == WEIGHT:
-            return _view(self._flat(index, field), place).clone()
-        return self._moment(index, field).read(slice(place.start, place.stop)).view(place.shape).clone()
-
-    def write(self, index: int, field: str, place: ParamPlace, value: Tensor) -> None:
-        if field == WEIGHT:
-            _view(self._flat(index, field), place).copy_(value)
-        else:
-            flat = value.detach().to("cpu", torch.float32).reshape(-1)
-            self._moment(index, field).write(slice(place.start, place.stop), flat)
-
-    def memory(self) -> dict[str, int]:
-        by_field = dict.fromkeys((*FIELDS, _GRADIENT), 0)
-        for (_, field), buffer in self._buffers.items():
-            if field == _MOMENTS:
-                # Both are equally large.
-                by_field[EXP_AVG] += buffer.nbytes // 2
-                by_field[EXP_AVG_SQ] += buffer.nbytes // 2
-            else:
-                by_field[field] += buffer.nbytes
-        return {f"{field}_bytes": nbytes for field, nbytes in by_field.items()}
-
-    def close(self) -> None:
-        """Release all buffers."""
-        for buffer in self._buffers.values():
-            buffer.close()
-        self._buffers.clear()
-        self._live.clear()
-
     def _buffers_of(self, index: int, gradient: Tensor | None) -> FlatBuffers:
-        """A unit, with the gradient that is given in place of the accumulated one."""
         return FlatBuffers(
             weight=self._flat(index, WEIGHT),
             exp_avg=self._moment(index, EXP_AVG),
             exp_avg_sq=self._moment(index, EXP_AVG_SQ),
-            gradient=self._flat(index, _GRADIENT) if gradient is None else gradient,
+            gradient=self._flat(index, GRADIENT) if gradient is None else gradient,
         )
 
     def _flat(self, index: int, field: str) -> Tensor:
-        if field == WEIGHT and index in self._live:
-            return self._live[index]
+        """A unit's flat weight that is updated, or its flat gradient."""
+        if field == WEIGHT and self._updates_live and (live := self._live_weight(index)) is not None:
+            return live
         layout = self.layouts[index]
         dtype = layout.weight_dtype if field == WEIGHT else torch.float32
-        buffer = self._buffers.get((index, field))
-        if buffer is None:
-            buffer = self._buffers[index, field] = StagingBuffer(layout.numel * dtype.itemsize, pin=self._pin)
-        return buffer.tensor.view(dtype)
+        return self._memory.room(index, field, layout.numel * dtype.itemsize).view(dtype)
 
     def _moment(self, index: int, field: str) -> FlatMoment:
         layout = self.layouts[index]
         stored = lay_out_moments(self.state_dtype, layout.numel, num_wide=layout.num_wide)
-        buffer = self._buffers.get((index, _MOMENTS))
-        if buffer is None:
-            buffer = self._buffers[index, _MOMENTS] = StagingBuffer(stored.nbytes, pin=self._pin)
-        return FlatMoment(field, stored.views(buffer.tensor))
+        return FlatMoment(field, stored.views(self._memory.room(index, MOMENTS, stored.nbytes)))
 
 
-def _view(flat: Tensor, place: ParamPlace) -> Tensor:
+def view_of(flat: Tensor, place: ParamPlace) -> Tensor:
+    """A parameter of a unit's flat buffer, in its shape."""
     return flat[place.start : place.stop].view(place.shape)

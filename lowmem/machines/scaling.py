@@ -1,7 +1,7 @@
 """What several cards and several machines make of a plan: tokens in all, bytes over each link, and what limits them.
 
 Arithmetic only. Each card has a rank of its own and its own copies; a machine's ranks read the base once and have its
-RAM together; under DDP the adapter's gradients go around all ranks once per step.
+RAM together, the state of full tuning too; gradients go around all ranks.
 """
 
 from __future__ import annotations
@@ -55,19 +55,23 @@ class Scaling:
         )
 
 
-def scaling_of(plan: Plan, alone: Plan, machine: Machine) -> Scaling:
+def scaling_of(plan: Plan, alone: Plan, machine: Machine, *, num_in_blocks: int = 0) -> Scaling:
     """Compare a plan of one rank among others with that of one card.
 
     A ring of n ranks sends 2 (n - 1) / n of the gradients over each of its links (Patarasuk and Yuan, "Bandwidth
     optimal all-reduce algorithms for clusters of workstations", 2009), once per optimizer step whatever its batches.
+    Where every weight is trained, blocks' gradients meet in the machine's RAM, and go between machines with each batch.
 
     Args:
         plan: One rank's, of `machine.gpus * machine.nodes`.
         alone: The same job on one card that has the machine for itself.
         machine: With its number of cards and of machines.
+        num_in_blocks: Trained weights whose gradients DDP does not see: those of the blocks, where all are trained.
     """
-    num = machine.gpus * machine.nodes
-    link_bytes = round(2 * (num - 1) / num * plan.num_trainable * GRADIENT_BYTES)
+    num, nodes = machine.gpus * machine.nodes, machine.nodes
+    around = (num - 1) / num * (plan.num_trainable - num_in_blocks)
+    between = (nodes - 1) / nodes * num_in_blocks * plan.job.num_backwards
+    link_bytes = round(2 * (around + between) * GRADIENT_BYTES)
     per_s = machine.network_gbps * 1e9 if machine.nodes > 1 else machine.rates.copy_bytes_per_s
     link_s = link_bytes / per_s
     tokens_per_s = num * _step_tokens(plan) / (plan.step_s + link_s)
@@ -100,4 +104,6 @@ def with_scaling(plan: Plan, shapes: ModelShapes, machine: Machine, *, alone: Bu
         return plan
     job = replace(plan.job, num_sharing=1)
     one = plan_step(shapes, job, budget=alone, rates=plan.rates, machine=plan.machine)
-    return replace(plan, advice=(scaling_of(plan, one, machine).words, *plan.advice))
+    num_in_blocks = shapes.num_params if job.tuning == "full" else 0
+    found = scaling_of(plan, one, machine, num_in_blocks=num_in_blocks)
+    return replace(plan, advice=(found.words, *plan.advice))

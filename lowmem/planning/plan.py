@@ -499,7 +499,9 @@ def _facts(plan: Plan) -> list[str]:
     if plan.machine != THIS_MACHINE:
         lines.append(f"machine    {plan.machine}")
     if job.num_sharing > 1:
-        lines.append(f"shares     {job.num_sharing} ranks of the machine read blocks once, and keep one copy in RAM")
+        is_full = job.tuning == "full"
+        what = "train one copy of the state, a part each," if is_full else "read blocks once, and keep one copy"
+        lines.append(f"shares     {job.num_sharing} ranks of the machine {what} in RAM")
     by = "" if plan.optimizer is None else f", by {plan.optimizer.name}"
     lines.append(f"trains     {plan.num_trainable:,} parameters: {plan.adapter}{by}")
     lines.append(f"besides    about {format_bytes(plan.framework_bytes)} of RAM for Python and its libraries")

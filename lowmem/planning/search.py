@@ -274,8 +274,10 @@ class Room:
         if self.job.tuning == "full":
             ring = max(_MIN_RING, min(_MAX_RING, device_bytes // max(self.shapes.moved_bytes)))
             plan = place_masters(sizes, tier=choice.state_tier, ring=ring, job=self.job)
-            needed_bytes = as_moved(self.shapes, plan).device_bytes
-            if needed_bytes > device_bytes or plan.host_bytes > host_bytes:
+            moved = as_moved(self.shapes, plan)
+            resident_bytes = moved.resident_bytes
+            needed_bytes = moved.device_bytes - resident_bytes + _own_bytes(resident_bytes, self.job)
+            if needed_bytes > device_bytes or cached_bytes(plan, self.job) > host_bytes:
                 raise BudgetError("the master weights do not fit", needed_bytes=needed_bytes)
             return plan
         place = partial(
@@ -337,10 +339,15 @@ def cached_bytes(placement: PlacementPlan, job: Job) -> int:
     return ceil_div(placement.host_bytes, job.num_sharing)
 
 
+def _own_bytes(nbytes: int, job: Job) -> int:
+    """One process's part of blocks that are kept where it computes: masters are shared, frozen weights are not."""
+    return ceil_div(nbytes, job.num_sharing) if job.tuning == "full" else nbytes
+
+
 def _block_roles(shapes: ModelShapes, placement: PlacementPlan, job: Job) -> tuple[RoleBytes, ...]:
     slot_bytes = as_moved(shapes, placement).slot_bytes
     roles = (
-        RoleBytes(role="decoder blocks", tier="device", nbytes=placement.resident_bytes),
+        RoleBytes(role="decoder blocks", tier="device", nbytes=_own_bytes(placement.resident_bytes, job)),
         RoleBytes(role="decoder blocks", tier="host", nbytes=cached_bytes(placement, job)),
         RoleBytes(role="decoder blocks", tier="disk", nbytes=placement.streamed_bytes),
         RoleBytes(role="block ring", tier="device", nbytes=placement.ring_size * slot_bytes),

@@ -162,7 +162,7 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
     yield _device("head", shapes.head_bytes)
     yield _device("norms and buffers", shapes.other_bytes)
     if job.tuning == "full":
-        yield from full_state(shapes, choice, on_gpu=job.device != "cpu")
+        yield from full_state(shapes, choice, on_gpu=job.device != "cpu", num_sharing=job.num_sharing)
         if job.num_backwards > 1:
             # A later batch's gradient of the head is whole before it is added to that of the earlier ones.
             yield _device("gradient to be added", shapes.head_bytes, phase="head")
@@ -175,7 +175,9 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
         yield _device("optimizer state", state_bytes)
 
 
-def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> Iterable[RoleBytes]:
+def full_state(
+    shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False, num_sharing: int = 1
+) -> Iterable[RoleBytes]:
     """Gradients of every weight and what the optimizer keeps; the master weights are the decoder blocks themselves.
 
     AdamW's moments in fp32 lie in the tier of the weights; what another optimizer keeps is in RAM wherever these are,
@@ -184,6 +186,8 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
     Gradients of what is outside the blocks are ordinary ones, on the device; of a block's weights, one has a gradient
     of its own at a time. On a GPU those of a whole block may be on their way down, what is outside the blocks has its
     master weights on the host, and weights and gradients pass page-locked memory.
+
+    Ranks that share a machine have one copy in all, of which each counts its part.
     """
     widest_bytes = max(block.fp32_bytes for block in shapes.blocks)
     yield _device("gradients", shapes.outer_bytes)
@@ -202,7 +206,8 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
             yield _device("bases", each + widest, phase="block")
         passing = NUM_LANDING_BLOCKS * widest_bytes
         if tier == "host":
-            yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=shapes.outer_bytes)
+            outer_bytes = ceil_div(shapes.outer_bytes, num_sharing)
+            yield RoleBytes(role="master weights outside the blocks", tier="host", nbytes=outer_bytes)
             passing += NUM_MASTER_STAGING * lent_bytes
         if choice.update_share:
             converted = 0 if shapes.state_bytes_each == 3 * _FP32_BYTES else NUM_CONVERTED_PIECES
@@ -210,7 +215,7 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
         yield RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=passing)
     else:
         yield _device("weight gradient", max(map(_largest_weight_bytes, shapes.blocks)), phase="block")
-    yield RoleBytes(role="gradients", tier=tier, nbytes=shapes.fp32_bytes)
+    yield RoleBytes(role="gradients", tier=tier, nbytes=ceil_div(shapes.fp32_bytes, num_sharing))
     near: Tier = "host" if on_gpu else "device"
     optimizer = shapes.optimizer
     if optimizer is not None and not optimizer.is_flat:
@@ -218,12 +223,23 @@ def full_state(shapes: ModelShapes, choice: Choice, *, on_gpu: bool = False) -> 
         yield RoleBytes(role="optimizer state", tier=kept, nbytes=optimizer.state_bytes)
     else:
         for moment in ("exp_avg", "exp_avg_sq"):
-            yield RoleBytes(role=moment, tier=tier, nbytes=shapes.moments_bytes // 2)
+            yield RoleBytes(role=moment, tier=tier, nbytes=ceil_div(shapes.moments_bytes // 2, num_sharing))
     if tier == "disk":
         yield RoleBytes(role="gradient buffer", tier=near, nbytes=widest_bytes)
         # Weight, both moments and gradient of the chunks that are read, updated and written.
         chunks = NUM_CHUNK_BUFFERS * 4 * state_chunk_bytes(widest_bytes)
         yield RoleBytes(role="state chunks", tier=near, nbytes=chunks)
+
+
+def exchange_bytes(shapes: ModelShapes, *, num_sharing: int, on_gpu: bool) -> int:
+    """RAM that one of several ranks which train every weight takes besides.
+
+    A block's gradients, of its own alone; and its part of the weights outside the blocks, which ranks copy from each
+    other, and which are on the host anyway where blocks are computed on GPUs.
+    """
+    widest_bytes = max(block.fp32_bytes for block in shapes.blocks)
+    outer_bytes = 0 if on_gpu else shapes.outer_bytes * _FP32_BYTES // itemsize(shapes.compute_dtype)
+    return widest_bytes + ceil_div(outer_bytes, num_sharing)
 
 
 def _largest_weight_bytes(block: BlockShape) -> int:

@@ -233,10 +233,11 @@ def bus_traffic(shapes: ModelShapes, job: Job, choice: Choice, placement: Placem
         down = job.num_backwards * kept_bytes(shapes, job, choice)
         up += down
     if is_full:
-        read, written = (round(choice.update_share * nbytes * shapes.num_params) for nbytes in _update_bytes(shapes))
+        share = choice.update_share / job.num_sharing
+        read, written = (round(share * nbytes * shapes.num_params) for nbytes in _update_bytes(shapes))
         up += shapes.outer_bytes + read
-        # What is outside the blocks has no other master than the device's: it comes down, and so does its gradient.
-        down += 2 * shapes.outer_bytes
+        # What is outside the blocks has no other master than the device's: its gradient comes, and what is updated.
+        down += shapes.outer_bytes + ceil_div(shapes.outer_bytes, job.num_sharing)
         bases, gradients = _gradient_traffic(shapes, choice)
         up += job.num_backwards * bases
         down += job.num_backwards * gradients
@@ -342,7 +343,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     # An update that runs within the optimizer's step hides behind nothing.
     alone_s = 0.0 if _updates_move_with_forward(shapes) else state.update_bytes / rates.disk_bytes_per_s
     # The share is such that both end together; a GPU that updates waits for what goes up and comes down.
-    updated_bytes = choice.update_share * sum(_update_bytes(shapes)) * shapes.num_params
+    updated_bytes = choice.update_share * sum(_update_bytes(shapes)) * shapes.num_params / job.num_sharing
     up_bytes, down_bytes = bus_traffic(shapes, job, choice, placement)
     return StepTime(
         step_s=total["step"] + gather_s + update_s + alone_s,

@@ -115,11 +115,11 @@ _OTHER_ENGINES = {
 }
 
 
-def refuse_for_ranks(found: Ranks, *, tuning: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse what several processes cannot do, before anything is opened.
+def refuse_engines(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse other engines than DDP, before anything is opened.
 
     Raises:
-        UnsupportedError: Another engine than DDP was asked for, or every weight is to be trained by several ranks.
+        UnsupportedError: The launcher was told to use one.
     """
     for name, what in _OTHER_ENGINES.items():
         if environ.get(name, "").lower() in ("true", "1", "yes"):
@@ -128,11 +128,33 @@ def refuse_for_ranks(found: Ranks, *, tuning: str, environ: Mapping[str, str] = 
                 reason="it moves and shards the weights itself, which are streamed here",
                 instead="torchrun --nproc_per_node N or accelerate launch --multi_gpu --num_processes N: DDP",
             )
-    if found.are_several and tuning == "full":
+
+
+def refuse_full(found: Ranks, *, masters: torch.dtype | str | None = None, tier: str = "host") -> None:
+    """Refuse what several processes cannot do to every weight.
+
+    Args:
+        found: The processes.
+        masters: Type of the master weights; None for fp32.
+        tier: Where the state is.
+
+    Raises:
+        UnsupportedError: There are several, and they cannot do that exactly.
+    """
+    if not found.are_several:
+        return
+    what = f'tuning="full" in {found.size} processes'
+    if masters not in (None, torch.float32, "float32", "fp32"):
         raise UnsupportedError(
-            f'tuning="full" in {found.size} processes',
-            reason="gradients of streamed weights go to their tier past DDP, so each rank would train another model",
-            instead="one process (python SCRIPT), or adapters (peft_config), which several ranks train together",
+            f"{what} and masters={masters}",
+            reason="they are rounded parameter by parameter, and each process updates a part of every block",
+            instead="masters='fp32', or one process",
+        )
+    if tier == "disk":
+        raise UnsupportedError(
+            f"{what} and state on disk",
+            reason="a folder of state is one process's to write",
+            instead="a budget with room for the state in RAM, once for each machine; or one process",
         )
 
 
@@ -248,6 +270,10 @@ class Agreement:
         keys = {rank: f"{stem}/{rank}" for rank in range(self._ranks.size)}
         self._wait(keys, what)
         return [pickle.loads(self._store.get(key)) for key in keys.values()]
+
+    def room_for_group(self, what: str) -> tuple[KeyValueStore, str]:
+        """The store, and a beginning of keys that nothing else uses, for a process group that all ranks make."""
+        return self._store, self._key(what)
 
     def _key(self, what: str) -> str:
         """A key that nothing else uses; the same on all ranks that have asked equally often."""

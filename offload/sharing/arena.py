@@ -90,6 +90,26 @@ class SharedArena(ClosedAfterwards):
             os.close(fd)
             raise
 
+    @staticmethod
+    def received(address: str, nbytes: int) -> SharedArena:
+        """What another process of this user hands on.
+
+        Args:
+            address: Its `HandingOn.address`.
+            nbytes: The memory's size.
+
+        Raises:
+            OSError: There is nobody, or another user, or nothing was handed on.
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(f"\0{address}")
+            if peer_of(connection)[1] != os.geteuid():
+                raise PermissionError(f"the memory at {address} is another user's")
+            _, fds, _, _ = socket.recv_fds(connection, 16, 1)
+        if not fds:
+            raise ConnectionError(f"{address} handed on no memory")
+        return SharedArena(fds[0], nbytes)
+
     @property
     def fd(self) -> int:
         """The descriptor, to be handed on.
@@ -117,6 +137,50 @@ class SharedArena(ClosedAfterwards):
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+class HandingOn(ClosedAfterwards):
+    """Hands a piece of memory on to other processes of this user (`SharedArena.received`).
+
+    Args:
+        arena: The memory; stays the caller's.
+    """
+
+    def __init__(self, arena: SharedArena) -> None:
+        self._arena = arena
+        self.address = f"lowmem-{os.getpid()}-{os.urandom(16).hex()}"
+        """Where they ask for it."""
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._listener.bind(f"\0{self.address}")
+            self._listener.listen()
+        except OSError:
+            self._listener.close()
+            raise
+
+    def to(self, num: int, *, wait_s: float) -> None:
+        """Hand it on to so many processes.
+
+        Args:
+            num: How many.
+            wait_s: Longest wait for each.
+
+        Raises:
+            OSError: One did not come in time.
+        """
+        self._listener.settimeout(wait_s)
+        served = 0
+        while served < num:
+            connection, _ = self._listener.accept()
+            with connection:
+                # An abstract address has no owner: anybody may connect.
+                if peer_of(connection)[1] == os.geteuid():
+                    socket.send_fds(connection, [b"memory"], [self._arena.fd])
+                    served += 1
+
+    def close(self) -> None:
+        """Hand nothing on any more. May be called twice."""
+        self._listener.close()
 
 
 class SharedPlace(ClosedAfterwards):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lowmem
-from lowmem.full.gradient import OffloadedGradient
+from lowmem.full.engine import OffloadedGradient
 from offload.device import CopyStream
 from tests.fakecuda.test_full import checkpoint
 from tests.lowmem.full_training import backward, batches, weights

@@ -8,7 +8,7 @@ import torch
 
 import lowmem
 from lowmem.full import update_in_backward
-from lowmem.full.gradient import OffloadedGradient
+from lowmem.full.engine import OffloadedGradient
 from lowmem.full.tier import Contribution
 from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.full_training import TIERS, backward, batches, full, resident, weights

@@ -15,6 +15,7 @@ import lowmem.api  # imports bitsandbytes, which looks for a card
 from lowmem.machines.cards import CARDS, find_card
 from lowmem.machines.scaling import scaling_of
 from lowmem.planning.plan import Plan
+from offload import format_bytes
 
 GIB = 1 << 30
 RTX_4090 = lowmem.Machine(gpu="RTX 4090", ram="64GiB", disk_gbps=7)
@@ -287,7 +288,24 @@ def test_numbers_of_cards_and_machines_that_cannot_be(given: dict[str, Any], say
         lowmem.Machine(**given)
 
 
-def test_every_weight_is_planned_for_one_card_only(models: dict[str, Path]) -> None:
-    machine = lowmem.Machine(gpu="RTX 4090", ram="64GiB", disk_gbps=7, nodes=2)
-    with pytest.raises(lowmem.UnsupportedError, match='tuning="full" in 2 processes'):
-        lowmem.plan(models["1.1b"], machine=machine, seq_len=64, tuning="full")
+def test_every_weight_of_several_cards_has_one_copy_and_its_gradients_meet_in_ram(models: dict[str, Path]) -> None:
+    job: dict[str, Any] = {"seq_len": 64, "tuning": "full", "gradient_accumulation_steps": 3}
+    machine: dict[str, Any] = {"gpu": "RTX 4090", "ram": "64GiB", "disk_gbps": 7}
+    one, two, four = (
+        lowmem.plan(models["1.1b"], machine=lowmem.Machine(gpus=gpus, nodes=nodes, **machine), **job)
+        for gpus, nodes in ((1, 1), (2, 1), (2, 2))
+    )
+    assert two.fits
+    assert four.fits
+    for role in ("decoder blocks", "gradients", "exp_avg", "exp_avg_sq", "master weights outside the blocks"):
+        assert two.bytes_of(role, tier="host") == -(-one.bytes_of(role, tier="host") // 2), role
+    in_blocks = one.bytes_of("gradients", tier="host") // 4
+    outside = one.num_trainable - in_blocks
+    # DDP's around all cards once; those of blocks between machines, with each batch.
+    words = {plan: plan.advice[0] for plan in (two, four)}
+    assert f"{format_bytes(round(2 * 0.5 * outside * 4))} of gradients over the cards' links" in words[two]
+    between = round(2 * (0.75 * outside + 0.5 * in_blocks * 3) * 4)
+    assert f"{format_bytes(between)} of gradients over the network" in words[four]
+    budget = lowmem.Budget(host="4GiB", disk="/tmp")
+    with pytest.raises(lowmem.UnsupportedError, match='tuning="full" in 2 processes and state on disk'):
+        lowmem.plan(models["1.1b"], machine=lowmem.Machine(gpus=2, **machine), budget=budget, **job)

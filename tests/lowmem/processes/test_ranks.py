@@ -18,7 +18,7 @@ from peft import get_peft_model
 import lowmem
 from lowmem.monitoring.resume_checks import check_before_resume, newest_complete
 from lowmem.monitoring.training_checks import refuse_training_options
-from lowmem.processes.ranks import Ranks, budget_of_rank, ranks, refuse_for_ranks
+from lowmem.processes.ranks import Ranks, budget_of_rank, ranks, refuse_engines
 from offload import Budget, SourceError
 from tests.lowmem.processes.ranks_job import run
 from tests.lowmem.tiny_training import lora, streamed
@@ -336,23 +336,13 @@ def test_an_environment_that_cannot_be_is_named(environ: dict[str, str], says: s
         ranks(environ)
 
 
-@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(
     ("name", "says"),
     [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Meg")],
 )
-def test_other_engines_are_refused_by_name(name: str, says: str, size: int) -> None:
+def test_other_engines_are_refused_by_name(name: str, says: str) -> None:
     with pytest.raises(lowmem.UnsupportedError, match=f"{says}.*DDP"):
-        refuse_for_ranks(Ranks(size=size), tuning="adapter", environ={name: "true"})
-
-
-def test_every_weight_over_ranks_is_refused_before_anything_is_opened(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name, value in TWO.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(lowmem.UnsupportedError, match=r'tuning="full" in 2 processes.*another model'):
-        lowmem.from_pretrained(tmp_path / "nothing", tuning="full")
+        refuse_engines({name: "true"})
 
 
 def test_essa_over_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
