@@ -1,4 +1,4 @@
-"""`kill_ranks_job` with every weight trained: ... -m tests.lowmem.processes.full_kill_ranks_job FOLDER SCRATCH NUM."""
+"""`kill_ranks_job` with every weight trained: the same arguments."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 import lowmem
+from lowmem.monitoring.resume_checks import newest_complete
 from tests.lowmem.full_training import sft_trainer
-from tests.lowmem.kill_job import last_complete_checkpoint
 from tests.lowmem.processes import kill_ranks_job
 
 
@@ -17,7 +17,7 @@ def train(folder: Path, output: Path, say: int) -> None:
     """As `kill_ranks_job.train`."""
     torch.set_num_threads(1)
     # The first to get there saves: both must have seen the same checkpoint before.
-    checkpoint = last_complete_checkpoint(output)
+    checkpoint = newest_complete(output, is_adapter=False)
     model = lowmem.from_pretrained(folder, tuning="full", device="cpu")
     done = sft_trainer(
         model,
@@ -35,4 +35,6 @@ def train(folder: Path, output: Path, say: int) -> None:
 
 if __name__ == "__main__":
     kill_ranks_job.train = train
-    kill_ranks_job.main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    # Nothing of this goes there.
+    (Path(sys.argv[2]) / "scratch").mkdir()
+    kill_ranks_job.main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
