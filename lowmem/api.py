@@ -398,7 +398,8 @@ def _planned(
     name = THIS_MACHINE if machine is None else str(machine)
     made = plan_step(shapes, job, budget=bounds, rates=speeds, machine=name, finds_batch=finds_batch)
     if job.tuning == "full":
-        refuse_full(found, masters=made.compute_dtype, tier=made.choice.state_tier)
+        dtype, other = made.compute_dtype, shapes.optimizer_of_whole_params
+        refuse_full(found, masters=dtype, tier=made.choice.state_tier, optimizer=other)
     return made if machine is None else with_scaling(made, shapes, machine, alone=machine.budget(budget))
 
 

@@ -18,7 +18,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.flat import ELEMENT_BYTES, PAGE_ELEMENTS, ParamPlace, UnitLayout, lay_out_moments
 from lowmem.full.tier import GRADIENT, MOMENTS, WEIGHT, Contribution, StateMemory, view_of
 from lowmem.processes.node_memory import NodeMemory
-from lowmem.processes.ranks import agreement, ranks
+from lowmem.processes.ranks import agreement, ranks, refuse_full
 from offload import PAGE_BYTES, PeerLost, ceil_div, register_host_memory, round_up, unregister_host_memory
 
 _LANDING, _HAVE, _NORMS = "landing", "have", "norms"
@@ -97,11 +97,7 @@ class SharedState(StateMemory):
             UnsupportedError: It is another.
         """
         if set(moments) != {"fp32"}:
-            raise UnsupportedError(
-                f"lowmem.optim.{optimizer} with tuning='full' in {self._num_everywhere} processes",
-                reason="each updates a part of every block, and this takes whole matrices, or rounds whole parameters",
-                instead="lowmem.optim.AdamW with fp32 moments, torch.optim.AdamW, or one process",
-            )
+            refuse_full(ranks(), optimizer=f"lowmem.optim.{optimizer}")
 
     def fill(self, num_blocks: int, load: Callable[[int], None]) -> None:
         """See `StateMemory.fill`: each rank its part of the blocks."""

@@ -159,6 +159,7 @@ def sizes_of(optimizer: RuleOptimizer) -> OptimizerShape:
     work = sum(param.numel() * rule.relative_time(param.dtype) for rule, param, _ in active)
     return OptimizerShape(
         name=optimizer.method_name,
+        is_own=True,
         state_bytes=sum(_state_bytes(rule, param) for rule, param, _ in active),
         is_flat=len(flat := {_flat_moments(rule, param) for rule, param, *_ in rules}) == 1 and None not in flat,
         num_updated=num_updated,

@@ -157,6 +157,8 @@ class OptimizerShape:
     """Its name."""
     state_bytes: int
     """Bytes of its state, in all."""
+    is_own: bool = False
+    """Whether it is one of `lowmem.optim`, which runs by rules."""
     is_flat: bool = False
     """Whether it is AdamW as `lowmem.optim` runs it on flat buffers: its moments are where the weights are."""
     num_updated: int
@@ -345,6 +347,14 @@ class ModelShapes:
         if self.optimizer is None or self._has_fp32_moments:
             return 2 * itemsize("float32") + itemsize(self.compute_dtype)
         return self.optimizer.state_bytes / self.optimizer.num_updated + itemsize(self.compute_dtype)
+
+    @property
+    def optimizer_of_whole_params(self) -> str | None:
+        """Name of the optimizer, if it is one of `lowmem.optim` that takes or rounds whole parameters."""
+        optimizer = self.optimizer
+        if optimizer is None or not optimizer.is_own or (optimizer.is_flat and self._has_fp32_moments):
+            return None
+        return optimizer.name
 
     @property
     def _has_fp32_moments(self) -> bool:

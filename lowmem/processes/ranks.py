@@ -130,13 +130,16 @@ def refuse_engines(environ: Mapping[str, str] = os.environ) -> None:
             )
 
 
-def refuse_full(found: Ranks, *, masters: torch.dtype | str | None = None, tier: str = "host") -> None:
+def refuse_full(
+    found: Ranks, *, masters: torch.dtype | str | None = None, tier: str = "host", optimizer: str | None = None
+) -> None:
     """Refuse what several processes cannot do to every weight.
 
     Args:
         found: The processes.
         masters: Type of the master weights; None for fp32.
         tier: Where the state is.
+        optimizer: Name of one of `lowmem.optim` that takes or rounds whole parameters.
 
     Raises:
         UnsupportedError: There are several, and they cannot do that exactly.
@@ -155,6 +158,12 @@ def refuse_full(found: Ranks, *, masters: torch.dtype | str | None = None, tier:
             f"{what} and state on disk",
             reason="a folder of state is one process's to write",
             instead="a budget with room for the state in RAM, once for each machine; or one process",
+        )
+    if optimizer is not None:
+        raise UnsupportedError(
+            f"{what} and {optimizer}",
+            reason="each updates a part of every block, and this takes whole matrices, or rounds whole parameters",
+            instead="lowmem.optim.AdamW with fp32 moments, torch.optim.AdamW, or one process",
         )
 
 

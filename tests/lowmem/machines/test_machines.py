@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,10 @@ def test_numbers_of_cards_and_machines_that_cannot_be(given: dict[str, Any], say
         lowmem.Machine(**given)
 
 
+def moments(plan: Plan) -> int:
+    return sum(plan.bytes_of(role, tier="host") for role in ("exp_avg", "exp_avg_sq", "optimizer state"))
+
+
 def test_every_weight_of_several_cards_has_one_copy_and_its_gradients_meet_in_ram(models: dict[str, Path]) -> None:
     job: dict[str, Any] = {"seq_len": 64, "tuning": "full", "gradient_accumulation_steps": 3}
     machine: dict[str, Any] = {"gpu": "RTX 4090", "ram": "64GiB", "disk_gbps": 7}
@@ -309,3 +314,9 @@ def test_every_weight_of_several_cards_has_one_copy_and_its_gradients_meet_in_ra
     budget = lowmem.Budget(host="4GiB", disk="/tmp")
     with pytest.raises(lowmem.UnsupportedError, match='tuning="full" in 2 processes and state on disk'):
         lowmem.plan(models["1.1b"], machine=lowmem.Machine(gpus=2, **machine), budget=budget, **job)
+    for optimizer in ("galore", "badam", partial(lowmem.optim.AdamW, state_dtype="8bit")):
+        with pytest.raises(lowmem.UnsupportedError, match=r"in 2 processes and .*lowmem\.optim\.AdamW with fp32"):
+            lowmem.plan(models["1.1b"], machine=lowmem.Machine(gpus=2, **machine), optimizer=optimizer, **job)
+    for known, factor in (("adamw", 1), (partial(lowmem.optim.AdamW, betas=(0.9, 0.95)), 1), ("adamw_torch_fused", 2)):
+        other = lowmem.plan(models["1.1b"], machine=lowmem.Machine(gpus=2, **machine), optimizer=known, **job)
+        assert moments(other) == pytest.approx(factor * moments(two), rel=1e-6), "torch's own is each rank's"
