@@ -16,8 +16,7 @@ from typing import Self
 from torch import nn
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
-from lowmem.generation.hooks import generation_of
-from lowmem.generation.session import TokenProgress
+from lowmem.generation.hooks import TokenProgress, generation_of
 from lowmem.progress_line import EVERY_S_IN_FILES, ProgressLine, writes_to_file
 from lowmem.streaming.runtime import runtime_of
 from offload import format_bytes

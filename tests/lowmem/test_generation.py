@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import lowmem
 from lowmem.generation.cache import GrowingLayer, KvRoom, StreamedCache
-from lowmem.generation.session import TokenProgress
+from lowmem.generation.hooks import TokenProgress
 from lowmem.streaming.runtime import Runtime, runtime_of
 from offload import Budget, BudgetError
 from tests.zoo.architectures import build
