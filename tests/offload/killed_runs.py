@@ -127,14 +127,18 @@ def main(folder: Path, num_kills: int, seed: int) -> None:
         reading, report = os.pipe()
         pid = in_child(lambda i=i, report=report: work(folder, seed=seed * 1000 + i, report=report))  # type: ignore[misc]
         os.close(report)
+        steps = b""
         if rng.random() < 0.8:
-            # Most of the time it is well under way.
-            select.select([reading], [], [], 10)
+            # Most of the time it is well under way, however slow the machine.
+            num_bytes = 4 * rng.randint(1, 4)
+            while len(steps) < num_bytes and select.select([reading], [], [], 30)[0]:
+                part = os.read(reading, 1 << 16)
+                assert part, "the run ended by itself"
+                steps += part
         time.sleep(rng.random() * 0.1)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status), "the run ended by itself"
-        steps = b""
         while part := os.read(reading, 1 << 16):
             steps += part
         os.close(reading)
