@@ -10,6 +10,7 @@ before (examples/sft.py, say), which is then the reference.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""Of the processes that torchrun or accelerate started: rank 0 says what all of them do."""
 
 
 def parse() -> argparse.Namespace:
@@ -59,7 +63,8 @@ def main() -> None:
         peft_config=lora,
         budget=lowmem.Budget(device=options.device, host=options.host),
     )
-    print(plan)
+    if IS_FIRST:
+        print(plan)
     if not plan.fits:
         sys.exit(1)  # the plan says what to change
     if options.plan_only:
@@ -94,6 +99,8 @@ def main() -> None:
     trainer.train()
     trainer.save_model(options.output)
     trainer.save_state()
+    if not IS_FIRST:
+        return
     steps = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
     for name in ("loss", "rewards/accuracies", "rewards/margins"):
         print(f"{name}: {steps[0][name]:.3f} -> {steps[-1][name]:.3f}")

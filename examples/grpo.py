@@ -10,6 +10,7 @@ weights for the whole batch, so make the batch large and completions no longer t
 """
 
 import argparse
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -31,6 +32,10 @@ def is_a_sentence(completions: list[list[dict[str, str]]], **columns: object) ->
     """0.1 where the completion has the form of one sentence, right or wrong."""
     texts = [said[0]["content"].strip() for said in completions]
     return [0.1 * (text[:1].isupper() and text.endswith(".") and text.count(".") == 1) for text in texts]
+
+
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""Of the processes that torchrun or accelerate started: rank 0 says what all of them do."""
 
 
 def parse() -> argparse.Namespace:
@@ -72,7 +77,8 @@ def main() -> None:
         peft_config=lora,
         budget=lowmem.Budget(device=options.device, host=options.host),
     )
-    print(plan)
+    if IS_FIRST:
+        print(plan)
     if not plan.fits or options.plan_only:
         sys.exit(int(not plan.fits))  # the plan says what to change
     model = lowmem.from_pretrained(options.model, plan=plan)
@@ -107,6 +113,8 @@ def main() -> None:
     trainer.train()
     trainer.save_model(options.output)
     trainer.save_state()
+    if not IS_FIRST:
+        return
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     few = max(1, len(rewards) // 5)
     print(f"mean reward: {statistics.fmean(rewards[:few]):.3f} -> {statistics.fmean(rewards[-few:]):.3f}")

@@ -8,6 +8,7 @@ it again with --resume to go on after an interruption, from the last checkpoint 
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
+
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""Of the processes that torchrun or accelerate started: rank 0 says what all of them do."""
 
 
 def parse() -> argparse.Namespace:
@@ -51,7 +54,9 @@ def parse() -> argparse.Namespace:
 
 
 def last_checkpoint(output: str) -> str | None:
-    return get_last_checkpoint(output) if Path(output).is_dir() else None
+    """The newest one that was written to its end: its state comes last."""
+    found = [file.parent for file in Path(output).glob("checkpoint-*/trainer_state.json")]
+    return str(max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))) if found else None
 
 
 def is_finished(checkpoint: str, options: argparse.Namespace) -> bool:
@@ -101,14 +106,16 @@ def how_to_merge(model: str, adapter: str) -> str:
 
 def main() -> None:
     options = parse()
+    last = None
     if options.resume:
         last = last_checkpoint(options.output) if options.resume is True else options.resume
         if not last or not Path(last).is_dir():
             where = f"in {options.output}" if options.resume is True else options.resume
             sys.exit(f"--resume: no checkpoint {where}; leave it out, or give the --output of the run to go on with")
         if is_finished(last, options):
-            print(f"nothing is left to train: {last} has all steps; for more, raise --epochs or --max-steps")
-            print(f"adapter: {last}\n{how_to_merge(options.model, last)}")
+            if IS_FIRST:
+                print(f"nothing is left to train: {last} has all steps; for more, raise --epochs or --max-steps")
+                print(f"adapter: {last}\n{how_to_merge(options.model, last)}")
             return
     lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     plan = lowmem.plan(
@@ -119,8 +126,9 @@ def main() -> None:
         peft_config=lora,
         budget=lowmem.Budget(device=options.device, host=options.host, disk=options.disk),
     )
-    print(plan)
-    if not sys.stderr.isatty():
+    if IS_FIRST:
+        print(plan)
+    if not (IS_FIRST and sys.stderr.isatty()):
         disable_progress_bars()  # in a log file, plain lines
     if not plan.fits:
         sys.exit(1)  # the plan says what to change
@@ -153,15 +161,18 @@ def main() -> None:
         callbacks=[lowmem.Monitor()],
     )
     try:
-        trainer.train(resume_from_checkpoint=options.resume)
+        trainer.train(resume_from_checkpoint=last)
     except KeyboardInterrupt:
+        if not IS_FIRST:
+            sys.exit(1)
         last = last_checkpoint(options.output)
         if last:
             sys.exit(f"stopped; {last}: run it again with --resume")
         sys.exit(f"stopped before the first checkpoint; one is saved every {options.save_steps} steps (--save-steps)")
     trainer.save_model(options.output)
     trainer.save_state()  # the loss curve, in trainer_state.json
-    print(f"adapter: {options.output}\n{how_to_merge(options.model, options.output)}")
+    if IS_FIRST:
+        print(f"adapter: {options.output}\n{how_to_merge(options.model, options.output)}")
 
 
 if __name__ == "__main__":

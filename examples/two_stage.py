@@ -9,6 +9,7 @@ it is the reference. After each stage the share of questions that are answered e
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import lowmem
@@ -22,6 +23,10 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 def exact_match(completions: list[list[dict[str, str]]], answer: list[str], **columns: object) -> list[float]:
     """1 where the completion is the answer."""
     return [float(said[0]["content"].strip() == right) for said, right in zip(completions, answer, strict=True)]
+
+
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""Of the processes that torchrun or accelerate started: rank 0 says what all of them do."""
 
 
 def parse() -> argparse.Namespace:
@@ -66,7 +71,8 @@ def main() -> None:
         peft_config=lora,
         budget=lowmem.Budget(device=options.device, host=options.host),
     )
-    print(plan)
+    if IS_FIRST:
+        print(plan)
     model = lowmem.from_pretrained(options.model, plan=plan)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = {
@@ -109,9 +115,11 @@ def main() -> None:
         model = trainer.model  # with the adapter, which the next stage goes on with
         if "ref" in model.peft_config:
             model.delete_adapter("ref")  # DPO's copy of what the adapter was before
-        model.save_pretrained(str(options.output / stage))
+        if IS_FIRST:
+            model.save_pretrained(str(options.output / stage))
         share = exact_share(model, tokenizer, data["questions"], num_tokens=options.completion_tokens)
-        print(f"after {stage}: {share:.0%} of {len(data['questions'])} questions answered exactly", flush=True)
+        if IS_FIRST:
+            print(f"after {stage}: {share:.0%} of {len(data['questions'])} questions answered exactly", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from socket import gethostname
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -40,10 +39,10 @@ from lowmem.processes.node import shared_bytes
 from lowmem.processes.ranks import (
     Ranks,
     agreed,
-    agreement,
     budget_of_rank,
     opening_together,
     ranks,
+    refuse_another,
     refuse_engines,
     refuse_full,
 )
@@ -165,7 +164,9 @@ def _checked_plan(
     """The plan given, or one for a job that nobody has described; rank 0's for all. It fits, and caps the device."""
     if tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
-    _refuse_another_base(opened)
+    _refuse_another_opening(
+        opened, {"tuning": tuning, **{name: given[name] for name in ("micro_batch", "chunk_tokens", "moved_dtype")}}
+    )
 
     def make() -> Plan:
         if plan is not None:
@@ -195,30 +196,14 @@ def _bounds(budget: Budget | None, opened: Described, found: Ranks, *, tuning: T
     return budget_of_rank(budget, opened.device, shared_bytes=passing, found=found)
 
 
-def _refuse_another_base(opened: Opened) -> None:
-    """Refuse ranks whose checkpoints are not copies of one.
-
-    Raises:
-        ValueError: On all ranks: one of them differs from rank 0's in its configuration, files, headers or values.
-    """
+def _refuse_another_opening(opened: Opened, settings: Mapping[str, object]) -> None:
+    """Refuse ranks that open something else than rank 0 does, or it with other settings; as `refuse_another`."""
     if not ranks().are_several:
         return
     described = sha256((opened.folder / "config.json").read_bytes()).hexdigest()
-    own = (gethostname(), str(opened.folder), opened.source.fingerprint(of_copies=True) + described)
-    told = agreement().of_all("checkpoint", own)
-    others = [rank for rank, (_, _, fingerprint) in enumerate(told) if fingerprint != told[0][2]]
-    if others:
-        (machine, folder, _), (first_machine, first_folder, _) = told[others[0]], told[0]
-        raise ValueError(
-            f"{ranks()}: the files of {folder} on {machine}, which {_numbered(others)} opened, are not copies "
-            f"of those of {first_folder} on {first_machine}, which rank 0 has opened: config.json, names, sizes, "
-            "headers or values differ; give all ranks copies of the same checkpoint"
-        )
-
-
-def _numbered(numbers: Sequence[int]) -> str:
-    listed = ", ".join(map(str, numbers))
-    return f"ranks {listed} have" if len(numbers) > 1 else f"rank {listed} has"
+    fingerprint = opened.source.fingerprint(of_copies=True) + described
+    types = {"dtype": str(opened.dtype).removeprefix("torch."), "num_labels": opened.num_labels}
+    refuse_another(opened.folder, fingerprint, settings={**settings, **types})
 
 
 def _cap_device(device: torch.device, plan: Plan | None) -> None:

@@ -10,11 +10,13 @@ import os
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
+from socket import gethostname
 from typing import Protocol, TypeVar, cast
 
 import torch
@@ -335,8 +337,7 @@ class Agreement:
 
     def _silent(self, keys: Mapping[int, str]) -> str:
         """Who has said nothing, and the verb to it."""
-        found = [str(rank) for rank, key in keys.items() if not self._has(key)]
-        return f"ranks {', '.join(found)} have" if len(found) > 1 else f"rank {', '.join(found)} has"
+        return _numbered([rank for rank, key in keys.items() if not self._has(key)])
 
 
 @cache
@@ -366,3 +367,39 @@ def opening_together() -> Iterator[None]:
 def agreed(what: str, make: Callable[[], T]) -> T:
     """Rank 0's, as `Agreement.on`; in one process what it makes."""
     return agreement().on(what, make) if ranks().are_several else make()
+
+
+def refuse_another(folder: Path, fingerprint: str, *, settings: Mapping[str, object]) -> None:
+    """Refuse ranks that open something else than rank 0 does, or the same with other settings; all ranks call it.
+
+    Args:
+        folder: The checkpoint that this rank opens.
+        fingerprint: Of its configuration and files.
+        settings: What this rank was told of the model, by the names of arguments: what DDP, and the plan that rank 0
+            makes for all, take for the same everywhere.
+
+    Raises:
+        ValueError: On all ranks: one of them differs from rank 0's.
+    """
+    given = {name: str(value) for name, value in settings.items()}
+    told = agreement().of_all("checkpoint", (gethostname(), str(folder), fingerprint, given))
+    others = [rank for rank, (_, _, theirs, _) in enumerate(told) if theirs != told[0][2]]
+    if others:
+        (machine, where, *_), (first_machine, first, *_) = told[others[0]], told[0]
+        raise ValueError(
+            f"{ranks()}: the files of {where} on {machine}, which {_numbered(others)} opened, are not copies "
+            f"of those of {first} on {first_machine}, which rank 0 has opened: config.json, names, sizes, "
+            "headers or values differ; give all ranks copies of the same checkpoint"
+        )
+    for name in given:
+        others = [rank for rank, (*_, theirs) in enumerate(told) if theirs[name] != told[0][3][name]]
+        if others:
+            raise ValueError(
+                f"{ranks()}: {_numbered(others)} opened {told[others[0]][1]} with {name}={told[others[0]][3][name]}, "
+                f"and rank 0 with {name}={told[0][3][name]}; give all ranks the same"
+            )
+
+
+def _numbered(numbers: Sequence[int]) -> str:
+    listed = ", ".join(map(str, numbers))
+    return f"ranks {listed} have" if len(numbers) > 1 else f"rank {listed} has"

@@ -100,6 +100,16 @@ def test_resuming_a_finished_run_trains_nothing_and_says_where_its_adapter_is(
     assert f"lowmem merge nowhere --adapter {last}" in shown
 
 
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    assert sft.last_checkpoint(str(tmp_path / "nowhere")) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11"):
+        (tmp_path / name).mkdir()
+    assert sft.last_checkpoint(str(tmp_path)) is None
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert sft.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
 def run_sft(inputs: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "examples" / "sft.py"), "--output", str(inputs / "out")]
     command += ["--model", str(inputs / "model"), "--data", str(inputs / "train.jsonl"), *options]

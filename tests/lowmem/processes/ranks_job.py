@@ -38,7 +38,8 @@ T = TypeVar("T")
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One case in this process, alone or among others."""
     if "opens" in case:
-        return {"refused": _refused(folder / case["opens"][int(os.environ["RANK"])])}
+        rank = int(os.environ["RANK"])
+        return {"refused": _refused(folder / case["opens"][rank], **case.get("settings", [{}] * (rank + 1))[rank])}
     task, dies = case["task"], case.get("dies", {})
     _die(dies, "before", folder)
     resident, streamed = loaders(task)
@@ -107,10 +108,10 @@ class _Dies(TrainerCallback):
             _die(self._dies, "training", self._folder)
 
 
-def _refused(folder: Path) -> str:
+def _refused(folder: Path, **settings: Any) -> str:
     """What opening a folder raises."""
     try:
-        lowmem.from_pretrained(folder, budget=lowmem.Budget(device="64MiB", host="0"), device="cpu")
+        lowmem.from_pretrained(folder, budget=lowmem.Budget(device="64MiB", host="0"), device="cpu", **settings)
     except (OSError, ValueError, OffloadError) as error:
         return f"{type(error).__name__}: {error}"
     return ""

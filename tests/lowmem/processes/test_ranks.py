@@ -75,6 +75,19 @@ RESUMED = case("resumed", output="saving", options={"max_steps": 4, **ADAMW})
 # Each rank opens a folder of its own, and one of them must not: then all of them are told why.
 ANOTHER = {"name": "another", "opens": ["llama", "trained on"]}
 MISSING = {"name": "missing", "opens": ["llama", "nothing"]}
+# The same folder, opened with other settings: rank 0's, rank 1's, and what is said of them.
+SETTINGS = {
+    "dtype": ({}, {"dtype": "bfloat16"}, "dtype=bfloat16, and rank 0 with dtype=float32"),
+    "tuning": ({}, {"tuning": "full"}, "tuning=full, and rank 0 with tuning=adapter"),
+    "full": ({"tuning": "full"}, {}, "tuning=adapter, and rank 0 with tuning=full"),
+    "labels": ({"num_labels": 1}, {}, "num_labels=None, and rank 0 with num_labels=1"),
+    "micro-batch": ({"micro_batch": 1}, {"micro_batch": 2}, "micro_batch=2, and rank 0 with micro_batch=1"),
+    "chunks": ({}, {"chunk_tokens": 16}, "chunk_tokens=16, and rank 0 with chunk_tokens=None"),
+}
+DIFFERENT = [
+    {"name": f"other {name}", "opens": ["llama"] * 2, "settings": [first, second]}
+    for name, (first, second, _) in SETTINGS.items()
+]
 
 
 def run_ranks(
@@ -130,7 +143,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
     resumed = {**RESUMED, "resume": str(made / "saving" / "checkpoint-2")}
     quick = [one for one in (*EXACT, *BESIDE_PLAIN) if one["name"] not in SLOW]
-    return run_on_ranks(made, [*quick, resumed, ANOTHER, MISSING])
+    return run_on_ranks(made, [*quick, resumed, ANOTHER, MISSING, *DIFFERENT])
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +274,14 @@ def test_a_checkpoint_that_is_another_ones_is_refused_on_all_ranks(folder: Path)
         assert refused.startswith(f"ValueError: rank {rank} of 2: the files of {folder / 'trained on'} on ")
         assert "which rank 1 has opened, are not copies of those of" in refused
         assert str(folder / "llama") in refused
+
+
+@pytest.mark.parametrize(("name", "says"), [(name, says) for name, (_, _, says) in SETTINGS.items()], ids=SETTINGS)
+def test_a_model_that_is_opened_with_other_settings_is_refused_on_all_ranks(name: str, says: str, folder: Path) -> None:
+    for rank in range(NUM_RANKS):
+        refused = of_rank(folder, f"other {name}", rank)["refused"]
+        opened = f"rank 1 has opened {folder / 'llama'} with {says}; give all ranks the same"
+        assert refused == f"ValueError: rank {rank} of 2: {opened}"
 
 
 def test_what_one_rank_cannot_open_ends_the_others_with_its_reason(folder: Path) -> None:
