@@ -104,6 +104,13 @@ def how_to_merge(model: str, adapter: str) -> str:
     return f"merge it: lowmem merge {model} --adapter {adapter} --output merged"
 
 
+def where_it_stopped(options: argparse.Namespace) -> str:
+    last = last_checkpoint(options.output)
+    if last:
+        return f"stopped; {last}: run it again with --resume"
+    return f"stopped before the first checkpoint; one is saved every {options.save_steps} steps (--save-steps)"
+
+
 def main() -> None:
     options = parse()
     last = None
@@ -163,12 +170,7 @@ def main() -> None:
     try:
         trainer.train(resume_from_checkpoint=last)
     except KeyboardInterrupt:
-        if not IS_FIRST:
-            sys.exit(1)
-        last = last_checkpoint(options.output)
-        if last:
-            sys.exit(f"stopped; {last}: run it again with --resume")
-        sys.exit(f"stopped before the first checkpoint; one is saved every {options.save_steps} steps (--save-steps)")
+        sys.exit(where_it_stopped(options) if IS_FIRST else 1)
     trainer.save_model(options.output)
     trainer.save_state()  # the loss curve, in trainer_state.json
     if IS_FIRST:
