@@ -233,12 +233,16 @@ class RowPacker(Packer):
         return int8.row_scaled(name, *(specs[output.name] for output in self.outputs(name, shape)))
 
 
-def packer_for(quantization: str) -> Packer:
+def packer_for(quantization: object) -> Packer:
     """What writes a format.
 
     Raises:
         UnsupportedError: There is no such format, or it is only read.
     """
+    if not isinstance(quantization, str):
+        # A BitsAndBytesConfig, say, whose text has many lines.
+        shown = f"quantization= of type {type(quantization).__name__}"
+        raise UnsupportedError(shown, reason="a format is given by its name", instead="'nf4', 'fp4' or 'int8'")
     if quantization in CODES:
         return NibblePacker(code=quantization)
     if quantization == "int8":

@@ -16,7 +16,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 import lowmem
@@ -298,6 +298,10 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_written(llama: Path
         assert not (tmp_path / "out").exists()
 
     refused(r"quantization='nf3' is not supported: .*Instead: 'nf4'", quantization="nf3")
+    refused(r"quantization= of type int is not supported: .*Instead: 'nf4'", quantization=4)
+    refused(r"quantization= of type list is not supported", quantization=["nf4"])
+    with pytest.raises(UnsupportedError, match=r"quantization= of type BitsAndBytesConfig is not supported"):
+        lowmem.from_pretrained(llama, quantization=BitsAndBytesConfig(load_in_4bit=True), device="cpu")  # type: ignore[arg-type]
     refused(r"packing a checkpoint that is stored as nf4", model=nf4)
     refused(r"is inside the model's folder", ValueError, output=llama / "inner")
     refused(r"is not this model packed in this way", FileExistsError, output=llama.parent / "nf4", quantization="fp4")
