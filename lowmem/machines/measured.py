@@ -41,12 +41,15 @@ _MIB = 1 << 20
 _COPY_BYTES = 32 * _MIB
 
 
+_FEWEST_CALLS = (1, 8)
+"""Tokens of a step of generation: of a mixture they reach few of the experts, 32 reach nearly all."""
+
 _SMALL_CALL, _MIDDLE_CALL, _MOST_TOKENS = 32, 128, 1024
-"""Tokens of the calls that a block is timed with, and the most of the largest one."""
+"""Tokens of the calls that a block is timed with besides, and the most of the largest one."""
 
 
 _CALL_S = 1.0
-"""What the larger call may take at most."""
+"""What the largest call may take at most, or twice what the middle one took."""
 
 
 _ATTENTION_TOKENS = 1024
@@ -189,11 +192,10 @@ class _BlockTiming:
         install_dora(built.model, frozen_base=True)
         config = self._opened.built.model.config.get_text_config()
         longest = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
+        fewest = [self._call(num_tokens) for num_tokens in _FEWEST_CALLS]
         small, middle = self._call(_SMALL_CALL), self._call(min(_MIDDLE_CALL, max(2 * _SMALL_CALL, longest)))
-        # As many as can be timed in about a second.
-        per_token_s = max(middle.backward_s, 1e-6) / middle.num_tokens
-        large = int(min(longest, _CALL_S / per_token_s)) // _SMALL_CALL * _SMALL_CALL
-        return [small, middle, self._call(large)] if large > middle.num_tokens else [small, middle]
+        large = _largest_call(small, middle, longest=longest)
+        return [*fewest, small, middle, *([self._call(large)] if large > middle.num_tokens else [])]
 
     def _call(self, num_tokens: int) -> _Call:
         model, device = self._opened.built.model, self._opened.device
@@ -232,6 +234,16 @@ class _BlockTiming:
 
         forward_s = self._watch.usual_s(forward)
         return (forward_s, self._watch.usual_s(backward)), output
+
+
+def _largest_call(small: _Call, middle: _Call, *, longest: int) -> int:
+    """Tokens of the largest call that can be timed: by what each token adds.
+
+    That is little where a mixture's experts take most of the time for their weights alone.
+    """
+    token_s = (middle.backward_s - small.backward_s) / (middle.num_tokens - small.num_tokens)
+    more = max(_CALL_S - middle.backward_s, middle.backward_s) / max(token_s, 1e-9)
+    return int(min(longest, middle.num_tokens + more)) // _SMALL_CALL * _SMALL_CALL
 
 
 def _first_tensor(value: object) -> Tensor:

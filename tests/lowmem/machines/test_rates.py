@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowmem
-from lowmem.machines import rates
+from lowmem.machines import measured, rates
 from lowmem.machines.bench import bench_lines
 from lowmem.machines.measured import measure_shape
 from lowmem.models.checkpoint import Opened, open_checkpoint
@@ -128,6 +128,31 @@ def test_a_call_takes_what_those_next_to_it_took() -> None:
     assert found.forward_call_s(2048) == 32
     assert found.backward_call_s(1) == pytest.approx(2 - 31 * 3 / 96)
     assert shape_rates(forward_calls_s=(0.0, 4.0, 5.0)).forward_call_s(1) == 0
+
+
+@pytest.mark.parametrize(
+    ("small_s", "middle_s", "tokens"),
+    [
+        (0.01, 0.04, 1024),
+        (0.25, 1.0, 256),
+        (2.7, 3.0, 1024),  # A mixture's weights take most of it.
+        (2.0, 3.5, 352),
+        (1.0, 0.9, 1024),
+    ],
+)
+def test_largest_call_follows_what_a_token_adds(small_s: float, middle_s: float, tokens: int) -> None:
+    small, middle = (measured._Call(num, 0.0, seconds) for num, seconds in ((32, small_s), (128, middle_s)))
+    assert measured._largest_call(small, middle, longest=1024) == tokens
+    assert measured._largest_call(small, middle, longest=64) == 64
+
+
+def test_a_step_of_generation_is_measured_with_few_tokens(tmp_path: Path) -> None:
+    checkpoint = opened(build("qwen3_moe", tmp_path, dtype=torch.bfloat16))
+    shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
+    with WorkClock() as clock:
+        found = measure_shape(checkpoint, shapes, trains="lora", clock=lambda: clock.now_s)
+    assert found.call_tokens[:3] == (1, 8, 32)
+    assert found.forward_call_s(1) == found.forward_calls_s[0] > 0
 
 
 def test_dropout_takes_its_time_in_each_pass(llama: Path) -> None:
