@@ -149,10 +149,10 @@ def bake(
         if is_baked(output, manifest):
             return output
         refuse_output(output, given.folder, holds=_OTHER)
+        done = _go_on(work, manifest, chosen)
+        left = sum(unit.nbytes for unit in chosen.units if unit.file not in done.files)
+        require_room(output, left, instead="or give a folder on another disk")
         with telling_full_disk(work, "free some space, and the next call goes on"):
-            done = _go_on(work, manifest, chosen)
-            left = sum(unit.nbytes for unit in chosen.units if unit.file not in done.files)
-            require_room(output, left, instead="or give a folder on another disk")
             done = _write_units(work, given, packer, chosen, done, device=device)
             given.check()
             _finish(work, given, packer, chosen)

@@ -198,7 +198,7 @@ def test_full_disk_is_said_and_the_next_call_goes_on(
     again = set(written[100:])
     assert len(first & again) == 1  # The file that was not finished.
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(TierFull, match=r"needs .* KiB, 1000 B are free"):
+    with pytest.raises(TierFull, match=r"^disk: \S+other needs .* KiB, 1000 B are free"):
         lowmem.pack(llama, quantization="nf4", output=tmp_path / "other", device="cpu")
 
 
