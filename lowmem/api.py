@@ -45,9 +45,10 @@ from lowmem.processes.ranks import (
     refuse_another,
     refuse_engines,
     refuse_full,
+    with_shared,
 )
 from lowmem.quantization.packing import packer_for
-from offload import Budget, format_bytes, format_seconds
+from offload import Budget, BudgetError, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -164,9 +165,7 @@ def _checked_plan(
     """The plan given, or one for a job that nobody has described; rank 0's for all. It fits, and caps the device."""
     if tuning == "full":
         refuse_unsupported(opened.built, device=opened.device, dtype=opened.dtype)
-    _refuse_another_opening(
-        opened, {"tuning": tuning, **{name: given[name] for name in ("micro_batch", "chunk_tokens", "moved_dtype")}}
-    )
+    _refuse_another_opening(opened, tuning, given)
 
     def make() -> Plan:
         if plan is not None:
@@ -177,7 +176,7 @@ def _checked_plan(
     found = agreed("plan", make)
     if plan is not None:
         _refuse_another_plan(found, opened, tuning=tuning, moved=given["moved_dtype"])
-    found.require_fit()
+    _require_fit(found, opened, tuning=tuning)
     if tuning == "full":
         refuse_full(ranks(), tier=found.choice.state_tier)
     _check_disk(found)
@@ -185,25 +184,42 @@ def _checked_plan(
     return found
 
 
+def _require_fit(plan: Plan, opened: Opened, *, tuning: Tuning) -> None:
+    """As the plan's own; where ranks share, the budget it states is the one to give, before their part is taken off."""
+    try:
+        plan.require_fit()
+    except BudgetError as error:
+        passing = _passing_bytes(opened, ranks(), tuning=tuning)
+        if not passing or opened.device.type != "cpu" or plan.device_bytes <= plan.device_budget_bytes:
+            raise
+        raise with_shared(error, passing) from error
+
+
 def _bounds(budget: Budget | None, opened: Described, found: Ranks, *, tuning: Tuning) -> Budget:
     """What a plan has to keep to: one rank's part, where this process is one of several."""
-    if tuning == "full":
-        every_weight = read_shapes(opened).with_every_weight()
-        on_gpu = opened.device.type != "cpu"
-        passing = exchange_bytes(every_weight, num_sharing=found.local_size, on_gpu=on_gpu) if found.are_several else 0
-    else:
-        passing = shared_bytes([streamed.spec for streamed in opened.built.blocks], found)
+    passing = _passing_bytes(opened, found, tuning=tuning)
     return budget_of_rank(budget, opened.device, shared_bytes=passing, found=found)
 
 
-def _refuse_another_opening(opened: Opened, settings: Mapping[str, object]) -> None:
+def _passing_bytes(opened: Described, found: Ranks, *, tuning: Tuning) -> int:
+    """What a rank's budget has less, for the memory through which ranks of a machine pass on what they share."""
+    if not found.are_several:
+        return 0
+    if tuning == "full":
+        every_weight = read_shapes(opened).with_every_weight()
+        return exchange_bytes(every_weight, num_sharing=found.local_size, on_gpu=opened.device.type != "cpu")
+    return shared_bytes([streamed.spec for streamed in opened.built.blocks], found)
+
+
+def _refuse_another_opening(opened: Opened, tuning: Tuning, given: Mapping[str, Any]) -> None:
     """Refuse ranks that open something else than rank 0 does, or it with other settings; as `refuse_another`."""
     if not ranks().are_several:
         return
     described = sha256((opened.folder / "config.json").read_bytes()).hexdigest()
     fingerprint = opened.source.fingerprint(of_copies=True) + described
     types = {"dtype": str(opened.dtype).removeprefix("torch."), "num_labels": opened.num_labels}
-    refuse_another(opened.folder, fingerprint, settings={**settings, **types})
+    split = {name: given[name] for name in ("micro_batch", "chunk_tokens", "moved_dtype")}
+    refuse_another(opened.folder, fingerprint, settings={"tuning": tuning, **types, **split})
 
 
 def _cap_device(device: torch.device, plan: Plan | None) -> None:

@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar, cast
 import torch
 
 from lowmem.errors import UnsupportedError
-from offload import Budget, OffloadError
+from offload import Budget, BudgetError, OffloadError, format_bytes
 
 T = TypeVar("T")
 
@@ -202,6 +202,22 @@ def budget_of_rank(
     tier = "device" if device.type == "cpu" else "host"
     sizes[tier] = max(0, sizes[tier] - shared_bytes)
     return Budget(**{name: nbytes if nbytes >= 1024 else 0 for name, nbytes in sizes.items()}, disk=full.disk)
+
+
+def with_shared(error: BudgetError, passing_bytes: int) -> BudgetError:
+    """What is said of a budget that is too small for a rank, with the one to give: `budget_of_rank` takes some off.
+
+    Args:
+        error: For what was left.
+        passing_bytes: Taken off, as its `shared_bytes`.
+    """
+    needed_bytes = error.needed_bytes + passing_bytes
+    return BudgetError(
+        f"{error}. That is without {format_bytes(passing_bytes)}, taken off each rank's budget for what the "
+        f"{ranks().local_size} ranks of this machine pass on to each other: with them it is "
+        f"{format_bytes(needed_bytes)} ({needed_bytes} bytes)",
+        needed_bytes=needed_bytes,
+    )
 
 
 class KeyValueStore(Protocol):

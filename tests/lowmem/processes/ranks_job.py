@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 
 import lowmem
 from lowmem.streaming.runtime import is_streamed, runtime_of
-from offload import BlockServer, OffloadError, lay_out
+from offload import BlockServer, BudgetError, OffloadError, lay_out
 from offload.sharing.server import PATIENCE_S
 from tests.lowmem.tiny_trainers import loaders, make, records, rows_for
 from tests.lowmem.tiny_training import NUM_WORDS, texts
@@ -40,6 +40,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     if "opens" in case:
         rank = int(os.environ["RANK"])
         return {"refused": _refused(folder / case["opens"][rank], **case.get("settings", [{}] * (rank + 1))[rank])}
+    if "smallest" in case:
+        return _smallest(folder / case["model"], tuning=case["smallest"])
     task, dies = case["task"], case.get("dies", {})
     _die(dies, "before", folder)
     resident, streamed = loaders(task)
@@ -115,6 +117,20 @@ def _refused(folder: Path, **settings: Any) -> str:
     except (OSError, ValueError, OffloadError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _smallest(folder: Path, *, tuning: Any) -> dict[str, Any]:
+    """The smallest budget that a refusal states, and what opening says with one byte less, and with that."""
+    found: dict[str, Any] = {"needed": 1024, "said": []}
+    for less in (0, 1, 0):
+        budget = lowmem.Budget(device=found["needed"] - less, host="0" if tuning == "adapter" else "64MiB")
+        try:
+            lowmem.from_pretrained(folder, budget=budget, tuning=tuning, device="cpu")
+            found["said"].append("")
+        except BudgetError as error:
+            found["needed"] = error.needed_bytes
+            found["said"].append(str(error))
+    return found
 
 
 class StorageReads(TrainerCallback):

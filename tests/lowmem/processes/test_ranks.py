@@ -84,6 +84,7 @@ SETTINGS = {
     "micro-batch": ({"micro_batch": 1}, {"micro_batch": 2}, "micro_batch=2, and rank 0 with micro_batch=1"),
     "chunks": ({}, {"chunk_tokens": 16}, "chunk_tokens=16, and rank 0 with chunk_tokens=None"),
 }
+SMALLEST = [{"name": f"smallest {kind}", "model": "llama", "smallest": kind} for kind in ("adapter", "full")]
 DIFFERENT = [
     {"name": f"other {name}", "opens": ["llama"] * 2, "settings": [first, second]}
     for name, (first, second, _) in SETTINGS.items()
@@ -143,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
     resumed = {**RESUMED, "resume": str(made / "saving" / "checkpoint-2")}
     quick = [one for one in (*EXACT, *BESIDE_PLAIN) if one["name"] not in SLOW]
-    return run_on_ranks(made, [*quick, resumed, ANOTHER, MISSING, *DIFFERENT])
+    return run_on_ranks(made, [*quick, resumed, ANOTHER, MISSING, *DIFFERENT, *SMALLEST])
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +283,17 @@ def test_a_model_that_is_opened_with_other_settings_is_refused_on_all_ranks(name
         refused = of_rank(folder, f"other {name}", rank)["refused"]
         opened = f"rank 1 has opened {folder / 'llama'} with {says}; give all ranks the same"
         assert refused == f"ValueError: rank {rank} of 2: {opened}"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_the_smallest_budget_that_ranks_are_told_works_and_a_byte_less_does_not(kind: str, folder: Path) -> None:
+    found = [of_rank(folder, f"smallest {kind}", rank) for rank in range(NUM_RANKS)]
+    assert found[0] == found[1]
+    first, less, same = found[0]["said"]
+    assert f"({found[0]['needed']} bytes)" in first
+    assert "taken off each rank's budget for what the 2 ranks of this machine pass on" in first
+    assert less
+    assert not same
 
 
 def test_what_one_rank_cannot_open_ends_the_others_with_its_reason(folder: Path) -> None:
