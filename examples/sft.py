@@ -8,13 +8,16 @@ it again with --resume to go on after an interruption, from the last checkpoint 
 """
 
 import argparse
+import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import lowmem
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets.exceptions import DatasetsError
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerState
 from trl import SFTConfig, SFTTrainer
@@ -76,7 +79,12 @@ FORMATS = ({"text"}, {"messages"}, {"conversations"}, {"prompt", "completion"}, 
 
 def load_rows(data: str) -> Dataset:
     if Path(data).is_file():
-        rows = load_dataset("json", data_files=data, split="train")
+        try:
+            rows = load_dataset("json", data_files=data, split="train")
+        except (DatasetsError, StopIteration, ValueError) as error:
+            sys.exit(f"--data {data}: {what_is_wrong(data) or error.__cause__ or error}")
+    elif Path(data).suffix in (".jsonl", ".json"):
+        sys.exit(f"--data {data}: no such file")
     else:
         rows = load_dataset(data, split="train")
     found = set(rows.column_names)
@@ -89,6 +97,23 @@ def load_rows(data: str) -> Dataset:
             "instruction and output"
         )
     return rows
+
+
+def what_is_wrong(data: str) -> str | None:
+    """The first line of a JSONL file that is no row; None if all are."""
+    num_rows = 0
+    with Path(data).open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            num_rows += 1
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                return f"line {number} is not JSON ({error.msg}, character {error.pos + 1}): {line.strip()[:60]}"
+            if not isinstance(row, dict):
+                return f"line {number} is not an object with columns: {line.strip()[:60]}"
+    return None if num_rows else "the file is empty; expected one JSON object on each line"
 
 
 def chat_of(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
@@ -178,4 +203,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # TRL 1.16 still uses transformers' old names of an option.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped outside of training; nothing is lost that was saved")

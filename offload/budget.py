@@ -298,6 +298,8 @@ def _what_to_write(*given: object, **others: object) -> str:
 
 
 def _folder(disk: str | os.PathLike[str]) -> Path:
+    if not isinstance(disk, str | os.PathLike):
+        raise TypeError(f"Budget.disk: expected a folder, got {disk!r}")
     if not os.fspath(disk):
         raise ValueError("Budget.disk: expected a folder, got an empty path")
     folder = Path(disk).expanduser()

@@ -94,6 +94,9 @@ def merge(
         offload.TierFull: The disk has no room for the output.
         offload.SourceError: The checkpoint is damaged.
     """
+    for name, given in (("adapter", adapter), ("output", output)):
+        if not isinstance(given, str | os.PathLike):
+            raise TypeError(f"{name}={given!r}: expected a folder")
     base, adapter_folder = resolve(model, revision=revision), Path(adapter).expanduser()
     target = Path(output).expanduser().absolute()
     if quantization is None:

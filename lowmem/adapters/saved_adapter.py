@@ -134,7 +134,10 @@ def _is_regular(file: Path) -> bool:
 
 def _read_config(file: Path) -> PeftConfig:
     if not _is_regular(file):
-        raise FileNotFoundError(f"{file.parent}: no {_CONFIG_NAME}; give the folder of a saved PEFT adapter")
+        # A run that was interrupted has its adapter in its checkpoints alone.
+        saved = sorted(file.parent.glob(f"checkpoint-*/{_CONFIG_NAME}"), key=lambda found: found.stat().st_mtime_ns)
+        newest = f", such as {saved[-1].parent}" if saved else ""
+        raise FileNotFoundError(f"{file.parent}: no {_CONFIG_NAME}; give the folder of a saved PEFT adapter{newest}")
     values = read_json_object(file, field="file", remedy=_SAVE_AGAIN, max_bytes=_MAX_CONFIG_BYTES)
     kind = values.text("peft_type")
     made = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)

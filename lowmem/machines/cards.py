@@ -94,6 +94,8 @@ def find_card(name: str) -> Card:
     Raises:
         UnsupportedError: It is not in the table, or several are called so.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'gpu={name!r}: expected the name of a card, "RTX 4090" for instance')
     wanted = _plain(name)
     found = [card for card in CARDS if _plain(card.name) == wanted]
     found = found or [card for card in CARDS if _plain(card.name).startswith(wanted)]

@@ -6,6 +6,7 @@ import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.build import Skeleton, skeleton
-from lowmem.models.configuration import check_counts, check_generation_config, read_config, take_quantization
+from lowmem.models.configuration import check_counts, check_generation_config, models_in, read_config, take_quantization
 from lowmem.processes.ranks import Ranks, ranks
 from lowmem.quantization.manifest import check_files, check_opened
 from lowmem.quantization.registry import find_packed
@@ -52,7 +53,9 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
     # A Trainer's checkpoint is asked for by its path; no hub repository is called so.
     is_path = folder.is_absolute() or str(model).startswith(".") or folder.name.startswith("checkpoint-")
     if is_path or str(model).count("/") != 1:
-        raise FileNotFoundError(f"{folder}: no such folder; give a local folder or a hub id of the form owner/name")
+        raise FileNotFoundError(
+            f"{folder}: no such folder{_did_you_mean(folder)}; give a local folder or a hub id of the form owner/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -62,6 +65,12 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
         raise FileNotFoundError(
             f"{model}: neither a local folder{_beside(folder)} nor a hub repository that can be reached: {error}"
         ) from error
+
+
+def _did_you_mean(folder: Path) -> str:
+    """The models beside a folder that is not there which are called nearly like it."""
+    near = get_close_matches(folder.name, models_in(folder.parent), n=2, cutoff=0.75)
+    return f" (did you mean {' or '.join(str(folder.parent / name) for name in near)}?)" if near else ""
 
 
 def _beside(folder: Path) -> str:

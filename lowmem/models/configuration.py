@@ -81,7 +81,9 @@ def read_config(
     if not allows_adapter or not file.exists():
         _refuse_adapter(folder, has_model=file.exists())
     if not file.exists():
-        raise FileNotFoundError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
+        names = models_in(folder)
+        several = f"; it holds models: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names else ""
+        raise FileNotFoundError(f"{folder}: no config.json; give the folder of a transformers checkpoint{several}")
     values = read_object(file)
     _check_values(file, values)
     _refuse_unknown(values, trust_remote_code=trust_remote_code)
@@ -274,10 +276,19 @@ def _refuse_unknown(values: Mapping[str, object], *, trust_remote_code: bool) ->
     )
 
 
+def models_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder that hold a model; none where it cannot be read."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if (entry / _CONFIG).is_file())
+    except OSError:
+        return []
+
+
 def _refuse_attention(implementation: str) -> None:
     from transformers import AttentionInterface
 
-    known = ("eager", *AttentionInterface().valid_keys())
+    # Not those that a streamed model registers for itself.
+    known = ("eager", *(key for key in AttentionInterface().valid_keys() if not key.startswith("lowmem_")))
     if implementation not in known:
         raise UnsupportedError(
             f"attn_implementation={implementation!r}",

@@ -7,7 +7,6 @@ logs, and keeps the timeline of the step that stands best for the others.
 from __future__ import annotations
 
 import atexit
-import os
 import time
 import warnings
 import weakref
@@ -15,10 +14,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +37,22 @@ from lowmem.monitoring.account import (
 )
 from lowmem.monitoring.progress import StepEstimate, StepProgress
 from lowmem.monitoring.report import save_report
-from lowmem.monitoring.timeline import BlockPass, StepTimeline, draw_timeline, require_matplotlib
+from lowmem.monitoring.timeline import (
+    BlockPass,
+    Output,
+    StepTimeline,
+    draw_timeline,
+    output_file,
+    refuse_other_outputs,
+    require_matplotlib,
+)
 from lowmem.planning.plan import plan_title
 from lowmem.progress_line import runs_in_notebook, show_in_notebook, writes_to_file
 from lowmem.streaming.runtime import Runtime, Visit, runtime_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import TrainerState, TrainingArguments
 
     from lowmem.planning.plan import Plan
@@ -252,9 +260,6 @@ class RepresentativeStep:
             self.timeline = timeline
 
 
-Output = str | os.PathLike[str] | Literal[False] | None
-
-
 class Monitor(TrainerCallback):
     """Watches the training of a streamed model.
 
@@ -293,6 +298,9 @@ class Monitor(TrainerCallback):
         progress: bool = True,
         every_s: float | None = None,
     ) -> None:
+        refuse_other_outputs(trace=trace, timeline=timeline, report=report)
+        if every_s is not None and (isinstance(every_s, bool) or not isinstance(every_s, int | float)):
+            raise TypeError(f"every_s={every_s!r}: expected seconds")
         if every_s is not None and every_s < 0:
             raise ValueError(f"every_s: expected seconds >= 0, got {every_s}")
         self._trace, self._timeline, self._report = trace, timeline, report
@@ -313,8 +321,8 @@ class Monitor(TrainerCallback):
             self._warn_once("lowmem.Monitor has nothing to watch: the model was not made by lowmem.from_pretrained")
             return
         is_main = state.is_world_process_zero
-        trace = _output(self._trace, args, "trace.json")
-        timeline = _output(self._timeline, args, "timeline.png") if is_main else None
+        trace = output_file(self._trace, args, "trace.json")
+        timeline = output_file(self._timeline, args, "timeline.png") if is_main else None
         if timeline is not None:
             try:
                 require_matplotlib()
@@ -323,7 +331,7 @@ class Monitor(TrainerCallback):
                     raise
                 self._warn_once(f"lowmem.Monitor draws no timeline: {error}")
                 timeline = None
-        report = _output(self._report, args, "report.html") if is_main else None
+        report = output_file(self._report, args, "report.html") if is_main else None
         self._run = _Run(
             model,
             runtime,
@@ -591,10 +599,3 @@ class _Run:
 
     def _visited(self, visit: Visit) -> None:
         self._progress.visit(visit.block, visit.num_blocks, visit.phase, started=visit.started)
-
-
-def _output(given: Output, args: TrainingArguments, default_name: str) -> Path | None:
-    if given is False:
-        return None
-    path = Path(args.output_dir) / default_name if given is None else Path(given)
-    return path if args.process_index == 0 else path.with_name(f"{path.stem}.rank{args.process_index}{path.suffix}")

@@ -10,6 +10,7 @@ imported when a picture is drawn and not before.
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,13 +18,43 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from offload import LANES, ORIGIN, Span, format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from transformers import TrainingArguments
+
+
+Output = str | os.PathLike[str] | Literal[False] | None
+"""Where a file of a run goes: there, nowhere (False), or by its usual name into the run's output folder (None)."""
+
+
+def refuse_other_outputs(**outputs: object) -> None:
+    """Raise TypeError for an argument that says no place for a file."""
+    for name, given in outputs.items():
+        if given is not None and given is not False and not isinstance(given, str | os.PathLike):
+            raise TypeError(f"{name}={given!r}: expected a file; None for the output folder, False for none")
+
+
+def output_file(given: Output, args: TrainingArguments, default_name: str) -> Path | None:
+    """The file that is meant; of ranks other than 0 one with the rank in its name.
+
+    Raises:
+        ValueError: It is a folder.
+    """
+    if given is False:
+        return None
+    folder = Path(args.output_dir)
+    path = folder / default_name if given is None else Path(given)
+    if path.is_dir() or path == folder:
+        raise ValueError(
+            f"lowmem.Monitor: {path} is a folder; give a file, {path / default_name} for instance, or leave it out: "
+            f"{default_name} goes to the trainer's output folder"
+        )
+    return path if args.process_index == 0 else path.with_name(f"{path.stem}.rank{args.process_index}{path.suffix}")
 
 
 def read_trace(path: Path) -> tuple[tuple[Span, ...], Mapping[str, object]]:
@@ -31,8 +62,13 @@ def read_trace(path: Path) -> tuple[tuple[Span, ...], Mapping[str, object]]:
 
     Raises:
         ValueError: The file is not such a trace; names what is wrong with it.
-        OSError: The file cannot be read.
+        OSError: The file cannot be read; FileNotFoundError says where traces are found.
     """
+    if not path.exists():
+        wanted = (
+            "the output folder of a run with lowmem.Monitor, which saves its trace there at the end, also by Ctrl-C"
+        )
+        raise FileNotFoundError(f"{path}: no such file; give {wanted}")
     try:
         document = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -90,9 +90,11 @@ class Job:
             ("completion_tokens", None, ""),
         ):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if value is None and (none or unit is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r}: expected a whole number{none}")
-            if value is not None and unit is not None and value < 1:
+            if unit is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1{unit}{none}")
         if isinstance(self.num_epochs, bool) or not isinstance(self.num_epochs, int | float) or self.num_epochs <= 0:
             raise ValueError(f"num_epochs={self.num_epochs!r}: expected a number above 0")

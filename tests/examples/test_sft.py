@@ -42,6 +42,29 @@ def test_rows_with_other_columns_are_named_with_what_is_expected(tmp_path: Path)
         sft.load_rows(str(tmp_path / "rows.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "cut.jsonl",
+            '{"text": "Arr."}\n\n{"text": "Ar\n{"text": "Arr."}\n',
+            r"line 3 is not JSON \(.*: \{\"text\": \"Ar$",
+        ),
+        ("list.jsonl", '{"text": "Arr."}\n["Arr."]\n', r"line 2 is not an object with columns: \[\"Arr.\"\]$"),
+        ("empty.jsonl", "", "the file is empty; expected one JSON object on each line"),
+        ("blank.jsonl", "\n\n", "the file is empty; expected one JSON object on each line"),
+        ("none.jsonl", None, "no such file"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_that_names_the_line(
+    name: str, text: str | None, says: str, tmp_path: Path
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=rf"^--data \S+{name}: {says}"):
+        sft.load_rows(str(tmp_path / name))
+
+
 def test_the_pirates_chats_are_whole_and_different() -> None:
     rows = sft.load_rows(str(ROOT / "examples" / "data" / "pirate.jsonl"))
     questions = [row["prompt"][0]["content"] for row in rows]
