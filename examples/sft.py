@@ -133,7 +133,10 @@ def where_it_stopped(options: argparse.Namespace) -> str:
     last = last_checkpoint(options.output)
     if last:
         return f"stopped; {last}: run it again with --resume"
-    return f"stopped before the first checkpoint; one is saved every {options.save_steps} steps (--save-steps)"
+    return (
+        "stopped before the first checkpoint, and nothing of the training is kept: the next run starts anew; "
+        f"one is saved every {options.save_steps} steps (--save-steps)"
+    )
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from lowmem.monitoring.timeline import (
     StepTimeline,
     draw_timeline,
     output_file,
-    refuse_other_outputs,
+    refuse_other_values,
     require_matplotlib,
 )
 from lowmem.planning.plan import plan_title
@@ -298,11 +298,7 @@ class Monitor(TrainerCallback):
         progress: bool = True,
         every_s: float | None = None,
     ) -> None:
-        refuse_other_outputs(trace=trace, timeline=timeline, report=report)
-        if every_s is not None and (isinstance(every_s, bool) or not isinstance(every_s, int | float)):
-            raise TypeError(f"every_s={every_s!r}: expected seconds")
-        if every_s is not None and every_s < 0:
-            raise ValueError(f"every_s: expected seconds >= 0, got {every_s}")
+        refuse_other_values(every_s, trace=trace, timeline=timeline, report=report)
         self._trace, self._timeline, self._report = trace, timeline, report
         self._progress, self._every_s = progress, every_s
         self._has_warned = False

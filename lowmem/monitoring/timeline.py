@@ -32,8 +32,12 @@ Output = str | os.PathLike[str] | Literal[False] | None
 """Where a file of a run goes: there, nowhere (False), or by its usual name into the run's output folder (None)."""
 
 
-def refuse_other_outputs(**outputs: object) -> None:
-    """Raise TypeError for an argument that says no place for a file."""
+def refuse_other_values(every_s: object, **outputs: object) -> None:
+    """Raise TypeError or ValueError for seconds that are none, and for outputs that say no place for a file."""
+    if every_s is not None and (isinstance(every_s, bool) or not isinstance(every_s, int | float)):
+        raise TypeError(f"every_s={every_s!r}: expected seconds")
+    if every_s is not None and every_s < 0:
+        raise ValueError(f"every_s: expected seconds >= 0, got {every_s}")
     for name, given in outputs.items():
         if given is not None and given is not False and not isinstance(given, str | os.PathLike):
             raise TypeError(f"{name}={given!r}: expected a file; None for the output folder, False for none")

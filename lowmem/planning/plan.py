@@ -327,7 +327,7 @@ def _html(plan: Plan) -> str:
         + "</tr>"
         for row in _rows(plan)
     )
-    header = "".join(f"<th>{cell}</th>" for cell in ("role", *_TIERS, "when"))
+    header = "".join(f"<th>{cell}</th>" for cell in ("role", *_TIERS, "held while"))
     strip = {line: f"<code>{html.escape(line.strip())}</code>" for line in _strip(plan)}
     lines = (strip.get(line, html.escape(line)) for line in (*_facts(plan), *plan.advice))
     facts = "".join(f"<li>{line}</li>" for line in lines)
@@ -339,8 +339,10 @@ def _html(plan: Plan) -> str:
 
 _BAR_COLOURS = (
     *("#4f7cac", "#e39b3a", "#4f9d69", "#9a7bb0", "#d1495b", "#6fa8a0", "#b08968", "#8a8f98"),
-    *("#a3bfdb", "#f1cc94", "#a6cfb3", "#cdbcd8"),
+    *("#a3bfdb", "#f1cc94", "#a6cfb3", "#cdbcd8", "#e8a0a8", "#5b4b8a", "#c2b280", "#3f5f5f"),
 )
+_LEAST_PERCENT = 2
+"""Of a tier's bar: what is narrower has no name below it."""
 
 
 def tier_bars(plan: Plan) -> str:
@@ -350,16 +352,22 @@ def tier_bars(plan: Plan) -> str:
     for tier, budget_bytes in tiers:
         moment = peak_phase(plan.roles, tier)
         held = [role for role in plan.roles if role.tier == tier and role.phase in (ALWAYS, moment) and role.nbytes]
+        if not held and not budget_bytes:
+            bars.append(f"<div>{tier}: nothing</div>")
+            continue
         scale = 100 / max(sum(role.nbytes for role in held), budget_bytes, 1)
+        # Those that are named first, so that no two of them have one colour.
+        named = [role for role in held if scale * role.nbytes >= _LEAST_PERCENT]
+        held = named + [role for role in held if scale * role.nbytes < _LEAST_PERCENT]
         parts = "".join(
             f'<div title="{html.escape(role.role)}: {format_bytes(role.nbytes)}" style="float:left;height:1.2em;'
             f'width:{scale * role.nbytes:.2f}%;background:{_BAR_COLOURS[number % len(_BAR_COLOURS)]}"></div>'
             for number, role in enumerate(held)
         )
         legend = ", ".join(
-            f'<span style="color:{_BAR_COLOURS[number % len(_BAR_COLOURS)]}">&#9632;</span> {html.escape(role.role)}'
-            for number, role in enumerate(held)
-            if scale * role.nbytes >= 2
+            f'<span style="white-space:nowrap"><span style="color:{_BAR_COLOURS[number % len(_BAR_COLOURS)]}">'
+            f"&#9632;</span> {html.escape(role.role)}</span>"
+            for number, role in enumerate(named)
         )
         # The frame ends where the budget does, unless more is held.
         frame = f"width:{scale * budget_bytes:.2f}%;border:1px solid #888;height:1.2em"

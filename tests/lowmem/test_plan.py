@@ -138,6 +138,18 @@ def test_html_draws_each_tier_up_to_its_budget() -> None:
     assert sum(widths) == pytest.approx(100 * held, abs=0.2)
 
 
+def test_html_names_each_colour_once_and_draws_no_bar_of_nothing() -> None:
+    always = [RoleBytes(role=f"role {number}", tier="device", nbytes=100) for number in range(14)]
+    # Between the others, so that counting these would use up the colours.
+    slivers = [RoleBytes(role=f"sliver {number}", tier="device", nbytes=1) for number in range(6)]
+    roles = tuple(role for group in zip(always, [*slivers, *slivers, *slivers], strict=False) for role in group)
+    page = replace(planned(), roles=roles, device_budget_bytes=2000, host_budget_bytes=0)._repr_html_()
+    colours = re.findall(r"color:(#\w+)\">&#9632;</span> role", page)
+    assert len(colours) == len(set(colours)) == 14
+    assert "host: nothing" in page
+    assert "<th>held while</th>" in page
+
+
 def test_short_sequences_go_whole_through_a_block() -> None:
     assert planned().chunk_tokens is None
 
