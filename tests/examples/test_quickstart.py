@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig
@@ -15,11 +16,20 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+COUNT = """
+import gc
+from transformers import LlamaForCausalLM
+gc.collect()
+sum(isinstance(found, LlamaForCausalLM) and hasattr(found, "lowmem_plan") for found in gc.get_objects())
+"""
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Run the notebook, and the cells of plan and training a second time, with fewer steps."""
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     repeated = [cell.source for cell in notebook.cells if "lowmem.plan(" in cell.source or "SFTTrainer(" in cell.source]
     notebook.cells += [nbformat.v4.new_code_cell(source.replace("max_steps=16", "max_steps=3")) for source in repeated]
+    notebook.cells.append(nbformat.v4.new_code_cell(COUNT))
     (tmp_path / "examples").mkdir(exist_ok=True)
     for name, value in {
         "HF_HUB_OFFLINE": "1",
@@ -57,8 +67,10 @@ def test_every_cell_runs_also_twice_and_nothing_is_pink(tmp_path: Path, monkeypa
     outputs = run(tmp_path, monkeypatch)
     pink = [output["text"] for output in outputs if output.get("name") == "stderr"]
     assert not pink, pink
+    assert outputs[-1]["data"]["text/plain"] == "1", "streamed models that earlier cells opened are held"
     shown = [output["data"] for output in outputs if "data" in output]
-    texts = [data.get("text/plain", "") + data.get("text/html", "") for data in shown]
+    printed = [{"text/plain": output["text"]} for output in outputs if output.get("name") == "stdout"]
+    texts = [data.get("text/plain", "") + data.get("text/html", "") for data in (*shown, *printed)]
     for words in ("FITS", "(streamed by lowmem)", "finished after 16 steps", "lowmem/step_s", "Training Loss"):
         assert any(words in text for text in texts), words
     assert sum("image/png" in data for data in shown) == 2  # the timeline, once for each training
