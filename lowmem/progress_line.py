@@ -11,13 +11,15 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from tqdm.auto import tqdm as auto_tqdm  # type: ignore[import-untyped]
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
 from offload import format_bytes
 
 EVERY_S_IN_FILES = 30.0
 """A log file keeps every line."""
+
+_EVERY_S_IN_NOTEBOOKS = 0.5
+"""Each change of a cell is a message to the browser."""
 
 
 def runs_in_notebook() -> bool:
@@ -93,21 +95,38 @@ def showing_bytes(what: str, num_bytes: int, *, done: int = 0, delay_s: float) -
     Returns:
         What to call with the number of bytes that have been done since.
     """
-    if not writes_to_file():
+    if not writes_to_file() and not runs_in_notebook():
         options = {"unit": "B", "unit_scale": True, "leave": False, "delay": delay_s}
-        with auto_tqdm(total=num_bytes, initial=done, desc=what, **options) as bar:
+        with tqdm(total=num_bytes, initial=done, desc=what, **options) as bar:
             yield bar.update
         return
+    # tqdm's bar would go to stderr, which notebooks show as they show errors.
+    cell = ProgressLine() if runs_in_notebook() else None
     next_s = monotonic() + delay_s
 
     def tell(nbytes: int) -> None:
         nonlocal done, next_s
         done += nbytes
-        if monotonic() >= next_s:
+        if monotonic() < next_s:
+            return
+        words = f"{what}, {format_bytes(done)} of {format_bytes(num_bytes)}"
+        if cell is not None:
+            next_s = monotonic() + _EVERY_S_IN_NOTEBOOKS
+            cell.show(words, done, num_bytes)
+        else:
             next_s = monotonic() + EVERY_S_IN_FILES
-            sys.stderr.write(f"lowmem: {what}, {format_bytes(done)} of {format_bytes(num_bytes)}\n")
+            sys.stderr.write(f"lowmem: {words}\n")
 
-    yield tell
+    try:
+        yield tell
+    finally:
+        if cell is not None:
+            cell.close()
+
+
+def say(words: str) -> None:
+    """Write a line beside bars: to stderr, but in a notebook, which would show it as it shows errors."""
+    tqdm.write(f"lowmem: {words}", file=sys.stdout if runs_in_notebook() else sys.stderr)
 
 
 def show_in_notebook(words: str, picture: Path | None) -> None:

@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lowmem.models.build import Skeleton
 from lowmem.models.checkpoint import Opened
@@ -32,7 +30,7 @@ from lowmem.packing.beside import (
 )
 from lowmem.packing.selection import Included, OutputUnit, PackSelection, select
 from lowmem.packing.writing import Contents, StoredContents, UnitWriter
-from lowmem.progress_line import showing_bytes
+from lowmem.progress_line import say, showing_bytes
 from lowmem.quantization.manifest import PackManifest, check_files, check_opened, damaged, read_manifest
 from lowmem.quantization.packing import Observe, Packer
 from offload import (
@@ -216,7 +214,7 @@ def _wait_for(lock: int, work: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        tqdm.write(f"lowmem: another process is packing into {work}; waiting for it", file=sys.stderr)
+        say(f"another process is packing into {work}; waiting for it")
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 

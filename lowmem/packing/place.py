@@ -7,20 +7,18 @@ fingerprint of the model's files: another version of the model gets another fold
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lowmem.errors import UnsupportedError
 from lowmem.models.checkpoint import Described, Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.bake import BakeInput, bake, is_baked
 from lowmem.packing.selection import Included, select
-from lowmem.progress_line import showing_bytes
+from lowmem.progress_line import say, showing_bytes
 from lowmem.quantization.manifest import check_files, check_opened, damaged
 from lowmem.quantization.packing import Packer, packer_for
 from offload import SafetensorsSource, SourceError, format_bytes
@@ -170,7 +168,7 @@ def open_packed(
         place = _kept_place(given, packer) if packed_dir is None else Path(packed_dir).expanduser().absolute()
         if not is_baked(place, given.manifest(packer)):
             size = format_bytes(given.select(packer).nbytes)
-            tqdm.write(f"lowmem: packing {given.name} to {quantization}, once, into {place} ({size})", file=sys.stderr)
+            say(f"packing {given.name} to {quantization}, once, into {place} ({size})")
             place.parent.mkdir(parents=True, exist_ok=True)
             bake(given, packer, output=place, device=opened.device)
     return open_checkpoint(

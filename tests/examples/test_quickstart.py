@@ -20,7 +20,7 @@ COUNT = """
 import gc
 from transformers import LlamaForCausalLM
 gc.collect()
-sum(isinstance(found, LlamaForCausalLM) and hasattr(found, "lowmem_plan") for found in gc.get_objects())
+sum(issubclass(type(found), LlamaForCausalLM) and hasattr(found, "lowmem_plan") for found in gc.get_objects())
 """
 
 

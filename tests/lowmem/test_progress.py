@@ -1,12 +1,17 @@
 """The bar within a step: what it predicts from visits, the disk rate, and what it prints."""
 
+import builtins
 import io
 import itertools
 import sys
+from types import SimpleNamespace
 
+import IPython.display
 import pytest
+from IPython.display import HTML
 
 from lowmem.monitoring.progress import ByteRate, StepEstimate, StepProgress
+from lowmem.progress_line import say, showing_bytes
 
 
 def estimate(num_blocks: int = 4, num_forwards: int = 1, planned_step_s: float | None = None) -> StepEstimate:
@@ -167,3 +172,29 @@ def test_nothing_is_printed_without_a_visit(monkeypatch: pytest.MonkeyPatch) -> 
     progress.finish_step()
     progress.close()
     assert stream.getvalue() == ""
+
+
+def test_in_a_notebook_nothing_of_it_goes_to_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which notebooks show as they show errors."""
+    shell = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    pages: list[str] = []
+    cell = SimpleNamespace(update=lambda page: pages.append(page.data))
+
+    def display(page: HTML, *, display_id: bool) -> SimpleNamespace:
+        assert display_id
+        pages.append(page.data)
+        return cell
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    with showing_bytes("merging", 100, delay_s=0.0) as tell:
+        tell(60)
+        tell(40)
+    say("packing once")
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out == "lowmem: packing once\n"
+    assert "merging, 60 B of 100 B" in pages[0]
+    assert pages[-1] == "", "taken away at its end"
