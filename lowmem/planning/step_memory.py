@@ -166,6 +166,9 @@ def _weights(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleByte
         if job.num_backwards > 1:
             # A later batch's gradient of the head is whole before it is added to that of the earlier ones.
             yield _device("gradient to be added", shapes.head_bytes, phase="head")
+        if (width := itemsize(shapes.compute_dtype)) < _FP32_BYTES:
+            # It is summed in fp32 and then brought into its own type.
+            yield _device("head's gradient in fp32", shapes.head_bytes // width * _FP32_BYTES, phase="head")
         return
     yield _device("adapters", shapes.adapter_bytes)
     if job.trains:
