@@ -355,8 +355,11 @@ def damages(manifest: Manifest, folder: Folder, objects: Folder, *, io: StoreIo)
             return error
         return None if crc32 == stored.crc32 else changed
 
+    # Nothing is yielded while there is a pool. A collection may run in a thread that is just being started: a generator
+    # that was left to it would end its pool there, which takes locks that this thread holds (threading, Python 3.11).
     with ThreadPoolExecutor(io.num_readers, thread_name_prefix="offload-verify") as pool:
-        yield from (found for found in pool.map(check, manifest.objects) if found is not None)
+        all_found = list(pool.map(check, manifest.objects))
+    yield from (found for found in all_found if found is not None)
 
 
 def verify_store(folder: Path) -> tuple[OffloadError, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,19 @@ def test_bytes_that_are_not_what_was_written_are_named(tmp_path: Path, kind: str
         Store.open(folder)
     with pytest.raises(SourceError, match=match), Store.open(folder, verify=False) as store:
         store.verify()
+
+
+def test_whoever_keeps_the_error_keeps_no_thread(tmp_path: Path) -> None:
+    """A collection would end these, in any thread: in one that is being started, both would wait for each other."""
+    folder = make(tmp_path / "run")
+    BYTES["the first bit"](folder)
+    before = set(threading.enumerate())
+    with pytest.raises(SourceError) as kept:
+        Store.open(folder)
+    with pytest.raises(SourceError) as kept_too:
+        Store.restore(folder, tmp_path / "another")
+    assert not [thread.name for thread in threading.enumerate() if thread not in before and "verify" in thread.name]
+    del kept, kept_too
 
 
 @pytest.mark.parametrize("kind", VALUES)
