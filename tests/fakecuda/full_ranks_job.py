@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
+from tests.lowmem.processes.forked_ranks import fork_ranks
 
-def run_rank(rank: int, port: int, folder: Path) -> None:
+
+def run_rank(folder: Path, rank: int, port: int) -> None:
     """All cases, in a process of its own."""
     from tests.fakecuda import simulated_gpu
 
@@ -37,28 +38,5 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
         torch.save({**found, "races": simulated_gpu.simulator.races()}, folder / f"{case['name']}.rank{rank}.pt")
 
 
-def main(folder: Path) -> None:
-    """Fork both, and wait for them."""
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        port = one.getsockname()[1]
-    pids = []
-    for rank in range(2):
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                run_rank(rank, port, folder)
-                status = 0
-            except BaseException:  # noqa: BLE001
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        pids.append(pid)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    assert not any(statuses), statuses
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fork_ranks(2, partial(run_rank, Path(sys.argv[1])))

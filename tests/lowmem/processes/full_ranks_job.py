@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import lowmem.api  # what opening and training import lazily: once, not in each 
 import lowmem.generation.hooks
 from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.full_training import batches, sft_trainer, weights
+from tests.lowmem.processes.forked_ranks import fork_ranks
 from tests.lowmem.tiny_trainers import records
 
 
@@ -145,7 +145,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         return KINDS[case.get("kind", "train")](case, folder)
 
 
-def run_rank(rank: int, group: dict[str, Any], port: int, folder: Path) -> None:
+def run_rank(group: dict[str, Any], folder: Path, rank: int, port: int) -> None:
     """All cases of a group, in a process of its own."""
     size, nodes = group["ranks"], group.get("nodes", 1)
     local = size // nodes
@@ -156,33 +156,10 @@ def run_rank(rank: int, group: dict[str, Any], port: int, folder: Path) -> None:
         torch.save(run(case, folder), folder / f"{case['name']}.rank{rank}.pt")
 
 
-def run_group(group: dict[str, Any], folder: Path) -> None:
-    """Fork a group's ranks, and wait for them."""
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        port = one.getsockname()[1]
-    pids = []
-    for rank in range(group["ranks"]):
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                run_rank(rank, group, port, folder)
-                status = 0
-            except BaseException:  # noqa: BLE001
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        pids.append(pid)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    assert not any(statuses), statuses
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     for group in json.loads((folder / "groups.json").read_text()):
-        run_group(group, folder)
+        fork_ranks(group["ranks"], partial(run_rank, group, folder))
     print("finished", flush=True)
 
 

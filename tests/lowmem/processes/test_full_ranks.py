@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import lowmem
 from lowmem.processes.ranks import Ranks, refuse_full
 from tests.lowmem.processes.full_ranks_job import run
+from tests.lowmem.processes.test_kill_ranks import assert_the_others_ended
+from tests.lowmem.processes.test_ranks import assert_logged_the_same, assert_near
 from tests.zoo.architectures import build
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -137,18 +139,8 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """What was logged, and every weight: equal but for the order of sums."""
-    assert len(found["records"]) == len(expected["records"]) > 0
-    for ours, theirs in zip(found["records"], expected["records"], strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
+    assert_logged_the_same(found, expected)
     assert_near(found["weights"], expected["weights"])
-
-
-def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def each(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
@@ -245,12 +237,7 @@ def test_a_rank_that_is_killed_takes_nothing_with_it(num: int, seed: int, tmp_pa
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["left"] == []
-    for killed in found["killed"]:
-        assert killed["status"] not in (None, 0), f"rank {1 - killed['rank']} did not end: {killed}"
-        assert killed["ended_s"] < 60
-        assert "ended without a word" in killed["words"], killed
+    assert_the_others_ended(tmp_path)
     assert_same_bits(
         load_file(tmp_path / "killed" / "final" / "model.safetensors"),
         load_file(tmp_path / "whole" / "final" / "model.safetensors"),

@@ -15,6 +15,16 @@ from tests.lowmem.processes.test_ranks import ROOT, case, of_rank, run_ranks
 from tests.zoo.architectures import build
 
 
+def assert_the_others_ended(folder: Path) -> None:
+    """What a job that kills ranks has found in its folder: the others said why, soon, and left nothing."""
+    found = json.loads((folder / "found.json").read_text())
+    assert found["left"] == []
+    for killed in found["killed"]:
+        assert killed["status"] not in (None, 0), f"rank {1 - killed['rank']} did not end: {killed}"
+        assert killed["ended_s"] < 60
+        assert "ended without a word" in killed["words"], killed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("num", "seed"), [(1, 0), (5, 1), (5, 2)])
 def test_a_rank_that_is_killed_takes_nothing_with_it(num: int, seed: int, tmp_path: Path) -> None:
@@ -23,12 +33,7 @@ def test_a_rank_that_is_killed_takes_nothing_with_it(num: int, seed: int, tmp_pa
     command += [str(folder), str(tmp_path), str(num), str(seed)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["left"] == []
-    for killed in found["killed"]:
-        assert killed["status"] not in (None, 0), f"rank {1 - killed['rank']} did not end: {killed}"
-        assert killed["ended_s"] < 60
-        assert "ended without a word" in killed["words"], killed
+    assert_the_others_ended(tmp_path)
     expected = load_file(tmp_path / "whole" / "final" / "adapter_model.safetensors")
     got = load_file(tmp_path / "killed" / "final" / "adapter_model.safetensors")
     assert expected.keys() == got.keys()
