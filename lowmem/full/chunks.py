@@ -333,8 +333,10 @@ class ChunkFiles:
         self._store.save_to(folder)
 
     def restore(self, folder: Path) -> None:
-        """Take over the state of a folder that `save_to` made."""
+        """Take over the state of a folder that `save_to` made; if it is refused, what is committed is the state."""
         self._store.abort_step()
+        self._in_step = False
+        self._have, self._in_buffer = set() if self._is_fresh else set(self._store.names()), None
         self._store.close()
         try:
             Store.restore(folder, self._folder)

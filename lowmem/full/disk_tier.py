@@ -321,20 +321,33 @@ class DiskTier(StateTier):
             self._has_ended = False
             done = self._thread.submit(UpdateJob(name="state"))
         done.wait()
-        if folder is None:
-            self.files.adopt()
-        else:
-            self.files.restore(folder)
+        try:
+            if folder is None:
+                self.files.adopt()
+            else:
+                self.files.restore(folder)
+        except OffloadError:
+            # A Trainer has loaded the weights of a checkpoint by then.
+            self._scheduler.invalidate(range(self._num_blocks))
+            self._read_live()
+            raise
         record = self.files.record
         self.state_dtype = self.files.state_dtype = _state_dtype(record)
         self._last = (self.files.step, dict(record.members))
         self._scheduler.invalidate(range(self._num_blocks))
-        for index, live in self._live.items():
-            if self.files.has_weight(index):
-                for chunk in self._chunks[index]:
-                    part = live[chunk.start : chunk.stop]
-                    part.copy_(self.files.read_chunk(chunk, WEIGHT)[: part.numel()])
+        self._read_live()
         return record
+
+    def _read_live(self) -> None:
+        """Bring what the model itself holds to the state that is committed, or to the checkpoint that it began with."""
+        for index, live in self._live.items():
+            if not self.files.has_weight(index):
+                for place in self.layouts[index].places:
+                    live[place.start : place.stop].view(place.shape).copy_(self._read_base(place.key))
+                continue
+            for chunk in self._chunks[index]:
+                part = live[chunk.start : chunk.stop]
+                part.copy_(self.files.read_chunk(chunk, WEIGHT)[: part.numel()])
 
     def begin_updates(self) -> None:
         """Begin a step's updates, unless that has been done; what the last step has left to do comes first."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -25,9 +26,11 @@ from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saving import (
     FOLDER,
     SavedState,
+    check_checkpoint,
     current_digest,
     find_moments,
     load_moments,
+    read_state,
     save_moments,
     steps_of,
 )
@@ -230,6 +233,21 @@ class OptimizerEngine:
         """Note the checkpoint whose optimizer state is loaded next."""
         self._resumed = folder
 
+    def check_saved(self, folder: Path) -> None:
+        """Read what lies in a Trainer's checkpoint for this optimizer, before anything of the checkpoint is loaded.
+
+        Raises:
+            SourceError: It is damaged; names file and field.
+            ValueError: It is another optimizer's.
+        """
+        optimizer = None if self._optimizer is None else self._optimizer()
+        state = read_state(folder)
+        if state is not None and optimizer is not None:
+            optimizer.check_saved(state)
+        # The moments may be elsewhere, which loading finds out.
+        with suppress(FileNotFoundError):
+            check_checkpoint(folder, self._full)
+
     def _folders(self, saved: SavedState) -> list[Path]:
         """Where the moments may be, the likeliest first."""
         if saved.folder is not None:
@@ -402,11 +420,19 @@ class OptimizerEngine:
 
 def tell_engine(model: nn.Module, folder: str) -> None:
     """Tell the engine of a model, if it has one, that a Trainer loads the optimizer's state from a checkpoint."""
-    for param in model.parameters():
-        engine = engine_of(param)
-        if isinstance(engine, OptimizerEngine):
-            engine.will_resume_from(Path(folder))
-            return
+    if (engine := _engine_of_model(model)) is not None:
+        engine.will_resume_from(Path(folder))
+
+
+def check_saved_state(model: nn.Module, folder: Path) -> None:
+    """See `OptimizerEngine.check_saved`; nothing is done for a model without one."""
+    if (engine := _engine_of_model(model)) is not None:
+        engine.check_saved(folder)
+
+
+def _engine_of_model(model: nn.Module) -> OptimizerEngine | None:
+    engines = (engine_of(param) for param in model.parameters())
+    return next((engine for engine in engines if isinstance(engine, OptimizerEngine)), None)
 
 
 class _RuleCall(NamedTuple):

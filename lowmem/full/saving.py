@@ -281,15 +281,11 @@ def load_moments(
             _compare(file, checksum, saved.checksums.get(file.name))
 
 
-def check_checkpoint(checkpoint: Path) -> SavedState | None:
-    """Read all that an optimizer of a fully tuned model has left in a Trainer's checkpoint; no model is opened.
-
-    Returns:
-        What it says, or None where the checkpoint is of another kind.
+def read_state(checkpoint: Path) -> dict[str, object] | None:
+    """What an optimizer of a fully tuned model has left in a Trainer's checkpoint; None where it is of another kind.
 
     Raises:
-        SourceError: Something is damaged; names file and field.
-        FileNotFoundError: The moments are not there.
+        SourceError: It cannot be read.
     """
     file = checkpoint / "optimizer.pt"
     if not file.is_file():
@@ -311,9 +307,27 @@ def check_checkpoint(checkpoint: Path) -> SavedState | None:
         raise SourceError(
             file, field="file", problem=f"torch cannot read it ({type(error).__name__})", remedy=_REMEDY
         ) from error
-    if not isinstance(state, dict) or "lowmem_full" not in state:
+    return state if isinstance(state, dict) and "lowmem_full" in state else None
+
+
+def check_checkpoint(checkpoint: Path, full: FullTuning | None = None) -> SavedState | None:
+    """Read all that an optimizer of a fully tuned model has left in a Trainer's checkpoint; nothing is loaded.
+
+    Args:
+        checkpoint: Its folder.
+        full: Of the model that it should be of; None where no model is opened.
+
+    Returns:
+        What it says, or None where the checkpoint is of another kind.
+
+    Raises:
+        SourceError: Something is damaged; names file and field.
+        FileNotFoundError: The moments are not there.
+    """
+    state = read_state(checkpoint)
+    if state is None:
         return None
-    saved = SavedState.read(state["lowmem_full"], checkpoint, params=None)
+    saved = SavedState.read(state["lowmem_full"], checkpoint, params=None if full is None else full.params)
     if saved.moments is None:
         return saved
     folder = find_moments(saved.moments, [checkpoint / FOLDER])
@@ -324,6 +338,10 @@ def check_checkpoint(checkpoint: Path) -> SavedState | None:
     with closing(TensorReader()) as reader:
         for name, expected in saved.moments.checksums.items():
             with closing(SafetensorsSource([folder / name])) as source:
+                for layout in () if full is None else full.tier.layouts:
+                    for place in layout.places if name == f"{layout.name}.safetensors" else ():
+                        for field in _MOMENTS:
+                            _moment_in(source, folder / name, place, field)
                 checksum = 0
                 for spec in sorted(source.tensors.values(), key=lambda spec: spec.offset_bytes):
                     checksum = _checksum(reader.read(spec, 0, nbytes=spec.nbytes), checksum)

@@ -289,6 +289,25 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: The state is of another optimizer, or of parameters of other shapes.
         """
+        self.check_saved(state_dict)
+        groups, states = state_dict["param_groups"], state_dict["state"]
+        super().load_state_dict({**state_dict, "state": {}})
+        self._follow_groups()
+        saved_ids = chain.from_iterable(group["params"] for group in groups)
+        for saved_id, param in zip(saved_ids, self._params(), strict=True):
+            saved_state = states.get(saved_id)
+            if saved_state and engine_of(param) is None:
+                self.state[param] = restored_state(self.rule_of(param), param, saved_state)
+        mark_active(self)
+        for engine in self._engines():
+            engine.load(state_dict)
+
+    def check_saved(self, state_dict: StateDict) -> None:
+        """Look at the groups of a saved state; nothing is changed.
+
+        Raises:
+            ValueError: They are damaged, or another optimizer's.
+        """
         groups, states = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
             raise ValueError("optimizer state: param_groups: expected a list of dictionaries; the file is damaged")
@@ -302,16 +321,6 @@ class RuleOptimizer(Optimizer):
                 raise ValueError("optimizer state: param_groups: field 'params': expected a list; the file is damaged")
         for group, saved in zip(self.param_groups, groups, strict=False):
             check_saved_group(group, saved)
-        super().load_state_dict({**state_dict, "state": {}})
-        self._follow_groups()
-        saved_ids = chain.from_iterable(group["params"] for group in groups)
-        for saved_id, param in zip(saved_ids, self._params(), strict=True):
-            saved_state = states.get(saved_id)
-            if saved_state and engine_of(param) is None:
-                self.state[param] = restored_state(self.rule_of(param), param, saved_state)
-        mark_active(self)
-        for engine in self._engines():
-            engine.load(state_dict)
 
     def _follow_groups(self) -> None:
         """Build the rules anew if a field that decides them has changed."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import lowmem
 from lowmem.doctor import check_folder
@@ -145,6 +145,13 @@ def checkpointed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return request.param, work
 
 
+@pytest.fixture(scope="module")
+def idle(checkpointed: tuple[str, Path]) -> Trainer:
+    """A trainer before its first step, which each refusal leaves as it was."""
+    kind, work = checkpointed
+    return made(kind, work / "model", work / "idle", work / "idle state", say=str, save_strategy="no")
+
+
 def _exchange(checkpoint: Path) -> None:
     optimizer, scheduler = ((checkpoint / name).read_bytes() for name in ("optimizer.pt", "scheduler.pt"))
     (checkpoint / "optimizer.pt").write_bytes(scheduler)
@@ -168,20 +175,19 @@ INCOMPLETE: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("case", INCOMPLETE)
 def test_a_trainer_checkpoint_that_would_resume_otherwise_is_refused_by_its_file(
-    case: str, checkpointed: tuple[str, Path], tmp_path: Path
+    case: str, checkpointed: tuple[str, Path], idle: Trainer, tmp_path: Path
 ) -> None:
-    kind, work = checkpointed
+    _, work = checkpointed
     words, damage = INCOMPLETE[case]
     checkpoint = copy_folder(work / "out" / "checkpoint-1", tmp_path / "checkpoint-1")
     damage(checkpoint)
-    trainer = made(kind, work / "model", tmp_path / "out", tmp_path / "state", say=str, save_strategy="no")
     with pytest.raises((OffloadError, FileNotFoundError, ValueError), match=words):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+        idle.train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_a_damaged_trainer_checkpoint_is_one_sentence_before_anything_of_it_is_loaded(
-    case: str, checkpointed: tuple[str, Path], tmp_path: Path
+    case: str, checkpointed: tuple[str, Path], idle: Trainer, tmp_path: Path
 ) -> None:
     kind, work = checkpointed
     name, damage = CHECKPOINTS[case]
@@ -189,11 +195,10 @@ def test_a_damaged_trainer_checkpoint_is_one_sentence_before_anything_of_it_is_l
     prefix = "adapter_" if kind == "sft" else ""
     name = name.replace("WEIGHTS", f"{prefix}model.safetensors").replace("CONFIG", f"{prefix}config.json")
     damage(checkpoint / name)
-    trainer = made(kind, work / "model", tmp_path / "out", tmp_path / "state", say=str, save_strategy="no")
-    before = trainable(trainer.model)
+    before = trainable(idle.model)
     with pytest.raises((OffloadError, lowmem.UnsupportedError), match=name.replace(".", r"\.")):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    for key, value in trainable(trainer.model).items():
+        idle.train(resume_from_checkpoint=str(checkpoint))
+    for key, value in trainable(idle.model).items():
         assert torch.equal(value, before[key]), key
 
 

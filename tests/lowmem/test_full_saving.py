@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 import lowmem
 from lowmem.full.saving import FOLDER, check_checkpoint
@@ -337,9 +337,20 @@ IN_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def idle(
+    folder: Path, run: tuple[str, Path, dict[str, torch.Tensor]], tmp_path_factory: pytest.TempPathFactory
+) -> Trainer:
+    """A trainer before its first step, which each refusal leaves as it was."""
+    tier, scratch = run[0], tmp_path_factory.mktemp("idle")
+    model = full(folder, tier, scratch / "state")
+    optimizer = lowmem.optim.AdamW(model, lr=3e-3)
+    return plain_trainer(model, scratch / "out", optimizer=optimizer, save_strategy="no")
+
+
 @pytest.mark.parametrize("damage", [*DAMAGE, *IN_FILES])
 def test_a_damaged_checkpoint_is_one_sentence_with_file_and_field(
-    folder: Path, tmp_path: Path, run: tuple[str, Path, dict[str, torch.Tensor]], damage: str
+    tmp_path: Path, run: tuple[str, Path, dict[str, torch.Tensor]], idle: Trainer, damage: str
 ) -> None:
     tier, root, _ = run
     if tier == "disk" and damage == "other tensors":
@@ -347,9 +358,12 @@ def test_a_damaged_checkpoint_is_one_sentence_with_file_and_field(
     checkpoint = shutil.copytree(root / "out" / "checkpoint-2", tmp_path / "checkpoint", symlinks=True)
     spoil, match = {**DAMAGE, **IN_FILES}[damage]
     spoil(checkpoint)
+    before = weights(idle.model)
     with pytest.raises((SourceError, ValueError), match=match) as caught:
-        trained(folder, tier, tmp_path / "state", tmp_path / "out", resume=checkpoint)
+        idle.train(resume_from_checkpoint=str(checkpoint))
     assert "\n" not in str(caught.value)
+    for name, weight in weights(idle.model).items():
+        assert torch.equal(weight, before[name]), name
 
 
 def test_a_checkpoint_can_be_checked_without_opening_the_model(
