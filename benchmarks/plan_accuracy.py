@@ -3,7 +3,7 @@
     python -m benchmarks.plan_accuracy [--root /nvme/checkpoints] [--case NAME ...] [--results FILE] [--table]
         [--cpu-time] [--bench-each]
 
-36 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
+38 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
 tiers. Each runs in a process of its own, forked from one that has imported everything, and trains a tiny model first.
 Memory is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there;
 time is the median of the steps after the second.
@@ -109,6 +109,8 @@ CASES = {
         Case(shape="plan-wide", kind="full", seq_len=128, budget="tight", disk=True),
         Case(kind="full", optimizer="AdaLomo", seq_len=256),
         Case(kind="full", optimizer="GaLore", seq_len=256),
+        Case(kind="full", optimizer="Fira", seq_len=256),
+        Case(kind="full", optimizer="APOLLO", seq_len=256),
     )
 }
 

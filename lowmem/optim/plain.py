@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,8 @@ from lowmem.optim.optimizer import RuleOptimizer, arguments
 from lowmem.optim.projected import limit_update_rms, norm_of_matrices
 from lowmem.optim.rule import Hyper, Place, Rule, State, counter, mix
 from lowmem.optim.state import (
+    ENCODING_COPIES,
+    ROUNDING_COPIES,
     STATE_DTYPES,
     WRITERS,
     check_writable,
@@ -98,6 +101,19 @@ class AdamWRule(Rule):
         moments = self.state_dtype or ("fp32" if weight_dtype == torch.float32 else "bf16")
         return 1.0 + (0.0 if weight_dtype == torch.float32 else 4.5) + (0.0 if moments == "fp32" else 9.0)
 
+    def temporary_values(self, weight: Tensor) -> int:
+        """See `Rule.temporary_values`: what is not fp32 is made so, and is rounded one after the other."""
+        if self.state_dtype is None and self.writer == "nearest":
+            return 0
+        moments = self.state_dtype or ("fp32" if weight.dtype == torch.float32 else "bf16")
+        exact = 0 if weight.dtype == torch.float32 else 1
+        num_moments = 0 if moments == "fp32" else 2
+        rounding = {"fp32": 0, "bf16": ROUNDING_COPIES, "8bit": ENCODING_COPIES}[moments]
+        if exact and self.writer == "stochastic":
+            rounding = max(rounding, ROUNDING_COPIES)
+        # The gradient in fp32 is gone by the time anything is rounded.
+        return ceil((exact + num_moments + max(exact, rounding)) * weight.numel())
+
     def init(self, weight: Tensor) -> State:
         """The `step` of torch (fp32), `exp_avg` and `exp_avg_sq`, and what the writer keeps."""
         check_writable(weight)
@@ -169,6 +185,12 @@ class AdaLomoRule(Rule):
         """See `Rule.relative_time`; benchmarks/plan_accuracy.py, 1 x 256 of every weight on two cores."""
         del weight_dtype
         return 3.4
+
+    def temporary_values(self, weight: Tensor) -> int:
+        """See `Rule.temporary_values`: squares, u, and u times its size; then the weight is rounded."""
+        if weight.dtype == torch.float32:
+            return 3 * weight.numel()
+        return ceil((4 + ROUNDING_COPIES) * weight.numel())
 
     def update(self, weight: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> None:
         """Normalise the gradient, limit it, scale it by the weight's RMS, and descend."""

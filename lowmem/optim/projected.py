@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lowmem.optim.basis import Basis, DenseBasis, choose_coordinates, gaussian_b
 from lowmem.optim.method import BY_DENSITY, FROM_GRADIENT, BlockOrder, Method
 from lowmem.optim.rule import Hyper, Place, Rule, State, counter, generator, mix
 from lowmem.optim.state import (
+    ROUNDING_COPIES,
     check_writable,
     descend,
     new_moment,
@@ -30,6 +31,9 @@ from lowmem.optim.state import (
     write_moment,
     write_weight,
 )
+
+# Matrices as large as the gradient, in fp32, that its decomposition holds at its largest.
+_BASIS_COPIES = 2.4
 
 # Keeps the factored second moment above zero (Adafactor's eps_1).
 _SQUARE_FLOOR = 1e-30
@@ -159,6 +163,17 @@ class DirectionRule(Rule):
         descend(exact, towards, hyper)
         write_weight(self.method.writer, weight, exact, state, seed=self._seed(hyper))
 
+    def temporary_values(self, weight: Tensor) -> int:
+        """See `Rule.temporary_values`: what the direction is made of; then it, the exact weight and its rounding."""
+        if weight.dtype == torch.float32:
+            return self._direction_values(weight.numel())
+        rounding = ROUNDING_COPIES if self.method.writer == "stochastic" else 0
+        return max(self._direction_values(weight.numel()) + weight.numel(), ceil((3 + rounding) * weight.numel()))
+
+    def _direction_values(self, num_values: int) -> int:
+        """fp32 values that making a direction of an fp32 gradient holds at its largest: it, and what it is made of."""
+        return 2 * num_values
+
     def _seed(self, hyper: Hyper) -> int:
         return mix(self.place.own_seed, hyper.clock)
 
@@ -217,6 +232,16 @@ class ProjectedRule(DirectionRule):
             self.method.inner, self.reduced_shape, state_dtype=self.method.state_dtype, device=weight.device
         )
         return state | self._limiter_state(weight) | new_writer_state(self.method.writer, weight)
+
+    def _direction_values(self, num_values: int) -> int:
+        """R, N and a denominator; a linear rule's new basis; of others the update and what is left of the gradient."""
+        low = 3 * prod(self.reduced_shape)
+        if self.is_linear:
+            return max(ceil(_BASIS_COPIES * num_values), low)
+        if self.method.scale_gradient != "none":
+            return num_values + low
+        # The rest is a difference, and what is subtracted is made first; of signs an eighth is kept.
+        return (3 if self.method.residual in ("sgd", "fira") else 2) * num_values + low
 
     @property
     def is_linear(self) -> bool:

@@ -93,6 +93,15 @@ class Rule(ABC):
         del weight_dtype
         return 1.0
 
+    def temporary_values(self, weight: Tensor) -> int:
+        """fp32 values that an update holds at its largest, besides the weight, its gradient and the state.
+
+        Args:
+            weight: The weight, or one on the meta device.
+        """
+        del weight
+        return 0
+
     @abstractmethod
     def init(self, weight: Tensor) -> State:
         """The state before the first step: every tensor there will ever be, in its final shape and dtype.

@@ -22,6 +22,13 @@ from torch import Tensor
 from lowmem.errors import UnsupportedError
 from lowmem.optim.rule import Hyper, State, mix
 
+ROUNDING_COPIES = 2.75
+"""What stochastic rounding holds at its largest, as multiples of the fp32 values that are rounded."""
+
+
+ENCODING_COPIES = 3.25
+"""The same of moments that are stored in 8 bits."""
+
 
 def rounding_of_moment(seed: int, name: str) -> int:
     """Seed of the random numbers with which a parameter's moment is rounded in one step.

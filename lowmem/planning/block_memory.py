@@ -245,8 +245,8 @@ _STAYING_HEAP, _STAYS_WHOLE_BYTES = 0.8, 40 << 20
 # Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 1 x 512 and 2 x 512).
 _MIXED_HEAP = 2.0
 
-# Of optimizers that project: weights of the largest one's size (there, GaLore).
-PROJECTION_HOLES = 6
+# Matrices that an update by a projection of the gradient takes besides (there, GaLore).
+NUM_UPDATE_TEMPORARIES = 3
 
 # Larger pieces are mappings of their own, which go back to the system at once (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
 LARGEST_ON_HEAP_BYTES = 32 << 20

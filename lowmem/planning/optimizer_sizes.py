@@ -157,11 +157,16 @@ def sizes_of(optimizer: RuleOptimizer) -> OptimizerShape:
     updated = sum(param.numel() for _, param, name in active if block_name(name) is not None)
     num_updated = sum(param.numel() for _, param, _ in active)
     work = sum(param.numel() * rule.relative_time(param.dtype) for rule, param, _ in active)
+    flat = {_flat_moments(rule, param) for rule, param, *_ in rules}
+    is_flat = len(flat) == 1 and None not in flat
+    values = (rule.temporary_values(param) for rule, param, _ in active)
     return OptimizerShape(
         name=optimizer.method_name,
         is_own=True,
         state_bytes=sum(_state_bytes(rule, param) for rule, param, _ in active),
-        is_flat=len(flat := {_flat_moments(rule, param) for rule, param, *_ in rules}) == 1 and None not in flat,
+        is_flat=is_flat,
+        # On flat buffers, a piece at a time.
+        temporary_bytes=0 if is_flat else max(values, default=0) * _FP32_BYTES,
         num_updated=num_updated,
         relative_time=work / num_updated if num_updated else 1.0,
         block_share=updated / in_blocks if in_blocks else 1.0,

@@ -171,6 +171,8 @@ class OptimizerShape:
     """What it does to each element besides, in the time that AdamW takes."""
     reduction: ReductionShape = ReductionShape()
     """What of the gradients it can do without, in most steps."""
+    temporary_bytes: int = 0
+    """Bytes that updating one parameter takes besides, at most, where it is updated as a whole."""
 
     def __post_init__(self) -> None:
         if min(self.state_bytes, self.num_updated, self.update_flops) < 0 or not 0 <= self.block_share <= 1:

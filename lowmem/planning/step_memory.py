@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     LARGEST_ON_HEAP_BYTES,
-    PROJECTION_HOLES,
+    NUM_UPDATE_TEMPORARIES,
     MicroBatch,
     block_forward_bytes,
     block_recompute_bytes,
@@ -221,6 +221,8 @@ def full_state(
     yield RoleBytes(role="gradients", tier=tier, nbytes=ceil_div(shapes.fp32_bytes, num_sharing))
     near: Tier = "host" if on_gpu else "device"
     optimizer = shapes.optimizer
+    if optimizer is not None:
+        yield RoleBytes(role="update of one weight", tier=near, nbytes=optimizer.temporary_bytes, phase="update")
     if optimizer is not None and not optimizer.is_flat:
         kept: Tier = tier if tier != "disk" else near
         yield RoleBytes(role="optimizer state", tier=kept, nbytes=optimizer.state_bytes)
@@ -351,12 +353,12 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         if choice.state_tier == "disk":
             # Gradients come and go one by one there: benchmarks/plan_accuracy.py, 4 x 128 of every weight.
             between += 4 * gradient_bytes
+        updated = _heap_of_update(shapes, job)
         for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
-            yield _device(FREED_HEAP, max(kept) + between, phase=phase)
+            yield _device(FREED_HEAP, max(kept) + between + updated, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
             after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
-            projected = PROJECTION_HOLES * gradient_bytes if shapes.optimizer and shapes.optimizer.update_flops else 0
-            yield _device(FREED_HEAP, staying_heap_bytes(after_block) + projected, phase="head")
+            yield _device(FREED_HEAP, staying_heap_bytes(after_block) + updated, phase="head")
 
 
 def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:
@@ -365,6 +367,16 @@ def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:
         return 0
     gradient_bytes = max(map(_largest_weight_bytes, shapes.blocks))
     return gradient_bytes if gradient_bytes < LARGEST_ON_HEAP_BYTES else 0
+
+
+def _heap_of_update(shapes: ModelShapes, job: Job) -> int:
+    """What projections of gradients leave on a CPU's heap: their state is made between temporaries, and keeps these."""
+    optimizer = shapes.optimizer
+    if optimizer is None or not optimizer.update_flops or job.device != "cpu":
+        return 0
+    # Of so many parts.
+    is_on_heap = optimizer.temporary_bytes < NUM_UPDATE_TEMPORARIES * LARGEST_ON_HEAP_BYTES
+    return optimizer.temporary_bytes if is_on_heap else 0
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import lowmem
 from lowmem.optim import APOLLO, FRUGAL, LISA, AdaLomo, AdamW, BAdam, Fira, GaLore
 from offload import BudgetError
+from tests.lowmem.block_peak import peak_bytes
 from tests.lowmem.full_training import plain_trainer
 from tests.zoo.architectures import build
 
@@ -41,6 +43,45 @@ OPTIONS: list[Any] = [
     partial(torch.optim.SGD, momentum=0.9),
     partial(torch.optim.Adam, amsgrad=True),
 ]
+
+
+class _OneMatrix(nn.Module):
+    """A block with one weight."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ParameterDict({"weight": torch.randn(shape).to(dtype)})])
+
+
+TYPES = [
+    *product(OWN, (torch.float32, torch.bfloat16), (None,)),
+    *product(["adamw"], (torch.float32, torch.bfloat16), ("fp32", "bf16", "8bit")),
+]
+
+
+@pytest.mark.parametrize("shape", [(128, 512), (512, 128)], ids=str)
+@pytest.mark.parametrize(("name", "dtype", "state_dtype"), TYPES)
+def test_an_update_takes_besides_what_its_rule_says(
+    name: str, dtype: torch.dtype, state_dtype: str | None, shape: tuple[int, int]
+) -> None:
+    model = _OneMatrix(shape, dtype)
+    optimizer = OWN[name](model, lr=1e-3, **({} if state_dtype is None else {"state_dtype": state_dtype}))
+    (param,), gradient = model.parameters(), torch.randn(shape).to(dtype)
+    rule, hyper, state = optimizer.rule_of(param), optimizer.hyper({**optimizer.param_groups[0], "clock": 0}), {}
+    state |= rule.init(param.data)
+    said = rule.temporary_values(torch.empty_like(param, device="meta")) / param.numel()
+    # The first takes a new basis; `peak_bytes` runs one before it measures.
+    state_of_first = {key: value.clone() for key, value in state.items()}
+
+    def first() -> None:
+        state.update({key: value.clone() for key, value in state_of_first.items()})
+        rule.update(param.data, gradient, state, hyper)
+
+    kept = sum(value.nbytes for value in state.values())
+    taken = max(peak_bytes(lambda: rule.update(param.data, gradient, state, hyper)), peak_bytes(first) - kept)
+    copies = taken / (4 * param.numel())
+    assert copies <= 1.01 * said + 0.02
+    assert said <= copies + 1.6
 
 
 @pytest.fixture(scope="module")
