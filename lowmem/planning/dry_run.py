@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lowmem.internals.attention import attention_implementation
+from lowmem.internals.experts import experts_implementation
 from lowmem.internals.torch import (
     FakeTensorMode,
     TorchDispatchMode,
@@ -28,6 +30,8 @@ from lowmem.internals.torch import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lowmem.models.build import Skeleton
 
 
@@ -108,6 +112,9 @@ def dry_run(
         NotImplementedError: The model's code looks at values, or at something else that is not there.
     """
     stand_ins = range(len(built.blocks)) if adapted is None else adapted
+    asked = (_told_of(built.model), num_sequences, seq_len, tuple(stand_ins))
+    if asked in _counted:
+        return _counted[asked]
     run = BlockWalk(built, stand_ins=stand_ins, measure=_count_peak)
     model, was_training = built.model, built.model.training
     try:
@@ -120,7 +127,25 @@ def dry_run(
         raise NotImplementedError(f"{type(model).__name__} cannot be run on fake tensors: {error}") from error
     finally:
         model.train(was_training)
-    return tuple(run.results)
+    while len(_counted) >= _MOST_COUNTED:
+        del _counted[next(iter(_counted))]
+    return _counted.setdefault(asked, tuple(run.results))
+
+
+_counted: dict[object, tuple[int, ...]] = {}
+"""What was counted, by what it follows from: a plan and the opening after it ask for the same."""
+
+_MOST_COUNTED = 32
+
+
+def _told_of(model: PreTrainedModel) -> object:
+    """All that a dry run follows from: the code, its settings, and what each tensor is."""
+    modules = tuple((name, type(module)) for name, module in model.named_modules())
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    first = {id(tensor): name for name, tensor in reversed(tensors)}
+    kinds = tuple((name, first[id(one)], one.shape, one.dtype, one.requires_grad) for name, one in tensors)
+    ways = attention_implementation(model), experts_implementation(model)
+    return type(model), model.config.to_json_string(use_diff=False), ways, modules, kinds
 
 
 # What fake tensors cannot follow is told by errors of many kinds: unknown values, missing kernels, odd devices.
