@@ -226,12 +226,15 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int 
 # Heap that glibc holds over what lives, as multiples of temporaries without and with gradients: torch asks for
 # aligned memory, and glibc does not give it a freed piece of the same size. benchmarks/budgets.py holds plans against
 # the process; with whole sequences of 512 to 8192 tokens 0.2 to 0.5 and 0.9 to 1.9 were seen, with a few chunks of 1024
-# tokens as much, with many of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2.
+# tokens as much, with many of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2. benchmarks/plan_accuracy.py has 1.8 to 2.4
+# with small models, in whole sequences and in chunks.
 _FORWARD_HEAP = 0.4
-_BACKWARD_HEAP = 2.3
+_BACKWARD_HEAP = 2.1
+_CHUNKS_HEAP = 2.3
 
-# Of routed experts, whose tokens are gathered in pieces of any size: benchmarks/plan_accuracy.py, 1 x 256 and 4 x 256.
-_EXPERTS_HEAP = 3.4
+# Of routed experts, whose tokens are gathered in pieces of any size: there, 1 x 256 and, in chunks, 4 x 256.
+_EXPERTS_HEAP = 2.6
+_EXPERTS_CHUNKS_HEAP = 3.4
 
 # Of chunks whose adapters are wider than the blocks: what passes between them is converted each time
 # (benchmarks/plan_accuracy.py, 4 x 512 in bf16 by 128 tokens).
@@ -242,11 +245,18 @@ _MIXED_CHUNKS_HEAP = 2.8
 # 512 and 1024.
 _STAYING_HEAP, _STAYS_WHOLE_BYTES = 0.8, 40 << 20
 
-# Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 1 x 512 and 2 x 512).
+# Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 1 x 512 and 2 x 512), with DoRA
+# the most of it (there, 1 x 512).
 _MIXED_HEAP = 2.0
+_MIXED_DORA_HEAP = 0.75
 
-# Matrices that an update by a projection of the gradient takes besides (there, GaLore).
-NUM_UPDATE_TEMPORARIES = 3
+# Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
+# backward's that is there all the same (there, 1 x 256 and 1 x 1024).
+TRIMMED_HEAP = 0.5
+
+# What updates by a projection of the gradient leave, as multiples of what the largest takes: their state is made
+# between them (there, GaLore, Fira and APOLLO).
+UPDATE_HEAP = 4
 
 # Larger pieces are mappings of their own, which go back to the system at once (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
 LARGEST_ON_HEAP_BYTES = 32 << 20
@@ -321,6 +331,7 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
     block = replace(block, linears=tuple(replace(linear, has_dropout=False) for linear in block.linears))
     kept = _BACKWARD_HEAP if block.experts is None else _EXPERTS_HEAP
     if chunk_tokens is not None:
+        kept = _CHUNKS_HEAP if block.experts is None else _EXPERTS_CHUNKS_HEAP
         if _adapter_itemsize(block) > itemsize(batch.dtype) and block.experts is None:
             kept = _MIXED_CHUNKS_HEAP
         parts = chunk_bytes(block, batch, chunk_tokens)
@@ -331,7 +342,7 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
     # One mask serves the whole visit, and one tile all of DoRA's norms: neither leaves holes.
     is_mixed = _adapter_itemsize(block) > itemsize(batch.dtype)
     if is_mixed and block.experts is None:
-        kept = _MIXED_HEAP
+        kept = _MIXED_DORA_HEAP if any(linear.is_dora for linear in block.linears) else _MIXED_HEAP
     scores = batch.num_sequences * block.num_heads * batch.seq_len**2 * itemsize(batch.dtype)
     if block.correction > 1 and scores >= LARGEST_ON_HEAP_BYTES:
         # Scores as they are where attention makes them whole, which is what such a block's correction is of.

@@ -42,6 +42,11 @@ class LinearShape:
         if min(self.in_features, self.out_features) < 1 or self.rank < 0:
             raise ValueError(f"a linear layer of {self.in_features} x {self.out_features}, rank {self.rank}")
 
+    @property
+    def num_weights(self) -> int:
+        """Weights of the layer."""
+        return self.in_features * self.out_features
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsShape:
@@ -258,7 +263,7 @@ class ModelShapes:
         def moved_bytes(block: BlockShape) -> int:
             if moved_dtype is None:
                 return 0
-            matrices = sum(linear.in_features * linear.out_features for linear in block.linears)
+            matrices = sum(linear.num_weights for linear in block.linears)
             rest = (block.num_params - matrices) * itemsize(self.compute_dtype)
             return round_up(matrices * itemsize(moved_dtype), PAGE_BYTES) + round_up(rest, PAGE_BYTES)
 

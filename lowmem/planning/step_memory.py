@@ -9,7 +9,8 @@ from typing import Literal, get_args
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     LARGEST_ON_HEAP_BYTES,
-    NUM_UPDATE_TEMPORARIES,
+    TRIMMED_HEAP,
+    UPDATE_HEAP,
     MicroBatch,
     block_forward_bytes,
     block_recompute_bytes,
@@ -250,7 +251,7 @@ def exchange_bytes(shapes: ModelShapes, *, num_sharing: int, on_gpu: bool) -> in
 def _largest_weight_bytes(block: BlockShape) -> int:
     if block.experts is not None:
         return block.buffer_bytes
-    return max(linear.in_features * linear.out_features for linear in block.linears) * _FP32_BYTES
+    return max(linear.num_weights for linear in block.linears) * _FP32_BYTES
 
 
 def boundary_bytes(shapes: ModelShapes, job: Job) -> int:
@@ -339,6 +340,9 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
         moments: tuple[Moment, Moment] = ("forward", "block")
         heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
+        is_flat = shapes.optimizer is None or shapes.optimizer.is_flat
+        if job.tuning == "full" and choice.state_tier != "disk" and is_flat:
+            heaps = [(forward, int(TRIMMED_HEAP * backward)) for forward, backward in heaps]
         hidden_bytes = job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
         # The batch's hidden states come and go between the temporaries of its parts; larger ones are mappings of their
         # own. benchmarks/budgets.py: 8192 tokens in chunks, 64 sequences in micro-batches; benchmarks/plan_accuracy.py:
@@ -358,25 +362,30 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
             yield _device(FREED_HEAP, max(kept) + between + updated, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
             after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
-            yield _device(FREED_HEAP, staying_heap_bytes(after_block) + updated, phase="head")
+            # A weight's norm was taken of it in fp32 when adapters were made.
+            made = max((one.num_weights for block in shapes.blocks for one in block.linears if one.is_dora), default=0)
+            heap = staying_heap_bytes(after_block) + updated
+            yield _device(FREED_HEAP, heap + _on_heap(made * _FP32_BYTES), phase="head")
 
 
 def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:
     """The largest weight's gradient where every weight is trained on a CPU, and it is small enough for the heap."""
     if job.tuning != "full" or job.device != "cpu":
         return 0
-    gradient_bytes = max(map(_largest_weight_bytes, shapes.blocks))
-    return gradient_bytes if gradient_bytes < LARGEST_ON_HEAP_BYTES else 0
+    return _on_heap(max(map(_largest_weight_bytes, shapes.blocks)))
 
 
 def _heap_of_update(shapes: ModelShapes, job: Job) -> int:
-    """What projections of gradients leave on a CPU's heap: their state is made between temporaries, and keeps these."""
+    """What projections of gradients leave on a CPU's heap."""
     optimizer = shapes.optimizer
     if optimizer is None or not optimizer.update_flops or job.device != "cpu":
         return 0
-    # Of so many parts.
-    is_on_heap = optimizer.temporary_bytes < NUM_UPDATE_TEMPORARIES * LARGEST_ON_HEAP_BYTES
-    return optimizer.temporary_bytes if is_on_heap else 0
+    return UPDATE_HEAP * _on_heap(optimizer.temporary_bytes)
+
+
+def _on_heap(nbytes: int) -> int:
+    """Bytes that are small enough for the heap; larger ones go back to the system at once."""
+    return nbytes if nbytes < LARGEST_ON_HEAP_BYTES else 0
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lowmem import host_memory
 from lowmem.host_memory import is_skinny, product_of_few
-from lowmem.internals.torch import has_fast_bf16
 from lowmem.planning.limits import HeadTiles
 from lowmem.streaming.recompute import sum_dtype
 
@@ -27,6 +26,13 @@ _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 _FEW_ROWS = 32
 """Rows whose product may have memory of its own, at most 2 MiB of it."""
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16."""
+    there = torch.cpu.get_capabilities()
+    return any(there.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,7 @@ class Projection:
         # Without instructions for it, CPUs multiply half types up to 100 times slower than fp32, in which the product
         # of the rounded inputs is exact; with them, two to three times faster.
         half, on_cpu = self.options.round_dtype, self.weight.device.type == "cpu"
-        is_slow = on_cpu and half in _HALF_TYPES and not (half == torch.bfloat16 and has_fast_bf16())
+        is_slow = on_cpu and half in _HALF_TYPES and not (half == torch.bfloat16 and _multiplies_bf16())
         return torch.float32 if is_slow else half
 
     @property

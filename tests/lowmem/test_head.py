@@ -159,14 +159,21 @@ def gradients(
     return (*values[:4], *torch.autograd.grad((values[0] * scale).sum() + values[1].mean(), leaves))
 
 
+@pytest.mark.parametrize("multiplies_bf16", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 def test_error_against_fp64_is_no_larger_than_that_of_trl(
-    hidden_dtype: torch.dtype, weight_dtype: torch.dtype, autocast: bool
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    autocast: bool,
+    multiplies_bf16: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from trl.kernels import ChunkedLogProbFunction
 
+    # As on a processor with instructions for it, and on one without.
+    monkeypatch.setattr("lowmem.streaming.head._multiplies_bf16", lambda: multiplies_bf16)
     torch.manual_seed(0)
     hidden = torch.randn(67, 48).to(hidden_dtype).requires_grad_()
     weight = (torch.randn(300, 48) / 3).to(weight_dtype).requires_grad_()
