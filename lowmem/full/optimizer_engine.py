@@ -36,7 +36,14 @@ from lowmem.full.saving import (
 )
 from lowmem.full.tier import weakly
 from lowmem.host_memory import give_back_freed
-from lowmem.optim.optimizer import RuleOptimizer, check_saved_group, engine_of, mark_active, restored_state
+from lowmem.optim.optimizer import (
+    RuleOptimizer,
+    check_saved_group,
+    check_saved_state,
+    engine_of,
+    mark_active,
+    restored_state,
+)
 from lowmem.optim.plain import AdamWRule
 from lowmem.optim.projected import ProjectedRule
 from lowmem.planning.optimizer_sizes import sizes_of
@@ -243,7 +250,7 @@ class OptimizerEngine:
         optimizer = None if self._optimizer is None else self._optimizer()
         state = read_state(folder)
         if state is not None and optimizer is not None:
-            optimizer.check_saved(state)
+            check_saved_state(optimizer, state)
         # The moments may be elsewhere, which loading finds out.
         with suppress(FileNotFoundError):
             check_checkpoint(folder, self._full)
@@ -424,7 +431,7 @@ def tell_engine(model: nn.Module, folder: str) -> None:
         engine.will_resume_from(Path(folder))
 
 
-def check_saved_state(model: nn.Module, folder: Path) -> None:
+def check_before_loading(model: nn.Module, folder: Path) -> None:
     """See `OptimizerEngine.check_saved`; nothing is done for a model without one."""
     if (engine := _engine_of_model(model)) is not None:
         engine.check_saved(folder)

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, TrainerState
 
 from lowmem.errors import UnsupportedError
-from lowmem.full.optimizer_engine import check_saved_state
+from lowmem.full.optimizer_engine import check_before_loading
 from lowmem.internals.torch import damage_of_saved
 from lowmem.models.configuration import naming_field
 from lowmem.processes.ranks import ranks
@@ -78,7 +78,7 @@ def check_before_resume(model: nn.Module, checkpoint: str) -> None:
         if (full := runtime_of(model).full) is not None:
             _check_shapes(folder, full.stored_shapes())
             # Weights are loaded before the optimizer's state is read: a refusal then would leave them without it.
-            check_saved_state(model, folder)
+            check_before_loading(model, folder)
         elif is_adapter:
             from peft import get_peft_model_state_dict
 

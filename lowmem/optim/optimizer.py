@@ -289,7 +289,7 @@ class RuleOptimizer(Optimizer):
         Raises:
             ValueError: The state is of another optimizer, or of parameters of other shapes.
         """
-        self.check_saved(state_dict)
+        check_saved_state(self, state_dict)
         groups, states = state_dict["param_groups"], state_dict["state"]
         super().load_state_dict({**state_dict, "state": {}})
         self._follow_groups()
@@ -301,26 +301,6 @@ class RuleOptimizer(Optimizer):
         mark_active(self)
         for engine in self._engines():
             engine.load(state_dict)
-
-    def check_saved(self, state_dict: StateDict) -> None:
-        """Look at the groups of a saved state; nothing is changed.
-
-        Raises:
-            ValueError: They are damaged, or another optimizer's.
-        """
-        groups, states = state_dict.get("param_groups"), state_dict.get("state")
-        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-            raise ValueError("optimizer state: param_groups: expected a list of dictionaries; the file is damaged")
-        if not isinstance(states, dict):
-            raise ValueError("optimizer state: state: expected a dictionary; the file is damaged")
-        for saved in groups:
-            if saved.get("method") != self.method_name:
-                found = saved.get("method", "another optimizer")
-                raise ValueError(f"the state dict was saved by {found}, this is {self.method_name}")
-            if not isinstance(saved.get("params"), list):
-                raise ValueError("optimizer state: param_groups: field 'params': expected a list; the file is damaged")
-        for group, saved in zip(self.param_groups, groups, strict=False):
-            check_saved_group(group, saved)
 
     def _follow_groups(self) -> None:
         """Build the rules anew if a field that decides them has changed."""
@@ -392,6 +372,27 @@ def restored_state(rule: Rule, param: Tensor, saved: object, *, device: torch.de
         name: value.detach().to("cpu" if expected[name].device.type == "cpu" else device or param.device, copy=True)
         for name, value in saved.items()
     }
+
+
+def check_saved_state(optimizer: RuleOptimizer, state_dict: StateDict) -> None:
+    """Look at the groups of a state that an optimizer is to go on from; nothing is changed.
+
+    Raises:
+        ValueError: They are damaged, or another optimizer's.
+    """
+    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise ValueError("optimizer state: param_groups: expected a list of dictionaries; the file is damaged")
+    if not isinstance(states, dict):
+        raise ValueError("optimizer state: state: expected a dictionary; the file is damaged")
+    for saved in groups:
+        if saved.get("method") != optimizer.method_name:
+            found = saved.get("method", "another optimizer")
+            raise ValueError(f"the state dict was saved by {found}, this is {optimizer.method_name}")
+        if not isinstance(saved.get("params"), list):
+            raise ValueError("optimizer state: param_groups: field 'params': expected a list; the file is damaged")
+    for group, saved in zip(optimizer.param_groups, groups, strict=False):
+        check_saved_group(group, saved)
 
 
 def check_saved_group(group: Mapping[str, Any], saved: Mapping[str, object]) -> None:

@@ -251,8 +251,8 @@ _MIXED_HEAP = 2.0
 _MIXED_DORA_HEAP = 0.75
 
 # Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
-# backward's that is there all the same (there, 1 x 256 and 1 x 1024).
-TRIMMED_HEAP = 0.5
+# backward's that is there all the same; of the first 8 MiB all of it (there, 1 x 256 and 1 x 1024).
+_TRIMMED_HEAP, _NOT_TRIMMED_BYTES = 0.4, 8 << 20
 
 # What updates by a projection of the gradient leave, as multiples of what the largest takes: their state is made
 # between them (there, GaLore, Fira and APOLLO).
@@ -359,6 +359,16 @@ def staying_heap_bytes(after_block: int) -> int:
         after_block: Of temporaries and of freed pieces, at the end of a block's backward.
     """
     return int(_STAYING_HEAP * after_block + (1 - _STAYING_HEAP) * min(after_block, _STAYS_WHOLE_BYTES))
+
+
+def trimmed_heap_bytes(kept: int) -> int:
+    """What of a backward's freed pieces is there although freed memory was given back after each block.
+
+    Args:
+        kept: What would be there otherwise.
+    """
+    whole = min(kept, _NOT_TRIMMED_BYTES)
+    return whole + int(_TRIMMED_HEAP * (kept - whole))
 
 
 def _share_on_heap(block: BlockShape, batch: MicroBatch) -> float:

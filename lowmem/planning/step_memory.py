@@ -9,7 +9,6 @@ from typing import Literal, get_args
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     LARGEST_ON_HEAP_BYTES,
-    TRIMMED_HEAP,
     UPDATE_HEAP,
     MicroBatch,
     block_forward_bytes,
@@ -17,6 +16,7 @@ from lowmem.planning.block_memory import (
     chunk_bytes,
     heap_bytes,
     staying_heap_bytes,
+    trimmed_heap_bytes,
 )
 from lowmem.planning.job import Job
 from lowmem.planning.limits import (
@@ -342,7 +342,7 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
         is_flat = shapes.optimizer is None or shapes.optimizer.is_flat
         if job.tuning == "full" and choice.state_tier != "disk" and is_flat:
-            heaps = [(forward, int(TRIMMED_HEAP * backward)) for forward, backward in heaps]
+            heaps = [(forward, trimmed_heap_bytes(backward)) for forward, backward in heaps]
         hidden_bytes = job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
         # The batch's hidden states come and go between the temporaries of its parts; larger ones are mappings of their
         # own. benchmarks/budgets.py: 8192 tokens in chunks, 64 sequences in micro-batches; benchmarks/plan_accuracy.py:
