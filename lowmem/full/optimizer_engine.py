@@ -26,7 +26,7 @@ from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saving import (
     FOLDER,
     SavedState,
-    check_checkpoint,
+    check_state,
     current_digest,
     find_moments,
     load_moments,
@@ -249,11 +249,13 @@ class OptimizerEngine:
         """
         optimizer = None if self._optimizer is None else self._optimizer()
         state = read_state(folder)
-        if state is not None and optimizer is not None:
+        if state is None:
+            return
+        if optimizer is not None:
             check_saved_state(optimizer, state)
         # The moments may be elsewhere, which loading finds out.
         with suppress(FileNotFoundError):
-            check_checkpoint(folder, self._full)
+            check_state(state, folder, self._full)
 
     def _folders(self, saved: SavedState) -> list[Path]:
         """Where the moments may be, the likeliest first."""

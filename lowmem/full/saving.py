@@ -310,12 +310,8 @@ def read_state(checkpoint: Path) -> dict[str, object] | None:
     return state if isinstance(state, dict) and "lowmem_full" in state else None
 
 
-def check_checkpoint(checkpoint: Path, full: FullTuning | None = None) -> SavedState | None:
-    """Read all that an optimizer of a fully tuned model has left in a Trainer's checkpoint; nothing is loaded.
-
-    Args:
-        checkpoint: Its folder.
-        full: Of the model that it should be of; None where no model is opened.
+def check_checkpoint(checkpoint: Path) -> SavedState | None:
+    """Read all that an optimizer of a fully tuned model has left in a Trainer's checkpoint; no model is opened.
 
     Returns:
         What it says, or None where the checkpoint is of another kind.
@@ -325,8 +321,24 @@ def check_checkpoint(checkpoint: Path, full: FullTuning | None = None) -> SavedS
         FileNotFoundError: The moments are not there.
     """
     state = read_state(checkpoint)
-    if state is None:
-        return None
+    return None if state is None else check_state(state, checkpoint)
+
+
+def check_state(state: Mapping[str, object], checkpoint: Path, full: FullTuning | None = None) -> SavedState:
+    """Read all that a state refers to; nothing is loaded.
+
+    Args:
+        state: What `read_state` returned.
+        checkpoint: The folder that it lies in.
+        full: Of the model that it should be of; None where no model is opened.
+
+    Returns:
+        What it says.
+
+    Raises:
+        SourceError: Something is damaged; names file and field.
+        FileNotFoundError: The moments are not there.
+    """
     saved = SavedState.read(state["lowmem_full"], checkpoint, params=None if full is None else full.params)
     if saved.moments is None:
         return saved

@@ -184,9 +184,7 @@ def _experts_transient(experts: ExpertsShape | None, hidden: int, compute: int) 
 
 def _dora_tile_bytes(block: BlockShape, *, is_mixed: bool) -> int:
     """The part of a frozen weight that DoRA converts at a time where adapters are wider than weights."""
-    weights = [
-        linear.in_features * linear.out_features for linear in block.linears if linear.is_dora and linear.part in _MLP
-    ]
+    weights = [linear.num_weights for linear in block.linears if linear.is_dora and linear.part in _MLP]
     return min(_DORA_TILE_BYTES, _FP32_BYTES * max(weights)) if weights and is_mixed else 0
 
 

@@ -518,11 +518,7 @@ def _product_flops(shapes: ModelShapes, num_tokens: int) -> float:
 
 def _key_value_flops(shapes: ModelShapes, job: Job) -> float:
     """What a backward in chunks computes once more to have all keys and values first."""
-    widths = sum(
-        linear.in_features * linear.out_features
-        for block in shapes.blocks
-        for linear in block.of_part(Part.ATTENTION_IN)
-    )
+    widths = sum(linear.num_weights for block in shapes.blocks for linear in block.of_part(Part.ATTENTION_IN))
     return 2.0 * widths * job.num_tokens
 
 
