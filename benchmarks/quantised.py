@@ -1,7 +1,7 @@
 """NF4 against bf16, both streamed, and against bitsandbytes in memory: step time, bytes read, memory of the process.
 
     python -m benchmarks.quantised --root /nvme/checkpoints [--shape 1.1b] [--batch-size 4] [--device-budget 900MiB]
-        [--limit 3.0GiB [--limited-budget smallest]]
+        [--disk /nvme/scratch] [--limit 3.0GiB [--limited-budget smallest]]
 
 The checkpoint is written at random (benchmarks.checkpoints), packed with `lowmem.pack`, and its packed folder is what
 bitsandbytes loads too. What `lowmem bench` measures of both folders is kept under the root, and plans are made with it:
@@ -61,7 +61,7 @@ def planned(report: Mapping[str, Value], step_s: float) -> dict[str, Value]:
     assert isinstance(choice, Mapping)
     predicted_s = summary["step_s"]
     assert isinstance(predicted_s, float)
-    said = {key: choice[key] for key in ("micro_batch", "chunk_tokens", "boundary_tier")}
+    said = {key: choice[key] for key in ("micro_batch", "chunk_tokens", "boundary_tier", "keeps_products")}
     return {
         "plan": {**said, "device_bytes": summary["device_bytes"], "host_bytes": summary["host_bytes"]},
         "planned_step_s": predicted_s,
@@ -91,7 +91,9 @@ def compare(name: str, base: Path, packed: Path, *, job: Job, with_bitsandbytes:
         reads = report["disk_read_bytes"]
         assert isinstance(reads, list)
         num_passes = 2
-        per_weight = None if reads[-1] is None else reads[-1] / num_passes / SHAPES[name].num_block_parameters
+        # What a step writes and reads back comes from storage too.
+        is_told = reads[-1] is not None and job.disk is None
+        per_weight = reads[-1] / num_passes / SHAPES[name].num_block_parameters if is_told else None
         emit(
             BENCHMARK,
             f"{name} {label}",
@@ -147,6 +149,7 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=3)
     parser.add_argument("--dtype", default="float32", help="what all jobs compute in")
     parser.add_argument("--device-budget", default="smallest", help="of both streamed jobs")
+    parser.add_argument("--disk", type=Path, help="folder for what a step of a streamed job writes and reads back")
     parser.add_argument("--limit", help="run the NF4 job inside this much memory too")
     parser.add_argument("--limited-budget", default="smallest", help="what that job's model may hold")
     parser.add_argument("--only-limited", action="store_true", help="leave the comparison out")
@@ -171,6 +174,7 @@ def main() -> None:
         num_steps=options.num_steps,
         dtype=options.dtype,
         device_budget=options.device_budget,
+        disk=options.disk,
     )
     for folder in (packed,) if options.only_limited else (base, packed):
         list(bench_lines(folder, device="cpu", dtype=options.dtype))

@@ -43,6 +43,8 @@ class Job:
     device_budget: str | None = None
     """For "streamed": a size, or "smallest" for the least that works, which streams everything. None: measured."""
     host_budget: str = "0"
+    disk: Path | None = None
+    """For "streamed": folder for what a step writes and reads back."""
     seed: int = 0
 
     def arguments(self) -> list[str]:
@@ -142,7 +144,7 @@ def make_plan(job: Job, lora: LoraConfig, *, device_budget: str | int | None) ->
         batch_size=job.batch_size,
         seq_len=job.seq_len,
         peft_config=lora,
-        budget=lowmem.Budget(device=device_budget, host=job.host_budget),
+        budget=lowmem.Budget(device=device_budget, host=job.host_budget, disk=job.disk),
         dtype=getattr(torch, job.dtype),
     )
 
@@ -181,6 +183,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Job, bool]:
         parser.add_argument(f"--{name}", type=int, default=getattr(Job, name.replace("-", "_")))
     for name in ("dtype", "device-budget", "host-budget"):
         parser.add_argument(f"--{name}", default=getattr(Job, name.replace("-", "_")))
+    parser.add_argument("--disk", type=Path)
     parser.add_argument("--lockstep", action="store_true")
     options = vars(parser.parse_args(arguments))
     lockstep = options.pop("lockstep")

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from lowmem.models.build import Skeleton, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding, pick_dtype
 from lowmem.models.whole import install_resizing
 from lowmem.planning.planner import bare_shapes, plan_alone
-from lowmem.planning.step_memory import num_boundary_buffers
+from lowmem.planning.step_memory import NUM_PRODUCT_BUFFERS, num_boundary_buffers
 from lowmem.processes.node import NodeBlocks, share_blocks
 from lowmem.streaming.attach import Replanning, attach
 from lowmem.streaming.boundary import BoundaryTier
@@ -170,15 +171,16 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         if chunks:
             enable_chunks(model)
         tile_outer_norms(model, [streamed.block.module for streamed in built.blocks])
-        tiers = _Boundaries(device=device, trace=trace)
+        tiers = Tiers(device=device, trace=trace)
         stack.callback(tiers.close)
         move = weights.move if isinstance(weights, _FrozenWeights) else None
-        choose_split = Replanning(plan, shapes=shapes, can_chunk=chunks, tier_of=tiers.open, source_of=move)
+        choose_split = Replanning(plan, shapes=shapes, can_chunk=chunks, tiers_of=tiers.open, source_of=move)
+        boundaries, products = tiers.open(plan)
         runtime = Runtime(
             built.blocks,
             scheduler=weights.scheduler,
             unpacker=weights.unpacker,
-            boundaries=tiers.open(plan),
+            boundaries=boundaries,
             plan=plan,
             trace=trace,
             device=device,
@@ -187,7 +189,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
         # From here on they live as long as the runtime, and must not keep it alive. Closed in reverse: the scheduler
         # waits for the reads that still write into its buffers.
         weakref.finalize(runtime, stack.pop_all().close)
-    runtime.full, runtime.idle_bytes = weights.full, idle_bytes
+    runtime.full, runtime.idle_bytes, runtime.products = weights.full, idle_bytes, products
     runtime.find_lost = weights.find_lost
     if isinstance(weights, _FrozenWeights):
         runtime.announce = weights.announce
@@ -245,32 +247,44 @@ def _shapes_within_memory(opened: Opened, plan: Plan) -> ModelShapes:
     return shapes.with_every_weight(plan.moved_dtype) if plan.job.tuning == "full" else shapes
 
 
-class _Boundaries:
-    """Tiers of boundary activations, one for each that plans have named; closed together, for a graph may keep one."""
+class Tiers:
+    """Tiers of boundary activations and products that plans have named; closed together, for a graph may keep one.
+
+    On a processor, one that nothing refers to any more is gone, with its memory, threads and files.
+    """
 
     def __init__(self, *, device: torch.device, trace: Trace) -> None:
         self._device, self._trace = device, trace
-        self._tiers: list[BoundaryTier] = []
+        self._tiers: WeakSet[BoundaryTier] = WeakSet()
+        self._held: list[BoundaryTier] = []
 
-    def open(self, plan: Plan) -> BoundaryTier:
-        """The tier that a plan names.
+    def open(self, plan: Plan) -> tuple[BoundaryTier, BoundaryTier | None]:
+        """The tier that a plan names for boundary activations, and one like it if large products are kept.
 
         Raises:
             WriteError: The plan's folder cannot be written.
         """
+        boundaries = self._open(plan, num_buffers=num_boundary_buffers(self._device.type))
+        keeps_products = plan.choice.keeps_products
+        return boundaries, self._open(plan, num_buffers=NUM_PRODUCT_BUFFERS) if keeps_products else None
+
+    def _open(self, plan: Plan, *, num_buffers: int) -> BoundaryTier:
         tier = tier_for(
             self._device,
             planned=plan.boundary_tier,
             disk=None if plan.disk_folder is None else Path(plan.disk_folder),
-            num_buffers=num_boundary_buffers(self._device.type),
+            num_buffers=num_buffers,
             trace=self._trace,
         )
-        self._tiers.append(tier)
+        self._tiers.add(tier)
+        if self._device.type != "cpu":
+            # Copies may be under way that only closing it waits for.
+            self._held.append(tier)
         return tier
 
     def close(self) -> None:
         """Release everything."""
-        for tier in self._tiers:
+        for tier in list(self._tiers):
             tier.close()
 
 

@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from lowmem.monitoring.timeline import PHASE_LABELS, StepTimeline, computed_passes, merged, overlap_ns
+from lowmem.planning.step_memory import KEPT_PRODUCTS
 from offload import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ def held_bytes(model: torch.nn.Module, runtime: Runtime, optimizer: object) -> d
     }
     if runtime.plan.choice.boundary_tier != "disk" and memory.get("boundary_bytes"):
         held["boundary activations"] = memory["boundary_bytes"]
+    if runtime.plan.choice.boundary_tier != "disk" and memory.get("product_bytes"):
+        held[KEPT_PRODUCTS] = memory["product_bytes"]
     if runtime.plan.job.tuning == "full":
         return held
     inside = {id(param) for module in runtime.modules for param in module.parameters()}

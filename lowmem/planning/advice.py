@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lowmem.planning.search import Draft, Room
-from lowmem.planning.step_memory import boundary_bytes, peak_phase
+from lowmem.planning.step_memory import boundary_bytes, peak_phase, product_bytes
 from offload import Budget, Placement, format_bytes, format_seconds, round_up
 
 _WORTH = 0.95
@@ -318,6 +318,10 @@ def _smaller_job(room: Room, draft: Draft) -> Iterator[str]:
 def _to_be_faster(room: Room, draft: Draft) -> Iterator[str]:
     moving = [place for place in draft.placement.placements if place == Placement.STREAMED]
     lane = draft.time.bottleneck
+    products = list(_more_for_products(room, draft)) if lane == "compute" else []
+    if products:
+        yield from products
+        return
     if not moving and lane == "compute":
         yield "Every block stays in memory and the step is limited by computation: more memory makes it no faster."
         return
@@ -326,6 +330,26 @@ def _to_be_faster(room: Room, draft: Draft) -> Iterator[str]:
         return
     yield from _more_memory(room, draft)
     yield from _larger_batch(room, draft)
+
+
+def _more_for_products(room: Room, draft: Draft) -> Iterator[str]:
+    """The budget with which large products are kept for the backward, and what a folder for them would do."""
+    if draft.choice.keeps_products or room.placement is not None:
+        return
+    wanted = room.device_bytes + product_bytes(room.shapes, room.job)
+    better = room.with_budget(device_bytes=wanted).best()
+    if better is None or not better.choice.keeps_products or better.time.step_s > _WORTH * draft.time.step_s:
+        return
+    yield (
+        f"A device budget of {format_bytes(better.device_bytes)} keeps large products for the backward instead of "
+        f"computing them again: {format_seconds(better.time.step_s)} per step."
+    )
+    on_disk = None if room.has_disk else replace(room, has_disk=True).best()
+    if on_disk is not None and on_disk.choice.keeps_products:
+        yield (
+            f"With Budget(disk=...) they are kept there: {format_seconds(on_disk.time.step_s)} per step, and "
+            f"{format_bytes(on_disk.time.written_bytes)} written in each."
+        )
 
 
 def _more_memory(room: Room, draft: Draft) -> Iterator[str]:

@@ -16,7 +16,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lowmem.planning.advice import Change
 from lowmem.planning.job import Job, Task
 from lowmem.planning.shapes import OptimizerShape
-from lowmem.planning.step_memory import ALWAYS, Choice, RoleBytes, Tier, counted_host_bytes, peak_bytes, peak_phase
+from lowmem.planning.step_memory import (
+    ALWAYS,
+    KEPT_PRODUCTS,
+    Choice,
+    RoleBytes,
+    Tier,
+    counted_host_bytes,
+    peak_bytes,
+    peak_phase,
+)
 from lowmem.planning.step_time import Lane, Rates, StepTime
 from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
 
@@ -486,6 +495,9 @@ def _facts(plan: Plan) -> list[str]:
     )
     if plan.choice.keeps_keys_values:
         lines.append(f"           keys and values kept on {plan.boundary_tier}: computing them again takes longer")
+    if plan.choice.keeps_products:
+        kept = format_bytes(plan.bytes_of(KEPT_PRODUCTS, tier=plan.boundary_tier))
+        lines.append(f"           {kept} of large products kept on {plan.boundary_tier}, not computed again")
     if plan.unchunkable and (job.chunk_tokens or not plan.fits):
         lines.append(f"           whole sequences: {plan.unchunkable}")
     if plan.written_bytes:

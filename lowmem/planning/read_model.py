@@ -117,7 +117,7 @@ def _linears(block: nn.Module, attention: Sequence[str], hidden_size: int) -> It
     found = dict(_walk(block, ""))
     outs: dict[str, str] = {}
     for path, (module, _) in found.items():
-        if _features(module)[1] == hidden_size:
+        if features_of(module)[1] == hidden_size:
             # The last one of a group that leads back to the hidden size: o_proj, down_proj.
             outs[_group(path, attention)] = path
     for path, (module, adapter) in found.items():
@@ -127,7 +127,7 @@ def _linears(block: nn.Module, attention: Sequence[str], hidden_size: int) -> It
             part = Part.ATTENTION_OUT if is_out else Part.ATTENTION_IN
         else:
             part = Part.MLP_OUT if is_out else Part.MLP_IN
-        in_features, out_features = _features(module)
+        in_features, out_features = features_of(module)
         yield LinearShape(
             part=part,
             in_features=in_features,
@@ -151,22 +151,22 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, tuple[nn.Module, 
         while isinstance(inner := getattr(base, "base_layer", None), nn.Module):
             base = inner
         if isinstance(base, nn.Module):
-            if _is_linear(base):
+            if is_linear(base):
                 yield child_path, (base, child)
             else:
                 yield from _walk(base, child_path)
-        elif _is_linear(child):
+        elif is_linear(child):
             yield child_path, (child, None)
         else:
             yield from _walk(child, child_path)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    # transformers' Conv1D (gpt2) is a linear layer whose weight is stored transposed.
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer; transformers' Conv1D (gpt2) is one whose weight is stored transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def features_of(module: nn.Module) -> tuple[int, int]:
     """Widths of a linear layer's input and output."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -180,7 +180,7 @@ def _rank_of(adapter: nn.Module) -> int:
         return max(int(rank) for rank in ranks.values())
     # An adapter of another kind than LoRA keeps about what a LoRA of as many parameters keeps.
     num_params = sum(param.numel() for param in adapter.parameters() if param.requires_grad)
-    in_features, out_features = _features(cast("nn.Module", adapter.base_layer))
+    in_features, out_features = features_of(cast("nn.Module", adapter.base_layer))
     return max(1, num_params // (in_features + out_features))
 
 

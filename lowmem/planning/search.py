@@ -16,6 +16,7 @@ from lowmem.planning.step_memory import (
     Tier,
     as_moved,
     boundary_bytes,
+    can_keep_products,
     counted_host_bytes,
     key_value_bytes,
     peak_bytes,
@@ -34,6 +35,10 @@ _MIN_RING, _MAX_RING = 2, 3
 
 _PRICE_OF_KEPT = 1.02
 """Keeping keys and values takes memory, so it has to make a step shorter by more than this."""
+
+
+_PRICE_OF_PRODUCTS, _PRICE_OF_WEAR = 1.05, 1.1
+"""Keeping products takes more of it, and wears a drive where they are written to one."""
 
 
 _SAME_STEP_S = 1e-3
@@ -60,7 +65,10 @@ class Draft:
     @property
     def priced_s(self) -> float:
         """Its step, with a price on memory that buys little time."""
-        return self.time.step_s * (_PRICE_OF_KEPT if self.choice.keeps_keys_values else 1.0)
+        price = _PRICE_OF_KEPT if self.choice.keeps_keys_values else 1.0
+        if self.choice.keeps_products:
+            price = _PRICE_OF_WEAR if self.choice.boundary_tier == "disk" else _PRICE_OF_PRODUCTS
+        return self.time.step_s * price
 
     @property
     def device_bytes(self) -> int:
@@ -87,15 +95,27 @@ class Room:
     def best(self) -> Draft | None:
         """The draft to take, or None if none fits.
 
-        The largest useful micro-batch that fits; with it, the shortest step; among equals, what moves least. State of
-        full tuning in memory, with whatever micro-batch, before state on disk.
+        The largest useful micro-batch that fits; with it, the shortest step; among equals, what moves least. A smaller
+        one where products can be kept with it that are worth more. State of full tuning in memory, with whatever
+        micro-batch, before state on disk.
         """
-        for state_tier, (micro_batch, chunk_tokens) in product(self._state_tiers(), self._splits()):
-            choices = [choice for choice in self._choices(micro_batch, chunk_tokens) if choice.state_tier == state_tier]
-            drafts = [draft for choice in choices if (draft := self._draft(choice)) is not None]
-            if drafts:
-                return self._widened(min(drafts, key=lambda draft: round(draft.priced_s / _SAME_STEP_S)))
+        for state_tier in self._state_tiers():
+            found: list[Draft] = []
+            for micro_batch, chunk_tokens in self._splits():
+                if found and not self._can_keep(micro_batch, chunk_tokens):
+                    break
+                choices = (
+                    choice
+                    for choice in self._choices(micro_batch, chunk_tokens)
+                    if choice.state_tier == state_tier and (choice.keeps_products or not found)
+                )
+                found += [draft for choice in choices if (draft := self._draft(choice)) is not None]
+            if found:
+                return self._widened(min(found, key=lambda draft: round(draft.priced_s / _SAME_STEP_S)))
         return None
+
+    def _can_keep(self, micro_batch: int, chunk_tokens: int | None) -> bool:
+        return chunk_tokens is None and can_keep_products(self.shapes, self.job, micro_batch=micro_batch)
 
     def _widened(self, draft: Draft) -> Draft:
         """The same with the largest micro-batch for which there is room: a run splits no more than it has to."""
@@ -118,7 +138,7 @@ class Room:
         """
         *_, (micro_batch, chunk_tokens) = self._splits()
         choices = self._choices(micro_batch, chunk_tokens)
-        drafts = [self._least(choice) for choice in choices if not choice.keeps_keys_values]
+        drafts = [self._least(choice) for choice in choices if not (choice.keeps_keys_values or choice.keeps_products)]
         return min(drafts, key=lambda draft: (self._host_short(draft), draft.device_bytes))
 
     def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
@@ -174,7 +194,8 @@ class Room:
         if self.loaded is not None:
             places = (self.loaded.embedding_on_disk,)
         keeps = (False, True) if chunk_tokens is not None and boundary else (False,)
-        for state, tier, kept, on_disk in product(self._state_tiers(), tiers, keeps, places):
+        products = (False, True) if self._can_keep(micro_batch, chunk_tokens) else (False,)
+        for state, tier, kept, multiplied, on_disk in product(self._state_tiers(), tiers, keeps, products, places):
             if kept and tier == "host" and boundary + key_value_bytes(self.shapes, self.job) > self.host_bytes:
                 continue
             for share in self._shares(state):
@@ -183,6 +204,7 @@ class Room:
                     chunk_tokens=chunk_tokens,
                     boundary_tier=tier,
                     keeps_keys_values=kept,
+                    keeps_products=multiplied,
                     embedding_on_disk=on_disk,
                     state_tier=state,
                     update_share=share,

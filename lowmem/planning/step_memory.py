@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import torch
+
+from lowmem.internals.unread import is_attention_ever_kept, is_ever_kept, is_worth_putting_off
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
     LARGEST_ON_HEAP_BYTES,
@@ -31,7 +34,7 @@ from lowmem.planning.limits import (
     HeadTiles,
     state_chunk_bytes,
 )
-from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
+from lowmem.planning.shapes import BlockShape, LinearShape, ModelShapes, Part, itemsize
 from offload import PAGE_BYTES, PlacementPlan, ceil_div
 
 Tier = Literal["device", "host", "disk"]
@@ -53,8 +56,20 @@ ALWAYS: Literal["always"] = "always"
 _MOMENTS: tuple[Moment, ...] = get_args(Moment)
 
 
+_BEFORE_AND_AFTER_HEAD: tuple[Moment, ...] = ("forward", "block")
+"""When a processor has buffers of boundary activations: they are let go of while the head runs."""
+
+
 BOUNDARY_BUFFERS = "boundary buffers"
 """Role of the RAM that boundary activations pass through on their way to disk."""
+
+
+PRODUCT_BUFFERS = "product buffers"
+"""Role of the RAM that kept products pass through on their way to disk."""
+
+
+KEPT_PRODUCTS = "kept products"
+"""Role of what blocks multiplied in the forward, where it waits for the backward."""
 
 
 FREED_HEAP = "freed heap"
@@ -101,6 +116,8 @@ class Choice:
     """Where block inputs wait for the backward."""
     keeps_keys_values: bool
     """Whether keys and values of a block in chunks wait for the backward where its input does."""
+    keeps_products: bool = False
+    """Whether large products of blocks, computed on whole sequences, wait for the backward where their inputs do."""
     embedding_on_disk: bool
     """Whether the embedding table stays in the checkpoint and only a batch's rows are read."""
     state_tier: Tier = "device"
@@ -267,8 +284,59 @@ def key_value_bytes(shapes: ModelShapes, job: Job) -> int:
 
 
 def kept_bytes(shapes: ModelShapes, job: Job, choice: Choice) -> int:
-    """Bytes that one training forward leaves for its backward: block inputs, and what is kept of keys and values."""
-    return boundary_bytes(shapes, job) + (key_value_bytes(shapes, job) if choice.keeps_keys_values else 0)
+    """Bytes that one training forward leaves for its backward: block inputs, and what is kept to spare it work."""
+    keys_values = key_value_bytes(shapes, job) if choice.keeps_keys_values else 0
+    products = product_bytes(shapes, job, only_read=True) if choice.keeps_products else 0
+    return boundary_bytes(shapes, job) + keys_values + products
+
+
+def kept_linears(block: BlockShape, *, only_read: bool) -> tuple[LinearShape, ...]:
+    """Linear layers whose products a processor keeps for the backward; what routed experts give is never kept.
+
+    Args:
+        block: The block's widths.
+        only_read: Without the last layers, where their product is added to the residual stream as it is: the first step
+            finds out that nobody reads it, and later ones do not keep it.
+    """
+    if block.experts is not None:
+        return ()
+    wide = (one for one in block.linears if is_ever_kept(one.in_features, one.out_features))
+    return tuple(one for one in wide if not (only_read and one.part == Part.MLP_OUT and block.num_norms <= 2))
+
+
+def can_keep_products(shapes: ModelShapes, job: Job, *, micro_batch: int) -> bool:
+    """Whether large products can be kept of whole sequences: on a processor, of large dense blocks.
+
+    Args:
+        shapes: The model.
+        job: The step.
+        micro_batch: Sequences that go through a block at a time.
+    """
+    if not job.trains or job.device != "cpu" or any(block.experts is not None for block in shapes.blocks):
+        return False
+    weights = [torch.Size((one.out_features, one.in_features)) for one in shapes.blocks[0].linears]
+    num_tokens = micro_batch * job.seq_len
+    is_worth_it = is_worth_putting_off(torch.device(job.device), weights, num_tokens=num_tokens)
+    return is_worth_it and product_bytes(shapes, job) > 0
+
+
+def product_bytes(shapes: ModelShapes, job: Job, *, only_read: bool = False) -> int:
+    """Bytes of all blocks' large products of one training forward, without those that no backward reads if asked.
+
+    With them, what heads give, and their sums in fp32.
+    """
+    widths = sum(one.out_features for block in shapes.blocks for one in kept_linears(block, only_read=only_read))
+    nbytes = job.num_tokens * widths * itemsize(shapes.compute_dtype)
+    if nbytes and is_attention_ever_kept(job.seq_len):
+        width = itemsize(shapes.compute_dtype)
+        each = sum(block.query_size * width + block.num_heads * _FP32_BYTES for block in shapes.blocks)
+        nbytes += job.num_tokens * each
+    return nbytes
+
+
+NUM_PRODUCT_BUFFERS = 10
+"""Buffers through which kept products go to disk and come back: those of one part of a batch, read while the part
+before it is differentiated."""
 
 
 def num_boundary_buffers(device: str) -> int:
@@ -286,6 +354,14 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     if choice.keeps_keys_values:
         kept = key_value_bytes(shapes, job)
         yield RoleBytes(role="keys and values", tier=choice.boundary_tier, nbytes=kept)
+    if choice.keeps_products:
+        kept = product_bytes(shapes, job)
+        yield RoleBytes(role=KEPT_PRODUCTS, tier=choice.boundary_tier, nbytes=kept)
+        if choice.boundary_tier == "disk":
+            widest = max(one.out_features for block in shapes.blocks for one in kept_linears(block, only_read=False))
+            passing = choice.micro_batch * job.seq_len * widest * compute
+            buffers = NUM_PRODUCT_BUFFERS * passing
+            yield from (_device(PRODUCT_BUFFERS, buffers, phase=phase) for phase in _BEFORE_AND_AFTER_HEAD)
     for phase, num in _num_in_flight(job, choice).items():
         yield _device("batch in flight", num * hidden_bytes, phase=phase)
     if job.num_beside:
@@ -294,9 +370,7 @@ def _activations(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[Role
     if choice.boundary_tier == "disk":
         buffers = num_boundary_buffers(job.device) * hidden_bytes
         if job.device == "cpu":
-            # They are let go of while the head runs.
-            for phase in ("forward", "block"):
-                yield _device(BOUNDARY_BUFFERS, buffers, phase=phase)
+            yield from (_device(BOUNDARY_BUFFERS, buffers, phase=phase) for phase in _BEFORE_AND_AFTER_HEAD)
         else:
             yield RoleBytes(role=BOUNDARY_BUFFERS, tier="host", nbytes=buffers)
     mask = _mask_bytes(shapes, job)

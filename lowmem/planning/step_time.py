@@ -17,9 +17,10 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
+from lowmem.internals.unread import is_attention_ever_kept
 from lowmem.planning.job import DeviceKind, Job
 from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
-from lowmem.planning.step_memory import Choice, Tier, as_moved, kept_bytes
+from lowmem.planning.step_memory import Choice, Tier, as_moved, kept_bytes, kept_linears, product_bytes
 from offload import Placement, PlacementPlan, ceil_div
 
 _MIB = 1 << 20
@@ -437,20 +438,41 @@ class _Costs:
         # Keys and values of all chunks before the first one is recomputed.
         again = self._choice.chunk_tokens is not None and not self._choice.keeps_keys_values
         key_values = _key_value_flops(shapes, job) if again else 0.0
+        spared, reading_s = self._spared()
         if shape is None:
-            flops = 2 * _product_flops(shapes, job.num_tokens) + 3.5 * attention + key_values
+            times = 2.5 if self._keeps_attention else 3.5
+            flops = 2 * _product_flops(shapes, job.num_tokens) + times * attention + key_values - spared
             if job.tuning == "full":
                 # The gradient of each product's weight.
                 flops += 2.0 * self._block_share * shapes.num_active_params * job.num_tokens
-            return flops / self._rates.compute_flops_per_s
+            return flops / self._rates.compute_flops_per_s + reading_s
         tokens = len(shapes.blocks) * job.num_tokens / self._num_calls
-        share = key_values / _product_flops(shapes, job.num_tokens)
+        share = (key_values - spared) / _product_flops(shapes, job.num_tokens)
         backward_s = shape.backward_call_s(tokens)
         if shape.trains == "full":
             # Of a product, what it gives, its input's gradient and its weight's, where that is wanted.
             backward_s *= (2 + self._block_share) / 3
         calls_s = self._num_calls * (backward_s + share * shape.forward_call_s(tokens))
-        return calls_s + self._dropout_s(job.num_tokens) + attention / shape.attention_backward_flops_per_s
+        attention_s = attention / shape.attention_backward_flops_per_s
+        if self._keeps_attention:
+            attention_s = max(0.0, attention_s - attention / shape.attention_flops_per_s)
+        return calls_s + self._dropout_s(job.num_tokens) + attention_s + reading_s
+
+    @property
+    def _keeps_attention(self) -> bool:
+        return self._choice.keeps_products and is_attention_ever_kept(self._job.seq_len)
+
+    def _spared(self) -> tuple[float, float]:
+        """Operations that kept products spare a backward, and seconds that it takes to have them back."""
+        job, choice = self._job, self._choice
+        if not choice.keeps_products:
+            return 0.0, 0.0
+        linears = (one for block in self._shapes.blocks for one in kept_linears(block, only_read=True))
+        flops = 2.0 * sum(one.num_weights for one in linears) * job.num_tokens
+        nbytes = product_bytes(self._shapes, job, only_read=True)
+        # They come one by one, when they are asked for, and are copied.
+        disk_s = nbytes / self._rates.disk_bytes_per_s if choice.boundary_tier == "disk" else 0.0
+        return flops, disk_s + nbytes / _COPY_BYTES_PER_S["cpu"]
 
     def head_s(self, num_tokens: int) -> float:
         """The head and its loss, without gradients."""

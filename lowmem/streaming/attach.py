@@ -150,12 +150,12 @@ class Replanning(SplitChoice):
         *,
         shapes: ModelShapes,
         can_chunk: bool,
-        tier_of: Callable[[Plan], BoundaryTier],
+        tiers_of: Callable[[Plan], tuple[BoundaryTier, BoundaryTier | None]],
         source_of: Callable[[Plan], BlockSource] | None,
     ) -> None:
         super().__init__(plan, can_chunk=can_chunk)
         self._shapes = shapes
-        self._tier_of, self._source_of = tier_of, source_of
+        self._tiers_of, self._source_of = tiers_of, source_of
         self._plans: list[Plan] = [] if plan.is_supposed else [plan]
         self._seen: set[tuple[int, int]] = set()
         self._watched: tuple[weakref.ref[PreTrainedModel], weakref.ref[Runtime]] | None = None
@@ -204,9 +204,10 @@ class Replanning(SplitChoice):
         if plan.placement != runtime.plan.placement:
             assert self._source_of is not None
             runtime.bring_blocks_from(self._source_of(plan))
-        if plan.boundary_tier != runtime.plan.boundary_tier:
-            # What a graph still keeps in the tier before has its own reference to it.
-            runtime.boundaries = self._tier_of(plan)
+        kept = (plan.boundary_tier, plan.choice.keeps_products)
+        if kept != (runtime.plan.boundary_tier, runtime.plan.choice.keeps_products):
+            # What a graph still keeps in a tier before has its own reference to it.
+            runtime.boundaries, runtime.products = self._tiers_of(plan)
         super().__init__(plan, can_chunk=self._can_chunk)
         runtime.plan = plan
         _show_plan(model, plan)

@@ -7,9 +7,10 @@ Sequences go through a block in micro-batches, and each micro-batch by one of tw
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from lowmem.internals.hooks import BlockHooks
 from lowmem.internals.peft import inputs_cast_once, settings_of
 from lowmem.internals.torch import TreeSpec, is_sole_owner, tree_flatten, tree_leaves, tree_unflatten
 from lowmem.internals.transformers import CollectedOutputs
-from lowmem.internals.unread import PuttingOff, is_worth_putting_off
+from lowmem.internals.unread import Keeping, PuttingOff, is_ever_kept, is_worth_putting_off
+from lowmem.planning.read_model import features_of, is_linear
+from lowmem.planning.shapes import itemsize
 from lowmem.streaming.boundary import Boundary, DeviceBoundaries
 from lowmem.streaming.call import BlockCall, CallArguments, Split, has_cache, micro_batches, without_cache
 from lowmem.streaming.chunking.attention import find_mask_tiles
@@ -39,6 +42,7 @@ from lowmem.streaming.chunking.mask import CausalMask
 from lowmem.streaming.recompute import (
     Gradients,
     GradientSums,
+    KeptProducts,
     RandomState,
     RandomTape,
     Sought,
@@ -48,6 +52,9 @@ from lowmem.streaming.recompute import (
     restored,
 )
 from lowmem.streaming.runtime import Phase, Runtime, TrainingPass
+
+_MOST_KEPT = 1 << 24
+"""More products than one call of a block keeps."""
 
 
 class WholeRows:
@@ -192,8 +199,9 @@ class RecordedCall:
         self._block = runtime.blocks[index].block
         self._split = runtime.choose_split(call)
         self._rows = list(micro_batches(call.batch_size, self._split.micro_batch))
-        self._records: list[WholeRows | ChunkedRows] = []
+        self._records: list[tuple[WholeRows | ChunkedRows, KeptProducts | None]] = []
         self._boundaries: list[Boundary] = []
+        self._turns: Iterator[int] = count()
         self._pass: TrainingPass | None = None
         self._ready: tuple[Tensor, ...] | None = None
         kind = runtime.device.type
@@ -237,13 +245,15 @@ class RecordedCall:
         """
         if self._keeps:
             self._pass = self._runtime.record(self._index)
+            # Calls come back in the reverse order, and what is kept of one in the order in which it was made.
+            self._turns = count(next(self._runtime.num_calls) * _MOST_KEPT, -1)
         parts: list[list[object]] = []
         for rows in self._rows:
-            record = self._new_record()
+            record, kept = self._new_record(), self._new_products(rows)
             cut = self._call.cut_inputs(inputs, self._cut(rows))
-            run = partial(self._run, rows=self._cut(rows), again=False)
+            run = partial(self._run, rows=self._cut(rows), again=False, kept=kept)
             leaves, self._output_spec = tree_flatten(record.forward(run, self._call.arguments(cut, self._cut(rows))))
-            self._records.append(record)
+            self._records.append((record, kept))
             parts.append(leaves)
         if self._keeps:
             # Only after the whole call ran: a failing forward leaves nothing behind.
@@ -309,14 +319,16 @@ class RecordedCall:
         sums = _RowGradients(inputs, params)
         # What arrived for the output may become what leaves for the input, where nobody else looks at it.
         into = grads[0] if whole and grads[0] is not None and is_sole_owner(grads[0], like=inputs[0]) else None
-        for rows, record in zip(self._rows, self._records, strict=True):
+        for rows, (record, kept) in zip(self._rows, self._records, strict=True):
             cut = [value.detach() for value in self._call.cut_inputs(inputs, self._cut(rows))]
             own_grads = [None if grad is None else self._call.cut(grad, self._cut(rows)) for grad in grads]
             found = record.backward(
-                partial(self._run, rows=self._cut(rows), again=True),
+                partial(self._run, rows=self._cut(rows), again=True, kept=kept),
                 self._call.arguments(cut, self._cut(rows)),
                 Sought(inputs=cut, wanted=wanted, params=params, grads=own_grads, into=into, take=take),
             )
+            if kept is not None:
+                kept.release()
             sums.add(self._cut(rows), *found)
             del cut, own_grads, found
         del inputs
@@ -337,7 +349,22 @@ class RecordedCall:
             keep=partial(_keep_copy, runtime) if self._keeps and split.keeps_keys_values else None,
         )
 
-    def _run(self, arguments: CallArguments, *, rows: slice | None, again: bool) -> object:
+    def _new_products(self, rows: slice) -> KeptProducts | None:
+        """What keeps products of some sequences; None where they are computed again."""
+        products = self._runtime.products
+        if products is None or not self._keeps or self._split.chunk_tokens is not None:
+            return None
+        num_tokens = self._call.num_tokens // self._call.batch_size * (rows.stop - rows.start)
+        layers = (slot.module for slot in self._runtime.blocks[self._index].slots if slot.attribute == "weight")
+        sizes = (features_of(layer) for layer in layers if is_linear(layer))
+        widths = sum(num_out for num_in, num_out in sizes if is_ever_kept(num_in, num_out))
+        unread = self._runtime.unread_products.setdefault(self._index, set())
+        room_bytes = num_tokens * widths * itemsize(self._runtime.plan.compute_dtype)
+        return KeptProducts(products.keep, self._turns, room_bytes=room_bytes, unread=unread)
+
+    def _run(
+        self, arguments: CallArguments, *, rows: slice | None, again: bool, kept: KeptProducts | None = None
+    ) -> object:
         """Run the block's raw forward on some sequences, as the call found the world."""
         args, kwargs = arguments
         hidden = next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
@@ -348,8 +375,10 @@ class RecordedCall:
         # What a user's hook sees stays as it is.
         is_seen, num_tokens = bool(self._hooks.of_users), hidden.shape[:2].numel()
         casts = inputs_cast_once(self._block.module, hidden.device) if enabled and not is_seen else nullcontext()
-        later = PuttingOff() if again and not is_seen and self._is_worth_putting_off(num_tokens) else None
-        with autocast, casts, later or nullcontext(), products_for(hidden.device, num_tokens=num_tokens), hooks:
+        is_worth_it = (again or kept is not None) and not is_seen and self._is_worth_putting_off(num_tokens)
+        later = PuttingOff(kept) if again and is_worth_it else None
+        keeping = Keeping(kept) if not again and is_worth_it and kept is not None else nullcontext()
+        with autocast, casts, later or keeping, products_for(hidden.device, num_tokens=num_tokens), hooks:
             forward = partial(self._block.raw_forward, self._block.module, *args, **kwargs)
             output = self._collected.run(forward, hidden.shape[0])
         if later is not None:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from heapq import nlargest
 from typing import Protocol
 
 import torch
@@ -70,8 +71,14 @@ def _nothing() -> None:
 class BoundaryTier(Protocol):
     """Where boundary activations wait for the backward."""
 
-    def keep(self, value: Tensor) -> Boundary:
-        """Keep an activation of any shape; the caller may drop its own reference afterwards."""
+    def keep(self, value: Tensor, *, turn: int | None = None) -> Boundary:
+        """Keep an activation of any shape; the caller may drop its own reference afterwards.
+
+        Args:
+            value: The activation.
+            turn: Tells when it will be taken, as far as that is of use: of two, the one with the higher number comes
+                first. No two are equal. None for the reverse of the order in which all are kept.
+        """
 
     held_bytes: int
     """Bytes of memory the tier has taken for kept activations."""
@@ -90,7 +97,7 @@ class DeviceBoundaries(BoundaryTier):
 
     held_bytes = 0
 
-    def keep(self, value: Tensor) -> Boundary:
+    def keep(self, value: Tensor, *, turn: int | None = None) -> Boundary:
         """Keep an activation where it is."""
         return Boundary(partial(_unchanged, value.detach(), version=version_of(value)), release=_nothing)
 
@@ -112,7 +119,7 @@ class HostBoundaries(BoundaryTier):
         self.most_wasteful: float = 2
         """How many times as large as an activation its buffer may be."""
 
-    def keep(self, value: Tensor) -> Boundary:
+    def keep(self, value: Tensor, *, turn: int | None = None) -> Boundary:
         """Copy an activation of any shape into a buffer of this tier; from a GPU, returns at once."""
         buffer = self._take_buffer(value.nbytes)
         kept = buffer.tensor[: value.nbytes].view(value.dtype).view(value.shape)
@@ -171,8 +178,8 @@ class DiskBoundaries:
     """Kept in scratch space on disk; a few buffers of host RAM carry everything there and back.
 
     An activation is copied into a buffer and written from there while the next block computes. Boundaries come back in
-    the reverse order: once one is taken, those kept before it are read ahead into other buffers. The last boundaries of
-    a forward are still in their buffers when the backward starts, and are not read.
+    the reverse order, or by turns: once one is taken, those that follow it are read ahead into other buffers. The last
+    boundaries of a forward are still in their buffers when the backward starts, and are not read.
 
     Memory is the buffers, each as large as the largest activation, whatever the number of blocks and of passes that
     wait for their backward. With one buffer nothing is read ahead. Should a block have more activations than there are
@@ -204,8 +211,12 @@ class DiskBoundaries:
         # Filled without the lock: a collection may release a boundary while this very thread holds it.
         self._released: deque[StoredBoundary] = deque()
 
-    def keep(self, value: Tensor) -> Boundary:
+    def keep(self, value: Tensor, *, turn: int | None = None) -> Boundary:
         """Copy an activation into a buffer and start writing it; waits only where no buffer is free.
+
+        Args:
+            value: The activation.
+            turn: As in `BoundaryTier.keep`; told for all that are kept at a time, or for none.
 
         Raises:
             TierFull: The disk has no room for an activation that was kept before.
@@ -217,7 +228,8 @@ class DiskBoundaries:
             if not self._kept:
                 self.shrink()
             self._num_kept += 1
-            stored = StoredBoundary(self._num_kept, value, slot=self.scratch.take(value.numel() * value.element_size()))
+            number = self._num_kept if turn is None else turn
+            stored = StoredBoundary(number, value, slot=self.scratch.take(value.numel() * value.element_size()))
             self._largest_bytes = max(self._largest_bytes, stored.slot.nbytes)
             try:
                 stored.buffer = self._room(stored)
@@ -390,9 +402,9 @@ class DiskBoundaries:
 
     def read_ahead(self, number: int) -> None:
         """Start reading what was kept before an activation, as far as there are buffers."""
-        earlier = [other for other in reversed(self._kept.values()) if other.number < number and not other.taken]
+        earlier = (other for other in self._kept.values() if other.number < number and not other.taken)
         later = [other for other in self._kept.values() if other.number > number]
-        for stored in earlier[: self._num_buffers - 1]:
+        for stored in nlargest(self._num_buffers - 1, earlier, key=lambda other: other.number):
             if stored.buffer is None and stored.lost is None:
                 stored.buffer = self._spare_buffer(stored, others=later)
                 if stored.buffer is None:
@@ -419,7 +431,8 @@ class DiskBoundaries:
                 self._drop(self._free.pop())
 
     def _new_buffer(self, nbytes: int) -> StagingBuffer:
-        buffer = self.make_buffer(nbytes)
+        # As large as the largest of a step: any serves any then, and none has to be mapped anew.
+        buffer = self.make_buffer(max(nbytes, self._largest_bytes))
         self._num_existing += 1
         self.held_bytes += buffer.nbytes
         return buffer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.torch import tree_flatten, tree_unflatten
-from lowmem.planning.step_memory import FREED_HEAP
+from lowmem.planning.step_memory import FREED_HEAP, KEPT_PRODUCTS, PRODUCT_BUFFERS
 
 if TYPE_CHECKING:
     from lowmem.planning.plan import Plan
@@ -180,10 +180,10 @@ class SplitChoice:
         self._num_tokens = plan.micro_batch * (plan.chunk_tokens or plan.seq_len)
         self._planned = plan.micro_batch
         # With what the C library keeps between its temporaries.
-        recomputed = ("block recomputation", FREED_HEAP)
+        recomputed = ("block recomputation", FREED_HEAP, PRODUCT_BUFFERS)
         in_backward = (role.nbytes for role in plan.roles if role.phase == "block" and role.role in recomputed)
         self._recompute_bytes = max(1, sum(in_backward))
-        boundary_bytes = plan.bytes_of("boundary activations", tier="device")
+        boundary_bytes = sum(plan.bytes_of(role, tier="device") for role in ("boundary activations", KEPT_PRODUCTS))
         self._boundary_bytes_per_token = boundary_bytes / plan.job.num_tokens
         spare_bytes = max(0, plan.device_budget_bytes - plan.device_bytes)
         self._room_bytes = self._recompute_bytes + boundary_bytes + spare_bytes

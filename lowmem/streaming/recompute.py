@@ -1,19 +1,25 @@
 """What a recomputation needs: the random numbers of the forward, and sums of the gradients of its parts.
 
+And what it need not repeat: large products that the forward has kept.
+
 Gradients come all at once, or each weight's is handed on as soon as autograd has it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowmem.internals.torch import without_gradient_hooks
+from lowmem.internals.unread import ProductForm
+from lowmem.streaming.boundary import Boundary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,94 @@ def restored(state: RandomState, device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore(outer, device)
+
+
+ProductKey = tuple[tuple[int, ...], int]
+"""Which of a block's products one is: what it multiplies with, by shape, and how many of that shape come before it."""
+
+_ATTENTION: tuple[int, ...] = ()
+"""In place of a weight's shape."""
+
+_ATTENTION_PARTS = 2
+"""What heads give, and sums that its derivative needs."""
+
+
+class Keep(Protocol):
+    """`BoundaryTier.keep`."""
+
+    def __call__(self, value: Tensor, *, turn: int | None = None) -> Boundary: ...
+
+
+class KeptProducts:
+    """Large products that one forward has kept for its recomputation, in the order in which they were made.
+
+    No more than was planned for; and one attention. Should the two not go the same way, what is left from there on is
+    computed again.
+
+    Args:
+        keep: Keeps one; told its turn.
+        turns: Of the products of one call of a block, descending; shared by the parts of its batch.
+        room_bytes: What the products may take, attention aside.
+        unread: Those that earlier recomputations of the block have not read, whatever their number of tokens: they are
+            not kept. Updated when this one is over.
+    """
+
+    def __init__(self, keep: Keep, turns: Iterator[int], *, room_bytes: int, unread: set[ProductKey]) -> None:
+        self._keep, self._turns, self._unread = keep, turns, unread
+        self._room_bytes = room_bytes
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._kept: list[tuple[ProductForm, Boundary | None]] = []
+        self._keys: list[ProductKey] = []
+        self._orders: dict[int, tuple[int, ...]] = {}
+        self._num_asked = 0
+
+    def add(self, form: ProductForm, value: Tensor) -> None:
+        """Keep the next one, unless nobody reads it."""
+        number, key = len(self._kept), self._key_of(form)
+        self._keys.append(key)
+        shape, nth = key
+        has_room = nth < _ATTENTION_PARTS if shape == _ATTENTION else value.nbytes <= self._room_bytes
+        if key in self._unread or not has_room:
+            self._kept.append((form, None))
+            return
+        self._room_bytes -= 0 if shape == _ATTENTION else value.nbytes
+        if not value.is_contiguous():
+            # As it lies in memory, so that it comes back with its strides.
+            self._orders[number] = order = tuple(sorted(range(value.ndim), key=value.stride, reverse=True))
+            value = value.permute(order)
+        self._kept.append((form, self._keep(value, turn=next(self._turns))))
+
+    def next(self, form: ProductForm) -> Callable[[], Tensor] | None:
+        """What gives the next one, once; None for one that was not kept, or where something else was."""
+        number, self._num_asked = self._num_asked, self._num_asked + 1
+        if number >= len(self._kept) or self._kept[number][0] != form:
+            self._num_asked = len(self._kept)
+            return None
+        return None if self._kept[number][1] is None else partial(self._take, number)
+
+    def release(self) -> None:
+        """Let go of what was not read: the recomputation is over."""
+        for number, (_, boundary) in enumerate(self._kept):
+            if boundary is not None:
+                boundary.release()
+                self._unread.add(self._keys[number])
+        self._kept.clear()
+
+    def _key_of(self, form: ProductForm) -> ProductKey:
+        *_, right, _ = form
+        shape = tuple(right) if len(right) == 2 else _ATTENTION
+        self._seen[shape] += 1
+        return shape, self._seen[shape] - 1
+
+    def _take(self, number: int) -> Tensor:
+        form, boundary = self._kept[number]
+        assert boundary is not None
+        # A tier's own buffer serves the next one.
+        value = boundary.take().clone()
+        boundary.release()
+        self._kept[number] = form, None
+        order = self._orders.get(number)
+        return value if order is None else value.permute([order.index(dim) for dim in range(value.ndim)])
 
 
 TakeGradient = Callable[[int, Tensor], None]

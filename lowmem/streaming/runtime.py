@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from lowmem.models.build import StreamedBlock
 from lowmem.streaming.boundary import BoundaryTier
 from lowmem.streaming.call import SplitChoice
 from lowmem.streaming.chunking.carrier import Workspace
-from lowmem.streaming.recompute import RandomTape
+from lowmem.streaming.recompute import ProductKey, RandomTape
 from offload import ComputeTimes
 
 if TYPE_CHECKING:
@@ -247,6 +248,8 @@ class Runtime:
 
     generation: CachedForwards | None = None
     """What runs blocks that are called with a cache; None for a model that cannot generate."""
+    products: BoundaryTier | None = None
+    """Where large products of blocks wait for the backward; None where they are computed again."""
     full: TrainedWeights | None = None
     """Where every weight is trained: takes the blocks' gradients."""
     idle_bytes = 0
@@ -275,6 +278,10 @@ class Runtime:
         self.chunk_workspace = Workspace()
         self.tape = RandomTape(device)
         self.rows = ActiveRows()
+        self.num_calls = count(1)
+        """Numbers the blocks' calls that a backward will follow."""
+        self.unread_products: dict[int, set[ProductKey]] = {}
+        """For each block, those of its large products that no gradient needs."""
         self._times = ComputeTimes(device, trace) if device.type == "cuda" else None
         self._unpacker = unpacker
         self._order = VisitingOrder(self.num_blocks, tell=scheduler.expect)
@@ -310,6 +317,7 @@ class Runtime:
             **self.scheduler.memory(),
             "workspace_bytes": self._unpacker.workspace_bytes,
             "boundary_bytes": self.boundaries.held_bytes,
+            **({} if self.products is None else {"product_bytes": self.products.held_bytes}),
             "chunk_bytes": self.chunk_workspace.nbytes,
             **({} if self.generation is None else self.generation.memory()),
         }
@@ -416,6 +424,8 @@ class Runtime:
     def make_room_for_head(self) -> None:
         """Give memory back between a forward's last block and its backward: the head runs then, and needs its own."""
         self.boundaries.release_idle()
+        if self.products is not None:
+            self.products.release_idle()
         if self.chunk_workspace.nbytes >= _LARGE_BYTES:
             self.chunk_workspace.clear()
 
@@ -444,6 +454,8 @@ class Runtime:
         self.scheduler.close()
         self._unpacker.close()
         self.boundaries.close()
+        if self.products is not None:
+            self.products.close()
 
 
 def refuse_second_thread() -> None:

@@ -12,6 +12,7 @@ from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_again, plan_step
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.step_memory import KEPT_PRODUCTS
 from lowmem.planning.step_time import Rates, assumed_rates
 from offload import Budget, BudgetError, Placement
 from tests.lowmem.llama_shapes import llama, llama_block
@@ -399,6 +400,59 @@ def test_keys_and_values_are_kept_where_that_is_faster_than_computing_them_again
 
     assert kept(1e10, 1e12)
     assert not kept(1e14, 1e9)
+
+
+WIDE = llama(hidden=2048)
+WIDE_JOB = Job(task="sft", batch_size=4, seq_len=512, micro_batch=4)
+
+
+def test_large_products_are_kept_where_there_is_room_and_a_step_gets_shorter(tmp_path: Path) -> None:
+    rates = replace(RATES, compute_flops_per_s=2e11, disk_bytes_per_s=2e9)
+    plenty = plan_step(WIDE, WIDE_JOB, budget=Budget(device=1 << 36, host=0), rates=rates)
+    kept = plenty.bytes_of(KEPT_PRODUCTS, tier="device")
+    # Seven layers, what heads give, and their sums.
+    assert kept == 8 * 2048 * 4 * (3 * 2048 + 2 * 1024 + 2 * 4096 + 2048 + 4)
+    assert plenty.choice.keeps_products
+    # A budget in which all blocks are resident still; without any of them, products have no room either.
+    budget = Budget(device=plenty.device_bytes - kept, host=0)
+    short = plan_step(WIDE, WIDE_JOB, budget=budget, rates=rates)
+    assert not short.choice.keeps_products
+    # 4 of 6 operations of a parameter and token, without down's quarter of one third.
+    assert 0.7 < plenty.time.step_s / short.time.step_s < 0.85
+    on_disk = plan_step(WIDE, WIDE_JOB, budget=replace(budget, disk=tmp_path), rates=rates)
+    assert (on_disk.choice.keeps_products, on_disk.boundary_tier) == (True, "disk")
+    assert on_disk.bytes_of(KEPT_PRODUCTS, tier="disk") == kept
+    # Down's product is kept by the first step alone.
+    assert on_disk.written_bytes == kept - 8 * 2048 * 4 * 2048 + on_disk.bytes_of("boundary activations", tier="disk")
+    assert plenty.time.step_s < on_disk.time.step_s < short.time.step_s
+    # A smaller part of the batch, of which products have room, is taken before a larger one of which they have none.
+    free = replace(WIDE_JOB, micro_batch=None)
+    assert plan_step(WIDE, free, budget=Budget(device=1 << 36, host=0), rates=rates).micro_batch == 4
+    less = plan_step(WIDE, free, budget=Budget(device=plenty.device_bytes - 1, host=0), rates=rates)
+    assert (less.choice.keeps_products, less.boundary_tier, less.micro_batch) == (True, "device", 2)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "changes", "flops_per_s"),
+    [
+        (WIDE, {"device": "cuda"}, 2e11),
+        (WIDE, {"chunk_tokens": 128}, 2e11),
+        (WIDE, {"seq_len": 32}, 2e11),
+        (WIDE, {"task": "generate"}, 2e11),
+        (WIDE, {}, 1e15),
+        (llama(), {}, 2e11),
+    ],
+    ids=["gpu", "chunks", "few-tokens", "generation", "fast", "narrow"],
+)
+def test_large_products_are_computed_again_elsewhere(
+    shapes: ModelShapes, changes: dict[str, object], flops_per_s: float, tmp_path: Path
+) -> None:
+    fields = {"task": "sft", "batch_size": 4, "seq_len": 512, "micro_batch": 1, **changes}
+    rates = replace(RATES, compute_flops_per_s=flops_per_s, disk_bytes_per_s=2e9)
+    budget = Budget(device=1 << 36, host=0, disk=tmp_path)
+    made = plan_step(shapes, Job(**fields), budget=budget, rates=rates)  # type: ignore[arg-type]
+    assert not made.choice.keeps_products
+    assert made.bytes_of(KEPT_PRODUCTS, tier="device") == 0
 
 
 def test_smallest_budget_of_full_tuning_keeps_to_the_host_budget() -> None:

@@ -1,4 +1,7 @@
-"""Blocks recomputed without the products that nobody reads: the bits of a resident model, whatever its architecture."""
+"""Blocks recomputed without products that nobody reads, or that the forward has kept: a resident model's bits.
+
+Whatever the architecture.
+"""
 
 from __future__ import annotations
 
