@@ -3,7 +3,7 @@
     python -m benchmarks.plan_accuracy [--root /nvme/checkpoints] [--case NAME ...] [--results FILE] [--table]
         [--cpu-time] [--bench-each]
 
-38 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
+43 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
 tiers. Each runs in a process of its own, forked from one that has imported everything, and trains a tiny model first.
 Memory is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there;
 time is the median of the steps after the second.
@@ -111,6 +111,12 @@ CASES = {
         Case(kind="full", optimizer="GaLore", seq_len=256),
         Case(kind="full", optimizer="Fira", seq_len=256),
         Case(kind="full", optimizer="APOLLO", seq_len=256),
+        # Products are kept in these.
+        Case(shape="plan-wide", batch_size=2),
+        Case(shape="plan-wide", batch_size=4, dtype="bfloat16"),
+        Case(shape="plan-wide", batch_size=4, budget="half", disk=True),
+        Case(shape="plan-wide", kind="dora", batch_size=2, budget="half"),
+        Case(shape="plan-wide", kind="full", batch_size=2),
     )
 }
 

@@ -40,10 +40,10 @@ from lowmem.models.build import Skeleton, Unpacker, fill
 from lowmem.models.checkpoint import Opened, gatherable_embedding, pick_dtype
 from lowmem.models.whole import install_resizing
 from lowmem.planning.planner import bare_shapes, plan_alone
-from lowmem.planning.step_memory import NUM_PRODUCT_BUFFERS, num_boundary_buffers
+from lowmem.planning.step_memory import KEPT_PRODUCTS, NUM_PRODUCT_BUFFERS, num_boundary_buffers
 from lowmem.processes.node import NodeBlocks, share_blocks
 from lowmem.streaming.attach import Replanning, attach
-from lowmem.streaming.boundary import BoundaryTier
+from lowmem.streaming.boundary import BoundaryTier, ProductBoundaries
 from lowmem.streaming.boundary_tiers import tier_for
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.head import TiledLogProbFunction
@@ -265,8 +265,11 @@ class Tiers:
             WriteError: The plan's folder cannot be written.
         """
         boundaries = self._open(plan, num_buffers=num_boundary_buffers(self._device.type))
-        keeps_products = plan.choice.keeps_products
-        return boundaries, self._open(plan, num_buffers=NUM_PRODUCT_BUFFERS) if keeps_products else None
+        if not plan.choice.keeps_products:
+            return boundaries, None
+        if plan.boundary_tier == "disk":
+            return boundaries, self._open(plan, num_buffers=NUM_PRODUCT_BUFFERS)
+        return boundaries, ProductBoundaries(plan.bytes_of(KEPT_PRODUCTS, tier=plan.boundary_tier))
 
     def _open(self, plan: Plan, *, num_buffers: int) -> BoundaryTier:
         tier = tier_for(

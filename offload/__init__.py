@@ -58,7 +58,7 @@ from offload.files.safetensors import (
     tensors_of_headers,
     write_index,
 )
-from offload.files.scratch import FileSlot, Scratch
+from offload.files.scratch import FileSlot, Scratch, SlotAllocator
 from offload.files.strict_json import JsonObject, parse_json_object, read_json_object
 from offload.pipeline import KeptMemory
 from offload.placement import Placement, PlacementPlan, place_blocks
@@ -111,6 +111,7 @@ __all__ = [
     "ShardFile",
     "SharedArena",
     "SharedReader",
+    "SlotAllocator",
     "SourceChanged",
     "SourceError",
     "Span",

@@ -38,6 +38,9 @@ _SEQ_LEN_STEP = 64
 _HOST_STEP_BYTES = 1 << 20
 
 
+_SIZE_STEP_BYTES = 16 << 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class Change:
     """One change of a job or a budget; what is None stays."""
@@ -340,8 +343,10 @@ def _more_for_products(room: Room, draft: Draft) -> Iterator[str]:
     better = room.with_budget(device_bytes=wanted).best()
     if better is None or not better.choice.keeps_products or better.time.step_s > _WORTH * draft.time.step_s:
         return
+    # As it is printed it may be less by half of its last digit.
+    size = round_up(better.device_bytes + _SIZE_STEP_BYTES // 2, _SIZE_STEP_BYTES)
     yield (
-        f"A device budget of {format_bytes(better.device_bytes)} keeps large products for the backward instead of "
+        f"A device budget of {format_bytes(size)} keeps large products for the backward instead of "
         f"computing them again: {format_seconds(better.time.step_s)} per step."
     )
     on_disk = None if room.has_disk else replace(room, has_disk=True).best()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.internals.torch import version_of
-from offload import FileSlot, Scratch, StagingBuffer, Transfer
+from offload import PAGE_BYTES, FileSlot, Scratch, SlotAllocator, StagingBuffer, Transfer
 
 _LARGE_BYTES = 8 << 20
 
@@ -159,6 +159,53 @@ class HostBoundaries(BoundaryTier):
 
     def _let_go(self, buffers: Sequence[StagingBuffer]) -> None:
         """Have the memory of buffers go, with the last view of them."""
+
+
+class ProductBoundaries(BoundaryTier):
+    """Many tensors of all sizes, in one mapping of a processor's memory that one step after another uses.
+
+    Nothing that is made for one of them lies on the C library's heap: they are kept between a block's temporaries, and
+    small pieces that stay would keep the memory of these from being used again in large ones.
+
+    Args:
+        nbytes: What they take together, at most; what does not fit gets memory of its own.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        # Committed as it is first written, so that whole pages for each cost nothing here.
+        self._buffer = StagingBuffer(nbytes + _ROOM_FOR_PAGES * PAGE_BYTES)
+        self._slots = SlotAllocator()
+        self._beside_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:  # type: ignore[override]
+        """Bytes of memory taken so far."""
+        return min(self._slots.end_bytes, self._buffer.nbytes) + self._beside_bytes
+
+    def keep(self, value: Tensor, *, turn: int | None = None) -> Boundary:
+        """Copy a tensor; what comes back is a view of the mapping."""
+        slot = self._slots.take(value.nbytes)
+        if slot.offset_bytes + slot.nbytes > self._buffer.nbytes:
+            self._slots.give_back(slot)
+            self._beside_bytes += value.nbytes
+            return Boundary(partial(_itself, value.clone()), release=partial(self._drop, value.nbytes))
+        take = partial(self._view, slot.offset_bytes, value.nbytes, value.dtype, tuple(value.shape))
+        take().copy_(value)
+        return Boundary(take, release=partial(self._slots.give_back, slot))
+
+    def _view(self, start: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        return self._buffer.tensor[start : start + nbytes].view(dtype).view(shape)
+
+    def _drop(self, nbytes: int) -> None:
+        self._beside_bytes -= nbytes
+
+
+_ROOM_FOR_PAGES = 4096
+"""Pages that kept products may take beyond their own bytes."""
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
 
 
 def _unchanged(value: Tensor, *, version: int) -> Tensor:

@@ -14,7 +14,7 @@ from lowmem.planning.search import Room
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_memory import KEPT_PRODUCTS
 from lowmem.planning.step_time import Rates, assumed_rates
-from offload import Budget, BudgetError, Placement
+from offload import Budget, BudgetError, Placement, format_bytes
 from tests.lowmem.llama_shapes import llama, llama_block
 
 MIB = 1 << 20
@@ -430,6 +430,25 @@ def test_large_products_are_kept_where_there_is_room_and_a_step_gets_shorter(tmp
     assert plan_step(WIDE, free, budget=Budget(device=1 << 36, host=0), rates=rates).micro_batch == 4
     less = plan_step(WIDE, free, budget=Budget(device=plenty.device_bytes - 1, host=0), rates=rates)
     assert (less.choice.keeps_products, less.boundary_tier, less.micro_batch) == (True, "device", 2)
+
+
+def test_advice_says_what_would_keep_large_products(tmp_path: Path) -> None:
+    rates = replace(RATES, compute_flops_per_s=2e11, disk_bytes_per_s=2e9)
+    least = plan_step(WIDE, WIDE_JOB, budget=Budget(device=0, host=0), rates=rates).smallest_device_bytes
+    short = plan_step(WIDE, WIDE_JOB, budget=Budget(device=least + (128 << 20), host=0), rates=rates)
+    assert not short.choice.keeps_products
+    (memory,) = (line for line in short.advice if "keeps large products for the backward" in line)
+    (disk,) = (line for line in short.advice if "With Budget(disk=...)" in line)
+    assert not any("no faster" in line for line in short.advice)
+    size = memory.removeprefix("A device budget of ").split(" keeps")[0].replace(" ", "")
+    taken = plan_step(WIDE, WIDE_JOB, budget=Budget(device=size, host=0), rates=rates)
+    assert taken.choice.keeps_products
+    assert taken.time.step_s < 0.95 * short.time.step_s
+    on_disk = plan_step(WIDE, WIDE_JOB, budget=Budget(device=least + (128 << 20), host=0, disk=tmp_path), rates=rates)
+    assert (on_disk.choice.keeps_products, on_disk.boundary_tier) == (True, "disk")
+    assert format_bytes(on_disk.written_bytes) in disk
+    for told in (taken, on_disk):
+        assert not any("large products" in line for line in told.advice)
 
 
 @pytest.mark.parametrize(
