@@ -339,9 +339,11 @@ def _more_for_products(room: Room, draft: Draft) -> Iterator[str]:
     """The budget with which large products are kept for the backward, and what a folder for them would do."""
     if draft.choice.keeps_products or room.placement is not None:
         return
-    wanted = room.device_bytes + product_bytes(room.shapes, room.job)
-    better = room.with_budget(device_bytes=wanted).best()
-    if better is None or not better.choice.keeps_products or better.time.step_s > _WORTH * draft.time.step_s:
+    # Whole sequences take more besides where blocks go in chunks.
+    needed = product_bytes(room.shapes, room.job)
+    wanted = (room.with_budget(device_bytes=room.device_bytes + times * needed).best() for times in (1, 2, 4))
+    better = next((found for found in wanted if found is not None and found.choice.keeps_products), None)
+    if better is None or better.time.step_s > _WORTH * draft.time.step_s:
         return
     # As it is printed it may be less by half of its last digit.
     size = round_up(better.device_bytes + _SIZE_STEP_BYTES // 2, _SIZE_STEP_BYTES)

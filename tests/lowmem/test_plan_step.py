@@ -434,8 +434,9 @@ def test_large_products_are_kept_where_there_is_room_and_a_step_gets_shorter(tmp
 
 def test_advice_says_what_would_keep_large_products(tmp_path: Path) -> None:
     rates = replace(RATES, compute_flops_per_s=2e11, disk_bytes_per_s=2e9)
-    least = plan_step(WIDE, WIDE_JOB, budget=Budget(device=0, host=0), rates=rates).smallest_device_bytes
-    short = plan_step(WIDE, WIDE_JOB, budget=Budget(device=least + (128 << 20), host=0), rates=rates)
+    # All blocks are resident, and there is no room for their products.
+    budget = Budget(device="1600MiB", host=0)
+    short = plan_step(WIDE, WIDE_JOB, budget=budget, rates=rates)
     assert not short.choice.keeps_products
     (memory,) = (line for line in short.advice if "keeps large products for the backward" in line)
     (disk,) = (line for line in short.advice if "With Budget(disk=...)" in line)
@@ -444,7 +445,7 @@ def test_advice_says_what_would_keep_large_products(tmp_path: Path) -> None:
     taken = plan_step(WIDE, WIDE_JOB, budget=Budget(device=size, host=0), rates=rates)
     assert taken.choice.keeps_products
     assert taken.time.step_s < 0.95 * short.time.step_s
-    on_disk = plan_step(WIDE, WIDE_JOB, budget=Budget(device=least + (128 << 20), host=0, disk=tmp_path), rates=rates)
+    on_disk = plan_step(WIDE, WIDE_JOB, budget=replace(budget, disk=tmp_path), rates=rates)
     assert (on_disk.choice.keeps_products, on_disk.boundary_tier) == (True, "disk")
     assert format_bytes(on_disk.written_bytes) in disk
     for told in (taken, on_disk):
