@@ -175,6 +175,8 @@ class ProductBoundaries(BoundaryTier):
         # Committed as it is first written, so that whole pages for each cost nothing here.
         self._buffer = StagingBuffer(nbytes + _ROOM_FOR_PAGES * PAGE_BYTES)
         self._slots = SlotAllocator()
+        # A collection may release one while a slot is being taken: they are given back before the next is.
+        self._released: deque[FileSlot] = deque()
         self._beside_bytes = 0
 
     @property
@@ -184,6 +186,8 @@ class ProductBoundaries(BoundaryTier):
 
     def keep(self, value: Tensor, *, turn: int | None = None) -> Boundary:
         """Copy a tensor; what comes back is a view of the mapping."""
+        while self._released:
+            self._slots.give_back(self._released.popleft())
         slot = self._slots.take(value.nbytes)
         if slot.offset_bytes + slot.nbytes > self._buffer.nbytes:
             self._slots.give_back(slot)
@@ -191,7 +195,7 @@ class ProductBoundaries(BoundaryTier):
             return Boundary(partial(_itself, value.clone()), release=partial(self._drop, value.nbytes))
         take = partial(self._view, slot.offset_bytes, value.nbytes, value.dtype, tuple(value.shape))
         take().copy_(value)
-        return Boundary(take, release=partial(self._slots.give_back, slot))
+        return Boundary(take, release=partial(self._released.append, slot))
 
     def _view(self, start: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         return self._buffer.tensor[start : start + nbytes].view(dtype).view(shape)
