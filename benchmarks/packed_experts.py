@@ -3,7 +3,7 @@
     python -m benchmarks.packed_experts --root /nvme/checkpoints [--layers 48] [--limit 4GiB] [--keep]
 
 The shape is Qwen3-30B-A3B's: 48 blocks of 128 experts, of which a token goes to 8. The checkpoint is in bitsandbytes'
-layout (NF4, nested, one weight per tensor and expert), 17 GB of random codes, and is deleted afterwards. What `lowmem
+layout (NF4, nested, one weight per tensor and expert), 17 GB of random numbers, and is deleted afterwards. What `lowmem
 bench` measures of it is kept under the root, and plans are made with it: `planned` is held against what happened.
 """
 
@@ -39,8 +39,13 @@ class Pool:
     """Random bytes, given out from another place each time."""
 
     def __init__(self) -> None:
+        from bitsandbytes.functional import quantize_4bit
+
         generator = torch.Generator().manual_seed(0)
-        self._bytes = torch.randint(0, 256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator).numpy().tobytes()
+        # Codes of normal numbers: those of equal chance have a mean, of which all tokens share more with each block.
+        numbers = torch.randn(_POOL_BYTES // 8, generator=generator)
+        codes = quantize_4bit(numbers, blocksize=_BLOCK, quant_type="nf4")[0].flatten().numpy().tobytes()
+        self._bytes = codes * (_POOL_BYTES // len(codes))
         # bf16 numbers of 0.0078 to 0.031, both signs: exponents 120 and 121.
         small = torch.randn(_POOL_BYTES // 2, generator=generator).mul_(0.02).bfloat16()
         self._small = small.view(torch.uint8).numpy().tobytes()
@@ -58,8 +63,10 @@ class Pool:
         return b"".join(parts)
 
 
-def packed(name: str, shape: tuple[int, int], pool: Pool, tables: tuple[bytes, bytes]) -> Iterator[Entry]:
-    """A weight in NF4 with nested absmaxes."""
+def packed(
+    name: str, shape: tuple[int, int], pool: Pool, tables: tuple[bytes, bytes], *, scale: float = 1.0
+) -> Iterator[Entry]:
+    """A weight in NF4 with nested absmaxes, of about 0.02 times the scale."""
     num = shape[0] * shape[1]
     blocks = num // _BLOCK
     state = {
@@ -69,13 +76,13 @@ def packed(name: str, shape: tuple[int, int], pool: Pool, tables: tuple[bytes, b
         "shape": list(shape),
         "nested_blocksize": _NESTED,
         "nested_dtype": "float32",
-        "nested_offset": 0.05,
+        "nested_offset": 0.05 * scale,
     }
     described = json.dumps(state).encode()
     nested = -(-blocks // _NESTED)
     yield name, "U8", (num // 2, 1), pool.take(num // 2)
     yield f"{name}.absmax", "U8", (blocks,), pool.take(blocks)
-    yield f"{name}.nested_absmax", "F32", (nested,), struct.pack(f"<{nested}f", *[0.02] * nested)
+    yield f"{name}.nested_absmax", "F32", (nested,), struct.pack(f"<{nested}f", *[0.02 * scale] * nested)
     yield f"{name}.nested_quant_map", "F32", (256,), tables[1]
     yield f"{name}.quant_map", "F32", (16,), tables[0]
     yield f"{name}.quant_state.bitsandbytes__nf4", "U8", (len(described),), described
@@ -101,14 +108,20 @@ def layer(number: int, pool: Pool, tables: tuple[bytes, bytes]) -> Iterator[Entr
         ("q", (queries, HIDDEN)),
         ("v", (keys, HIDDEN)),
     ):
-        yield from packed(f"{prefix}.self_attn.{name}_proj.weight", shape, pool, tables)
+        # What attention of no meaning adds is much the same for all tokens, which would all go to the same experts
+        # after some blocks if it were as large as what is their own.
+        scale = 0.1 if name == "o" else 1.0
+        yield from packed(f"{prefix}.self_attn.{name}_proj.weight", shape, pool, tables, scale=scale)
 
 
 def outer(pool: Pool) -> Iterator[Entry]:
     """What stands outside the blocks, in bf16."""
     nbytes = VOCAB * HIDDEN * 2
     yield "lm_head.weight", "BF16", (VOCAB, HIDDEN), pool.take(nbytes, small=True)
-    yield "model.embed_tokens.weight", "BF16", (VOCAB, HIDDEN), pool.take(nbytes, small=True)
+    # Of one or two, not small: tokens must differ by more than blocks add.
+    embeddings = bytearray(pool.take(nbytes, small=True))
+    torch.frombuffer(embeddings, dtype=torch.bfloat16).mul_(50)
+    yield "model.embed_tokens.weight", "BF16", (VOCAB, HIDDEN), bytes(embeddings)
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
     yield "model.norm.weight", "BF16", (HIDDEN,), ones
 

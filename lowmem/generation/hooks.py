@@ -167,7 +167,7 @@ class GenerationHooks:
         if not isinstance(cache, StreamedCache):
             return forward(*args, **kwargs)
         hidden = next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
-        with products_for(hidden.device, num_tokens=hidden.shape[:2].numel()):
+        with products_for(hidden.device, None, num_tokens=hidden.shape[:2].numel()):
             cached = CachedBlock(
                 forward, cache, layer=block, rows=rows, max_tokens=self._room.prefill_tokens, in_chunks=in_chunks
             )

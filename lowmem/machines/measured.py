@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,25 @@ from torch.nn import functional
 from lowmem.adapters.dora import install as install_dora
 from lowmem.experts.stacks import RoutedExperts, without_stacks
 from lowmem.experts.visiting import EXPERT_PASSES, experts_by_block
+from lowmem.host_memory import give_back_freed, products_for
 from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
 from lowmem.internals.unread import PuttingOff, is_worth_putting_off
+from lowmem.models.blocks import can_chunk
 from lowmem.models.build import StreamedBlock, Unpacker
-from lowmem.planning.dry_run import BlockWalk
+from lowmem.planning.dry_run import BlockRun, BlockWalk
 from lowmem.planning.shapes import ModelShapes
-from lowmem.planning.step_time import Rates, ShapeRates, Trained
+from lowmem.planning.step_time import Rates, ShapeRates, Trained, key_value_share
+from lowmem.streaming.call import CallArguments
+from lowmem.streaming.chunking.attention import enable_chunks
+from lowmem.streaming.chunking.carrier import Workspace
+from lowmem.streaming.chunking.chunks import (
+    ChunkedCall,
+    ForwardChunks,
+    backward_chunks,
+    forward_chunks,
+)
 from lowmem.streaming.head import TiledLogProbFunction
+from lowmem.streaming.recompute import Sought
 from offload import BlockSpec, DiskRate, probe_compute
 
 if TYPE_CHECKING:
@@ -48,6 +60,14 @@ _SMALL_CALL, _MIDDLE_CALL, _MOST_TOKENS = 32, 128, 1024
 """Tokens of the calls that a block is timed with besides, and the most of the largest one."""
 
 
+_LARGE_CALL = 512
+"""Tokens of one more between the middle one and the largest, where that is far from it."""
+
+
+_CHUNK_TOKENS, _NUM_CHUNKS = 128, 4
+"""The sequence that is timed in chunks."""
+
+
 _CALL_S = 1.0
 """What the largest call may take at most, or twice what the middle one took."""
 
@@ -65,7 +85,16 @@ _UPDATE_PARAMS = 1 << 24
 _DROPPED_VALUES = 1 << 20
 
 
-_NUM_REPEATS = 3
+_NUM_TURNS, _MOST_REPEATS = 3, 9
+"""Turns of what is timed, and the most times in each."""
+
+
+_TURN_S = 0.08
+"""What is shorter is timed more often, until this much is spent: one call of milliseconds is off by a third."""
+
+
+_ENOUGH_S = 1.0
+"""What took this much has no further turns."""
 
 
 Clock = Callable[[], float]
@@ -79,9 +108,24 @@ class _Stopwatch:
     clock: Clock
 
     def usual_s(self, run: Callable[[], object]) -> float:
-        """The median of some runs, after one that warms up: a step is the sum of many, not of the shortest."""
-        run()
-        return statistics.median(self._once_s(run) for _ in range(_NUM_REPEATS))
+        """The median of some runs, after one that warms up: a step is the sum of many, not of the shortest ones."""
+        return self.usual_in_turn([run])[0]
+
+    def usual_in_turn(self, runs: Sequence[Callable[[], object]]) -> list[float]:
+        """The same of each of several in turn, three times over: what slows a machine for a while slows none alone."""
+        took_s: list[list[float]] = [[] for _ in runs]
+        for turn in range(_NUM_TURNS):
+            for run, seen in zip(runs, took_s, strict=True):
+                if sum(seen) >= _ENOUGH_S:
+                    continue
+                if not turn or seen[-1] < _TURN_S:
+                    # Caches and the heap are the previous one's.
+                    run()
+                times_s: list[float] = []
+                while not times_s or (len(times_s) < _MOST_REPEATS and sum(times_s) < _TURN_S):
+                    times_s.append(self._once_s(run))
+                seen += times_s
+        return [statistics.median(seen) for seen in took_s]
 
     def _once_s(self, run: Callable[[], object]) -> float:
         self._wait()
@@ -138,21 +182,32 @@ def measure_shape(
     """
     watch = _Stopwatch(opened.device, clock)
     timing = _BlockTiming(opened, shapes, watch, trains=trains)
-    calls = timing.measured()
+    calls, in_chunks = timing.measured()
     attention, backward = _attention_rates(shapes, opened, watch)
     # Operations of attention of one sequence, of the mean block.
     mean_size = sum(block.query_size for block in shapes.blocks) / len(shapes.blocks)
-    scores = [2.0 * call.num_tokens**2 * mean_size for call in calls]
+
+    def without_scores(call: _Call) -> _Call:
+        flops = 2.0 * call.num_tokens**2 * mean_size
+        return _Call(
+            call.num_tokens, max(0.0, call.forward_s - flops / attention), max(0.0, call.backward_s - flops / backward)
+        )
+
+    middle_s = next(call.backward_s for call in calls if call.num_tokens == timing.middle_tokens)
+    ended_s = timing.block_ended_s(middle_s)
+    calls = [without_scores(call) for call in calls]
+    more = _Call(0, 0.0, 0.0)
+    if in_chunks is not None:
+        more = _beyond(without_scores(in_chunks), alone=calls, key_values=key_value_share(shapes))
     head_s, head_backward_s = _head_rates(shapes, opened, watch)
     return ShapeRates(
         trains=trains,
         call_tokens=tuple(call.num_tokens for call in calls),
-        forward_calls_s=tuple(
-            max(0.0, call.forward_s - flops / attention) for call, flops in zip(calls, scores, strict=True)
-        ),
-        backward_calls_s=tuple(
-            max(0.0, call.backward_s - flops / backward) for call, flops in zip(calls, scores, strict=True)
-        ),
+        forward_calls_s=tuple(call.forward_s for call in calls),
+        backward_calls_s=tuple(call.backward_s for call in calls),
+        chunk_forward_s=more.forward_s,
+        chunk_backward_s=more.backward_s,
+        block_ended_s=ended_s,
         attention_flops_per_s=attention,
         attention_backward_flops_per_s=backward,
         head_token_s=head_s,
@@ -170,11 +225,37 @@ class _Call:
     backward_s: float
 
 
+def _beyond(in_chunks: _Call, *, alone: Sequence[_Call], key_values: float) -> _Call:
+    """What each chunk of a sequence takes more than a call of as many tokens, keys and values made again aside.
+
+    Args:
+        in_chunks: The sequence.
+        alone: Calls, one of them of a chunk's tokens.
+        key_values: The part of a forward that makes them, which a backward in chunks does first.
+    """
+    call = next(call for call in alone if call.num_tokens == _CHUNK_TOKENS)
+    forward_s, backward_s = in_chunks.forward_s / _NUM_CHUNKS, in_chunks.backward_s / _NUM_CHUNKS
+    backward_s -= key_values * call.forward_s
+    return _Call(_CHUNK_TOKENS, max(0.0, forward_s - call.forward_s), max(0.0, backward_s - call.backward_s))
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """A block's call, to be run as often as one likes."""
+
+    forward: Callable[[], object]
+    backward: Callable[[], object]
+
+
+Make = Callable[[BlockRun, Tensor, nn.Module], tuple[_Runs, object]]
+"""Makes the runs of a block on an input; returns them and the block's output."""
+
+
 class _BlockTiming:
-    """The mean block's calls, small ones and a large one."""
+    """The mean block's calls, small ones and large ones, and a sequence in chunks."""
 
     def __init__(self, opened: Described, shapes: ModelShapes, watch: _Stopwatch, *, trains: Trained) -> None:
-        self._opened, self._shapes, self._watch = opened, shapes, watch
+        self._opened, self._shapes, self._watch, self._is_full = opened, shapes, watch, trains == "full"
         blocks = [streamed.block for streamed in opened.built.blocks]
         trained = [any(param.requires_grad for param in block.module.parameters()) for block in blocks]
         adapted = [index for index, is_trained in enumerate(trained) if is_trained]
@@ -182,58 +263,133 @@ class _BlockTiming:
         if trains == "full":
             for index in set(self._kinds):
                 blocks[index].module.requires_grad_(True)
+        config = opened.built.model.config.get_text_config()
+        self._longest = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
+        self._middle: Sequence[_Runs] = ()
+        self._can_chunk = can_chunk(opened.built.model) is None
 
-    def measured(self) -> list[_Call]:
+    def measured(self) -> tuple[list[_Call], _Call | None]:
+        """The calls, by their tokens, and the sequence in chunks; None where it cannot be cut."""
         built = self._opened.built
         used = {id(built.blocks[index].block.module) for index in set(self._kinds)}
         skipped = {id(streamed.block.module) for streamed in built.blocks} - used
         _make_real(built.model, skipped=skipped, device=self._opened.device)
         # As before the first block of a streamed model: PEFT's own norm forms the adapted weight.
         install_dora(built.model, frozen_base=True)
-        config = self._opened.built.model.config.get_text_config()
-        longest = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
-        fewest = [self._call(num_tokens) for num_tokens in _FEWEST_CALLS]
-        small, middle = self._call(_SMALL_CALL), self._call(min(_MIDDLE_CALL, max(2 * _SMALL_CALL, longest)))
-        large = _largest_call(small, middle, longest=longest)
-        return [*fewest, small, middle, *([self._call(large)] if large > middle.num_tokens else [])]
+        if self._can_chunk:
+            enable_chunks(built.model)
+        runs = {size: self._runs(size, self._whole) for size in (*_FEWEST_CALLS, _SMALL_CALL, self.middle_tokens)}
+        self._middle = runs[self.middle_tokens]
+        small, middle = self._timed({size: runs[size] for size in (_SMALL_CALL, self.middle_tokens)})
+        largest = _largest_call(small, middle, longest=self._longest)
+        for size in (_LARGE_CALL, largest):
+            if size == largest > middle.num_tokens or largest >= 3 * size // 2:
+                runs[size] = self._runs(size, self._whole)
+        chunked = self._runs_in_chunks()
+        *calls, last = self._timed(runs | ({0: chunked} if chunked else {}))
+        return (calls, last) if chunked else ([*calls, last], None)
 
-    def _call(self, num_tokens: int) -> _Call:
+    @property
+    def middle_tokens(self) -> int:
+        """Tokens of a call that is neither small nor large."""
+        return min(_MIDDLE_CALL, max(2 * _SMALL_CALL, self._longest))
+
+    def block_ended_s(self, backward_s: float) -> float:
+        """What a block's end takes besides where every weight is trained.
+
+        Args:
+            backward_s: A backward of the middle call without it.
+        """
+        if not self._is_full or self._opened.device.type != "cpu":
+            return 0.0
+
+        def ended(backward: Callable[[], object]) -> Callable[[], None]:
+            def run() -> None:
+                backward()
+                # What is freed is zeroed when it is touched the next time.
+                give_back_freed()
+
+            return run
+
+        times_s = {id(runs): self._watch.usual_s(ended(runs.backward)) for runs in set(self._middle)}
+        return max(0.0, sum(times_s[id(runs)] for runs in self._middle) / len(self._middle) - backward_s)
+
+    def _timed(self, sizes: Mapping[int, Sequence[_Runs]]) -> list[_Call]:
+        """Time calls in turn; of each the mean over the blocks."""
+        each = list({id(runs): runs for found in sizes.values() for runs in found}.values())
+        times_s = self._watch.usual_in_turn([run for runs in each for run in (runs.forward, runs.backward)])
+        took = {id(runs): times for runs, times in zip(each, zip(*[iter(times_s)] * 2, strict=True), strict=True)}
+        return [
+            _Call(size, *(sum(times) / len(found) for times in zip(*(took[id(runs)] for runs in found), strict=True)))
+            for size, found in sizes.items()
+        ]
+
+    def _runs_in_chunks(self) -> Sequence[_Runs]:
+        num_tokens = _NUM_CHUNKS * _CHUNK_TOKENS
+        if not self._can_chunk or num_tokens > self._longest or self.middle_tokens != _CHUNK_TOKENS:
+            return ()
+        try:
+            return self._runs(num_tokens, self._in_chunks)
+        except NotImplementedError:
+            return ()
+
+    def _runs(self, num_tokens: int, make: Make) -> Sequence[_Runs]:
+        """A call of each block."""
         model, device = self._opened.built.model, self._opened.device
-        walk = BlockWalk(self._opened.built, stand_ins=self._kinds, measure=self._time)
+        walk = BlockWalk(self._opened.built, stand_ins=self._kinds, measure=make)
         hidden = torch.randn(1, num_tokens, self._shapes.hidden_size, device=device).to(self._opened.dtype)
         try:
             with walk.watching(), torch.no_grad():
                 model.base_model(inputs_embeds=hidden, use_cache=False)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise NotImplementedError(f"{type(model).__name__} cannot be timed block by block: {error}") from error
-        found = walk.results
-        num = len(found)
-        return _Call(num_tokens, sum(f for f, _ in found) / num, sum(b for _, b in found) / num)
+        return walk.results
 
-    def _time(
-        self, run: Callable[[Tensor], object], hidden: Tensor, module: nn.Module
-    ) -> tuple[tuple[float, float], object]:
+    def _whole(self, run: BlockRun, hidden: Tensor, module: nn.Module) -> tuple[_Runs, object]:
         params = [param for param in module.parameters() if param.requires_grad]
-        gradient = torch.randn_like(hidden)
+        gradient, shapes = torch.randn_like(hidden), [param.shape for param in module.parameters()]
+        num_tokens = hidden.shape[:2].numel()
         # As blocks are recomputed.
-        shapes = (param.shape for param in module.parameters())
-        puts_off = is_worth_putting_off(hidden.device, shapes, num_tokens=hidden.shape[:2].numel())
-        output: object = None
+        puts_off = is_worth_putting_off(hidden.device, shapes, num_tokens=num_tokens)
 
-        def forward() -> None:
-            nonlocal output
-            with torch.no_grad():
-                output = run(hidden)
+        def forward() -> object:
+            with torch.no_grad(), products_for(hidden.device, shapes, num_tokens=num_tokens):
+                return run(hidden)
 
         def backward() -> None:
-            leaf = hidden.detach().requires_grad_()
+            leaf, products = (
+                hidden.detach().requires_grad_(),
+                products_for(hidden.device, shapes, num_tokens=num_tokens),
+            )
             with torch.enable_grad():
-                with PuttingOff() if puts_off else nullcontext():
+                with PuttingOff() if puts_off else nullcontext(), products:
                     result = _first_tensor(run(leaf))
                 torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
 
-        forward_s = self._watch.usual_s(forward)
-        return (forward_s, self._watch.usual_s(backward)), output
+        return _Runs(forward, backward), forward()
+
+    def _in_chunks(self, run: BlockRun, hidden: Tensor, module: nn.Module) -> tuple[_Runs, object]:
+        params = [param for param in module.parameters() if param.requires_grad]
+        gradient, shapes = torch.randn_like(hidden), [param.shape for param in module.parameters()]
+        device, workspace = hidden.device, Workspace()
+
+        def run_chunk(arguments: CallArguments) -> object:
+            with products_for(device, shapes, num_tokens=_CHUNK_TOKENS):
+                return run.raw_forward(module, *arguments[0], **arguments[1])
+
+        def forward() -> ForwardChunks:
+            call = ChunkedCall(run.raw_forward, *run.with_input(hidden))
+            return forward_chunks(run_chunk, call, chunk_tokens=_CHUNK_TOKENS, device=device, workspace=workspace)
+
+        done = forward()
+
+        def backward() -> None:
+            leaf = hidden.detach()
+            call = ChunkedCall(run.raw_forward, *run.with_input(leaf))
+            sought = Sought(inputs=[leaf], wanted=[True], params=params, grads=[gradient])
+            backward_chunks(run_chunk, call, sought, record=done.record, device=device, workspace=workspace)
+
+        return _Runs(forward, backward), done.output
 
 
 def _largest_call(small: _Call, middle: _Call, *, longest: int) -> int:

@@ -27,7 +27,7 @@ from offload import Folder, probe_disk
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Described
 
-_VERSION: Final = 3
+_VERSION: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -165,8 +166,29 @@ def _fake_state(model: torch.nn.Module, idle: frozenset[int]) -> dict[str, Tenso
     return state
 
 
-Run = Callable[[Tensor], object]
-"""Runs one block on another input of the same shape, with the other arguments that the model gave it."""
+@dataclass(frozen=True)
+class BlockRun:
+    """Runs one block on another input of the same shape, with the other arguments that the model gave it."""
+
+    raw_forward: Callable[..., object]
+    """The block class's forward without wrappers."""
+    module: torch.nn.Module
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    hidden: Tensor
+    """The input, among the arguments."""
+
+    def with_input(self, given: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The arguments with another input in that one's place."""
+        call = tree_map_only(
+            Tensor, lambda tensor: given if tensor is self.hidden else tensor, (self.args, dict(self.kwargs))
+        )
+        return call[0], call[1]
+
+    def __call__(self, given: Tensor) -> object:
+        """The block's output."""
+        args, kwargs = self.with_input(given)
+        return self.raw_forward(self.module, *args, **kwargs)
 
 
 Result = TypeVar("Result")
@@ -186,7 +208,7 @@ class BlockWalk(Generic[Result]):
         built: Skeleton,
         *,
         stand_ins: Sequence[int],
-        measure: Callable[[Run, Tensor, torch.nn.Module], tuple[Result, object]],
+        measure: Callable[[BlockRun, Tensor, torch.nn.Module], tuple[Result, object]],
     ) -> None:
         self.results: list[Result] = []
         self._modules = [streamed.block.module for streamed in built.blocks]
@@ -230,17 +252,14 @@ class BlockWalk(Generic[Result]):
     ) -> tuple[Result, object]:
         hidden = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         # A model that is followed on fake tensors makes the causal mask that it leaves out where tensors are real.
-        kwargs |= {"attention_mask": None} if "attention_mask" in kwargs else {}
-
-        def run(given: Tensor) -> object:
-            call = tree_map_only(Tensor, lambda tensor: given if tensor is hidden else tensor, (args, kwargs))
-            return self._raw_forwards[index](module, *call[0], **call[1])
-
+        if isinstance(kwargs.get("attention_mask"), Tensor):
+            kwargs["attention_mask"] = None
+        run = BlockRun(self._raw_forwards[index], module, args, kwargs, hidden)
         result, output = self._measure(run, hidden, module)
         return result, tree_map_only(Tensor, Tensor.detach, output)
 
 
-def _count_peak(run: Run, hidden: Tensor, module: torch.nn.Module) -> tuple[int, object]:
+def _count_peak(run: BlockRun, hidden: Tensor, module: torch.nn.Module) -> tuple[int, object]:
     leaf = hidden.detach().requires_grad_()
     params = [param for param in module.parameters() if param.requires_grad]
     gradient = torch.empty_like(leaf)

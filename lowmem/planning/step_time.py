@@ -13,7 +13,7 @@ where every weight is trained. Updates of state on disk move with the next forwa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
@@ -61,6 +61,12 @@ class ShapeRates:
     """What each took without gradients, the scores of attention aside."""
     backward_calls_s: tuple[float, ...]
     """What each took recomputed with gradients and differentiated, the scores aside."""
+    chunk_forward_s: float
+    """What a chunk of a sequence takes beyond a call of as many tokens, without gradients."""
+    chunk_backward_s: float
+    """The same, recomputed and differentiated; keys and values that are made again are not in it."""
+    block_ended_s: float
+    """Where every weight is trained, of giving back what a block's backward has freed, and touching it again."""
     attention_flops_per_s: float
     """Scores and weighted values, without gradients."""
     attention_backward_flops_per_s: float
@@ -302,6 +308,10 @@ class _Passes:
     """Part of the streamed weights that is read: without the experts that few tokens do not go to."""
     unpack_share: float = 1.0
     """Part of the values that is made of packed weights."""
+    alone_share: float = 0.0
+    """Part of the streamed weights whose reading nothing hides: experts are asked for when their tokens are known."""
+    alone_bytes: float = 0.0
+    """Of `disk_bytes`, those that nothing hides."""
 
 
 def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: PlacementPlan, rates: Rates) -> StepTime:
@@ -330,8 +340,9 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         copy = copy_s * passes.read_share + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
         # Blocks are read once for all ranks of a machine; what each writes and reads back goes over the same disk.
         disk = disk_s * passes.read_share + passes.disk_bytes * job.num_sharing / rates.disk_bytes_per_s
+        alone = disk_s * passes.alone_share + passes.alone_bytes * job.num_sharing / rates.disk_bytes_per_s
         for lane, seconds in (
-            ("step", max(compute, disk, copy)),
+            ("step", alone + max(compute, disk - alone, copy)),
             ("compute", compute),
             ("disk", disk),
             ("copy", copy),
@@ -422,6 +433,8 @@ class _Costs:
             return (_product_flops(self._shapes, num_tokens) + attention) / self._rates.compute_flops_per_s
         calls = self._num_calls if num_calls is None else num_calls
         calls_s = calls * shape.forward_call_s(len(self._shapes.blocks) * num_tokens / calls)
+        if self._choice.chunk_tokens is not None and num_calls is None:
+            calls_s += calls * shape.chunk_forward_s
         return calls_s + self._dropout_s(num_tokens) + attention / shape.attention_flops_per_s
 
     def _dropout_s(self, num_tokens: int) -> float:
@@ -452,11 +465,14 @@ class _Costs:
         if shape.trains == "full":
             # Of a product, what it gives, its input's gradient and its weight's, where that is wanted.
             backward_s *= (2 + self._block_share) / 3
+        if self._choice.chunk_tokens is not None:
+            backward_s += shape.chunk_backward_s
         calls_s = self._num_calls * (backward_s + share * shape.forward_call_s(tokens))
         attention_s = attention / shape.attention_backward_flops_per_s
         if self._keeps_attention:
             attention_s = max(0.0, attention_s - attention / shape.attention_flops_per_s)
-        return calls_s + self._dropout_s(job.num_tokens) + attention_s + reading_s
+        ends_s = len(shapes.blocks) * shape.block_ended_s
+        return calls_s + self._dropout_s(job.num_tokens) + attention_s + reading_s + ends_s
 
     @property
     def _keeps_attention(self) -> bool:
@@ -496,8 +512,13 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         forward_s = costs.forward_s(num_sequences=job.num_sequences, seq_len=job.seq_len)
         evaluation_s = (forward_s + costs.head_s(job.num_tokens)) * job.num_evaluations / job.num_forwards
         # Only forwards that a backward follows leave boundary activations behind.
-        update = state.update_bytes / job.num_backwards if _updates_move_with_forward(shapes) else 0.0
-        yield _Passes(count=job.num_backwards, compute_s=evaluation_s, copy_bytes=boundary, disk_bytes=on_disk + update)
+        plain = _Passes(count=job.num_backwards, compute_s=evaluation_s, copy_bytes=boundary, disk_bytes=on_disk)
+        if state.update_bytes and _updates_move_with_forward(shapes):
+            # With the first of them, which waits for its first block.
+            update, first_block = state.update_bytes, state.update_bytes / len(shapes.blocks)
+            yield replace(plain, count=1, disk_bytes=on_disk + update, alone_bytes=first_block)
+            plain = replace(plain, count=job.num_backwards - 1)
+        yield plain
         yield _Passes(count=job.num_forwards - job.num_backwards, compute_s=evaluation_s)
         backward_s = costs.backward_s() + costs.head_backward_s(job.num_tokens)
         disk = on_disk + state.gradient_bytes / job.num_backwards
@@ -508,15 +529,14 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         num, num_blocks = job.num_generated, len(shapes.blocks)
         first_s = costs.forward_s(num_sequences=num, seq_len=max(1, job.num_prompt_tokens), num_calls=num_blocks)
         token_s = costs.forward_s(num_sequences=num, seq_len=1, num_calls=num_blocks) + costs.head_s(num)
-        read, unpack = _hit_shares(shapes, num * max(1, job.num_prompt_tokens))
-        yield _Passes(count=1, compute_s=first_s + costs.head_s(num), read_share=read, unpack_share=unpack)
-        read, unpack = _hit_shares(shapes, num)
-        yield _Passes(count=job.num_decodes - 1, compute_s=token_s, read_share=read, unpack_share=unpack)
+        first = _Passes(count=1, compute_s=first_s + costs.head_s(num))
+        yield _of_experts_hit(first, shapes, num * max(1, job.num_prompt_tokens))
+        yield _of_experts_hit(_Passes(count=job.num_decodes - 1, compute_s=token_s), shapes, num)
 
 
-def _hit_shares(shapes: ModelShapes, num_tokens: int) -> tuple[float, float]:
-    """Parts of the blocks' stored bytes and of their values that a forward of some tokens reads and makes."""
-    read = stored = made = values = 0.0
+def _of_experts_hit(passes: _Passes, shapes: ModelShapes, num_tokens: int) -> _Passes:
+    """Passes that read, and make of packed weights, only the experts that some tokens go to."""
+    read = stored = made = values = asked = 0.0
     for block in shapes.blocks:
         stored, values = stored + block.buffer_bytes, values + block.packed_values_bytes
         read, made = read + block.buffer_bytes, made + block.packed_values_bytes
@@ -525,8 +545,11 @@ def _hit_shares(shapes: ModelShapes, num_tokens: int) -> tuple[float, float]:
         num_experts, num_each = block.experts.num_experts, block.experts.num_per_token
         hit = expected_share(num_tokens, num_experts=num_experts, num_per_token=num_each)
         made -= block.expert_values_bytes * (EXPERT_PASSES - hit)
-        read -= block.expert_bytes * (1 - hit) if hit <= MOST_HIT else 0.0
-    return read / stored, made / values if values else 1.0
+        if hit <= MOST_HIT:
+            read -= block.expert_bytes * (1 - hit)
+            asked += block.expert_bytes * hit
+    unpack = made / values if values else 1.0
+    return replace(passes, read_share=read / stored, unpack_share=unpack, alone_share=asked / stored)
 
 
 def _updates_move_with_forward(shapes: ModelShapes) -> bool:
@@ -536,6 +559,12 @@ def _updates_move_with_forward(shapes: ModelShapes) -> bool:
 
 def _product_flops(shapes: ModelShapes, num_tokens: int) -> float:
     return 2.0 * (shapes.num_active_params + shapes.num_adapter_params) * num_tokens
+
+
+def key_value_share(shapes: ModelShapes) -> float:
+    """Which part of a block's products keys and values, and what comes before them in attention, take."""
+    widths = sum(linear.num_weights for block in shapes.blocks for linear in block.of_part(Part.ATTENTION_IN))
+    return 2.0 * widths / _product_flops(shapes, 1)
 
 
 def _key_value_flops(shapes: ModelShapes, job: Job) -> float:

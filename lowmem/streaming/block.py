@@ -378,7 +378,8 @@ class RecordedCall:
         is_worth_it = (again or kept is not None) and not is_seen and self._is_worth_putting_off(num_tokens)
         later = PuttingOff(kept) if again and is_worth_it else None
         keeping = Keeping(kept) if not again and is_worth_it and kept is not None else nullcontext()
-        with autocast, casts, later or keeping, products_for(hidden.device, num_tokens=num_tokens), hooks:
+        products = products_for(hidden.device, self._weight_shapes(), num_tokens=num_tokens)
+        with autocast, casts, later or keeping, products, hooks:
             forward = partial(self._block.raw_forward, self._block.module, *args, **kwargs)
             output = self._collected.run(forward, hidden.shape[0])
         if later is not None:
@@ -386,8 +387,10 @@ class RecordedCall:
         return output
 
     def _is_worth_putting_off(self, num_tokens: int) -> bool:
-        shapes = (slot.shape for slot in self._runtime.blocks[self._index].slots)
-        return is_worth_putting_off(self._runtime.device, shapes, num_tokens=num_tokens)
+        return is_worth_putting_off(self._runtime.device, self._weight_shapes(), num_tokens=num_tokens)
+
+    def _weight_shapes(self) -> Iterator[torch.Size]:
+        return (slot.shape for slot in self._runtime.blocks[self._index].slots)
 
     def _cut(self, rows: slice) -> slice | None:
         return None if len(self._rows) == 1 else rows
