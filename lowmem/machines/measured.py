@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowmem.adapters.dora import install as install_dora
+from lowmem.experts.products import lend, run_experts
 from lowmem.experts.stacks import RoutedExperts, without_stacks
-from lowmem.experts.visiting import EXPERT_PASSES, experts_by_block
+from lowmem.experts.visiting import MatrixSlots, VisitedStack, experts_by_block, num_matrices
 from lowmem.host_memory import give_back_freed, products_for
+from lowmem.internals.experts import use_experts_forward
 from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
 from lowmem.internals.unread import PuttingOff, is_worth_putting_off
 from lowmem.models.blocks import can_chunk
@@ -52,49 +55,37 @@ _MIB = 1 << 20
 
 _COPY_BYTES = 32 * _MIB
 
-
 _FEWEST_CALLS = (1, 8)
 """Tokens of a step of generation: of a mixture they reach few of the experts, 32 reach nearly all."""
 
 _SMALL_CALL, _MIDDLE_CALL, _MOST_TOKENS = 32, 128, 1024
 """Tokens of the calls that a block is timed with besides, and the most of the largest one."""
 
-
 _LARGE_CALL = 512
 """Tokens of one more between the middle one and the largest, where that is far from it."""
-
 
 _CHUNK_TOKENS, _NUM_CHUNKS = 128, 4
 """The sequence that is timed in chunks."""
 
-
 _CALL_S = 1.0
 """What the largest call may take at most, or twice what the middle one took."""
 
+_ATTENTION_TOKENS, _HEAD_TOKENS, _HEAD_WORDS, _DROPPED_VALUES = 1024, 256, 32_768, 1 << 20
 
-_ATTENTION_TOKENS = 1024
-
-
-_HEAD_TOKENS, _HEAD_WORDS = 256, 32_768
-
+_CACHE_BYTES = 1 << 27
+"""More than a processor keeps in its caches for two cores."""
 
 _UPDATE_PARAMS = 1 << 24
 """More than fits a cache."""
 
-
-_DROPPED_VALUES = 1 << 20
-
-
 _NUM_TURNS, _MOST_REPEATS = 3, 9
 """Turns of what is timed, and the most times in each."""
-
 
 _TURN_S = 0.08
 """What is shorter is timed more often, until this much is spent: one call of milliseconds is off by a third."""
 
-
 _ENOUGH_S = 1.0
-"""What took this much has no further turns."""
+"""What took this much is not run again."""
 
 
 Clock = Callable[[], float]
@@ -107,11 +98,13 @@ class _Stopwatch:
     device: torch.device
     clock: Clock
 
-    def usual_s(self, run: Callable[[], object]) -> float:
+    def usual_s(self, run: Callable[[], object], *, before: Callable[[], object] | None = None) -> float:
         """The median of some runs, after one that warms up: a step is the sum of many, not of the shortest ones."""
-        return self.usual_in_turn([run])[0]
+        return self.usual_in_turn([run], before=before)[0]
 
-    def usual_in_turn(self, runs: Sequence[Callable[[], object]]) -> list[float]:
+    def usual_in_turn(
+        self, runs: Sequence[Callable[[], object]], *, before: Callable[[], object] | None = None
+    ) -> list[float]:
         """The same of each of several in turn, three times over: what slows a machine for a while slows none alone."""
         took_s: list[list[float]] = [[] for _ in runs]
         for turn in range(_NUM_TURNS):
@@ -119,10 +112,15 @@ class _Stopwatch:
                 if sum(seen) >= _ENOUGH_S:
                     continue
                 if not turn or seen[-1] < _TURN_S:
-                    # Caches and the heap are the previous one's.
-                    run()
+                    # Caches and the heap are the previous one's, which matters to what is short.
+                    first_s = self._once_s(run)
+                    if first_s >= _ENOUGH_S:
+                        seen.append(first_s)
+                        continue
                 times_s: list[float] = []
                 while not times_s or (len(times_s) < _MOST_REPEATS and sum(times_s) < _TURN_S):
+                    if before is not None:
+                        before()
                     times_s.append(self._once_s(run))
                 seen += times_s
         return [statistics.median(seen) for seen in took_s]
@@ -193,8 +191,7 @@ def measure_shape(
             call.num_tokens, max(0.0, call.forward_s - flops / attention), max(0.0, call.backward_s - flops / backward)
         )
 
-    middle_s = next(call.backward_s for call in calls if call.num_tokens == timing.middle_tokens)
-    ended_s = timing.block_ended_s(middle_s)
+    visit = timing.beyond(next(call for call in calls if call.num_tokens == timing.middle_tokens))
     calls = [without_scores(call) for call in calls]
     more = _Call(0, 0.0, 0.0)
     if in_chunks is not None:
@@ -207,7 +204,8 @@ def measure_shape(
         backward_calls_s=tuple(call.backward_s for call in calls),
         chunk_forward_s=more.forward_s,
         chunk_backward_s=more.backward_s,
-        block_ended_s=ended_s,
+        visit_forward_s=visit.forward_s,
+        visit_backward_s=visit.backward_s,
         attention_flops_per_s=attention,
         attention_backward_flops_per_s=backward,
         head_token_s=head_s,
@@ -266,6 +264,7 @@ class _BlockTiming:
         config = opened.built.model.config.get_text_config()
         self._longest = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
         self._middle: Sequence[_Runs] = ()
+        self._single: dict[int, _SingleExperts] = {}
         self._can_chunk = can_chunk(opened.built.model) is None
 
     def measured(self) -> tuple[list[_Call], _Call | None]:
@@ -273,7 +272,14 @@ class _BlockTiming:
         built = self._opened.built
         used = {id(built.blocks[index].block.module) for index in set(self._kinds)}
         skipped = {id(streamed.block.module) for streamed in built.blocks} - used
-        _make_real(built.model, skipped=skipped, device=self._opened.device)
+        for streamed in (built.blocks[index] for index in set(self._kinds)):
+            (experts,) = experts_by_block([streamed])
+            if experts is not None and not experts.is_adapted:
+                self._single[id(streamed.block.module)] = _SingleExperts(streamed, experts, self._opened.device)
+        unread = {id(param) for experts in self._single.values() for param in experts.params()}
+        if self._single:
+            use_experts_forward(built.model, "lowmem_grouped_mm", run_experts)
+        _make_real(built.model, skipped=skipped, unread=unread, device=self._opened.device)
         # As before the first block of a streamed model: PEFT's own norm forms the adapted weight.
         install_dora(built.model, frozen_base=True)
         if self._can_chunk:
@@ -294,25 +300,29 @@ class _BlockTiming:
         """Tokens of a call that is neither small nor large."""
         return min(_MIDDLE_CALL, max(2 * _SMALL_CALL, self._longest))
 
-    def block_ended_s(self, backward_s: float) -> float:
-        """What a block's end takes besides where every weight is trained.
+    def beyond(self, middle: _Call) -> _Call:
+        """What a visit takes more than a call that is repeated: the block's weights are in no cache.
+
+        Where every weight is trained, what a backward has freed is given back besides, and touched again the next time.
 
         Args:
-            backward_s: A backward of the middle call without it.
+            middle: The middle call.
         """
-        if not self._is_full or self._opened.device.type != "cpu":
-            return 0.0
+        if self._opened.device.type != "cpu":
+            return _Call(middle.num_tokens, 0.0, 0.0)
+        other = torch.empty(_CACHE_BYTES, dtype=torch.uint8)
 
-        def ended(backward: Callable[[], object]) -> Callable[[], None]:
-            def run() -> None:
-                backward()
-                # What is freed is zeroed when it is touched the next time.
-                give_back_freed()
+        def usual_s(run: Callable[[], object]) -> float:
+            def visited() -> None:
+                run()
+                if self._is_full:
+                    give_back_freed()
 
-            return run
+            return self._watch.usual_s(visited, before=lambda: other.fill_(1))
 
-        times_s = {id(runs): self._watch.usual_s(ended(runs.backward)) for runs in set(self._middle)}
-        return max(0.0, sum(times_s[id(runs)] for runs in self._middle) / len(self._middle) - backward_s)
+        each = {id(runs): (usual_s(runs.forward), usual_s(runs.backward)) for runs in set(self._middle)}
+        means = [statistics.mean(times) for times in zip(*(each[id(runs)] for runs in self._middle), strict=True)]
+        return _Call(0, max(0.0, means[0] - middle.forward_s), max(0.0, means[1] - middle.backward_s))
 
     def _timed(self, sizes: Mapping[int, Sequence[_Runs]]) -> list[_Call]:
         """Time calls in turn; of each the mean over the blocks."""
@@ -351,12 +361,15 @@ class _BlockTiming:
         num_tokens = hidden.shape[:2].numel()
         # As blocks are recomputed.
         puts_off = is_worth_putting_off(hidden.device, shapes, num_tokens=num_tokens)
+        visit = self._single[id(module)].visit if id(module) in self._single else nullcontext
 
         def forward() -> object:
+            visit()
             with torch.no_grad(), products_for(hidden.device, shapes, num_tokens=num_tokens):
                 return run(hidden)
 
         def backward() -> None:
+            visit()
             leaf, products = (
                 hidden.detach().requires_grad_(),
                 products_for(hidden.device, shapes, num_tokens=num_tokens),
@@ -372,6 +385,9 @@ class _BlockTiming:
         params = [param for param in module.parameters() if param.requires_grad]
         gradient, shapes = torch.randn_like(hidden), [param.shape for param in module.parameters()]
         device, workspace = hidden.device, Workspace()
+
+        if id(module) in self._single:
+            raise NotImplementedError("experts that are unpacked one by one are timed in whole sequences")
 
         def run_chunk(arguments: CallArguments) -> object:
             with products_for(device, shapes, num_tokens=_CHUNK_TOKENS):
@@ -390,6 +406,33 @@ class _BlockTiming:
             backward_chunks(run_chunk, call, sought, record=done.record, device=device, workspace=workspace)
 
         return _Runs(forward, backward), done.output
+
+
+class _SingleExperts:
+    """Lends a module of experts stacks that are unpacked as they are used, as a visit to their block does."""
+
+    def __init__(self, streamed: StreamedBlock, experts: RoutedExperts, device: torch.device) -> None:
+        self._experts, self._stored, self._visits = experts, _zeros(streamed.spec, device), count()
+        self._slots: dict[torch.Size, MatrixSlots] = {}
+        for stack in experts.stacks.values():
+            shape = stack.slot.shape[1:]
+            num = num_matrices(experts)
+            self._slots[shape] = MatrixSlots(shape, stack.slot.dtype, num=num, device=device)
+
+    def params(self) -> Iterator[nn.Parameter | None]:
+        """The stacks, which are not read."""
+        return (parameter_table(self._experts.module)[name] for name in self._experts.stacks)
+
+    def visit(self) -> None:
+        """Begin another visit, which finds nothing unpacked."""
+        number, stored = next(self._visits), self._stored
+        stacks = {
+            name: VisitedStack(
+                stack, name=name, block=number, stored=stored, slots=self._slots[stack.slot.shape[1:]], reader=None
+            )
+            for name, stack in self._experts.stacks.items()
+        }
+        lend(self._experts.module, stacks)
 
 
 def _largest_call(small: _Call, middle: _Call, *, longest: int) -> int:
@@ -422,14 +465,14 @@ def _key(shapes: ModelShapes, index: int) -> tuple[object, ...]:
     return block.linears, block.experts, block.num_params, block.query_size, block.key_size
 
 
-def _make_real(model: PreTrainedModel, *, skipped: set[int], device: torch.device) -> None:
-    """Memory for what runs, with small numbers in it; embeddings, head and skipped blocks stay on meta."""
+def _make_real(model: PreTrainedModel, *, skipped: set[int], unread: set[int], device: torch.device) -> None:
+    """Memory for what runs, with small numbers in it; embeddings, head, and what is skipped or unread stay on meta."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     for module in _modules(model, skipped):
         if module in ends:
             continue
         for name, param in [*parameter_table(module).items()]:
-            if param is not None and param.is_meta:
+            if param is not None and param.is_meta and id(param) not in unread:
                 made = nn.Parameter(_numbers(param, device), requires_grad=param.requires_grad)
                 put_parameter(module, name, made)
         for name, buffer in [*buffer_table(module).items()]:
@@ -505,17 +548,15 @@ def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tu
 
 
 def _unpack_s(opened: Described, watch: _Stopwatch) -> float:
-    """Seconds of making the mean block's parameters from its stored tensors."""
+    """Seconds of making the mean block's parameters from its stored tensors, but for experts that calls make."""
     first: dict[tuple[object, ...], float] = {}
     total_s = 0.0
     for streamed in opened.built.blocks:
         kind = tuple((spec.dtype, spec.shape) for spec in streamed.spec.tensors)
         if kind not in first:
             (experts,) = experts_by_block([streamed])
-            dense = streamed if experts is None else without_stacks(streamed, experts)
-            first[kind] = _whole_s(dense, opened.device, watch)
-            if experts is not None:
-                first[kind] += EXPERT_PASSES * experts.num_experts * _expert_s(experts, opened.device, watch)
+            at_once = streamed if experts is None or experts.is_adapted else without_stacks(streamed, experts)
+            first[kind] = _whole_s(at_once, opened.device, watch)
         total_s += first[kind]
     return total_s / len(opened.built.blocks)
 
@@ -533,21 +574,9 @@ def _whole_s(streamed: StreamedBlock, device: torch.device, watch: _Stopwatch) -
     return seconds
 
 
-def _expert_s(experts: RoutedExperts, device: torch.device, watch: _Stopwatch) -> float:
-    """Seconds of making the matrices of one expert."""
-    stored = _zeros(experts.alone(0, name=""), device)
-    stacks = tuple(experts.stacks.values())
-    made = [torch.empty(one.slot.shape[1:], dtype=one.slot.dtype, device=device) for one in stacks]
-
-    def run() -> None:
-        for stack, matrix in zip(stacks, made, strict=True):
-            stack.make(0, stored, matrix)
-
-    return watch.usual_s(run)
-
-
 def _zeros(spec: BlockSpec, device: torch.device) -> dict[str, Tensor]:
-    return {one.name: torch.zeros(one.shape, dtype=one.dtype, device=device) for one in spec.tensors}
+    # Touched: pages that are only read would all be the same one.
+    return {one.name: torch.empty(one.shape, dtype=one.dtype, device=device).zero_() for one in spec.tensors}
 
 
 def _dropout_s(opened: Described, watch: _Stopwatch) -> float:

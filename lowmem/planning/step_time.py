@@ -65,8 +65,10 @@ class ShapeRates:
     """What a chunk of a sequence takes beyond a call of as many tokens, without gradients."""
     chunk_backward_s: float
     """The same, recomputed and differentiated; keys and values that are made again are not in it."""
-    block_ended_s: float
-    """Where every weight is trained, of giving back what a block's backward has freed, and touching it again."""
+    visit_forward_s: float
+    """What a visit takes beyond its calls: its weights are in no cache."""
+    visit_backward_s: float
+    """The same of a backward; where every weight is trained, memory is given back and touched again."""
     attention_flops_per_s: float
     """Scores and weighted values, without gradients."""
     attention_backward_flops_per_s: float
@@ -76,7 +78,8 @@ class ShapeRates:
     head_backward_token_s: float
     """Of its gradient."""
     unpack_s: float
-    """Of making one block's parameters from its stored tensors; 0 where they are used as they lie."""
+    """Of making one block's parameters from its stored tensors; 0 where they are used as they lie. Experts that are
+    unpacked one by one are not in it: calls make those that their tokens go to."""
     update_s_per_param: float
     """Of AdamW in fp32, where the update runs."""
     dropout_s: float
@@ -336,7 +339,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     num_passes, read_passes = 0, 0.0
     for passes in _passes(shapes, job, choice, costs):
         num_passes, read_passes = num_passes + passes.count, read_passes + passes.count * passes.read_share
-        compute = passes.compute_s + costs.unpack_s * passes.unpack_share
+        compute = passes.compute_s + costs.unpack_s * (passes.unpack_share if rates.shape is None else 1.0)
         copy = copy_s * passes.read_share + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
         # Blocks are read once for all ranks of a machine; what each writes and reads back goes over the same disk.
         disk = disk_s * passes.read_share + passes.disk_bytes * job.num_sharing / rates.disk_bytes_per_s
@@ -435,6 +438,7 @@ class _Costs:
         calls_s = calls * shape.forward_call_s(len(self._shapes.blocks) * num_tokens / calls)
         if self._choice.chunk_tokens is not None and num_calls is None:
             calls_s += calls * shape.chunk_forward_s
+        calls_s += len(self._shapes.blocks) * shape.visit_forward_s
         return calls_s + self._dropout_s(num_tokens) + attention / shape.attention_flops_per_s
 
     def _dropout_s(self, num_tokens: int) -> float:
@@ -471,8 +475,8 @@ class _Costs:
         attention_s = attention / shape.attention_backward_flops_per_s
         if self._keeps_attention:
             attention_s = max(0.0, attention_s - attention / shape.attention_flops_per_s)
-        ends_s = len(shapes.blocks) * shape.block_ended_s
-        return calls_s + self._dropout_s(job.num_tokens) + attention_s + reading_s + ends_s
+        visits_s = len(shapes.blocks) * shape.visit_backward_s
+        return calls_s + self._dropout_s(job.num_tokens) + attention_s + reading_s + visits_s
 
     @property
     def _keeps_attention(self) -> bool:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.experts.visiting import expected_share
 from lowmem.planning.job import Job, Task
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_again, plan_step
 from lowmem.planning.search import Room
-from lowmem.planning.shapes import ModelShapes
+from lowmem.planning.shapes import ExpertsShape, ModelShapes
 from lowmem.planning.step_memory import KEPT_PRODUCTS
-from lowmem.planning.step_time import Rates, assumed_rates
+from lowmem.planning.step_time import Rates, assumed_rates, predict, state_traffic
 from offload import Budget, BudgetError, Placement, format_bytes
 from tests.lowmem.llama_shapes import llama, llama_block
 
@@ -491,3 +492,36 @@ def test_advice_for_long_sequences_names_a_folder_for_boundary_activations() -> 
     job = Job(task="sft", batch_size=1, seq_len=65536)
     with pytest.raises(BudgetError, match="a folder on disk for boundary activations"):
         planned(device=0, job=job).require_fit()
+
+
+def test_an_update_of_state_on_disk_moves_with_one_forward_and_keeps_its_first_block_waiting() -> None:
+    shapes, job = llama().with_every_weight(), Job(seq_len=64, tuning="full", gradient_accumulation_steps=4)
+    made = planned(shapes, device="4GiB", job=job)
+    choice = replace(made.choice, state_tier="disk")
+    moved = state_traffic(shapes, job, choice)
+    instant = predict(shapes, job, choice=choice, placement=made.placement, rates=replace(RATES, disk_bytes_per_s=1e15))
+    # Over four forwards it would hide: one takes two thirds of the time that the update moves.
+    forward_s = (instant.step_s - instant.update_s) / 4 / 4
+    rates = replace(RATES, disk_bytes_per_s=moved.update_bytes / (1.5 * forward_s))
+    found = predict(shapes, job, choice=choice, placement=made.placement, rates=rates)
+    update_s = moved.update_bytes / rates.disk_bytes_per_s
+    assert found.step_s >= instant.step_s + update_s - 1.3 * forward_s
+    # Of one that hides, the first block's part is waited for.
+    fast = replace(RATES, disk_bytes_per_s=moved.update_bytes / (forward_s / 10))
+    waited = predict(shapes, job, choice=choice, placement=made.placement, rates=fast).step_s - instant.step_s
+    assert waited == pytest.approx(forward_s / 10 / len(shapes.blocks), rel=0.01)
+
+
+def test_experts_that_are_asked_for_hide_behind_nothing() -> None:
+    experts = ExpertsShape(num_experts=128, num_per_token=8, expanded_size=512, product_size=256)
+    dense = llama_block()
+    block = replace(dense, experts=experts, buffer_bytes=10 * dense.buffer_bytes, expert_bytes=9 * dense.buffer_bytes)
+    shapes = replace(llama(), blocks=(block,) * 8)
+    job = Job(task="generate", batch_size=1, seq_len=12, completion_tokens=8)
+    made = planned(shapes, device=0, job=job)
+    # Computing takes far longer than reading.
+    rates, placement = replace(RATES, compute_flops_per_s=1e6), made.placement
+    found = predict(shapes, job, choice=replace(made.choice, embedding_on_disk=False), placement=placement, rates=rates)
+    shares = [expected_share(num, num_experts=128, num_per_token=8) for num in (4, *[1] * 7)]
+    asked = sum(shares) * 0.9 * placement.step_read_bytes / job.num_passes
+    assert found.step_s - found.compute_s == pytest.approx(asked / rates.disk_bytes_per_s, rel=1e-3)

@@ -44,6 +44,15 @@ def test_skinny_products_are_those_of_linear(shape: tuple[int, ...]) -> None:
     assert torch.equal(few, torch.nn.functional.linear(x, weight[:10]))
 
 
+def test_blocks_without_a_large_weight_run_as_they_are() -> None:
+    cpu = torch.device("cpu")
+    small, large = [(1000, 1000), (64,)], [(64,), (1024, 1024)]
+    assert isinstance(host_memory.products_for(cpu, large, num_tokens=32), SkinnyProducts)
+    assert isinstance(host_memory.products_for(cpu, None, num_tokens=32), SkinnyProducts)
+    assert not isinstance(host_memory.products_for(cpu, small, num_tokens=32), SkinnyProducts)
+    assert not isinstance(host_memory.products_for(cpu, large, num_tokens=512), SkinnyProducts)
+
+
 def assert_close(found: Outcome, expected: Outcome) -> None:
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
     assert found.gradients.keys() == expected.gradients.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowmem.models.checkpoint import Opened, open_checkpoint
 from lowmem.planning.job import Job
 from lowmem.planning.planner import plan_step
 from lowmem.planning.read_model import read_shapes
+from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, ShapeRates
 from tests.zoo.architectures import build
 
@@ -105,6 +107,44 @@ def test_blocks_of_every_kind_are_timed(architecture: str, tmp_path: Path) -> No
     assert found.dropout_s > 0
     assert found.head_token_s > 0
     assert found.unpack_s > 0
+
+
+def test_a_sequence_in_chunks_is_timed_and_what_a_visit_takes_besides(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path, dtype=torch.bfloat16, changes={"max_position_embeddings": 512})
+    found = {}
+    for trains in ("lora", "full"):
+        checkpoint = opened(folder)
+        lora = LoraConfig(r=4, target_modules="all-linear") if trains == "lora" else None
+        shapes = read_shapes(checkpoint, peft_config=lora)
+        with WorkClock() as clock:
+            found[trains] = measure_shape(
+                checkpoint,
+                shapes if lora is not None else shapes.with_every_weight(),
+                trains=trains,  # type: ignore[arg-type]
+                clock=lambda clock=clock: clock.now_s,  # type: ignore[misc]
+            )
+    # Attention by parts has more operators, and keys and values are copied.
+    assert found["lora"].chunk_forward_s > 0
+    assert found["lora"].chunk_backward_s > 0
+    # The clock counts operators, and giving memory back is none.
+    assert found["lora"].visit_backward_s == found["full"].visit_backward_s == 0
+    assert found["lora"].call_tokens == (1, 8, 32, 128, 512)
+
+
+def test_chunks_and_visits_take_what_they_took_besides(llama: Path) -> None:
+    shapes, sizes = read_shapes(opened(llama)), {"device": 1 << 30, "host": 0}
+    given = shape_rates(chunk_forward_s=0.0, chunk_backward_s=0.0, visit_forward_s=0.0, visit_backward_s=0.0)
+    slower = replace(given, chunk_forward_s=0.5, chunk_backward_s=0.25)
+
+    def step_s(found: ShapeRates, job: Job, of: ModelShapes) -> float:
+        return plan_step(of, job, budget=lowmem.Budget(**sizes), rates=Rates(shape=found)).step_s
+
+    whole, chunked = Job(seq_len=64), Job(seq_len=64, chunk_tokens=32)
+    assert step_s(slower, whole, shapes) == step_s(given, whole, shapes)
+    more_s = step_s(slower, chunked, shapes) - step_s(given, chunked, shapes)
+    assert more_s == pytest.approx(0.75 * 2 * len(shapes.blocks))
+    visits = replace(given, visit_forward_s=0.5, visit_backward_s=0.25)
+    assert step_s(visits, whole, shapes) - step_s(given, whole, shapes) == pytest.approx(0.75 * len(shapes.blocks))
 
 
 def test_measured_shapes_must_be_possible() -> None:
