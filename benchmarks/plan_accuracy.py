@@ -186,7 +186,7 @@ def run(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
     with PeakMeter() as meter:
         model = lowmem.from_pretrained(folder, plan=planned, tuning=planned.job.tuning)
         moments = _Moments(meter, num_blocks=len(planned.placements), clock=clock)
-        steps.moments, steps.planned_update_s = moments, planned.time.update_s
+        steps.moments, steps.plan = moments, planned
         runtime_of(model).listen(moments.visited)
         _train(model, lora, case, callbacks=[steps])
     measured_s = statistics.median(steps.steps_s[2:])
@@ -289,13 +289,13 @@ def _import_everything() -> None:
 def _clock(clock: Clock) -> Any:
     from transformers import TrainerCallback
 
-    from lowmem.machines.correction import StepCorrection
+    from lowmem.machines.correction import StepCorrection, first_touch_s
 
     class StepClock(TrainerCallback):
         def __init__(self) -> None:
             self.steps_s: list[float] = []
             self.corrected_s: list[float] = []
-            self.planned_update_s: float | None = None
+            self.plan: Any = None
             self.update_s: list[float] = []
             self.moments: Any = None
             self._correction: StepCorrection | None = None
@@ -315,7 +315,8 @@ def _clock(clock: Clock) -> Any:
         def on_step_end(self, *_: object, **__: object) -> None:
             self.steps_s.append(clock() - self._start_s)
             if self.moments is not None and len(self.corrected_s) < 2:
-                self._correction = self._correction or StepCorrection(self.planned_update_s)
+                if self._correction is None:
+                    self._correction = StepCorrection(self.plan.time.update_s, touch_s=first_touch_s(self.plan))
                 self._correction.see(self.steps_s[-1], self.moments.visits, update_s=self.update_s[-1])
                 self.corrected_s.append(self._correction.step_s or 0.0)
 

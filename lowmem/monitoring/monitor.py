@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from lowmem.generation.hooks import generation_of
 from lowmem.host_memory import process_peak_bytes
-from lowmem.machines.correction import StepCorrection, growth_beyond
+from lowmem.machines.correction import StepCorrection, first_touch_s, growth_beyond
 from lowmem.monitoring.account import (
     LossPoint,
     RunFacts,
@@ -431,7 +431,8 @@ class _Run:
         self._last_steps: deque[StepTimeline] = deque(maxlen=NUM_REPORTED_STEPS)
         self._representative = RepresentativeStep()
         plan = runtime.plan
-        self._correction = StepCorrection(None if plan.rates.shape is None else plan.time.update_s)
+        update_s = None if plan.rates.shape is None else plan.time.update_s
+        self._correction = StepCorrection(update_s, touch_s=first_touch_s(plan))
         self.update_start_s = self._update_s = 0.0
         self._has_told_growth = False
         self._estimate = StepEstimate(

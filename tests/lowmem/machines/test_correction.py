@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lowmem
-from lowmem.machines.correction import StepCorrection, growth_beyond
+from lowmem.machines.correction import StepCorrection, first_touch_s, growth_beyond
 from lowmem.planning.job import Job
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_step
@@ -33,6 +33,22 @@ def test_the_first_update_makes_state_and_counts_as_planned(planned_s: float | N
     correction = StepCorrection(planned_s)
     correction.see(14.0, [("forward", 1.0)] * 10, update_s=3.0)
     assert correction.step_s == pytest.approx(10 + expected_s)
+
+
+def test_memory_that_only_the_first_step_touches_is_left_out() -> None:
+    correction = StepCorrection(touch_s=2.0)
+    correction.see(14.0, [("forward", 1.0)] * 10)
+    assert correction.step_s == pytest.approx(12.0)
+    correction = StepCorrection(touch_s=11.0)
+    correction.see(14.0, [("forward", 1.0)] * 9 + [("forward", 0.5)])
+    assert correction.step_s == pytest.approx(5.0)
+    full = Job(seq_len=64, tuning="full")
+    plans = [
+        plan_step(shapes, job, budget=lowmem.Budget(device="4GiB", host=0), rates=assumed_rates("cpu"))
+        for shapes, job in ((llama(), Job(seq_len=64)), (llama().with_every_weight(), full))
+    ]
+    assert all(first_touch_s(plan) > 0 for plan in plans)
+    assert first_touch_s(planned("cuda")) == 0
 
 
 def test_later_steps_replace_it_by_their_median() -> None:
