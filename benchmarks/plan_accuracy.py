@@ -316,7 +316,10 @@ def _clock(clock: Clock) -> Any:
             self.steps_s.append(clock() - self._start_s)
             if self.moments is not None and len(self.corrected_s) < 2:
                 if self._correction is None:
-                    self._correction = StepCorrection(self.plan.time.update_s, touch_s=first_touch_s(self.plan))
+                    told = self.plan.time
+                    self._correction = StepCorrection(
+                        told.update_s, touch_s=first_touch_s(self.plan), late_s=told.late_s
+                    )
                 self._correction.see(self.steps_s[-1], self.moments.visits, update_s=self.update_s[-1])
                 self.corrected_s.append(self._correction.step_s or 0.0)
 

@@ -37,16 +37,17 @@ class StepCorrection:
     The first step warms up: pages are touched and kernels made for the first time. Most blocks do not feel it, so that
     the median of their visits stands for all. The first update makes the optimizer's state, whose memory is touched for
     the first time: of it what was planned counts, where that is less. Each block's gradients and what it keeps for the
-    backward are touched for the first time too, for which what that takes here is left out. The rest counts as it was.
-    From the second step on the median of all but the first is taken.
+    backward are touched for the first time too, for which what that takes here is left out; what keeps later forwards
+    waiting is added. The rest counts as it was. From the second step on the median of all but the first is taken.
 
     Args:
         planned_update_s: What the optimizer's update takes by measured rates; None where it was not measured.
         touch_s: What `first_touch_s` says.
+        late_s: `StepTime.late_s`.
     """
 
-    def __init__(self, planned_update_s: float | None = None, *, touch_s: float = 0.0) -> None:
-        self._planned_update_s, self._touch_s = planned_update_s, touch_s
+    def __init__(self, planned_update_s: float | None = None, *, touch_s: float = 0.0, late_s: float = 0.0) -> None:
+        self._planned_update_s, self._touch_s, self._late_s = planned_update_s, touch_s, late_s
         self._first_s: float | None = None
         self._others_s: list[float] = []
 
@@ -71,7 +72,7 @@ class StepCorrection:
             between_s -= max(0.0, update_s - self._planned_update_s)
         # A block's own median has most of it: what was timed is at least its shortest visits.
         least_s = sum(len(seen) * min(seen) for seen in by_phase.values())
-        self._first_s = max(least_s, usual_s + max(0.0, between_s) - self._touch_s)
+        self._first_s = max(least_s, usual_s + max(0.0, between_s) - self._touch_s) + self._late_s
 
     @property
     def step_s(self) -> float | None:
@@ -82,7 +83,8 @@ class StepCorrection:
 def first_touch_s(plan: Plan) -> float:
     """Seconds in which a processor's first step touches memory that later ones find there.
 
-    That is gradients, and what waits for a backward. Measured now, in some milliseconds; 0 on a GPU, whose allocator touches nothing.
+    That is gradients, and what waits for a backward. Measured now, in some milliseconds; 0 on a GPU, whose allocator
+    touches nothing.
     """
     if plan.job.device != "cpu":
         return 0.0

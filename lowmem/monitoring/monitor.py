@@ -432,7 +432,7 @@ class _Run:
         self._representative = RepresentativeStep()
         plan = runtime.plan
         update_s = None if plan.rates.shape is None else plan.time.update_s
-        self._correction = StepCorrection(update_s, touch_s=first_touch_s(plan))
+        self._correction = StepCorrection(update_s, touch_s=first_touch_s(plan), late_s=plan.time.late_s)
         self.update_start_s = self._update_s = 0.0
         self._has_told_growth = False
         self._estimate = StepEstimate(

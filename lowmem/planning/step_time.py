@@ -286,6 +286,8 @@ class StepTime:
     """Bytes written to disk."""
     update_s: float = 0.0
     """The part of `compute_s` that the optimizer's update takes."""
+    late_s: float = 0.0
+    """The part of `step_s` for which the update before keeps a forward waiting; the first step has none."""
     up_bytes: int = 0
     """Bytes that go to a GPU."""
     down_bytes: int = 0
@@ -313,8 +315,8 @@ class _Passes:
     """Part of the values that is made of packed weights."""
     alone_share: float = 0.0
     """Part of the streamed weights whose reading nothing hides: experts are asked for when their tokens are known."""
-    alone_bytes: float = 0.0
-    """Of `disk_bytes`, those that nothing hides."""
+    update_bytes: float = 0.0
+    """Of `disk_bytes`, those of the update before; what its first block has of them nothing hides."""
 
 
 def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: PlacementPlan, rates: Rates) -> StepTime:
@@ -336,16 +338,19 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
     copy_s = 0.0 if on_cpu else moved / rates.copy_bytes_per_s
     disk_s = placement.step_read_bytes / job.num_passes / rates.disk_bytes_per_s
     total = dict.fromkeys(("step", "compute", "disk", "copy"), 0.0)
-    num_passes, read_passes = 0, 0.0
+    num_passes, read_passes, late_s = 0, 0.0, 0.0
     for passes in _passes(shapes, job, choice, costs):
         num_passes, read_passes = num_passes + passes.count, read_passes + passes.count * passes.read_share
         compute = passes.compute_s + costs.unpack_s * (passes.unpack_share if rates.shape is None else 1.0)
         copy = copy_s * passes.read_share + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
         # Blocks are read once for all ranks of a machine; what each writes and reads back goes over the same disk.
         disk = disk_s * passes.read_share + passes.disk_bytes * job.num_sharing / rates.disk_bytes_per_s
-        alone = disk_s * passes.alone_share + passes.alone_bytes * job.num_sharing / rates.disk_bytes_per_s
+        update = passes.update_bytes * job.num_sharing / rates.disk_bytes_per_s
+        alone = disk_s * passes.alone_share + update / len(shapes.blocks)
+        step = alone + max(compute, disk - alone, copy)
+        late_s += step - max(compute, disk - update, copy) if update else 0.0
         for lane, seconds in (
-            ("step", alone + max(compute, disk - alone, copy)),
+            ("step", step),
             ("compute", compute),
             ("disk", disk),
             ("copy", copy),
@@ -368,6 +373,7 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         read_bytes=int(placement.step_read_bytes * read_passes / num_passes) + moved_bytes + state.read_bytes,
         written_bytes=moved_bytes + state.written_bytes,
         update_s=update_s,
+        late_s=late_s,
         up_bytes=up_bytes,
         down_bytes=down_bytes,
     )
@@ -519,8 +525,8 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         plain = _Passes(count=job.num_backwards, compute_s=evaluation_s, copy_bytes=boundary, disk_bytes=on_disk)
         if state.update_bytes and _updates_move_with_forward(shapes):
             # With the first of them, which waits for its first block.
-            update, first_block = state.update_bytes, state.update_bytes / len(shapes.blocks)
-            yield replace(plain, count=1, disk_bytes=on_disk + update, alone_bytes=first_block)
+            update = float(state.update_bytes)
+            yield replace(plain, count=1, disk_bytes=on_disk + update, update_bytes=update)
             plain = replace(plain, count=job.num_backwards - 1)
         yield plain
         yield _Passes(count=job.num_forwards - job.num_backwards, compute_s=evaluation_s)

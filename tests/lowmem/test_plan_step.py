@@ -510,6 +510,8 @@ def test_an_update_of_state_on_disk_moves_with_one_forward_and_keeps_its_first_b
     fast = replace(RATES, disk_bytes_per_s=moved.update_bytes / (forward_s / 10))
     waited = predict(shapes, job, choice=choice, placement=made.placement, rates=fast).step_s - instant.step_s
     assert waited == pytest.approx(forward_s / 10 / len(shapes.blocks), rel=0.01)
+    assert found.late_s == pytest.approx(found.step_s - instant.step_s, rel=0.3)
+    assert made.time.late_s == 0
 
 
 def test_experts_that_are_asked_for_hide_behind_nothing() -> None:

@@ -35,6 +35,14 @@ def test_the_first_update_makes_state_and_counts_as_planned(planned_s: float | N
     assert correction.step_s == pytest.approx(10 + expected_s)
 
 
+def test_an_update_that_later_forwards_wait_for_is_added() -> None:
+    correction = StepCorrection(late_s=3.0)
+    correction.see(14.0, [("forward", 1.0)] * 10)
+    assert correction.step_s == pytest.approx(17.0)
+    correction.see(18.0, [])
+    assert correction.step_s == 18
+
+
 def test_memory_that_only_the_first_step_touches_is_left_out() -> None:
     correction = StepCorrection(touch_s=2.0)
     correction.see(14.0, [("forward", 1.0)] * 10)
