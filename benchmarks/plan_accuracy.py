@@ -11,7 +11,7 @@ Steps are predicted twice: with the rates that `lowmem bench` keeps for the shap
 after the first step, as lowmem.Monitor corrects them. What lies in FILE already is not run again. About ten minutes on
 two quiet cores. With --cpu-time everything is timed by the processor's time instead of the wall's, which says as much
 of computation where other programs run, and nothing of disks. With --bench-each rates are measured right before each
-job, which takes another five minutes: for machines whose speed changes from minute to minute.
+job, which takes another twenty minutes: for machines whose speed changes from minute to minute.
 """
 
 import argparse
