@@ -88,7 +88,8 @@ def run_experts(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tenso
     values = hidden[order // num_each]
     values = _product(module, traits, traits.up, stacks, values, experts=experts, runs=runs)
     values = traits.gate(values)
-    values = _product(module, traits, traits.down, stacks, values, experts=experts, runs=runs)
+    # Where there is not room for all, the last ones are there still: in the same order none would be.
+    values = _product(module, traits, traits.down, stacks, values, experts=experts, runs=runs[::-1])
     if traits.has_post_norm:
         values = module.post_expert_norm(values)  # type: ignore[operator]
     values = values * weights.reshape(-1)[order].unsqueeze(-1)

@@ -75,6 +75,7 @@ def test_values_and_gradients_are_those_of_whole_stacks(architecture: str, dtype
         assert torch.equal(whole, one_by_one)
     hit = sorted(set(index.flatten().tolist()))
     assert stacks[traits.up].asked == hit + hit[::-1], "experts without a token are not made"
+    assert stacks[traits.down].asked == hit[::-1] + hit, "those that were asked for last are there still"
 
 
 def test_without_open_stacks_it_is_transformers_own() -> None:
