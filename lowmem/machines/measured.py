@@ -35,12 +35,7 @@ from lowmem.planning.step_time import Rates, ShapeRates, Trained, key_value_shar
 from lowmem.streaming.call import CallArguments
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.chunking.carrier import Workspace
-from lowmem.streaming.chunking.chunks import (
-    ChunkedCall,
-    ForwardChunks,
-    backward_chunks,
-    forward_chunks,
-)
+from lowmem.streaming.chunking.chunks import ChunkedCall, ForwardChunks, backward_chunks, forward_chunks
 from lowmem.streaming.head import TiledLogProbFunction
 from lowmem.streaming.recompute import Sought
 from offload import BlockSpec, DiskRate, probe_compute
@@ -312,15 +307,18 @@ class _BlockTiming:
             return _Call(middle.num_tokens, 0.0, 0.0)
         other = torch.empty(_CACHE_BYTES, dtype=torch.uint8)
 
-        def usual_s(run: Callable[[], object]) -> float:
+        def backward_of(runs: _Runs) -> Callable[[], object]:
             def visited() -> None:
-                run()
+                runs.backward()
                 if self._is_full:
                     give_back_freed()
 
-            return self._watch.usual_s(visited, before=lambda: other.fill_(1))
+            return visited
 
-        each = {id(runs): (usual_s(runs.forward), usual_s(runs.backward)) for runs in set(self._middle)}
+        def usual_s(run: Callable[[], object]) -> float:
+            return self._watch.usual_s(run, before=lambda: other.fill_(1))
+
+        each = {id(runs): (usual_s(runs.forward), usual_s(backward_of(runs))) for runs in set(self._middle)}
         means = [statistics.mean(times) for times in zip(*(each[id(runs)] for runs in self._middle), strict=True)]
         return _Call(0, max(0.0, means[0] - middle.forward_s), max(0.0, means[1] - middle.backward_s))
 

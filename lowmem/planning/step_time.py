@@ -579,8 +579,7 @@ def key_value_share(shapes: ModelShapes) -> float:
 
 def _key_value_flops(shapes: ModelShapes, job: Job) -> float:
     """What a backward in chunks computes once more to have all keys and values first."""
-    widths = sum(linear.num_weights for block in shapes.blocks for linear in block.of_part(Part.ATTENTION_IN))
-    return 2.0 * widths * job.num_tokens
+    return key_value_share(shapes) * _product_flops(shapes, job.num_tokens)
 
 
 def _attention_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:
