@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -281,14 +281,16 @@ class _BlockTiming:
             enable_chunks(built.model)
         runs = {size: self._runs(size, self._whole) for size in (*_FEWEST_CALLS, _SMALL_CALL, self.middle_tokens)}
         self._middle = runs[self.middle_tokens]
-        small, middle = self._timed({size: runs[size] for size in (_SMALL_CALL, self.middle_tokens)})
+        small, middle = self._timed([(size, runs[size]) for size in (_SMALL_CALL, self.middle_tokens)])
         largest = _largest_call(small, middle, longest=self._longest)
         for size in (_LARGE_CALL, largest):
             if size == largest > middle.num_tokens or largest >= 3 * size // 2:
                 runs[size] = self._runs(size, self._whole)
         chunked = self._runs_in_chunks()
-        *calls, last = self._timed(runs | ({0: chunked} if chunked else {}))
-        return (calls, last) if chunked else ([*calls, last], None)
+        if not chunked:
+            return self._timed([*runs.items()]), None
+        *calls, in_chunks = self._timed([*runs.items(), (_NUM_CHUNKS * _CHUNK_TOKENS, chunked)])
+        return calls, in_chunks
 
     @property
     def middle_tokens(self) -> int:
@@ -322,14 +324,14 @@ class _BlockTiming:
         means = [statistics.mean(times) for times in zip(*(each[id(runs)] for runs in self._middle), strict=True)]
         return _Call(0, max(0.0, means[0] - middle.forward_s), max(0.0, means[1] - middle.backward_s))
 
-    def _timed(self, sizes: Mapping[int, Sequence[_Runs]]) -> list[_Call]:
-        """Time calls in turn; of each the mean over the blocks."""
-        each = list({id(runs): runs for found in sizes.values() for runs in found}.values())
+    def _timed(self, sizes: Sequence[tuple[int, Sequence[_Runs]]]) -> list[_Call]:
+        """Time calls, by their tokens, in turn; of each the mean over the blocks."""
+        each = list({id(runs): runs for _, found in sizes for runs in found}.values())
         times_s = self._watch.usual_in_turn([run for runs in each for run in (runs.forward, runs.backward)])
         took = {id(runs): times for runs, times in zip(each, zip(*[iter(times_s)] * 2, strict=True), strict=True)}
         return [
             _Call(size, *(sum(times) / len(found) for times in zip(*(took[id(runs)] for runs in found), strict=True)))
-            for size, found in sizes.items()
+            for size, found in sizes
         ]
 
     def _runs_in_chunks(self) -> Sequence[_Runs]:

@@ -131,6 +131,22 @@ def test_a_sequence_in_chunks_is_timed_and_what_a_visit_takes_besides(tmp_path: 
     assert found["lora"].call_tokens == (1, 8, 32, 128, 512)
 
 
+def test_a_sequence_in_chunks_counts_its_own_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = measured._beyond
+
+    def noted(in_chunks: Any, **others: Any) -> Any:
+        seen.append(in_chunks.num_tokens)
+        return real(in_chunks, **others)
+
+    monkeypatch.setattr(measured, "_beyond", noted)
+    checkpoint = opened(build("llama", tmp_path, dtype=torch.bfloat16, changes={"max_position_embeddings": 512}))
+    shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    with WorkClock() as clock:
+        measure_shape(checkpoint, shapes, trains="lora", clock=lambda: clock.now_s)
+    assert seen == [512]
+
+
 def test_chunks_and_visits_take_what_they_took_besides(llama: Path) -> None:
     shapes, sizes = read_shapes(opened(llama)), {"device": 1 << 30, "host": 0}
     given = shape_rates(chunk_forward_s=0.0, chunk_backward_s=0.0, visit_forward_s=0.0, visit_backward_s=0.0)
