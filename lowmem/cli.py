@@ -229,7 +229,7 @@ def bench(
 ) -> None:
     """Measure disk, copies and the products of this model's shapes, and keep the rates for plans; JSON lines.
 
-    Takes some seconds, and the memory of one block of each kind.
+    Takes half a minute, and the memory of one block of each kind.
     """
     from lowmem.machines.bench import bench_lines
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowmem
-from lowmem.machines import measured, rates
+from lowmem.machines import bench, measured, rates
 from lowmem.machines.bench import bench_lines
 from lowmem.machines.measured import measure_shape
 from lowmem.models.checkpoint import Opened, open_checkpoint
@@ -61,6 +61,22 @@ def test_what_is_measured_is_kept_and_plans_use_it(llama: Path) -> None:
     from lowmem.streaming.runtime import runtime_of
 
     assert runtime_of(model).plan.rates.shape == plan.rates.shape
+
+
+def test_what_cannot_be_timed_again_stays_as_it_was(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, cpu = read_shapes(opened(llama)), torch.device("cpu")
+    rates.keep(rates.KeptRates(rates=Rates(), shapes={"lora": shape_rates()}), shapes, cpu)
+
+    def fails(*_: object, **__: object) -> ShapeRates:
+        raise NotImplementedError("its positions end before")
+
+    monkeypatch.setattr(bench, "measure_shape", fails)
+    lines = list(bench_lines(llama, device="cpu"))
+    assert [line["skipped"] for line in lines if line["probe"] == "blocks"] == ["its positions end before"] * 3
+    kept = rates.read_kept(shapes, cpu)
+    assert kept is not None
+    assert kept.shapes == {"lora": shape_rates()}
+    assert kept.rates.measured == ("disk", "copy", "compute")
 
 
 @pytest.mark.parametrize("damage", ["", "{}", '{"rates": {}, "shapes": {}}', '{"rates": 3}'])
