@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowmem.machines.measured import measure_rates, measure_shape
-from lowmem.machines.rates import KeptRates, keep, read_kept
+from lowmem.machines.rates import KeptRates, keep
 from lowmem.models.checkpoint import Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.place import as_if_packed
 from lowmem.planning.read_model import read_shapes
@@ -101,10 +101,7 @@ def bench_lines(
             yield {"probe": "blocks", "trains": trains, "skipped": str(error)}
             continue
         yield {"probe": "blocks", "device": name, **asdict(found[trains]), **machine}
-    # What could not be timed this time, of a model with other limits and these widths, stays as it was.
-    earlier = read_kept(bare, chosen)
-    shapes_found = found if earlier is None else earlier.shapes | found
-    kept = keep(KeptRates(rates=rates, shapes=shapes_found), bare, chosen)
+    kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen)
     yield {"probe": "kept", "file": None if kept is None else str(kept)}
 
 

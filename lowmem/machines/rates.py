@@ -114,11 +114,15 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep(kept: KeptRates, shapes: ModelShapes, device: torch.device) -> Path | None:
-    """Keep what was measured; returns the file, or None where the cache cannot be written."""
-    file = kept_file(shapes, device)
+    """Keep what was measured; returns the file, or None where the cache cannot be written.
+
+    What could not be timed this time, of a model with these widths and other limits, stays as it was.
+    """
+    file, earlier = kept_file(shapes, device), read_kept(shapes, device)
+    found = kept.shapes if earlier is None else earlier.shapes | kept.shapes
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"rates": asdict(kept.rates), "shapes": {k: asdict(v) for k, v in kept.shapes.items()}})
+        text = json.dumps({"rates": asdict(kept.rates), "shapes": {k: asdict(v) for k, v in found.items()}})
         with Folder.open(file.parent) as folder:
             folder.put(file.name, text.encode())
         return file
