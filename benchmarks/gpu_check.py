@@ -2,35 +2,47 @@
 
     make gpu-check                  # or: python -m benchmarks.gpu_check --root /nvme/checkpoints [--only NAME ...]
 
-Checks: the tests marked `gpu` under torch's sanitizer of streams; small steps on the card against the CPU; a streamed
-step against a resident one of a model that fits; a LoRA step on blocks of a 70B model from disk in 8 GiB; an
-8B-shaped model with every weight trained, its state on disk, in 24 GiB; LoRA on 128k tokens in 24 GiB. Each job's
-device memory is capped at its budget; its step is set beside the plan's, and beside what the busiest of computation,
-copies and disk would take alone (the plan's own parts, from rates measured here). Models have as many blocks as there
-is disk and time for; what is left out is said. The checkpoints stay in --root for the next run.
+Checks: the tests marked `gpu`; some of them under torch's sanitizer of streams; small steps on the card against the
+CPU; what makes the host wait within a step; LoRA on a model that fits with transformers and PEFT alone, streamed from
+RAM and from disk, and packed to NF4 against bitsandbytes; LoRA on blocks of a 70B model from disk in 8 GiB; every
+weight of a model trained in RAM, and of an 8B-shaped one with its state on disk; LoRA on 128k tokens in 24 GiB. What
+`lowmem bench` measures of a shape is kept before its first job. Each job's device memory is capped at its budget; its
+step is set beside the plan's, and beside what the busiest of computation, copies and disk would take alone (the plan's
+own parts). Models have as many blocks as there is disk and time for; what is left out is said. The checkpoints stay in
+--root for the next run.
 """
 
 import argparse
 import gc
+import json
+import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 import lowmem
 from benchmarks.checkpoints import SHAPES, LlamaShape, ensure_checkpoint
 from benchmarks.harness import ROOT, Value, emit, emit_skip
 from benchmarks.sft_job import StepMeter
+from lowmem.loading import prepare_device
+from lowmem.machines.bench import bench_lines
 from offload.budget import parse_bytes
 
 BENCHMARK = "gpu_check"
@@ -55,12 +67,15 @@ class CheckedJob:
     shape: str
     seq_len: int
     device: str | None
-    """Budget of device memory, which is the cap as well; None for a model that is kept on the card."""
+    """Budget of device memory, which is the cap as well; None for what is free."""
     host: str = "4GiB"
     uses_disk: bool = False
-    tuning: str = "adapter"
+    tuning: Literal["adapter", "full"] = "adapter"
     batch_size: int = 1
-    num_steps: int = 3
+    num_steps: int = 4
+    mode: Literal["streamed", "plain", "bitsandbytes"] = "streamed"
+    """Ours, or transformers and PEFT alone with the whole model on the card, as it is stored or packed to NF4."""
+    quantization: str | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -70,17 +85,27 @@ class CheckedJob:
 
 
 JOBS = (
-    CheckedJob(name="resident", shape="check-1b", seq_len=2048, device=None),
-    CheckedJob(name="streamed", shape="check-1b", seq_len=2048, device="2GiB", host="0"),
-    CheckedJob(name="lora-70b-part", shape="check-70b-part", seq_len=1024, device="8GiB", batch_size=4, uses_disk=True),
-    CheckedJob(name="full-8b-part", shape="check-8b-part", seq_len=1024, device="24GiB", tuning="full", uses_disk=True),
+    CheckedJob(name="plain", shape="check-1b", seq_len=2048, batch_size=4, device=None, mode="plain"),
+    CheckedJob(name="resident", shape="check-1b", seq_len=2048, batch_size=4, device=None),
+    CheckedJob(name="streamed", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB"),
+    CheckedJob(name="from-disk", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB", host="0"),
+    CheckedJob(name="bitsandbytes", shape="check-1b", seq_len=2048, batch_size=4, device=None, mode="bitsandbytes"),
+    CheckedJob(name="nf4", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB", quantization="nf4"),
+    CheckedJob(
+        name="full-1b", shape="check-1b", seq_len=2048, batch_size=4, device="6GiB", host="24GiB", tuning="full"
+    ),
+    CheckedJob(name="lora-70b", shape="check-70b-part", seq_len=1024, device="8GiB", batch_size=4, uses_disk=True),
+    CheckedJob(name="full-disk", shape="check-8b-part", seq_len=1024, device="24GiB", tuning="full", uses_disk=True),
     CheckedJob(name="lora-128k", shape="check-8b-part", seq_len=1 << 17, device="24GiB", host="16GiB", num_steps=2),
 )
+_SANITIZED = ("tests/fakecuda/test_steps.py", "tests/fakecuda/test_full.py")
+_SANITIZED_PATTERN = "streamed or mixed or every_weight"
 
 
 @contextmanager
 def capped(nbytes: int | None) -> Iterator[None]:
-    """Let torch reserve no more of the card than this beyond what it has; None caps nothing."""
+    """Let torch reserve no more of the card than this beyond what it and cuBLAS have; None caps nothing."""
+    prepare_device(torch.device("cuda"), None)
     torch.cuda.empty_cache()
     if nbytes is not None:
         total = torch.cuda.mem_get_info()[1]
@@ -101,23 +126,19 @@ def run_job(job: CheckedJob, *, root: Path) -> dict[str, Value]:
     """
     folder = ensure_checkpoint(job.shape, root=root)
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=root))
-    full = job.tuning == "full"
-    lora = None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = None if job.tuning == "full" else _adapter()
     device_bytes = None if job.device is None else parse_bytes(job.device)
-    budget = lowmem.Budget(device=device_bytes, host=job.host, disk=scratch if job.uses_disk else None)
-    gc.collect()
     try:
+        # Its measurements are no part of the job, and take memory.
+        plan = _plan(job, folder, lora, scratch) if job.mode == "streamed" else None
+        gc.collect()
+        torch.manual_seed(0)
         with capped(device_bytes):
-            plan = lowmem.plan(
-                folder,
-                batch_size=job.batch_size,
-                seq_len=job.seq_len,
-                peft_config=lora,
-                tuning=job.tuning,  # type: ignore[arg-type]
-                budget=budget,
-                device="cuda",
-            )
-            model = lowmem.from_pretrained(folder, plan=plan, tuning=job.tuning)  # type: ignore[arg-type]
+            held_bytes = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            if plan is not None:
+                model = lowmem.from_pretrained(folder, plan=plan, tuning=plan.job.tuning, **_quantised(job, root))
+            else:
+                model = _in_memory(job, folder)
             torch.cuda.reset_peak_memory_stats()
             meter = StepMeter(lockstep=False)
             losses = _train(job, model if lora is None else get_peft_model(model, lora), meter, scratch)
@@ -125,20 +146,75 @@ def run_job(job: CheckedJob, *, root: Path) -> dict[str, Value]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     # The first step fetches what no step before it has left.
-    step_s = min(meter.step_s[1:] or meter.step_s)
+    steps_s = meter.step_s[1:] or meter.step_s
+    return {
+        "step_s": statistics.median(steps_s),
+        "steps_s": meter.step_s,
+        "tokens_per_s": job.batch_size * job.seq_len / statistics.median(steps_s),
+        "device_budget_bytes": device_bytes,
+        "peak_allocated_bytes": peaks[0] - held_bytes[0],
+        "peak_reserved_bytes": peaks[1] - held_bytes[1],
+        "losses": losses,
+        **({} if plan is None else _planned(plan, statistics.median(steps_s))),
+    }
+
+
+def _adapter() -> LoraConfig:
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _quantised(job: CheckedJob, root: Path) -> dict[str, Any]:
+    if job.quantization is None:
+        return {}
+    return {"quantization": job.quantization, "packed_dir": root / f"{job.shape}-{job.quantization}"}
+
+
+def _plan(job: CheckedJob, folder: Path, lora: LoraConfig | None, scratch: Path) -> lowmem.Plan:
+    _bench(folder, job.quantization)
+    budget = lowmem.Budget(device=job.device, host=job.host, disk=scratch if job.uses_disk else None)
+    return lowmem.plan(
+        folder,
+        batch_size=job.batch_size,
+        seq_len=job.seq_len,
+        peft_config=lora,
+        tuning=job.tuning,
+        budget=budget,
+        quantization=job.quantization,
+        device="cuda",
+    )
+
+
+@cache
+def _bench(folder: Path, quantization: str | None) -> None:
+    """Measure a shape's rates, once; plans find them where they are kept."""
+    for line in bench_lines(folder, device="cuda", quantization=quantization):
+        print(json.dumps(line), flush=True)
+
+
+def _planned(plan: lowmem.Plan, step_s: float) -> dict[str, Value]:
     busiest_s = max(plan.time.compute_s, plan.time.copy_s, plan.time.disk_s)
     return {
-        "step_s": step_s,
         "planned_step_s": plan.step_s,
         "busiest_alone_s": busiest_s,
         "fraction_of_busiest": busiest_s / step_s,
         "bottleneck": plan.time.bottleneck,
-        "device_budget_bytes": device_bytes,
+        "planned_parts_s": {name: getattr(plan.time, f"{name}_s") for name in ("compute", "copy", "disk")},
         "planned_device_bytes": plan.device_bytes,
-        "peak_allocated_bytes": peaks[0],
-        "peak_reserved_bytes": peaks[1],
-        "losses": losses,
+        "choice": {name: str(value) for name, value in vars(plan.choice).items()},
     }
+
+
+def _in_memory(job: CheckedJob, folder: Path) -> torch.nn.Module:
+    """What one does without us: the whole model on the card."""
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0}}
+    if job.mode == "bitsandbytes":
+        quantised = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        options["quantization_config"] = quantised
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    prepared: torch.nn.Module = prepare_model_for_kbit_training(model) if job.mode == "bitsandbytes" else model
+    return prepared
 
 
 def _train(job: CheckedJob, model: torch.nn.Module, meter: StepMeter, output: Path) -> list[float]:
@@ -200,20 +276,35 @@ def compare_with_cpu(root: Path) -> dict[str, Value]:
     return {"losses_cuda": found["cuda"], "losses_cpu": found["cpu"], "largest_difference": difference}
 
 
-def run_tests() -> dict[str, Value]:
-    """The tests marked gpu, under the sanitizer that torch has for missing waits between streams."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-    environment = {"TORCH_CUDA_SANITIZER": "1"}
+def run_tests(*, sanitized: bool = False) -> dict[str, Value]:
+    """The tests marked gpu, or some of them under the sanitizer that torch has for missing waits between streams."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "4", "--tb=short"]
+    chosen = [*_SANITIZED, "-k", _SANITIZED_PATTERN] if sanitized else ["tests"]
+    environment = {**os.environ, **({"TORCH_CUDA_SANITIZER": "1"} if sanitized else {})}
     start_s = time.perf_counter()
-    done = subprocess.run(
-        ["env", *(f"{name}={value}" for name, value in environment.items()), *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    return {"passed": done.returncode == 0, "summary": last, "seconds": time.perf_counter() - start_s}
+    done = subprocess.run([*command, *chosen], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines() or ["no output"]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    seconds = time.perf_counter() - start_s
+    return {"passed": done.returncode == 0, "summary": lines[-1], "failed": failed, "seconds": seconds}
+
+
+def find_waits(root: Path) -> dict[str, Value]:
+    """Where the host waits for the card in steps of a streamed model, as torch reports it: how often in one step."""
+    job = next(job for job in JOBS if job.name == "streamed")
+    found: Counter[str] = Counter()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run_job(job, root=root)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for warning in seen:
+        if "synchronizing" in str(warning.message):
+            place = Path(warning.filename)
+            found[f"{place.parent.name}/{place.name}:{warning.lineno}"] += 1
+    return {place: count / job.num_steps for place, count in found.most_common(20)}
 
 
 def check(*, root: Path, only: Sequence[str] = (), jobs: Sequence[CheckedJob] = JOBS) -> list[tuple[str, str]]:
@@ -221,7 +312,9 @@ def check(*, root: Path, only: Sequence[str] = (), jobs: Sequence[CheckedJob] = 
     rows: list[tuple[str, str]] = []
     others: dict[str, Callable[[], dict[str, Value]]] = {
         "tests": run_tests,
+        "sanitizer": lambda: run_tests(sanitized=True),
         "cpu": lambda: compare_with_cpu(root),
+        "waits": lambda: find_waits(root),
     }
     for name, run in others.items():
         if not only or name in only:
@@ -265,10 +358,13 @@ def _in_words(result: dict[str, Value]) -> str:
         assert isinstance(value, int | float)
         return value / per
 
+    step, memory = f"{number('step_s'):.3f} s per step", f"{number('peak_reserved_bytes', 2**30):.2f} GiB reserved"
+    if "planned_step_s" not in result:
+        return f"{step}; {memory}"
     return (
-        f"{number('step_s'):.2f} s per step (planned {number('planned_step_s'):.2f} s), "
+        f"{step} (planned {number('planned_step_s'):.3f} s), "
         f"{number('fraction_of_busiest', 0.01):.0f}% of what its {result['bottleneck']} allows; "
-        f"{number('peak_reserved_bytes', 2**30):.2f} GiB reserved (planned {number('planned_device_bytes', 2**30):.2f})"
+        f"{memory} (planned {number('planned_device_bytes', 2**30):.2f})"
     )
 
 
@@ -282,7 +378,7 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "lowmem-checkpoints")
-    names = ["tests", "cpu", *(job.name for job in JOBS)]
+    names = ["tests", "sanitizer", "cpu", "waits", *(job.name for job in JOBS)]
     parser.add_argument(
         "--only", choices=names, action="append", default=[], help="again for several; all if not given"
     )

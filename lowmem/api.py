@@ -20,7 +20,7 @@ from lowmem.adapters.support import check_peft_config
 from lowmem.errors import UnsupportedError
 from lowmem.full.opening import master_dtype, moved_name, refuse_unsupported
 from lowmem.headers.description import describing
-from lowmem.loading import load
+from lowmem.loading import load, prepare_device
 from lowmem.machines.cards import Machine
 from lowmem.machines.rates import rates_as_loaded, rates_for
 from lowmem.machines.scaling import with_scaling
@@ -180,7 +180,7 @@ def _checked_plan(
     if tuning == "full":
         refuse_full(ranks(), tier=found.choice.state_tier)
     _check_disk(found)
-    _cap_device(opened.device, found if cap_device else None)
+    prepare_device(opened.device, found if cap_device else None)
     return found
 
 
@@ -220,27 +220,6 @@ def _refuse_another_opening(opened: Opened, tuning: Tuning, given: Mapping[str, 
     types = {"dtype": str(opened.dtype).removeprefix("torch."), "num_labels": opened.num_labels}
     split = {name: given[name] for name in ("micro_batch", "chunk_tokens", "moved_dtype")}
     refuse_another(opened.folder, fingerprint, settings={"tuning": tuning, **types, **split})
-
-
-def _cap_device(device: torch.device, plan: Plan | None) -> None:
-    """Have torch refuse more device memory than a plan's budget; without a plan, nothing.
-
-    Raises:
-        UnsupportedError: The device is a CPU.
-    """
-    if plan is None:
-        return
-    if device.type == "cpu":
-        raise UnsupportedError(
-            "cap_device=True on a CPU",
-            reason="its memory is the process's, which the system limits",
-            instead="a control group's limit (systemd-run --scope -p MemoryMax=...), or no cap_device",
-        )
-    # The allocator counts what it has reserved, whatever is free in it.
-    torch.cuda.empty_cache()
-    total_bytes = torch.cuda.mem_get_info(device)[1]
-    allowed_bytes = torch.cuda.memory_reserved(device) + plan.device_budget_bytes
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes / total_bytes), device)
 
 
 def _dtypes(

@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from lowmem.errors import UnsupportedError
 from lowmem.experts.products import run_experts
 from lowmem.experts.visiting import (
     ExpertScheduler,
@@ -121,6 +122,42 @@ class Preparation:
 
 _ROW_THREADS = 4
 """Requests in flight where rows of an embedding table are read one by one."""
+
+
+def prepare_device(device: torch.device, plan: Plan | None) -> None:
+    """Have libraries take their memory on a GPU now; with a plan, have torch refuse more than its budget beyond that.
+
+    Args:
+        device: What computes.
+        plan: The one to keep to; None not to.
+
+    Raises:
+        UnsupportedError: The device is a CPU.
+    """
+    if device.type == "cuda":
+        _make_workspaces(device)
+    if plan is None:
+        return
+    if device.type == "cpu":
+        raise UnsupportedError(
+            "cap_device=True on a CPU",
+            reason="its memory is the process's, which the system limits",
+            instead="a control group's limit (systemd-run --scope -p MemoryMax=...), or no cap_device",
+        )
+    # The allocator counts what it has reserved, whatever is free in it.
+    torch.cuda.empty_cache()
+    total_bytes = torch.cuda.mem_get_info(device)[1]
+    allowed_bytes = torch.cuda.memory_reserved(device) + plan.device_budget_bytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_bytes / total_bytes), device)
+
+
+def _make_workspaces(device: torch.device) -> None:
+    """Multiply once in this thread and once in autograd's: cuBLAS takes a workspace from torch's allocator for each.
+
+    They are 32 MiB on Hopper and later, 8 before, and stay for as long as the process does: no budget has them.
+    """
+    factor = torch.ones(16, 16, device=device, dtype=torch.float16, requires_grad=True)
+    torch.autograd.grad((factor @ factor).sum(), factor)
 
 
 def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:

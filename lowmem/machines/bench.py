@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowmem.machines.measured import measure_rates, measure_shape
-from lowmem.machines.rates import KeptRates, keep
+from lowmem.machines.measured import measure_shape
+from lowmem.machines.rates import KeptRates, keep, measure_rates
 from lowmem.models.checkpoint import Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.place import as_if_packed
 from lowmem.planning.read_model import read_shapes

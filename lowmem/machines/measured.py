@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -31,33 +31,34 @@ from lowmem.models.blocks import can_chunk
 from lowmem.models.build import StreamedBlock, Unpacker
 from lowmem.planning.dry_run import BlockRun, BlockWalk
 from lowmem.planning.shapes import ModelShapes
-from lowmem.planning.step_time import Rates, ShapeRates, Trained, key_value_share
+from lowmem.planning.step_time import ShapeRates, Trained, key_value_share
 from lowmem.streaming.call import CallArguments
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.chunking.carrier import Workspace
 from lowmem.streaming.chunking.chunks import ChunkedCall, ForwardChunks, backward_chunks, forward_chunks
 from lowmem.streaming.head import TiledLogProbFunction
 from lowmem.streaming.recompute import Sought
-from offload import BlockSpec, DiskRate, probe_compute
+from offload import BlockSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowmem.models.checkpoint import Described
 
-_MIB = 1 << 20
-
-
-_COPY_BYTES = 32 * _MIB
-
 _FEWEST_CALLS = (1, 8)
 """Tokens of a step of generation: of a mixture they reach few of the experts, 32 reach nearly all."""
 
-_SMALL_CALL, _MIDDLE_CALL, _MOST_TOKENS = 32, 128, 1024
-"""Tokens of the calls that a block is timed with besides, and the most of the largest one."""
+_SMALL_CALL, _MIDDLE_CALL = 32, 128
+"""Tokens of the calls that a block is timed with besides."""
 
-_LARGE_CALL = 512
-"""Tokens of one more between the middle one and the largest, where that is far from it."""
+_MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""The most of the largest one: a GPU waits for the next kernel to be launched where it gets less."""
+
+_LARGE_CALLS = (512, 2048)
+"""Tokens of those between the middle one and the largest, where that is far from them."""
+
+_LONGEST = 2048
+"""Tokens of a sequence; larger calls have several."""
 
 _CHUNK_TOKENS, _NUM_CHUNKS = 128, 4
 """The sequence that is timed in chunks."""
@@ -65,7 +66,12 @@ _CHUNK_TOKENS, _NUM_CHUNKS = 128, 4
 _CALL_S = 1.0
 """What the largest call may take at most, or twice what the middle one took."""
 
-_ATTENTION_TOKENS, _HEAD_TOKENS, _HEAD_WORDS, _DROPPED_VALUES = 1024, 256, 32_768, 1 << 20
+_ATTENTION_TOKENS = {"cpu": (1024,), "cuda": (8192, 2048, 1024)}
+"""Tokens of the sequence whose attention is timed: the first that there is memory for."""
+
+_HEAD_TOKENS = {"cpu": 256, "cuda": 4096}
+
+_HEAD_WORDS, _DROPPED_VALUES = 32_768, 1 << 20
 
 _CACHE_BYTES = 1 << 27
 """More than a processor keeps in its caches for two cores."""
@@ -82,12 +88,11 @@ _TURN_S = 0.08
 _ENOUGH_S = 1.0
 """What took this much is not run again."""
 
-
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class _Stopwatch:
+class Stopwatch:
     """Times calls on a device."""
 
     device: torch.device
@@ -132,33 +137,6 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def measure_rates(disk: DiskRate, *, device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure copies and products, in less than a second: copies and multiplies on the device.
-
-    Args:
-        disk: What was measured of the checkpoint's disk.
-        device: Compute device.
-        dtype: Compute dtype.
-    """
-    return Rates(
-        disk_bytes_per_s=disk.read_bytes_per_s,
-        disk_num_threads=disk.num_threads,
-        disk_request_bytes=disk.request_bytes,
-        copy_bytes_per_s=probe_copy(device),
-        compute_flops_per_s=probe_compute(dtype, device),
-        measured=("disk", "copy", "compute"),
-    )
-
-
-def probe_copy(device: torch.device) -> float:
-    """Bytes per second of pinned copies to a GPU, or of widening bf16 to fp32 on a CPU (bytes written)."""
-    is_cuda = device.type == "cuda"
-    source = torch.zeros(_COPY_BYTES // 2, dtype=torch.bfloat16, pin_memory=is_cuda)
-    target = torch.empty(source.numel(), dtype=source.dtype if is_cuda else torch.float32, device=device)
-    watch = _Stopwatch(device, time.perf_counter)
-    return target.nbytes / watch.usual_s(lambda: target.copy_(source, non_blocking=is_cuda))
-
-
 def measure_shape(
     opened: Described, shapes: ModelShapes, *, trains: Trained, clock: Clock = time.perf_counter
 ) -> ShapeRates:
@@ -173,7 +151,7 @@ def measure_shape(
     Raises:
         NotImplementedError: The model's code cannot be run so.
     """
-    watch = _Stopwatch(opened.device, clock)
+    watch = Stopwatch(opened.device, clock)
     timing = _BlockTiming(opened, shapes, watch, trains=trains)
     calls, in_chunks = timing.measured()
     attention, backward = _attention_rates(shapes, opened, watch)
@@ -181,7 +159,7 @@ def measure_shape(
     mean_size = sum(block.query_size for block in shapes.blocks) / len(shapes.blocks)
 
     def without_scores(call: _Call) -> _Call:
-        flops = 2.0 * call.num_tokens**2 * mean_size
+        flops = 2.0 * call.num_tokens * min(call.num_tokens, timing.longest) * mean_size
         return _Call(
             call.num_tokens, max(0.0, call.forward_s - flops / attention), max(0.0, call.backward_s - flops / backward)
         )
@@ -247,7 +225,7 @@ Make = Callable[[BlockRun, Tensor, nn.Module], tuple[_Runs, object]]
 class _BlockTiming:
     """The mean block's calls, small ones and large ones, and a sequence in chunks."""
 
-    def __init__(self, opened: Described, shapes: ModelShapes, watch: _Stopwatch, *, trains: Trained) -> None:
+    def __init__(self, opened: Described, shapes: ModelShapes, watch: Stopwatch, *, trains: Trained) -> None:
         self._opened, self._shapes, self._watch, self._is_full = opened, shapes, watch, trains == "full"
         blocks = [streamed.block for streamed in opened.built.blocks]
         trained = [any(param.requires_grad for param in block.module.parameters()) for block in blocks]
@@ -257,7 +235,11 @@ class _BlockTiming:
             for index in set(self._kinds):
                 blocks[index].module.requires_grad_(True)
         config = opened.built.model.config.get_text_config()
-        self._longest = min(_MOST_TOKENS, getattr(config, "max_position_embeddings", None) or _MOST_TOKENS)
+        self._most = _MOST_TOKENS[opened.device.type]
+        self.longest = min(self._most, _LONGEST, getattr(config, "max_position_embeddings", None) or self._most)
+        """Tokens of the longest sequence that is timed."""
+        if self._most <= _LONGEST:
+            self._most = self.longest
         self._middle: Sequence[_Runs] = ()
         self._single: dict[int, _SingleExperts] = {}
         self._can_chunk = can_chunk(opened.built.model) is None
@@ -282,10 +264,16 @@ class _BlockTiming:
         runs = {size: self._runs(size, self._whole) for size in (*_FEWEST_CALLS, _SMALL_CALL, self.middle_tokens)}
         self._middle = runs[self.middle_tokens]
         small, middle = self._timed([(size, runs[size]) for size in (_SMALL_CALL, self.middle_tokens)])
-        largest = _largest_call(small, middle, longest=self._longest)
-        for size in (_LARGE_CALL, largest):
+        largest = _largest_call(small, middle, most=self._most)
+        for size in (*_LARGE_CALLS, largest):
             if size == largest > middle.num_tokens or largest >= 3 * size // 2:
-                runs[size] = self._runs(size, self._whole)
+                with suppress(torch.cuda.OutOfMemoryError):
+                    found = self._runs(size, self._whole)
+                    if self._opened.device.type == "cuda":
+                        # There may be memory for forwards alone.
+                        for one in found:
+                            one.backward()
+                    runs[size] = found
         chunked = self._runs_in_chunks()
         if not chunked:
             return self._timed([*runs.items()]), None
@@ -295,7 +283,7 @@ class _BlockTiming:
     @property
     def middle_tokens(self) -> int:
         """Tokens of a call that is neither small nor large."""
-        return min(_MIDDLE_CALL, max(2 * _SMALL_CALL, self._longest))
+        return min(_MIDDLE_CALL, max(2 * _SMALL_CALL, self.longest))
 
     def beyond(self, middle: _Call) -> _Call:
         """What a visit takes more than a call that is repeated: the block's weights are in no cache.
@@ -336,7 +324,7 @@ class _BlockTiming:
 
     def _runs_in_chunks(self) -> Sequence[_Runs]:
         num_tokens = _NUM_CHUNKS * _CHUNK_TOKENS
-        if not self._can_chunk or num_tokens > self._longest or self.middle_tokens != _CHUNK_TOKENS:
+        if not self._can_chunk or num_tokens > self.longest or self.middle_tokens != _CHUNK_TOKENS:
             return ()
         try:
             return self._runs(num_tokens, self._in_chunks)
@@ -347,10 +335,14 @@ class _BlockTiming:
         """A call of each block."""
         model, device = self._opened.built.model, self._opened.device
         walk = BlockWalk(self._opened.built, stand_ins=self._kinds, measure=make)
-        hidden = torch.randn(1, num_tokens, self._shapes.hidden_size, device=device).to(self._opened.dtype)
+        seq_len = min(num_tokens, self.longest)
+        states = num_tokens // seq_len, seq_len, self._shapes.hidden_size
+        hidden = torch.randn(states, device=device).to(self._opened.dtype)
         try:
             with walk.watching(), torch.no_grad():
                 model.base_model(inputs_embeds=hidden, use_cache=False)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise NotImplementedError(f"{type(model).__name__} cannot be timed block by block: {error}") from error
         return walk.results
@@ -370,10 +362,8 @@ class _BlockTiming:
 
         def backward() -> None:
             visit()
-            leaf, products = (
-                hidden.detach().requires_grad_(),
-                products_for(hidden.device, shapes, num_tokens=num_tokens),
-            )
+            leaf = hidden.detach().requires_grad_()
+            products = products_for(hidden.device, shapes, num_tokens=num_tokens)
             with torch.enable_grad():
                 with PuttingOff() if puts_off else nullcontext(), products:
                     result = _first_tensor(run(leaf))
@@ -435,14 +425,15 @@ class _SingleExperts:
         lend(self._experts.module, stacks)
 
 
-def _largest_call(small: _Call, middle: _Call, *, longest: int) -> int:
+def _largest_call(small: _Call, middle: _Call, *, most: int) -> int:
     """Tokens of the largest call that can be timed: by what each token adds.
 
     That is little where a mixture's experts take most of the time for their weights alone.
     """
     token_s = (middle.backward_s - small.backward_s) / (middle.num_tokens - small.num_tokens)
     more = max(_CALL_S - middle.backward_s, middle.backward_s) / max(token_s, 1e-9)
-    return int(min(longest, middle.num_tokens + more)) // _SMALL_CALL * _SMALL_CALL
+    largest = int(min(most, middle.num_tokens + more)) // _SMALL_CALL * _SMALL_CALL
+    return largest if largest <= _LONGEST else largest // _LONGEST * _LONGEST
 
 
 def _first_tensor(value: object) -> Tensor:
@@ -496,42 +487,51 @@ def _modules(module: nn.Module, skipped: set[int]) -> Iterator[nn.Module]:
         yield from _modules(child, skipped)
 
 
-def _attention_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tuple[float, float]:
+def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -> tuple[float, float]:
     """Operations per second of causal attention without gradients, and recomputed with them, of the widest block."""
     block = max(shapes.blocks, key=lambda block: block.query_size)
     num_keys = max(1, block.num_heads * block.key_size // block.query_size)
     width = block.query_size // block.num_heads
     make = dict[str, Any](dtype=opened.dtype, device=opened.device)
-    query = torch.randn(1, block.num_heads, _ATTENTION_TOKENS, width, **make)
-    key, value = (torch.randn(1, num_keys, _ATTENTION_TOKENS, width, **make) for _ in range(2))
     grouped = num_keys != block.num_heads
-    gradient = torch.randn_like(query)
 
-    def forward() -> Tensor:
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    def of(num_tokens: int) -> tuple[float, float]:
+        query = torch.randn(1, block.num_heads, num_tokens, width, **make)
+        key, value = (torch.randn(1, num_keys, num_tokens, width, **make) for _ in range(2))
+        gradient = torch.randn_like(query)
 
-    def backward() -> None:
-        q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        torch.autograd.grad(output, [q, k, v], gradient)
+        def forward() -> Tensor:
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
-    flops = 2.0 * _ATTENTION_TOKENS**2 * block.query_size
-    with torch.no_grad():
-        forward_s = watch.usual_s(forward)
-    return flops / forward_s, flops / watch.usual_s(backward)
+        def backward() -> None:
+            q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+            output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            torch.autograd.grad(output, [q, k, v], gradient)
+
+        flops = 2.0 * num_tokens**2 * block.query_size
+        with torch.no_grad():
+            forward_s = watch.usual_s(forward)
+        return flops / forward_s, flops / watch.usual_s(backward)
+
+    *larger, least = _ATTENTION_TOKENS[opened.device.type]
+    for num_tokens in larger:
+        with suppress(torch.cuda.OutOfMemoryError):
+            return of(num_tokens)
+    return of(least)
 
 
-def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tuple[float, float]:
+def _head_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -> tuple[float, float]:
     """Seconds of one token's loss and of its gradient, that of the head's weight included where every weight trains."""
     words = max(1, min(_HEAD_WORDS, shapes.num_head_params // shapes.hidden_size))
     make = dict[str, Any](dtype=opened.dtype, device=opened.device)
     weight = torch.randn(words, shapes.hidden_size, **make).mul_(0.02)
-    hidden = torch.randn(_HEAD_TOKENS, shapes.hidden_size, **make).requires_grad_()
+    num_tokens = _HEAD_TOKENS[opened.device.type]
+    hidden = torch.randn(num_tokens, shapes.hidden_size, **make).requires_grad_()
     wanted = [hidden]
     if shapes.trains_every_weight:
         wanted.append(weight.requires_grad_())
-    targets = torch.randint(words, (_HEAD_TOKENS,), device=opened.device)
-    gradient = torch.ones(_HEAD_TOKENS, device=opened.device)
+    targets = torch.randint(words, (num_tokens,), device=opened.device)
+    gradient = torch.ones(num_tokens, device=opened.device)
     made: list[Tensor] = []
 
     def forward() -> None:
@@ -543,11 +543,11 @@ def _head_rates(shapes: ModelShapes, opened: Described, watch: _Stopwatch) -> tu
 
     forward_s = watch.usual_s(forward)
     both_s = watch.usual_s(both)
-    share = shapes.num_head_params / (words * shapes.hidden_size) / _HEAD_TOKENS
+    share = shapes.num_head_params / (words * shapes.hidden_size) / num_tokens
     return forward_s * share, max(0.0, both_s - forward_s) * share
 
 
-def _unpack_s(opened: Described, watch: _Stopwatch) -> float:
+def _unpack_s(opened: Described, watch: Stopwatch) -> float:
     """Seconds of making the mean block's parameters from its stored tensors, but for experts that calls make."""
     first: dict[tuple[object, ...], float] = {}
     total_s = 0.0
@@ -561,7 +561,7 @@ def _unpack_s(opened: Described, watch: _Stopwatch) -> float:
     return total_s / len(opened.built.blocks)
 
 
-def _whole_s(streamed: StreamedBlock, device: torch.device, watch: _Stopwatch) -> float:
+def _whole_s(streamed: StreamedBlock, device: torch.device, watch: Stopwatch) -> float:
     """Seconds of making a block's parameters at once."""
     unpacker, stored = Unpacker([streamed], device=device), _zeros(streamed.spec, device)
 
@@ -579,13 +579,13 @@ def _zeros(spec: BlockSpec, device: torch.device) -> dict[str, Tensor]:
     return {one.name: torch.empty(one.shape, dtype=one.dtype, device=device).zero_() for one in spec.tensors}
 
 
-def _dropout_s(opened: Described, watch: _Stopwatch) -> float:
+def _dropout_s(opened: Described, watch: Stopwatch) -> float:
     """Seconds of dropping one value, where an adapter does: in fp32."""
     values = torch.ones(_DROPPED_VALUES, device=opened.device)
     return watch.usual_s(lambda: functional.dropout(values, 0.1)) / _DROPPED_VALUES
 
 
-def _update_s(device: torch.device, watch: _Stopwatch) -> float:
+def _update_s(device: torch.device, watch: Stopwatch) -> float:
     """Seconds for each parameter of what a step does to it: its gradient is gathered, clipped, and AdamW runs."""
     param = nn.Parameter(torch.zeros(_UPDATE_PARAMS, device=device))
     param.grad, arrived = torch.ones_like(param), torch.ones_like(param)

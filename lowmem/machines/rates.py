@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,17 +18,19 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from platformdirs import user_cache_path
 
-from lowmem.machines.measured import measure_rates
+from lowmem.machines.measured import Stopwatch
 from lowmem.planning.job import kind_of
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import Rates, ShapeRates, Trained, assumed_rates
-from offload import Folder, probe_disk
+from offload import DiskRate, Folder, probe_compute, probe_disk
 
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Described
 
-_VERSION: Final = 4
+_VERSION: Final = 5
+
+_COPY_BYTES: Final = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,33 @@ def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None)
     if source is None:
         raise ValueError('rates="measure": the weights are not here, so their disk cannot be measured; leave it out')
     return measure_rates(probe_disk(source.files), device=opened.device, dtype=opened.dtype)
+
+
+def measure_rates(disk: DiskRate, *, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure copies and products, in less than a second: copies and multiplies on the device.
+
+    Args:
+        disk: What was measured of the checkpoint's disk.
+        device: Compute device.
+        dtype: Compute dtype.
+    """
+    return Rates(
+        disk_bytes_per_s=disk.read_bytes_per_s,
+        disk_num_threads=disk.num_threads,
+        disk_request_bytes=disk.request_bytes,
+        copy_bytes_per_s=probe_copy(device),
+        compute_flops_per_s=probe_compute(dtype, device),
+        measured=("disk", "copy", "compute"),
+    )
+
+
+def probe_copy(device: torch.device) -> float:
+    """Bytes per second of pinned copies to a GPU, or of widening bf16 to fp32 on a CPU (bytes written)."""
+    is_cuda = device.type == "cuda"
+    source = torch.zeros(_COPY_BYTES // 2, dtype=torch.bfloat16, pin_memory=is_cuda)
+    target = torch.empty(source.numel(), dtype=source.dtype if is_cuda else torch.float32, device=device)
+    watch = Stopwatch(device, time.perf_counter)
+    return target.nbytes / watch.usual_s(lambda: target.copy_(source, non_blocking=is_cuda))
 
 
 def rates_as_loaded(opened: Described) -> Rates:

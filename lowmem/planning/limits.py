@@ -21,6 +21,11 @@ class HeadTiles:
     max_words: int = 16384
     """Upper bound of the vocabulary width: wider tiles are no faster."""
 
+    @classmethod
+    def on(cls, device: DeviceKind) -> HeadTiles:
+        """The sizes for a kind of device: large tiles keep a GPU busy, small ones fit a processor's caches."""
+        return cls() if device == "cpu" else cls(num_tokens=1024, max_bytes=128 * 1024**2)
+
     def __post_init__(self) -> None:
         for name in ("num_tokens", "max_bytes", "max_words"):
             if getattr(self, name) < 1:

@@ -509,7 +509,7 @@ def _head_bytes(shapes: ModelShapes, job: Job) -> int:
     Of several sequences, the tokens that predict one are copied together, but not while there are gradients; when the
     norm's input gets its gradient, the normed states are gone.
     """
-    compute, tiles = itemsize(shapes.compute_dtype), HeadTiles()
+    compute, tiles = itemsize(shapes.compute_dtype), HeadTiles.on(job.device)
     per_token = shapes.hidden_size * 2 * compute + 16 * _FP32_BYTES
     num_tokens = min(tiles.num_tokens, job.num_tokens)
     # Logits, what they are turned into, one more for a cap; a weight in another dtype is converted by the tile.

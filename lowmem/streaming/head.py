@@ -316,7 +316,7 @@ class TiledLogProbFunction(torch.autograd.Function):
         final_logit_softcapping: z -> cap * tanh(z / cap), or None.
         logit_scale: Multiplies the product, before the cap.
         outputs: Which of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1" to compute; the others are None.
-        tiles: Tile sizes, or None for the default ones.
+        tiles: Tile sizes, or None for those of the device.
 
     Returns:
         logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1: each [N].
@@ -337,9 +337,9 @@ class TiledLogProbFunction(torch.autograd.Function):
         tiles: HeadTiles | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         del chunk_size
-        tiles = tiles or HeadTiles()
-        ctx.set_materialize_grads(False)
         kind = hidden.device.type
+        tiles = tiles or HeadTiles.on("cpu" if kind == "cpu" else "cuda")
+        ctx.set_materialize_grads(False)
         ctx.options = HeadOptions(
             round_dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype,
             temperature=temperature,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lowmem
 from lowmem import cli, doctor
-from lowmem.machines.measured import probe_copy
+from lowmem.machines.rates import probe_copy
 from offload import Trace
 from tests.lowmem.test_report import facts
 from tests.zoo.architectures import build

@@ -214,8 +214,8 @@ def test_a_call_takes_what_those_next_to_it_took() -> None:
 )
 def test_largest_call_follows_what_a_token_adds(small_s: float, middle_s: float, tokens: int) -> None:
     small, middle = (measured._Call(num, 0.0, seconds) for num, seconds in ((32, small_s), (128, middle_s)))
-    assert measured._largest_call(small, middle, longest=1024) == tokens
-    assert measured._largest_call(small, middle, longest=64) == 64
+    assert measured._largest_call(small, middle, most=1024) == tokens
+    assert measured._largest_call(small, middle, most=64) == 64
 
 
 def test_a_step_of_generation_is_measured_with_few_tokens(tmp_path: Path) -> None:
