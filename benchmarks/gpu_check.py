@@ -55,7 +55,7 @@ SHAPES |= {
     # Blocks as large as a large model's, few enough for ten minutes.
     "check-1b": LlamaShape(hidden=2048, num_layers=16, mlp=8192, num_heads=32, num_kv_heads=8),
     "check-8b-part": replace(_8B, num_layers=8),
-    "check-70b-part": replace(_70B, num_layers=8),
+    "check-70b-part": replace(_70B, num_layers=4),
 }
 
 
@@ -91,12 +91,21 @@ JOBS = (
     CheckedJob(name="from-disk", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB", host="0"),
     CheckedJob(name="bitsandbytes", shape="check-1b", seq_len=2048, batch_size=4, device=None, mode="bitsandbytes"),
     CheckedJob(name="nf4", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB", quantization="nf4"),
-    CheckedJob(
-        name="full-1b", shape="check-1b", seq_len=2048, batch_size=4, device="6GiB", host="24GiB", tuning="full"
-    ),
-    CheckedJob(name="lora-70b", shape="check-70b-part", seq_len=1024, device="8GiB", batch_size=4, uses_disk=True),
-    CheckedJob(name="full-disk", shape="check-8b-part", seq_len=1024, device="24GiB", tuning="full", uses_disk=True),
+    CheckedJob(name="plain-8b", shape="check-8b-part", seq_len=2048, batch_size=4, device=None, mode="plain"),
+    CheckedJob(name="streamed-8b", shape="check-8b-part", seq_len=2048, batch_size=4, device="7GiB", host="8GiB"),
+    CheckedJob(name="full", shape="check-1b", seq_len=1024, batch_size=4, device="6GiB", host="24GiB", tuning="full"),
     CheckedJob(name="lora-128k", shape="check-8b-part", seq_len=1 << 17, device="24GiB", host="16GiB", num_steps=2),
+    CheckedJob(name="lora-70b", shape="check-70b-part", seq_len=1024, batch_size=4, device="8GiB", uses_disk=True),
+    CheckedJob(
+        name="full-disk",
+        shape="check-8b-part",
+        seq_len=1024,
+        batch_size=4,
+        device="24GiB",
+        host="8GiB",
+        tuning="full",
+        uses_disk=True,
+    ),
 )
 _SANITIZED = ("tests/fakecuda/test_steps.py", "tests/fakecuda/test_full.py")
 _SANITIZED_PATTERN = "streamed or mixed or every_weight"

@@ -25,6 +25,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from lowmem.internals.peft import embed, embed_scale
+from lowmem.internals.torch import modules_in
 
 # Converted weight held at a time where the weight is not stored in the type that the norm is computed in.
 _TILE_BYTES = 16 << 20
@@ -219,7 +220,7 @@ def install(module: nn.Module, *, frozen_base: bool = False) -> int:
         How many adapters were changed.
     """
     num_changed = 0
-    for layer in module.modules():
+    for layer in modules_in(module):
         if not isinstance(layer, LoraLayer):
             continue
         for adapter, variant in layer.lora_variant.items():

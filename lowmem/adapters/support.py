@@ -8,14 +8,16 @@ depends on which sequences are computed together cannot be exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lowmem.errors import UnsupportedError
 from lowmem.internals.peft import ask_first
+from lowmem.internals.torch import modules_in, parameter_table
 from lowmem.models.absent import AbsentParameter
 
 if TYPE_CHECKING:
@@ -207,28 +209,35 @@ def _check_modules(model: nn.Module) -> None:
     from peft.utils.other import AuxiliaryTrainingWrapper
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for name, module in model.named_modules():
+    for module in modules_in(model):
         if isinstance(module, AuxiliaryTrainingWrapper):
-            inside = next((m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)), None)
+            inside = next((m for m in modules_in(module) if isinstance(m, GradientCheckpointingLayer)), None)
             if inside is not None:
-                reason = f"{name} is a whole decoder block ({type(inside).__name__}), whose copy would not be streamed"
+                what = f"{_path(model, module)} is a whole decoder block ({type(inside).__name__})"
+                reason = f"{what}, whose copy would not be streamed"
                 instead = "name modules inside the blocks (for example 'mlp'), or train with tuning='full'"
                 raise UnsupportedError("modules_to_save", reason=reason, instead=instead)
         elif isinstance(module, GradientCheckpointingLayer) and _has_absent_weights(module):
-            for path, layer in module.named_modules():
+            for layer in modules_in(module):
                 if isinstance(layer, BaseTunerLayer):
-                    _check_base_weights(f"{name}.{path}", layer.get_base_layer())
+                    _check_base_weights(partial(_path, model, layer), layer.get_base_layer())
+
+
+def _path(model: nn.Module, sought: nn.Module) -> str:
+    paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return paths[sought]
 
 
 def _has_absent_weights(module: nn.Module) -> bool:
-    return any(isinstance(param, AbsentParameter) for param in module.parameters())
+    own = (parameter_table(inner).values() for inner in modules_in(module))
+    return any(isinstance(param, AbsentParameter) for params in own for param in params)
 
 
-def _check_base_weights(name: str, base_layer: nn.Module) -> None:
-    for attribute, param in base_layer.named_parameters(recurse=False):
-        if not isinstance(param, AbsentParameter):
+def _check_base_weights(path: Callable[[], str], base_layer: nn.Module) -> None:
+    for attribute, param in parameter_table(base_layer).items():
+        if param is not None and not isinstance(param, AbsentParameter):
             raise UnsupportedError(
-                f"a new value for {name}.{attribute}",
+                f"a new value for {path()}.{attribute}",
                 reason=_CHANGES_BASE,
                 instead="an adapter type or initialisation that leaves the base weights alone",
             )

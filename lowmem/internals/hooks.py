@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.torch import tree_map_only
+from lowmem.internals.torch import modules_in, tree_map_only
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -35,8 +35,11 @@ def is_output_capture(hook: Hook) -> bool:
 
 def has_foreign_hooks(module: nn.Module) -> bool:
     """Whether anybody but transformers looks at a module's inputs and outputs."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not is_output_capture(hook) for hook in hooks)
+    return any(
+        not is_output_capture(hook)
+        for table in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in table.values()
+    )
 
 
 class BlockHooks:
@@ -116,7 +119,7 @@ class BlockHooks:
 
 
 def _inner(block: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in block.modules() if module is not block)
+    return (module for module in modules_in(block) if module is not block)
 
 
 def _tables_inside(block: nn.Module) -> dict[nn.Module, HookTables]:
@@ -124,8 +127,14 @@ def _tables_inside(block: nn.Module) -> dict[nn.Module, HookTables]:
     return {
         module: {attribute: OrderedDict(getattr(module, attribute)) for attribute in (*_HOOKS, *_OPTIONS)}
         for module in _inner(block)
-        if any(getattr(module, kind) for kind in _HOOKS)
+        if _has_hooks(module)
     }
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    own = module.__dict__
+    before, after, backward_before, backward = _HOOKS
+    return bool(own[before] or own[after] or own[backward_before] or own[backward])
 
 
 _NONE: HookTables = {attribute: OrderedDict() for attribute in (*_HOOKS, *_OPTIONS)}

@@ -11,13 +11,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import UnsupportedError, untested
+from lowmem.internals.torch import modules_in
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -48,7 +49,13 @@ def _adapted_kinds() -> tuple[type[nn.Module], ...]:
 
 def _adapted(block: nn.Module) -> Iterator[nn.Module]:
     kinds = _adapted_kinds()
-    return (module for module in block.modules() if isinstance(module, kinds))
+    return (module for module in modules_in(block) if _is_of(type(module), kinds))  # type: ignore[arg-type]  # hashable
+
+
+@cache
+def _is_of(kind: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> bool:
+    """`issubclass`, which asks registries of abstract classes, once for each class."""
+    return issubclass(kind, kinds)
 
 
 def _unknown(reason: str) -> UnsupportedError:
@@ -124,7 +131,7 @@ def inputs_cast_once(block: nn.Module, device: torch.device) -> Iterator[None]:
         block: The block.
         device: Where it computes.
     """
-    changed = [module for module in block.modules() if _only_multiplies(module)] if "peft" in sys.modules else []
+    changed = [module for module in modules_in(block) if _only_multiplies(module)] if "peft" in sys.modules else []
     try:
         for module in changed:
             setattr(module, _CASTS, _UnlessAutocast(device.type))
@@ -240,24 +247,34 @@ def _bit_sum(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(_BITS[param.element_size()]).sum(dtype=torch.int64)
 
 
-def settings_of(module: nn.Module) -> tuple[object, ...]:
-    """What PEFT's switches change on one module (`set_adapter`, `disable_adapter`, `scale_layer`, merging), frozen.
+def settings_in(block: nn.Module) -> tuple[tuple[bool, tuple[object, ...]], ...]:
+    """Of each module in `modules()` order its mode, and what PEFT's switches change on it, frozen.
 
-    Empty for a module that is not adapted.
+    Those are `set_adapter`, `disable_adapter`, `scale_layer` and merging; nothing of a module that is not adapted.
     """
-    if not isinstance(module, _adapted_kinds()):
-        return ()
+    adapted = {id(module) for module in _adapted(block)}
+    modules = modules_in(block)
+    return tuple((module.training, _settings_of(module) if id(module) in adapted else ()) for module in modules)
+
+
+def _settings_of(module: nn.Module) -> tuple[object, ...]:
     settings = tuple(
         (name, _frozen(value))
         for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str, dict, list, tuple)) and not name.startswith("_")
+        if isinstance(value, _SETTINGS) and not name.startswith("_")
     )
     return (_flags_of(module), *settings)
 
 
+_PLAIN = (bool, int, float, str)
+_SETTINGS = (*_PLAIN, dict, list, tuple)
+
+
 def _frozen(value: object) -> object:
+    if isinstance(value, _PLAIN):
+        return value
     if isinstance(value, dict):
         return tuple((str(key), _frozen(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(item) for item in value)
-    return value if isinstance(value, (bool, int, float, str)) else id(value)
+    return id(value)

@@ -40,8 +40,14 @@ class HeadTiles:
             bytes_per_logit: Bytes of all buffers per logit of the tile.
             bytes_per_word: Bytes of the buffer that holds converted weights, per word of the vocabulary.
         """
-        fitting = self.max_bytes // (num_tokens * bytes_per_logit + bytes_per_word)
-        return max(1, min(vocab, self.max_words, fitting))
+        fitting = min(self.max_words, self.max_bytes // (num_tokens * bytes_per_logit + bytes_per_word))
+        if fitting >= vocab:
+            return vocab
+        # Rows of a tile that begin at odd places are multiplied by slow kernels.
+        return max(1, fitting if fitting < _ALIGNED_WORDS else fitting // _ALIGNED_WORDS * _ALIGNED_WORDS)
+
+
+_ALIGNED_WORDS = 64
 
 
 DENSE_MASK_BYTES = 16 << 20

@@ -20,7 +20,7 @@ from lowmem import host_memory
 from lowmem.errors import UnsupportedError
 from lowmem.host_memory import products_for
 from lowmem.internals.hooks import BlockHooks
-from lowmem.internals.peft import inputs_cast_once, settings_of
+from lowmem.internals.peft import inputs_cast_once, settings_in
 from lowmem.internals.torch import TreeSpec, is_sole_owner, tree_flatten, tree_leaves, tree_unflatten
 from lowmem.internals.transformers import CollectedOutputs
 from lowmem.internals.unread import Keeping, PuttingOff, is_ever_kept, is_worth_putting_off
@@ -206,7 +206,7 @@ class RecordedCall:
         self._ready: tuple[Tensor, ...] | None = None
         kind = runtime.device.type
         self._autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self._settings = block_settings(self._block.module)
+        self._settings = settings_in(self._block.module)
         self._hooks = BlockHooks(self._block.module, name=self._block.name)
         if keeps:
             _mention_hooks(runtime, self._hooks)
@@ -396,13 +396,8 @@ class RecordedCall:
         return None if len(self._rows) == 1 else rows
 
 
-def block_settings(block: torch.nn.Module) -> tuple[object, ...]:
-    """Modes and adapters of all modules of a block: what a recomputation must find unchanged."""
-    return tuple((module.training, settings_of(module)) for module in block.modules())
-
-
 def _refuse_changed(name: str, block: torch.nn.Module, before: tuple[object, ...]) -> None:
-    now = block_settings(block)
+    now = settings_in(block)
     if now == before:
         return
     pairs = zip(block.named_modules(), before, now, strict=False)

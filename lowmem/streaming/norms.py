@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lowmem import host_memory
 from lowmem.internals.torch import change_class
+from lowmem.planning.limits import HeadTiles
 from lowmem.streaming.recompute import GradientSums, differentiate
 
 RunTokens = Callable[[Tensor], Tensor]
@@ -100,18 +101,17 @@ def tokenwise(run: RunTokens, hidden: Tensor, *, params: Sequence[Tensor] = (), 
     return out
 
 
-TILE_TOKENS = 256
-
-
 class TiledNorm(nn.Module):
     """Mixed in front of a norm's own class: the same module, walked in tiles where there are many tokens."""
 
     def forward(self, hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The norm's own forward, of one tensor (..., tokens, hidden)."""
         whole: Callable[..., Tensor] = super().forward
-        if args or kwargs or not torch.is_grad_enabled() or hidden.shape[:-1].numel() <= TILE_TOKENS:
+        # The head's: the plan counts both with these.
+        tile_tokens = HeadTiles.on("cpu" if hidden.device.type == "cpu" else "cuda").num_tokens
+        if args or kwargs or not torch.is_grad_enabled() or hidden.shape[:-1].numel() <= tile_tokens:
             return whole(hidden, *args, **kwargs)
-        return tokenwise(whole, hidden, params=list(self.parameters()), tile_tokens=TILE_TOKENS)
+        return tokenwise(whole, hidden, params=list(self.parameters()), tile_tokens=tile_tokens)
 
 
 def tile_outer_norms(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowmem.internals.hooks import has_foreign_hooks
 from lowmem.internals.peft import flags_set, weight_marks
-from lowmem.internals.torch import TreeSpec, tree_flatten, tree_unflatten
+from lowmem.internals.torch import TreeSpec, modules_in, tree_flatten, tree_unflatten
 from lowmem.internals.transformers import collected_keys, collecting
 from lowmem.models.absent import AbsentParameter
 from lowmem.streaming.block import BlockFunction, RecordedCall, run_block, run_here
@@ -386,4 +386,4 @@ class ReferencePass:
 
 def _is_watched(blocks: Sequence[torch.nn.Module]) -> bool:
     """Whether hooks look at hidden states between the blocks or inside them."""
-    return any(has_foreign_hooks(module) for block in blocks for module in block.modules())
+    return any(has_foreign_hooks(module) for block in blocks for module in modules_in(block))

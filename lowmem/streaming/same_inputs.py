@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.internals.peft import BlockFlags, read_flags
-from lowmem.internals.torch import tree_flatten, tree_unflatten, version_of
+from lowmem.internals.torch import modules_in, tree_flatten, tree_unflatten, version_of
 from lowmem.streaming.call import CACHE_NAMES, has_cache
 from lowmem.streaming.chunking.mask import CausalMask
 
@@ -39,7 +39,7 @@ class ForwardState:
         return ForwardState(
             grad=torch.is_grad_enabled(),
             flags=tuple(read_flags(block) for block in blocks),
-            training=tuple(module.training for block in blocks for module in block.modules()),
+            training=tuple(module.training for block in blocks for module in modules_in(block)),
             autocast=(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
         )
 

@@ -15,8 +15,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 TINY = (
+    CheckedJob(name="plain", shape="tiny", seq_len=32, device=None, mode="plain", num_steps=2),
     CheckedJob(name="streamed", shape="tiny", seq_len=32, device="8MiB", host="0", num_steps=2),
-    CheckedJob(name="full", shape="tiny", seq_len=32, device="16MiB", tuning="full", uses_disk=True, num_steps=2),
+    CheckedJob(name="full", shape="tiny", seq_len=32, device="64MiB", tuning="full", uses_disk=True, num_steps=2),
 )
 
 
@@ -24,7 +25,7 @@ def test_every_check_is_run_and_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows = check(root=tmp_path, only=["cpu", *(job.name for job in TINY)], jobs=TINY)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark')]
     results = {line["case"]: line for line in lines}
-    assert set(results) == {"cpu", "streamed", "full"}
+    assert set(results) == {"cpu", "plain", "streamed", "full"}
     assert results["cpu"]["largest_difference"] < 1e-3
     for job in TINY:
         result = results[job.name]
@@ -32,6 +33,7 @@ def test_every_check_is_run_and_told(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert result["step_s"] > 0
         assert result["peak_allocated_bytes"] > 0
         assert len(result["losses"]) == job.num_steps
+    assert results["streamed"]["losses"] == pytest.approx(results["plain"]["losses"], rel=1e-3)
     text = table(rows)
     assert torch.cuda.get_device_name() in text
     assert text.count("\n| ") == len(rows) + 0

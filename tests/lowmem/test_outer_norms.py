@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.streaming.norms import TILE_TOKENS, TiledNorm, tile_outer_norms
+from lowmem.planning.limits import HeadTiles
+from lowmem.streaming.norms import TiledNorm, tile_outer_norms
 from tests.zoo.architectures import tiny_model
 
-TOKENS = 2 * TILE_TOKENS + 3
+TOKENS = 2 * HeadTiles().num_tokens + 3
 
 
 def gradients(norm: nn.Module, hidden: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -21,6 +21,7 @@ from lowmem.internals.torch import (
     is_grouped_product,
     is_sole_owner,
     leave_out_of_ddp,
+    modules_in,
     parameter_table,
     quiet_fake_tensors,
     storage_key,
@@ -229,3 +230,11 @@ def test_a_torch_whose_ddp_asks_for_no_names_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "__init__", lambda self: None)
     with pytest.raises(UnsupportedError, match=r"torch 2\.\d+.*DistributedDataParallel"):
         leave_out_of_ddp(nn.Linear(1, 1), prefixes=("",), is_left_out=lambda param: True)
+
+
+def test_modules_are_those_that_torch_lists_in_its_order() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": nn.Sequential(nn.Sequential(shared), nn.Tanh())})
+    model["a"].register_module("gone", None)
+    assert modules_in(model) == list(model.modules())
+    assert modules_in(shared) == [shared]
