@@ -406,7 +406,8 @@ def _bench(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
     """Measure a shape's rates, and have plans find them."""
     from lowmem.machines.bench import bench_lines
 
-    lines = list(bench_lines(ensure_model(case.shape, root=root), device="cpu", dtype=case.dtype, clock=clock))
+    model, scratch = ensure_model(case.shape, root=root), root / "scratch" if case.disk else None
+    lines = list(bench_lines(model, device="cpu", dtype=case.dtype, disk=scratch, clock=clock))
     return {"lines": lines}
 
 

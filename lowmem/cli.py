@@ -226,6 +226,9 @@ def bench(
     quantization: Quantization = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    disk: Annotated[
+        Path | None, typer.Option(help="Measure writing and reading back too, in this folder (Budget.disk).")
+    ] = None,
 ) -> None:
     """Measure disk, copies and the products of this model's shapes, and keep the rates for plans; JSON lines.
 
@@ -240,6 +243,7 @@ def bench(
         quantization=quantization,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        disk=disk,
     )
     for line in lines:
         typer.echo(json.dumps(line))

@@ -62,7 +62,7 @@ from offload.files.scratch import FileSlot, Scratch, SlotAllocator
 from offload.files.strict_json import JsonObject, parse_json_object, read_json_object
 from offload.pipeline import KeptMemory
 from offload.placement import Placement, PlacementPlan, place_blocks
-from offload.probe import DiskRate, probe_compute, probe_disk
+from offload.probe import DiskRate, probe_compute, probe_disk, probe_scratch
 from offload.scheduler import Counters, Scheduler
 from offload.sharing.arena import HandingOn, SharedArena
 from offload.sharing.reader import SharedReader
@@ -140,6 +140,7 @@ __all__ = [
     "place_blocks",
     "probe_compute",
     "probe_disk",
+    "probe_scratch",
     "read_json_object",
     "register_host_memory",
     "replacing_checkpoint",

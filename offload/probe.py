@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +16,8 @@ from offload.blocks import PAGE_BYTES, BlockLayout, Extent
 from offload.buffers import StagingBuffer
 from offload.errors import SourceError
 from offload.files.file_io import FileIO
+from offload.files.scratch import Scratch
+from offload.transfer import Transfer
 
 _MIB = 1 << 20
 _NUM_THREADS = (1, 2, 4, 8)
@@ -86,6 +89,45 @@ def probe_disk(files: Sequence[Path], *, max_s: float = 0.5, max_bytes: int = 25
             measured.append(_measure(setting, sizes, buffer, start_bytes=start_bytes, nbytes=nbytes))
             start_bytes += nbytes
     return replace(_best(measured), measured=tuple(measured))
+
+
+def probe_scratch(folder: Path, *, max_bytes: int = 512 * _MIB) -> float:
+    """Measure how fast what was written in a folder is read back and written again, as state on disk is.
+
+    What was just written may come slower than what has lain there: some drives keep it elsewhere for a while. Makes a
+    file without a name that is gone afterwards. Needs 64 MiB of memory.
+
+    Args:
+        folder: On the disk in question; made if it is not there.
+        max_bytes: Size of the file.
+
+    Returns:
+        Bytes per second, those read and those written added up.
+
+    Raises:
+        WriteError: The folder cannot be written, or is full.
+        ReadError: It cannot be read.
+    """
+    num_slots = max(2, max_bytes // _BUFFER_BYTES)
+    scratch = Scratch(folder)
+    with closing(scratch), StagingBuffer(_BUFFER_BYTES) as one, StagingBuffer(_BUFFER_BYTES) as other:
+        slots = [scratch.take(_BUFFER_BYTES) for _ in range(num_slots)]
+        for buffer in (one, other):
+            buffer.tensor.random_(0, 256)
+        for slot in slots:
+            # The file grows: what comes later is written over.
+            scratch.write(slot, one.tensor, name="probe").wait()
+        start_s = time.perf_counter()
+        writing: Transfer | None = None
+        for index, slot in enumerate(slots):
+            buffer = (one, other)[index % 2]
+            scratch.read(slot, buffer.tensor, name="probe").wait()
+            if writing is not None:
+                writing.wait()
+            writing = scratch.write(slot, buffer.tensor, name="probe")
+        assert writing is not None
+        writing.wait()
+        return 2 * num_slots * _BUFFER_BYTES / (time.perf_counter() - start_s)
 
 
 def probe_compute(dtype: torch.dtype, device: torch.device | str, *, max_s: float = 0.3) -> float:

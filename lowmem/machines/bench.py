@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from lowmem.packing.place import as_if_packed
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import ShapeRates, Trained
-from offload import probe_disk
+from offload import probe_disk, probe_scratch
 
 _DISK_S, _DISK_BYTES = 2.0, 1 << 30
 
@@ -31,6 +31,7 @@ def bench_lines(
     quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    disk: str | Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Mapping[str, object]]:
     """Measure and keep the rates of a model's shapes on this machine.
@@ -42,6 +43,8 @@ def bench_lines(
         quantization: Measure what the model takes packed so; nothing is packed. None: as it is stored.
         revision: Branch, tag or commit of the hub repository.
         trust_remote_code: As in transformers.
+        disk: Folder in which steps will write what they read back (`Budget(disk=...)`): half a gigabyte is written
+            there for a moment. None to take it for as fast as the checkpoint is read.
         clock: Seconds of computing; another than the wall clock's where other programs run.
 
     Yields:
@@ -52,6 +55,7 @@ def bench_lines(
         SourceError: A file is missing, damaged or empty.
         ReadError: A file cannot be read.
         UnsupportedError: The architecture cannot be streamed.
+        WriteError: `disk` cannot be written.
     """
     folder, chosen = resolve(model, revision=revision), pick_device(device)
 
@@ -64,45 +68,54 @@ def bench_lines(
     checkpoint = opened()
     with checkpoint.source as source:
         bare = read_shapes(checkpoint)
-        disk = probe_disk(source.files, max_s=_DISK_S, max_bytes=_DISK_BYTES)
-    for setting in disk.measured:
+        read = probe_disk(source.files, max_s=_DISK_S, max_bytes=_DISK_BYTES)
+    for setting in read.measured:
         yield {
             "probe": "disk",
             "folder": str(folder),
             "gb_per_s": round(setting.read_bytes_per_s / 1e9, 3),
             "num_requests": setting.num_threads,
             "request_bytes": setting.request_bytes,
-            "is_chosen": (setting.num_threads, setting.request_bytes) == (disk.num_threads, disk.request_bytes),
+            "is_chosen": (setting.num_threads, setting.request_bytes) == (read.num_threads, read.request_bytes),
         }
-    rates = measure_rates(disk, device=chosen, dtype=checkpoint.dtype)
+    rates = measure_rates(read, device=chosen, dtype=checkpoint.dtype)
+    if disk is not None:
+        rates = replace(rates, scratch_bytes_per_s=probe_scratch(Path(disk)))
+        moved = round(rates.moved_bytes_per_s / 1e9, 3)
+        yield {"probe": "written and read back", "folder": str(disk), "gb_per_s": moved}
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
-    machine = {"machine": platform.machine(), "torch": torch.__version__, "num_threads": torch.get_num_threads()}
-    yield {"probe": "copy", "device": name, "gb_per_s": round(rates.copy_bytes_per_s / 1e9, 3), **machine}
+    common: dict[str, object] = {"device": name, "machine": platform.machine(), "torch": torch.__version__}
+    common |= {"num_threads": torch.get_num_threads()}
+    yield {"probe": "copy", "gb_per_s": round(rates.copy_bytes_per_s / 1e9, 3), **common}
     yield {
         "probe": "compute",
-        "device": name,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "gflop_per_s": round(rates.compute_flops_per_s / 1e9, 2),
-        **machine,
+        **common,
     }
     found: dict[str, ShapeRates] = {}
     for trains in _trained(checkpoint, bare):
-        fresh = opened()
-        fresh.source.close()
-        try:
-            shapes = _shapes(fresh, trains)
-        except ValueError as error:
-            # PEFT has no such adapter for one of its layers: DoRA of stacked experts, for instance.
-            yield {"probe": "blocks", "trains": trains, "skipped": str(error)}
-            continue
-        try:
-            found[trains] = measure_shape(fresh, shapes, trains=trains, clock=clock)
-        except NotImplementedError as error:
-            yield {"probe": "blocks", "trains": trains, "skipped": str(error)}
-            continue
-        yield {"probe": "blocks", "device": name, **asdict(found[trains]), **machine}
+        yield {"probe": "blocks", "trains": trains, **_timed(opened(), trains, found=found, clock=clock, common=common)}
     kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen)
     yield {"probe": "kept", "file": None if kept is None else str(kept)}
+
+
+def _timed(
+    fresh: Opened,
+    trains: Trained,
+    *,
+    found: dict[str, ShapeRates],
+    clock: Callable[[], float],
+    common: Mapping[str, object],
+) -> Mapping[str, object]:
+    """Time a model's shapes, put what they took into `found`, and return what to say of it."""
+    fresh.source.close()
+    try:
+        found[trains] = measure_shape(fresh, _shapes(fresh, trains), trains=trains, clock=clock)
+    # PEFT has no such adapter for one of its layers (DoRA of stacked experts, for instance), or the code cannot be run.
+    except (ValueError, NotImplementedError) as error:
+        return {"skipped": str(error)}
+    return {**asdict(found[trains]), **common}
 
 
 def _trained(opened: Opened, bare: ModelShapes) -> tuple[Trained, ...]:

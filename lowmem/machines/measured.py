@@ -10,8 +10,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ from lowmem.experts.stacks import RoutedExperts, without_stacks
 from lowmem.experts.visiting import MatrixSlots, VisitedStack, experts_by_block, num_matrices
 from lowmem.host_memory import give_back_freed, products_for
 from lowmem.internals.experts import use_experts_forward
+from lowmem.internals.peft import inputs_cast_once
 from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
 from lowmem.internals.unread import PuttingOff, is_worth_putting_off
+from lowmem.machines.rates import Clock, Stopwatch
 from lowmem.models.blocks import can_chunk
 from lowmem.models.build import StreamedBlock, Unpacker
 from lowmem.planning.dry_run import BlockRun, BlockWalk
@@ -78,63 +81,6 @@ _CACHE_BYTES = 1 << 27
 
 _UPDATE_PARAMS = 1 << 24
 """More than fits a cache."""
-
-_NUM_TURNS, _MOST_REPEATS = 3, 9
-"""Turns of what is timed, and the most times in each."""
-
-_TURN_S = 0.08
-"""What is shorter is timed more often, until this much is spent: one call of milliseconds is off by a third."""
-
-_ENOUGH_S = 1.0
-"""What took this much is not run again."""
-
-Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Stopwatch:
-    """Times calls on a device."""
-
-    device: torch.device
-    clock: Clock
-
-    def usual_s(self, run: Callable[[], object], *, before: Callable[[], object] | None = None) -> float:
-        """The median of some runs, after one that warms up: a step is the sum of many, not of the shortest ones."""
-        return self.usual_in_turn([run], before=before)[0]
-
-    def usual_in_turn(
-        self, runs: Sequence[Callable[[], object]], *, before: Callable[[], object] | None = None
-    ) -> list[float]:
-        """The same of each of several in turn, three times over: what slows a machine for a while slows none alone."""
-        took_s: list[list[float]] = [[] for _ in runs]
-        for turn in range(_NUM_TURNS):
-            for run, seen in zip(runs, took_s, strict=True):
-                if sum(seen) >= _ENOUGH_S:
-                    continue
-                if not turn or seen[-1] < _TURN_S:
-                    # Caches and the heap are the previous one's, which matters to what is short.
-                    first_s = self._once_s(run)
-                    if first_s >= _ENOUGH_S:
-                        seen.append(first_s)
-                        continue
-                times_s: list[float] = []
-                while not times_s or (len(times_s) < _MOST_REPEATS and sum(times_s) < _TURN_S):
-                    if before is not None:
-                        before()
-                    times_s.append(self._once_s(run))
-                seen += times_s
-        return [statistics.median(seen) for seen in took_s]
-
-    def _once_s(self, run: Callable[[], object]) -> float:
-        self._wait()
-        start_s = self.clock()
-        run()
-        self._wait()
-        return self.clock() - start_s
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def measure_shape(
@@ -242,6 +188,7 @@ class _BlockTiming:
             self._most = self.longest
         self._middle: Sequence[_Runs] = ()
         self._single: dict[int, _SingleExperts] = {}
+        self._as_trained = partial(_as_trained, device=opened.device, dtype=opened.dtype)
         self._can_chunk = can_chunk(opened.built.model) is None
 
     def measured(self) -> tuple[list[_Call], _Call | None]:
@@ -357,7 +304,8 @@ class _BlockTiming:
 
         def forward() -> object:
             visit()
-            with torch.no_grad(), products_for(hidden.device, shapes, num_tokens=num_tokens):
+            products = products_for(hidden.device, shapes, num_tokens=num_tokens)
+            with torch.no_grad(), self._as_trained(module), products:
                 return run(hidden)
 
         def backward() -> None:
@@ -365,7 +313,7 @@ class _BlockTiming:
             leaf = hidden.detach().requires_grad_()
             products = products_for(hidden.device, shapes, num_tokens=num_tokens)
             with torch.enable_grad():
-                with PuttingOff() if puts_off else nullcontext(), products:
+                with self._as_trained(module), PuttingOff() if puts_off else nullcontext(), products:
                     result = _first_tensor(run(leaf))
                 torch.autograd.grad(result, [leaf, *params], gradient, allow_unused=True)
 
@@ -380,7 +328,7 @@ class _BlockTiming:
             raise NotImplementedError("experts that are unpacked one by one are timed in whole sequences")
 
         def run_chunk(arguments: CallArguments) -> object:
-            with products_for(device, shapes, num_tokens=_CHUNK_TOKENS):
+            with self._as_trained(module), products_for(device, shapes, num_tokens=_CHUNK_TOKENS):
                 return run.raw_forward(module, *arguments[0], **arguments[1])
 
         def forward() -> ForwardChunks:
@@ -396,6 +344,16 @@ class _BlockTiming:
             backward_chunks(run_chunk, call, sought, record=done.record, device=device, workspace=workspace)
 
         return _Runs(forward, backward), done.output
+
+
+@contextmanager
+def _as_trained(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Under autocast to a half type, as TRL's trainers run a model that is in one unless they are told otherwise."""
+    if dtype == torch.float32:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtype, cache_enabled=False), inputs_cast_once(module, device):
+        yield
 
 
 class _SingleExperts:

@@ -203,7 +203,8 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int 
     """
     if chunk_tokens is not None:
         chunk = replace(batch, seq_len=min(chunk_tokens, batch.seq_len), has_mask=False)
-        return block_forward_bytes(block, chunk) + chunk_bytes(block, batch, chunk_tokens).keys_values
+        kept = chunk_bytes(block, batch, chunk_tokens).keys_values
+        return block_forward_bytes(block, chunk) + kept + joined_bytes(block, batch)[0]
     compute = itemsize(batch.dtype)
     wide, hidden, (expanded, product) = max(compute, _adapter_itemsize(block)), block.hidden_size, block.mlp_sizes
     # The residual, a norm's fp32 copies, the normed states; then the heads' states, rotated copies included, or the
@@ -305,8 +306,33 @@ def chunk_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int) -> Chun
         activations=block_recompute_bytes(block, chunk),
         keys_values=states * batch.seq_len * compute,
         keys_values_grads=states * batch.seq_len * gradient_bytes,
-        attention=one_part + queries + (_part_mask_bytes(batch, chunk) if batch.has_mask else 0),
+        attention=max(one_part, joined_bytes(block, batch)[1])
+        + queries
+        + (_part_mask_bytes(batch, chunk) if batch.has_mask else 0),
     )
+
+
+def joined_bytes(block: BlockShape, batch: MicroBatch) -> tuple[int, int]:
+    """Bytes that attention of a chunk on a GPU takes for the keys and values it sees, without gradients and with.
+
+    They are joined there. Where several heads share one, flash attention's backward makes gradients for each and adds
+    them up; kernels that take fp32 or a mask want the keys and values repeated as well.
+
+    Args:
+        block: The block's widths.
+        batch: The micro-batch, whose last chunk sees all.
+    """
+    if batch.device == "cpu" or not block.key_size:
+        return 0, 0
+    compute = itemsize(batch.dtype)
+    each = batch.num_tokens * compute
+    joined, repeated = (block.key_size + block.value_size) * each, 0
+    if block.key_size < block.query_size:
+        repeated = (block.query_size + block.query_size * block.value_size // block.key_size) * each
+    if compute < _FP32_BYTES and not batch.has_mask:
+        return joined, 2 * joined + repeated
+    # A masked tile is of some of the keys, and gives gradients for all.
+    return joined + repeated, joined + (3 if batch.has_mask else 2) * (repeated or joined)
 
 
 def _part_mask_bytes(batch: MicroBatch, chunk: MicroBatch) -> int:

@@ -128,6 +128,8 @@ class Rates:
     """Requests in flight."""
     disk_request_bytes: int = 4 * _MIB
     """Size of a request."""
+    scratch_bytes_per_s: float | None = None
+    """What a step writes and reads back, in the budget's folder; None for as fast as the checkpoint is read."""
     measured: tuple[Lane, ...] = ()
     """Which were measured on this machine; the others are assumed."""
     shape: ShapeRates | None = None
@@ -137,6 +139,11 @@ class Rates:
         for name in ("disk_bytes_per_s", "copy_bytes_per_s", "compute_flops_per_s", "disk_num_threads"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Rates.{name} is {getattr(self, name)}; expected a positive number")
+
+    @property
+    def moved_bytes_per_s(self) -> float:
+        """What a step writes and reads back."""
+        return self.scratch_bytes_per_s or self.disk_bytes_per_s
 
 
 def assumed_rates(device: DeviceKind) -> Rates:
@@ -165,7 +172,7 @@ def update_share(shapes: ModelShapes, job: Job, rates: Rates, *, tier: Tier) -> 
     share = on_host_s / (on_host_s + on_device_s)
     if tier != "disk":
         return share
-    disk_s = sum(_update_bytes(shapes)) / rates.disk_bytes_per_s
+    disk_s = sum(_update_bytes(shapes)) / rates.moved_bytes_per_s
     return min(share, max(0.0, 1 - disk_s / on_host_s))
 
 
@@ -344,24 +351,19 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         compute = passes.compute_s + costs.unpack_s * (passes.unpack_share if rates.shape is None else 1.0)
         copy = copy_s * passes.read_share + (0.0 if on_cpu else passes.copy_bytes / rates.copy_bytes_per_s)
         # Blocks are read once for all ranks of a machine; what each writes and reads back goes over the same disk.
-        disk = disk_s * passes.read_share + passes.disk_bytes * job.num_sharing / rates.disk_bytes_per_s
-        update = passes.update_bytes * job.num_sharing / rates.disk_bytes_per_s
+        disk = disk_s * passes.read_share + passes.disk_bytes * job.num_sharing / rates.moved_bytes_per_s
+        update = passes.update_bytes * job.num_sharing / rates.moved_bytes_per_s
         alone = disk_s * passes.alone_share + update / len(shapes.blocks)
         step = alone + max(compute, disk - alone, copy)
         late_s += step - max(compute, disk - update, copy) if update else 0.0
-        for lane, seconds in (
-            ("step", step),
-            ("compute", compute),
-            ("disk", disk),
-            ("copy", copy),
-        ):
+        for lane, seconds in (("step", step), ("compute", compute), ("disk", disk), ("copy", copy)):
             total[lane] += passes.count * seconds
     gather_s = _gather_s(shapes, job, rates) if choice.embedding_on_disk else 0.0
     moved_bytes = job.num_backwards * kept_bytes(shapes, job, choice) if choice.boundary_tier == "disk" else 0
     state = state_traffic(shapes, job, choice)
     update_s = costs.update_s if job.trains else 0.0
     # An update that runs within the optimizer's step hides behind nothing.
-    alone_s = 0.0 if _updates_move_with_forward(shapes) else state.update_bytes / rates.disk_bytes_per_s
+    alone_s = 0.0 if _updates_move_with_forward(shapes) else state.update_bytes / rates.moved_bytes_per_s
     # The share is such that both end together; a GPU that updates waits for what goes up and comes down.
     updated_bytes = choice.update_share * sum(_update_bytes(shapes)) * shapes.num_params / job.num_sharing
     up_bytes, down_bytes = bus_traffic(shapes, job, choice, placement)
@@ -497,7 +499,7 @@ class _Costs:
         flops = 2.0 * sum(one.num_weights for one in linears) * job.num_tokens
         nbytes = product_bytes(self._shapes, job, only_read=True)
         # They come one by one, when they are asked for, and are copied.
-        disk_s = nbytes / self._rates.disk_bytes_per_s if choice.boundary_tier == "disk" else 0.0
+        disk_s = nbytes / self._rates.moved_bytes_per_s if choice.boundary_tier == "disk" else 0.0
         return flops, disk_s + nbytes / _COPY_BYTES_PER_S["cpu"]
 
     def head_s(self, num_tokens: int) -> float:

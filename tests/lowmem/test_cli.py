@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import lowmem
 from lowmem import cli, doctor
 from lowmem.machines.rates import probe_copy
-from offload import Trace
+from offload import Trace, probe_scratch
 from tests.lowmem.test_report import facts
 from tests.zoo.architectures import build
 
@@ -234,6 +234,23 @@ def test_bench_prints_one_json_line_for_each_measurement(run: Run, llama: Path) 
     measured = [line for line in lines if line["probe"] in ("disk", "copy", "compute")]
     rates = [line.get("gb_per_s", line.get("gflop_per_s")) for line in measured]
     assert all(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def test_bench_measures_what_is_written_and_read_back_where_it_is_told_to(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.machines.bench.probe_scratch", partial(probe_scratch, max_bytes=1 << 26))
+    assert run("bench", llama, "--disk", tmp_path / "state") == 0
+    (line,) = [line for line in run.lines() if line["probe"] == "written and read back"]
+    assert line["gb_per_s"] > 0
+    job = {"tuning": "full", "device": "cpu", "seq_len": 8}
+    budget = lowmem.Budget(device="64MiB", host=0, disk=tmp_path / "state")
+    kept = lowmem.plan(llama, budget=budget, **job).rates
+    assert kept.scratch_bytes_per_s is not None
+    assert kept.scratch_bytes_per_s / 1e9 == pytest.approx(line["gb_per_s"], abs=1e-3)
+    # One that is not told where leaves what is known.
+    assert run("bench", llama) == 0
+    assert lowmem.plan(llama, budget=budget, **job).rates.scratch_bytes_per_s == kept.scratch_bytes_per_s
 
 
 def test_copies_are_measured_in_bytes_written() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.errors import SourceError
-from offload.probe import probe_compute, probe_disk
+from offload.errors import SourceError, WriteError
+from offload.probe import probe_compute, probe_disk, probe_scratch
 
 MIB = 1 << 20
 
@@ -62,3 +62,16 @@ def test_compute_rate_is_measured_without_touching_the_random_numbers() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     with pytest.raises(ValueError, match=r"expected a floating-point dtype, got torch\.int8"):
         probe_compute(torch.int8, "cpu")
+
+
+def test_what_was_written_is_read_back_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "scratch"
+    assert probe_scratch(folder, max_bytes=3 << 25) > 1e6
+    assert [*folder.iterdir()] == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    with pytest.raises(WriteError, match="give a folder that can be written"):
+        probe_scratch(file / "scratch")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -177,6 +178,44 @@ def test_chunks_and_visits_take_what_they_took_besides(llama: Path) -> None:
     assert more_s == pytest.approx(0.75 * 2 * len(shapes.blocks))
     visits = replace(given, visit_forward_s=0.5, visit_backward_s=0.25)
     assert step_s(visits, whole, shapes) - step_s(given, whole, shapes) == pytest.approx(0.75 * len(shapes.blocks))
+
+
+def test_state_on_disk_moves_as_fast_as_was_measured_where_it_is(llama: Path, tmp_path: Path) -> None:
+    def planned(scratch_bytes_per_s: float | None, device: int) -> lowmem.Plan:
+        rates = Rates(disk_bytes_per_s=1e6, scratch_bytes_per_s=scratch_bytes_per_s)
+        budget = lowmem.Budget(device=device, host=0, disk=tmp_path)
+        return lowmem.plan(llama, tuning="full", seq_len=16, budget=budget, rates=rates, device="cpu")
+
+    least = planned(None, 0).smallest_device_bytes
+    same, slower = planned(None, least), planned(0.5e6, least)
+    assert same.choice.state_tier == "disk"
+    assert same.choice == slower.choice
+    moved = same.time.disk_s - (same.time.read_bytes + same.time.written_bytes) / 1e6
+    assert abs(moved) < 0.05 * same.time.disk_s
+    assert 1.5 * same.time.disk_s < slower.time.disk_s <= 2 * same.time.disk_s
+    assert planned(1e6, least).time.disk_s == same.time.disk_s
+
+
+def test_half_types_are_timed_as_trainers_run_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build("llama", tmp_path, dtype=torch.bfloat16)
+    seen: dict[torch.dtype, set[bool]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpoint = open_checkpoint(folder, name="llama", device=torch.device("cpu"), dtype=dtype)
+        checkpoint.source.close()
+        shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+        layer = type(next(m for m in checkpoint.built.blocks[0].block.module.modules() if isinstance(m, nn.Linear)))
+        found = seen.setdefault(dtype, set())
+
+        def noted(self: Any, *args: Any, real: Any = layer.forward, found: set[bool] = found) -> Any:
+            found.add(torch.is_autocast_enabled("cpu"))
+            return real(self, *args)
+
+        with monkeypatch.context() as patched, WorkClock() as clock:
+            patched.setattr(layer, "forward", noted)
+            measure_shape(checkpoint, shapes, trains="lora", clock=lambda clock=clock: clock.now_s)  # type: ignore[misc]
+    # The first run, in which the calls are made, is nobody's.
+    assert True not in seen[torch.float32]
+    assert True in seen[torch.bfloat16]
 
 
 def test_measured_shapes_must_be_possible() -> None:
