@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 import lowmem
@@ -126,7 +126,7 @@ def capped(nbytes: int | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def run_job(job: CheckedJob, *, root: Path) -> dict[str, Value]:
+def run_job(job: CheckedJob, *, root: Path, meter: StepMeter | None = None) -> dict[str, Value]:
     """Train a few steps and report them beside the plan.
 
     Raises:
@@ -149,7 +149,7 @@ def run_job(job: CheckedJob, *, root: Path) -> dict[str, Value]:
             else:
                 model = _in_memory(job, folder)
             torch.cuda.reset_peak_memory_stats()
-            meter = StepMeter(lockstep=False)
+            meter = meter or StepMeter(lockstep=False)
             losses = _train(job, model if lora is None else get_peft_model(model, lora), meter, scratch)
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     finally:
@@ -301,19 +301,27 @@ def run_tests(*, sanitized: bool = False) -> dict[str, Value]:
 def find_waits(root: Path) -> dict[str, Value]:
     """Where the host waits for the card in steps of a streamed model, as torch reports it: how often in one step."""
     job = next(job for job in JOBS if job.name == "streamed")
-    found: Counter[str] = Counter()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run_job(job, root=root)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    for warning in seen:
-        if "synchronizing" in str(warning.message):
-            place = Path(warning.filename)
-            found[f"{place.parent.name}/{place.name}:{warning.lineno}"] += 1
+        run_job(job, root=root, meter=_WaitMeter())
+    places = [(Path(entry.filename), entry.lineno) for entry in seen if "synchronizing" in str(entry.message)]
+    found = Counter(f"{file.parent.name}/{file.name}:{line}" for file, line in places)
     return {place: count / job.num_steps for place, count in found.most_common(20)}
+
+
+class _WaitMeter(StepMeter):
+    """Has torch report waits of the host during steps."""
+
+    def __init__(self) -> None:
+        super().__init__(lockstep=False)
+
+    def on_step_begin(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def on_step_end(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        super().on_step_end(args, state, control, **kwargs)
 
 
 def check(*, root: Path, only: Sequence[str] = (), jobs: Sequence[CheckedJob] = JOBS) -> list[tuple[str, str]]:

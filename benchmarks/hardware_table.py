@@ -138,7 +138,7 @@ def cells(folder: Path, name: str) -> Iterator[str]:
 _ABOUT = f"""\
 Made by `python -m benchmarks.hardware_table` with the planner: **planned, not measured**. bf16 weights as they are
 stored, nothing quantised; LoRA of rank 16 on all linear layers, of mixtures of experts on attention; sequences of
-{SEQ_LEN} tokens. Cards by their makers' numbers, of which products are supposed to reach 60%. In each cell: the
+{SEQ_LEN} tokens. Cards by their makers' numbers, of which products are supposed to reach 70%. In each cell: the
 smallest batch that is nearly as fast per token as any, seconds per optimizer step, tokens per second, and what the step
 waits for. `lowmem plan MODEL --gpu ... --search` gives the same for yours."""
 

@@ -372,7 +372,7 @@ def _planned(
         if quantization is not None:
             opened = as_if_packed(opened, quantization)
         shapes = _shapes_for(opened, job, moved, peft_config=peft_config, optimizer=optimizer)
-        speeds = rates_for(opened, shapes, rates) if machine is None else machine.rates
+        speeds = rates_for(opened, shapes, rates) if machine is None else machine.rates_for(shapes)
         whole = budget if machine is None else machine.budget(budget)
         bounds = _bounds(whole, opened, found, tuning=job.tuning)
     name = THIS_MACHINE if machine is None else str(machine)

@@ -94,6 +94,7 @@ def plan(
     vram: Annotated[str | None, typer.Option(help="Memory of its card, instead of the table's.")] = None,
     tflops: Annotated[float | None, typer.Option(help="Dense 16-bit TFLOP/s of its card.")] = None,
     pcie_gbps: Annotated[float | None, typer.Option(help="GB/s of copies to its card.")] = None,
+    memory_gbps: Annotated[float | None, typer.Option(help="GB/s of its card's memory.")] = None,
     gpus: Annotated[int | None, typer.Option(help="How many such cards it has, each with a process.")] = None,
     nodes: Annotated[int | None, typer.Option(help="How many such machines there are.")] = None,
     on: ComputeOn = None,
@@ -115,6 +116,7 @@ def plan(
 
     lora = _lora(0 if tuning == "full" else lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules)
     card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "gpus": gpus}
+    card |= {"memory_gbps": memory_gbps}
     machine = _machine(ram=ram, disk_gbps=disk_gbps, nodes=nodes, **card)
     opening: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     opening |= {"masters": masters, "micro_batch": micro_batch, "chunk_tokens": chunk_tokens}

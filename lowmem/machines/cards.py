@@ -7,20 +7,69 @@ say so.
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Final
 
 from lowmem.errors import UnsupportedError
+from lowmem.experts.visiting import expected_share
+from lowmem.machines.rates import what_trains
 from lowmem.planning.job import DeviceKind
-from lowmem.planning.step_time import Rates, assumed_rates
+from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
+from lowmem.planning.step_time import Rates, ShapeRates, Trained, assumed_rates
 from offload import Budget, format_bytes, parse_bytes
 
 _GIB = 1 << 30
 
 
-_SUSTAINED = 0.6
-"""Part of a card's throughput that the products of a training step reach; 0.5 to 0.7 is usual for large products."""
+_SUSTAINED = 0.7
+"""Part of a card's throughput that the products of a training step reach: 700 of an H200's 989 TFLOP/s were seen."""
+
+
+_MEMORY_SUSTAINED = 0.85
+"""Part of its memory's throughput that element-wise operators reach."""
+
+
+_GBPS_PER_TFLOPS = 6.0
+"""Memory's gigabytes per second for each TFLOP/s, of a card of which nobody said it: 5 to 13 are usual."""
+
+
+_ATTENTION_SHARES = 0.5, 0.13
+"""Part of its throughput that attention reaches without gradients, and recomputed and differentiated, with the same
+operations counted once: 385 to 560 and 110 to 142 TFLOP/s on an H200.
+"""
+
+
+_PASSES: dict[Trained, tuple[int, int]] = {
+    "nothing": (4, 12),
+    "lora": (9, 23),
+    "lora of experts": (9, 23),
+    "dora": (12, 31),
+}
+"""How often element-wise operators go over what a block's products take and give, in a forward and in a backward that
+recomputes it: LoRA by the profile of a step on an H200, DoRA by what it took more there.
+"""
+
+
+_HEAD_PASSES = 30, 15
+"""The same of logits in fp32."""
+
+
+_LAUNCH_S = 1e-3, 4e-3
+"""What a block's operators take to be launched, in a forward and in a backward: 2 and 6 ms from the H200's host."""
+
+
+_CALLS = 1, 8, 32, 128, 512, 2048, 8192
+"""Tokens of the calls that times are given for."""
+
+
+_UPDATE_BYTES, _DROPOUT_BYTES = 40, 12
+"""What AdamW in fp32, its gradient's norm included, and dropping a value in fp32 read and write."""
+
+
+_VALUES_BYTES_PER_S = 1.0e11
+"""Values of two bytes that a card makes of packed weights: 61 million in 1.2 ms on an H200."""
 
 
 _LANE_GBPS = {3: 0.80, 4: 1.60, 5: 3.15}
@@ -49,6 +98,8 @@ class Card:
     """Memory in GiB."""
     tflops: float
     """Dense 16-bit tensor operations with sums in fp32, in 10**12 per second."""
+    memory_gbps: float
+    """Gigabytes (10**9 bytes) per second of its memory."""
     pcie: int
     """Generation of PCI Express."""
     lanes: int = 16
@@ -61,29 +112,104 @@ class Card:
         """Gigabytes per second that copies to it reach."""
         return _LANE_GBPS[self.pcie] * self.lanes
 
+    def shape_rates(self, shapes: ModelShapes) -> ShapeRates:
+        """What a model's mean block and its head take, by operations and bytes: in half types, under autocast."""
+        trains = what_trains(shapes)
+        flops_per_s, bytes_per_s = self.tflops * 1e12, self.memory_gbps * 1e9 * _MEMORY_SUSTAINED
+        blocks, compute = shapes.blocks, itemsize(shapes.compute_dtype)
+        active = statistics.fmean(block.num_active_params for block in blocks)
+        moved = compute * statistics.fmean(map(_values_per_token, blocks))
+        # Products are made three times in a backward of which weights get no gradient: again, and for their inputs.
+        times_s: list[tuple[float, ...]] = []
+        for products, passes, launch_s in zip((1, 2), _PASSES[trains], _LAUNCH_S, strict=True):
+            product_s = 2.0 * active * products / (flops_per_s * _SUSTAINED)
+            token_s = product_s + passes * moved / bytes_per_s
+            weights_s = {num: products * compute * _weights_read(shapes, num) / bytes_per_s for num in _CALLS}
+            times_s.append(tuple(max(launch_s, weights_s[num], token_s * num) for num in _CALLS))
+        logits_s = shapes.vocab_size * itemsize("float32") / bytes_per_s
+        head_s = 2.0 * shapes.num_head_params / (flops_per_s * _SUSTAINED)
+        return ShapeRates(
+            trains=trains,
+            call_tokens=_CALLS,
+            forward_calls_s=times_s[0],
+            backward_calls_s=times_s[1],
+            chunk_forward_s=0.0,
+            chunk_backward_s=0.0,
+            visit_forward_s=0.0,
+            visit_backward_s=0.0,
+            attention_flops_per_s=flops_per_s * _ATTENTION_SHARES[0],
+            attention_backward_flops_per_s=flops_per_s * _ATTENTION_SHARES[1],
+            head_token_s=head_s + _HEAD_PASSES[0] * logits_s,
+            head_backward_token_s=2 * head_s + _HEAD_PASSES[1] * logits_s,
+            unpack_s=statistics.fmean(block.packed_values_bytes for block in blocks) / _VALUES_BYTES_PER_S,
+            update_s_per_param=_UPDATE_BYTES / bytes_per_s,
+            dropout_s=_DROPOUT_BYTES / bytes_per_s,
+        )
 
-def _cards(pcie: int, *rows: tuple[str, float, float], lanes: int = 16, has_bf16: bool = True) -> tuple[Card, ...]:
+
+def _values_per_token(block: BlockShape) -> int:
+    """What a block's products take and give."""
+    values = sum(linear.in_features + linear.out_features for linear in block.linears)
+    if block.experts is not None:
+        experts = block.experts
+        values += experts.num_per_token * (2 * block.hidden_size + experts.expanded_size + experts.product_size)
+    return values
+
+
+def _weights_read(shapes: ModelShapes, num_tokens: int) -> float:
+    """Weights of the mean block that so many tokens are multiplied with."""
+    total = 0.0
+    for block in shapes.blocks:
+        total += block.num_active_params
+        if block.experts is not None:
+            # Each token has its own few of them.
+            experts = block.experts
+            share = expected_share(num_tokens, num_experts=experts.num_experts, num_per_token=experts.num_per_token)
+            each = block.hidden_size * (experts.expanded_size + experts.product_size)
+            total += each * (share * experts.num_experts - experts.num_per_token)
+    return total / len(shapes.blocks)
+
+
+Row = tuple[str, float, float, float]
+"""Name, memory in GiB, TFLOP/s, memory's GB/s."""
+
+
+def _cards(pcie: int, *rows: Row, lanes: int = 16, has_bf16: bool = True) -> tuple[Card, ...]:
     return tuple(
-        Card(name=name, vram_gib=vram, tflops=tflops, pcie=pcie, lanes=lanes, has_bf16=has_bf16)
-        for name, vram, tflops in rows
+        Card(name=name, vram_gib=vram, tflops=tflops, memory_gbps=gbps, pcie=pcie, lanes=lanes, has_bf16=has_bf16)
+        for name, vram, tflops, gbps in rows
     )
 
 
 CARDS: Final = (
-    *_cards(3, ("RTX 2060", 6, 25.8), ("RTX 2080 Ti", 11, 53.8), ("T4", 16, 65), has_bf16=False),
-    *_cards(3, ("V100 16GB", 16, 112), ("V100 32GB", 32, 112), has_bf16=False),
-    *_cards(4, ("RTX 3060", 12, 25.5), ("RTX 3060 Ti", 8, 32.4), ("RTX 3070", 8, 40.6), ("RTX 3080", 10, 59.5)),
-    *_cards(4, ("RTX 3080 Ti", 12, 68), ("RTX 3090", 24, 71), ("RTX 3090 Ti", 24, 80)),
-    *_cards(4, ("RTX 4060", 8, 30.2), ("RTX 4060 Ti 8GB", 8, 44.1), ("RTX 4060 Ti 16GB", 16, 44.1), lanes=8),
-    *_cards(4, ("RTX 4070", 12, 58.3), ("RTX 4070 Super", 12, 70.9), ("RTX 4070 Ti Super", 16, 88.2)),
-    *_cards(4, ("RTX 4080", 16, 97.5), ("RTX 4080 Super", 16, 104.4), ("RTX 4090", 24, 165.2)),
-    *_cards(5, ("RTX 5060 Ti 16GB", 16, 47.4), lanes=8),
-    *_cards(5, ("RTX 5070", 12, 61.7), ("RTX 5070 Ti", 16, 87.9), ("RTX 5080", 16, 112.6), ("RTX 5090", 32, 209.5)),
-    *_cards(4, ("RTX A4000", 16, 76.7), ("RTX A5000", 24, 111.1), ("RTX A6000", 48, 154.8)),
-    *_cards(4, ("RTX 6000 Ada", 48, 364.2), ("L4", 24, 121), ("L40S", 48, 362), ("A10", 24, 125)),
-    *_cards(4, ("A100 40GB", 40, 312), ("A100 80GB", 80, 312)),
-    *_cards(5, ("RTX PRO 6000 Blackwell", 96, 503.8), ("H100 PCIe", 80, 756), ("H100 SXM", 80, 989)),
-    *_cards(5, ("H200", 141, 989)),
+    *_cards(3, ("RTX 2060", 6, 25.8, 336), ("RTX 2080 Ti", 11, 53.8, 616), ("T4", 16, 65, 320), has_bf16=False),
+    *_cards(3, ("V100 16GB", 16, 112, 900), ("V100 32GB", 32, 112, 900), has_bf16=False),
+    *_cards(
+        4,
+        ("RTX 3060", 12, 25.5, 360),
+        ("RTX 3060 Ti", 8, 32.4, 448),
+        ("RTX 3070", 8, 40.6, 448),
+        ("RTX 3080", 10, 59.5, 760),
+    ),
+    *_cards(4, ("RTX 3080 Ti", 12, 68, 912), ("RTX 3090", 24, 71, 936), ("RTX 3090 Ti", 24, 80, 1008)),
+    *_cards(
+        4, ("RTX 4060", 8, 30.2, 272), ("RTX 4060 Ti 8GB", 8, 44.1, 288), ("RTX 4060 Ti 16GB", 16, 44.1, 288), lanes=8
+    ),
+    *_cards(4, ("RTX 4070", 12, 58.3, 504), ("RTX 4070 Super", 12, 70.9, 504), ("RTX 4070 Ti Super", 16, 88.2, 672)),
+    *_cards(4, ("RTX 4080", 16, 97.5, 717), ("RTX 4080 Super", 16, 104.4, 736), ("RTX 4090", 24, 165.2, 1008)),
+    *_cards(5, ("RTX 5060 Ti 16GB", 16, 47.4, 448), lanes=8),
+    *_cards(
+        5,
+        ("RTX 5070", 12, 61.7, 672),
+        ("RTX 5070 Ti", 16, 87.9, 896),
+        ("RTX 5080", 16, 112.6, 960),
+        ("RTX 5090", 32, 209.5, 1792),
+    ),
+    *_cards(4, ("RTX A4000", 16, 76.7, 448), ("RTX A5000", 24, 111.1, 768), ("RTX A6000", 48, 154.8, 768)),
+    *_cards(4, ("RTX 6000 Ada", 48, 364.2, 960), ("L4", 24, 121, 300), ("L40S", 48, 362, 864), ("A10", 24, 125, 600)),
+    *_cards(4, ("A100 40GB", 40, 312, 1555), ("A100 80GB", 80, 312, 2039)),
+    *_cards(5, ("RTX PRO 6000 Blackwell", 96, 503.8, 1792), ("H100 PCIe", 80, 756, 2000), ("H100 SXM", 80, 989, 3350)),
+    *_cards(5, ("H200", 141, 989, 4800)),
 )
 """By generation. Gaming cards of the RTX series sum in fp32 at half the rate of their fp16 sums; this is that half."""
 
@@ -130,6 +256,8 @@ class Machine:
         tflops: Its dense 16-bit throughput in 10**12 operations per second, instead of the table's; of a processor,
             what its products reach.
         pcie_gbps: Gigabytes per second of copies to it, instead of the table's.
+        memory_gbps: Gigabytes per second of its memory, instead of the table's; of a card that is not there, a guess by
+            its throughput if not given.
         gpus: How many such cards it has, each with a process of its own (docs/processes.md).
         nodes: How many such machines there are.
         network_gbps: Gigabytes per second between them; 1.25 is 10 Gbit/s.
@@ -145,12 +273,13 @@ class Machine:
     vram: int | str | None = None
     tflops: float | None = None
     pcie_gbps: float | None = None
+    memory_gbps: float | None = None
     gpus: int = 1
     nodes: int = 1
     network_gbps: float = 1.25
 
     def __post_init__(self) -> None:
-        for name in ("disk_gbps", "tflops", "pcie_gbps", "network_gbps"):
+        for name in ("disk_gbps", "tflops", "pcie_gbps", "memory_gbps", "network_gbps"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
                 raise ValueError(f"Machine.{name}={value!r}: expected a number above 0")
@@ -164,8 +293,11 @@ class Machine:
                 raise ValueError(f"Machine.{name}={value!r}: expected a whole number of at least 1")
         if self.gpu is None and self.gpus > 1:
             raise ValueError(f"Machine.gpus={self.gpus}: say which card, gpu= (--gpu), of which there are so many")
-        if self.gpu is None and (self.vram is not None or self.pcie_gbps is not None):
-            raise ValueError("Machine: vram and pcie_gbps belong to a card; give gpu= too, or leave them out")
+        of_card = (self.vram, self.pcie_gbps, self.memory_gbps)
+        if self.gpu is None and any(number is not None for number in of_card):
+            raise ValueError(
+                "Machine: vram, pcie_gbps and memory_gbps belong to a card; give gpu= too, or leave them out"
+            )
         # Fails now where the card is not known.
         _ = self.card
 
@@ -176,11 +308,13 @@ class Machine:
             return None
         is_complete = None not in (self.vram, self.tflops, self.pcie_gbps)
         if is_complete and _plain(self.gpu) not in {_plain(card.name) for card in CARDS}:
-            card = Card(name=self.gpu, vram_gib=0, tflops=0, pcie=4)
+            gbps = _GBPS_PER_TFLOPS * (self.tflops or 0.0)
+            card = Card(name=self.gpu, vram_gib=0, tflops=0, memory_gbps=gbps, pcie=4)
         else:
             card = find_card(self.gpu)
         vram_gib = card.vram_gib if self.vram is None else parse_bytes(self.vram) / _GIB
-        return replace(card, vram_gib=vram_gib, tflops=self.tflops or card.tflops)
+        found = replace(card, vram_gib=vram_gib, tflops=self.tflops or card.tflops)
+        return replace(found, memory_gbps=self.memory_gbps or card.memory_gbps)
 
     @property
     def device(self) -> DeviceKind:
@@ -197,6 +331,13 @@ class Machine:
         elif self.tflops is not None:
             computed = self.tflops * 1e12
         return Rates(disk_bytes_per_s=self.disk_gbps * 1e9, copy_bytes_per_s=copied, compute_flops_per_s=computed)
+
+    def rates_for(self, shapes: ModelShapes) -> Rates:
+        """The same with what a model's blocks and head take on its card, where an adapter trains or nothing does."""
+        card = self.card
+        if card is None or shapes.trains_every_weight:
+            return self.rates
+        return replace(self.rates, shape=card.shape_rates(shapes))
 
     def budget(self, given: Budget | None = None) -> Budget:
         """What a run may use of it.

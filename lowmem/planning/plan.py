@@ -513,9 +513,12 @@ def _facts(plan: Plan) -> list[str]:
     words = (
         f"{name} {number} {'measured' if name in rates.measured else 'assumed'}" for name, number in numbers.items()
     )
-    lines.append(f"rates      {', '.join(words)}")
+    moved = rates.scratch_bytes_per_s
+    again = "" if moved is None else f", written and read back {moved / 1e9:.3g} GB/s measured"
+    lines.append(f"rates      {', '.join(words)}{again}")
     if rates.shape is not None:
-        lines.append("           blocks, attention, head and unpacking of these shapes measured")
+        how = "measured" if "compute" in rates.measured else "by operations and bytes, of which the card does so many"
+        lines.append(f"           blocks, attention, head and unpacking of these shapes {how}")
     if plan.machine != THIS_MACHINE:
         lines.append(f"machine    {plan.machine}")
     if job.num_sharing > 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 import lowmem
@@ -102,6 +103,50 @@ def test_a_70b_fits_with_lora_and_its_smallest_card_is_told(models: dict[str, Pa
     small = lowmem.plan(models["70b"], seq_len=2048, machine=lowmem.Machine(gpu="RTX 3070", ram="64GiB"))
     assert not small.fits
     assert "would fit: " in str(small).splitlines()[0]
+
+
+EIGHT_BLOCKS = LlamaConfig(
+    hidden_size=4096,
+    num_hidden_layers=8,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=32000,
+    max_position_embeddings=1 << 17,
+    dtype="bfloat16",
+    architectures=["LlamaForCausalLM"],
+)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "device", "measured_s", "measured_gib"),
+    [(4, 2048, "7GiB", 0.282, 4.71), (1, 1 << 17, "24GiB", 20.1, 18.71)],
+)
+def test_a_card_that_was_measured_is_planned_as_it_was(
+    batch_size: int, seq_len: int, device: str, measured_s: float, measured_gib: float, tmp_path: Path
+) -> None:
+    # benchmarks/results/2026-11-27-gpu-check-h200.jsonl.
+    EIGHT_BLOCKS.save_pretrained(tmp_path)
+    adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    job: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "peft_config": adapter}
+    budget = lowmem.Budget(device=device, host="8GiB")
+    plan = lowmem.plan(tmp_path, machine=lowmem.Machine(gpu="H200", ram="120GiB"), budget=budget, **job)
+    assert plan.step_s == pytest.approx(measured_s, rel=0.3)
+    assert measured_gib < plan.device_bytes / GIB
+    assert "by operations and bytes" in str(plan)
+    slower = lowmem.Machine(gpu="H200", ram="120GiB", memory_gbps=1000)
+    assert lowmem.plan(tmp_path, machine=slower, budget=budget, **job).step_s > 1.1 * plan.step_s
+
+
+def test_a_card_of_which_little_is_known_has_a_guess_of_its_memory() -> None:
+    numbers: dict[str, Any] = {"gpu": "Some card", "vram": "16GiB", "tflops": 50, "pcie_gbps": 20}
+    guessed, given = lowmem.Machine(**numbers).card, lowmem.Machine(**numbers, memory_gbps=500).card
+    assert guessed is not None
+    assert given is not None
+    assert (guessed.memory_gbps, given.memory_gbps) == (300, 500)
+    assert all(200 < card.memory_gbps < 10_000 for card in CARDS)
+    with pytest.raises(ValueError, match="memory_gbps belong to a card"):
+        lowmem.Machine(memory_gbps=500)
 
 
 MISFITS: dict[str, dict[str, Any]] = {
