@@ -107,17 +107,14 @@ def plan(
     """Say whether a job fits, what takes how much where, and how long a step takes. Loads nothing.
 
     A hub id costs its config.json and the shards' headers; a folder with config.json alone is enough. With --gpu, --ram
-    or --disk-gbps the plan is for another machine, of which nothing need be here.
-
-    Exits with 1 if the job does not fit.
+    or --disk-gbps the plan is for another machine, of which nothing need be here. Exits with 1 if it does not fit.
     """
     from lowmem.api import plan as make_plan
     from offload import Budget
 
     lora = _lora(0 if tuning == "full" else lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules)
-    card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "gpus": gpus}
-    card |= {"memory_gbps": memory_gbps}
-    machine = _machine(ram=ram, disk_gbps=disk_gbps, nodes=nodes, **card)
+    card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "memory_gbps": memory_gbps}
+    machine = _machine(ram=ram, disk_gbps=disk_gbps, gpus=gpus, nodes=nodes, **card)
     opening: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     opening |= {"masters": masters, "micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
     made = make_plan(
