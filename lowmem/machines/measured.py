@@ -69,8 +69,8 @@ _CHUNK_TOKENS, _NUM_CHUNKS = 128, 4
 _CALL_S = 1.0
 """What the largest call may take at most, or twice what the middle one took."""
 
-_ATTENTION_TOKENS = {"cpu": (1024,), "cuda": (8192, 2048, 1024)}
-"""Tokens of the sequence whose attention is timed: the first that there is memory for."""
+_ATTENTION_TOKENS = {"cpu": (512, 1024), "cuda": (2048, 8192)}
+"""Tokens of the two sequences whose attention is timed; of the first alone where there is no memory for the other."""
 
 _HEAD_TOKENS = {"cpu": 256, "cuda": 4096}
 
@@ -446,36 +446,52 @@ def _modules(module: nn.Module, skipped: set[int]) -> Iterator[nn.Module]:
 
 
 def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -> tuple[float, float]:
-    """Operations per second of causal attention without gradients, and recomputed with them, of the widest block."""
+    """Operations per second of causal attention without gradients, and recomputed with them, of the widest block.
+
+    Of what grows with the square of a sequence's length. Kernels compute whole tiles, of which a causal mask leaves
+    half on the diagonal: that grows with the length, and is in what calls take.
+    """
     block = max(shapes.blocks, key=lambda block: block.query_size)
     num_keys = max(1, block.num_heads * block.key_size // block.query_size)
     width = block.query_size // block.num_heads
     make = dict[str, Any](dtype=opened.dtype, device=opened.device)
     grouped = num_keys != block.num_heads
 
-    def of(num_tokens: int) -> tuple[float, float]:
+    def timed(num_tokens: int) -> list[float]:
         query = torch.randn(1, block.num_heads, num_tokens, width, **make)
         key, value = (torch.randn(1, num_keys, num_tokens, width, **make) for _ in range(2))
         gradient = torch.randn_like(query)
 
         def forward() -> Tensor:
-            return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+            with torch.no_grad():
+                return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
 
         def backward() -> None:
             q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
             output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             torch.autograd.grad(output, [q, k, v], gradient)
 
-        flops = 2.0 * num_tokens**2 * block.query_size
-        with torch.no_grad():
-            forward_s = watch.usual_s(forward)
-        return flops / forward_s, flops / watch.usual_s(backward)
+        return watch.usual_in_turn([forward, backward])
 
-    *larger, least = _ATTENTION_TOKENS[opened.device.type]
-    for num_tokens in larger:
-        with suppress(torch.cuda.OutOfMemoryError):
-            return of(num_tokens)
-    return of(least)
+    short, long = _ATTENTION_TOKENS[opened.device.type]
+    short_s = long_s = timed(short)
+    num_tokens = short
+    with suppress(torch.cuda.OutOfMemoryError):
+        long_s, num_tokens = timed(long), long
+    flops = 2.0 * num_tokens**2 * block.query_size
+    forward, backward = (
+        flops / _of_square(one_s, other_s, short=short, long=num_tokens)
+        for one_s, other_s in zip(short_s, long_s, strict=True)
+    )
+    return forward, backward
+
+
+def _of_square(short_s: float, long_s: float, *, short: int, long: int) -> float:
+    """Seconds of the longer sequence that grow with the square of the length; all where that cannot be told."""
+    if long == short:
+        return long_s
+    square_s = (long_s / long - short_s / short) / (long - short) * long**2
+    return square_s if square_s > 0 else long_s
 
 
 def _head_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -> tuple[float, float]:

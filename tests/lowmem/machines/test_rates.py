@@ -257,6 +257,17 @@ def test_largest_call_follows_what_a_token_adds(small_s: float, middle_s: float,
     assert measured._largest_call(small, middle, most=64) == 64
 
 
+def test_attention_is_told_from_what_grows_with_the_length_alone() -> None:
+    def seconds(num_tokens: int) -> float:
+        return 3.0 * num_tokens**2 + 500.0 * num_tokens
+
+    found = measured._of_square(seconds(512), seconds(1024), short=512, long=1024)
+    assert found == pytest.approx(3.0 * 1024**2)
+    # Where launching takes all of it, or there was memory for one length only.
+    assert measured._of_square(1.0, 1.0, short=512, long=1024) == 1.0
+    assert measured._of_square(2.0, 2.0, short=512, long=512) == 2.0
+
+
 def test_a_step_of_generation_is_measured_with_few_tokens(tmp_path: Path) -> None:
     checkpoint = opened(build("qwen3_moe", tmp_path, dtype=torch.bfloat16))
     shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
