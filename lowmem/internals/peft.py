@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -49,10 +49,16 @@ def _adapted_kinds() -> tuple[type[nn.Module], ...]:
 
 def _adapted(block: nn.Module) -> Iterator[nn.Module]:
     kinds = _adapted_kinds()
-    return (module for module in modules_in(block) if _is_of(type(module), kinds))  # type: ignore[arg-type]  # hashable
+    return (module for module in modules_in(block) if _applies(module, kinds))
 
 
-@cache
+def _applies(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of one of the classes that apply adapters."""
+    return _is_of(type(module), kinds)  # type: ignore[arg-type]  # classes are hashable
+
+
+# Bounded: torch's parametrizations make a class for each module.
+@lru_cache(maxsize=1024)
 def _is_of(kind: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> bool:
     """`issubclass`, which asks registries of abstract classes, once for each class."""
     return issubclass(kind, kinds)
@@ -252,9 +258,10 @@ def settings_in(block: nn.Module) -> tuple[tuple[bool, tuple[object, ...]], ...]
 
     Those are `set_adapter`, `disable_adapter`, `scale_layer` and merging; nothing of a module that is not adapted.
     """
-    adapted = {id(module) for module in _adapted(block)}
-    modules = modules_in(block)
-    return tuple((module.training, _settings_of(module) if id(module) in adapted else ()) for module in modules)
+    kinds = _adapted_kinds()
+    return tuple(
+        (module.training, _settings_of(module) if _applies(module, kinds) else ()) for module in modules_in(block)
+    )
 
 
 def _settings_of(module: nn.Module) -> tuple[object, ...]:

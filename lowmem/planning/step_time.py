@@ -136,7 +136,8 @@ class Rates:
     """What this model's blocks and head take, where that was measured; else it follows from `compute_flops_per_s`."""
 
     def __post_init__(self) -> None:
-        for name in ("disk_bytes_per_s", "copy_bytes_per_s", "compute_flops_per_s", "disk_num_threads"):
+        given = () if self.scratch_bytes_per_s is None else ("scratch_bytes_per_s",)
+        for name in ("disk_bytes_per_s", "copy_bytes_per_s", "compute_flops_per_s", "disk_num_threads", *given):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Rates.{name} is {getattr(self, name)}; expected a positive number")
 

@@ -196,6 +196,12 @@ def test_state_on_disk_moves_as_fast_as_was_measured_where_it_is(llama: Path, tm
     assert planned(1e6, least).time.disk_s == same.time.disk_s
 
 
+def test_a_rate_of_what_is_moved_is_none_or_above_zero() -> None:
+    for nothing in (0.0, -1.0):
+        with pytest.raises(ValueError, match="scratch_bytes_per_s is"):
+            Rates(scratch_bytes_per_s=nothing)
+
+
 def test_half_types_are_timed_as_trainers_run_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build("llama", tmp_path, dtype=torch.bfloat16)
     seen: dict[torch.dtype, set[bool]] = {}
