@@ -3,7 +3,7 @@
     python -m benchmarks.plan_accuracy [--root /nvme/checkpoints] [--case NAME ...] [--results FILE] [--table]
         [--cpu-time] [--bench-each]
 
-43 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
+44 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
 tiers. Each runs in a process of its own, forked from one that has imported everything, and trains a tiny model first.
 Memory is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there;
 time is the median of the steps after the second.
@@ -51,6 +51,8 @@ class Case:
     accumulation: int = 1
     task: str = "sft"
     dtype: str = "float32"
+    autocast: bool = True
+    """Of bf16: TRL's default; else SFTConfig(bf16=False)."""
     dropout: float = 0.0
     budget: str = "ample"
     """tight: a twentieth more than the smallest that fits; half: half way to where nothing moves; ample: 4 GiB."""
@@ -63,7 +65,7 @@ class Case:
         words = [self.shape.removeprefix("plan-"), self.kind, self.optimizer, f"{self.batch_size}x{self.seq_len}"]
         words += [f"acc{self.accumulation}"] if self.accumulation > 1 else []
         words += [self.task] if self.task != "sft" else []
-        words += ["bf16"] if self.dtype == "bfloat16" else []
+        words += [("bf16" if self.autocast else "bf16alone")] if self.dtype == "bfloat16" else []
         words += ["dropout"] if self.dropout else []
         words += [self.budget]
         words += [f"host{self.host_mib}"] if self.host_mib else []
@@ -87,6 +89,7 @@ CASES = {
         Case(batch_size=2, accumulation=2, budget="tight"),
         Case(dtype="bfloat16"),
         Case(dtype="bfloat16", batch_size=4, budget="tight"),
+        Case(dtype="bfloat16", autocast=False, batch_size=2),
         Case(optimizer="sgd", batch_size=2),
         Case(optimizer="adafactor", batch_size=2, budget="half"),
         Case(dropout=0.1, batch_size=2),
@@ -172,6 +175,7 @@ def run(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
             budget=lowmem.Budget(device=device_bytes, host=case.host_mib * _MIB, disk=scratch if case.disk else None),
             device="cpu",
             dtype=case.dtype,
+            autocast=case.autocast,
         )
 
     ample = plan(4 << 30)
@@ -354,7 +358,7 @@ def _train(model: Any, lora: Any, case: Case, *, callbacks: list[Any], num_steps
             "max_steps": num_steps,
             "report_to": "none",
             "save_strategy": "no",
-            "bf16": False,
+            "bf16": case.dtype == "bfloat16" and case.autocast,
             "use_cpu": True,
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
@@ -407,7 +411,7 @@ def _bench(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
     from lowmem.machines.bench import bench_lines
 
     model, scratch = ensure_model(case.shape, root=root), root / "scratch" if case.disk else None
-    lines = list(bench_lines(model, device="cpu", dtype=case.dtype, disk=scratch, clock=clock))
+    lines = list(bench_lines(model, device="cpu", dtype=case.dtype, disk=scratch, autocast=case.autocast, clock=clock))
     return {"lines": lines}
 
 
@@ -450,11 +454,11 @@ def main() -> None:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     # Kept apart from what `lowmem bench` has measured for this machine's user.
     os.environ["XDG_CACHE_HOME"] = str(arguments.root / ("rates-of-cpu-time" if arguments.cpu_time else "rates"))
-    benched: set[tuple[str, str]] = set()
+    benched: set[tuple[str, str, bool]] = set()
     for name in names:
         case = CASES[name]
-        if arguments.bench_each or (case.shape, case.dtype) not in benched:
-            benched.add((case.shape, case.dtype))
+        if arguments.bench_each or (case.shape, case.dtype, case.autocast) not in benched:
+            benched.add((case.shape, case.dtype, case.autocast))
             _run_forked(_bench, case, root=arguments.root, clock=clock)
         report = _run_forked(run, case, root=arguments.root, clock=clock)
         line = emit(BENCHMARK, name, **report)

@@ -295,6 +295,7 @@ def plan(
     num_examples: int | None = None,
     num_epochs: float = 1.0,
     machine: Machine | None = None,
+    autocast: bool = True,
 ) -> Plan:
     """Find out what a job takes, whether it fits, and what to change, from the configuration and the shards' headers.
 
@@ -326,6 +327,7 @@ def plan(
         num_examples: Examples of the data set, in place of `num_steps`.
         num_epochs: How often a run goes through them.
         machine: What to plan for, if not this machine: no device of it is needed, and none is made.
+        autocast: Whether a half type trains under autocast, TRL's default; a run is planned again for what it does.
 
     Raises:
         UnsupportedError: An option or the architecture cannot be honoured exactly.
@@ -338,16 +340,14 @@ def plan(
     given: dict[str, Any] = {"num_steps": num_steps, "num_examples": num_examples, "num_epochs": num_epochs}
     given |= {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "completion_tokens": completion_tokens}
     given |= {"gradient_accumulation_steps": gradient_accumulation_steps, "uses_reference": use_reference}
-    given |= {"batch_size": 1 if batch_size == "auto" else batch_size, "has_dropout": _has_dropout(peft_config)}
-    job = Job(task=task, seq_len=seq_len, device=kind_of(chosen), tuning=tuning, **given)
-    opening: dict[str, Any] = {"revision": revision, "attn_implementation": attn_implementation}
-    opening["trust_remote_code"] = trust_remote_code
+    given |= {"has_dropout": _has_dropout(peft_config), "autocast": autocast, "device": kind_of(chosen)}
+    job = Job(task=task, batch_size=1 if batch_size == "auto" else batch_size, seq_len=seq_len, tuning=tuning, **given)
+    opening: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    opening["attn_implementation"] = attn_implementation
     how: dict[str, Any] = {"peft_config": peft_config, "optimizer": optimizer, "budget": budget, "rates": rates}
     opening["dtype"], how["moved"] = _dtypes(dtype, masters, tuning=tuning, device=chosen)
     planned: Callable[..., Plan] = partial(_planned, model, job, device=chosen, opening=opening, machine=machine, **how)
-    made = planned(quantization, finds_batch=batch_size == "auto")
-    compares = batch_size == "auto" and quantization is None and tuning == "adapter"
-    return replace(made, advice=(*made.advice, *(_packed_advice(made, planned) if compares else ())))
+    return _compared(planned, quantization, finds_batch=batch_size == "auto", packs=tuning == "adapter")
 
 
 def _planned(
@@ -372,7 +372,9 @@ def _planned(
         if quantization is not None:
             opened = as_if_packed(opened, quantization)
         shapes = _shapes_for(opened, job, moved, peft_config=peft_config, optimizer=optimizer)
-        speeds = rates_for(opened, shapes, rates) if machine is None else machine.rates_for(shapes)
+        speeds = (
+            rates_for(opened, shapes, rates, autocast=job.autocast) if machine is None else machine.rates_for(shapes)
+        )
         whole = budget if machine is None else machine.budget(budget)
         bounds = _bounds(whole, opened, found, tuning=job.tuning)
     name = THIS_MACHINE if machine is None else str(machine)
@@ -386,6 +388,13 @@ def _planned(
 _COMPARED = {"int8": "8 bits", "nf4": "4 bits"}
 _WORTH = 0.95
 """As for other advice: a change is worth a sentence if a token takes at most this part of its time."""
+
+
+def _compared(planned: Callable[..., Plan], quantization: str | None, *, finds_batch: bool, packs: bool) -> Plan:
+    """The plan, and where a batch was looked for what packed weights would change."""
+    made = planned(quantization, finds_batch=finds_batch)
+    compares = finds_batch and packs and quantization is None
+    return replace(made, advice=(*made.advice, *(_packed_advice(made, planned) if compares else ())))
 
 
 def _packed_advice(made: Plan, planned: Callable[[str], Plan]) -> Iterator[str]:

@@ -57,6 +57,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quantization = Annotated[str | None, typer.Option(help="Packed weights: nf4, fp4 or int8.")]
 ComputeOn = Annotated[str | None, typer.Option(help="Compute device: cpu or cuda; the GPU if there is one.")]
 ComputeIn = Annotated[str | None, typer.Option(help="Compute dtype; float32 on a CPU.")]
+Autocast = Annotated[
+    bool, typer.Option(help="A model in a half type trains under autocast to it, as TRL's trainers do by default.")
+]
 
 
 @app.command()
@@ -99,6 +102,7 @@ def plan(
     nodes: Annotated[int | None, typer.Option(help="How many such machines there are.")] = None,
     on: ComputeOn = None,
     dtype: ComputeIn = None,
+    autocast: Autocast = True,
     measure: Annotated[bool, typer.Option("--measure", help="Measure disk and compute first (1 s).")] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -116,7 +120,7 @@ def plan(
     card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "memory_gbps": memory_gbps}
     machine = _machine(ram=ram, disk_gbps=disk_gbps, gpus=gpus, nodes=nodes, **card)
     opening: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    opening |= {"masters": masters, "micro_batch": micro_batch, "chunk_tokens": chunk_tokens}
+    opening |= {"masters": masters, "micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "autocast": autocast}
     made = make_plan(
         model,
         task=cast("Task", task),
@@ -222,6 +226,7 @@ def bench(
     model: Model,
     on: ComputeOn = None,
     dtype: ComputeIn = None,
+    autocast: Autocast = True,
     quantization: Quantization = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -243,6 +248,7 @@ def bench(
         revision=revision,
         trust_remote_code=trust_remote_code,
         disk=disk,
+        autocast=autocast,
     )
     for line in lines:
         typer.echo(json.dumps(line))

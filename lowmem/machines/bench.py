@@ -32,6 +32,7 @@ def bench_lines(
     revision: str | None = None,
     trust_remote_code: bool = False,
     disk: str | Path | None = None,
+    autocast: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Mapping[str, object]]:
     """Measure and keep the rates of a model's shapes on this machine.
@@ -45,6 +46,7 @@ def bench_lines(
         trust_remote_code: As in transformers.
         disk: Folder in which steps will write what they read back (`Budget(disk=...)`): half a gigabyte is written
             there for a moment. None to take it for as fast as the checkpoint is read.
+        autocast: Time a half type under autocast to it.
         clock: Seconds of computing; another than the wall clock's where other programs run.
 
     Yields:
@@ -81,8 +83,7 @@ def bench_lines(
     rates = measure_rates(read, device=chosen, dtype=checkpoint.dtype)
     if disk is not None:
         rates = replace(rates, scratch_bytes_per_s=probe_scratch(Path(disk)))
-        moved = round(rates.moved_bytes_per_s / 1e9, 3)
-        yield {"probe": "written and read back", "folder": str(disk), "gb_per_s": moved}
+        yield {"probe": "written and read back", "folder": str(disk), "gb_per_s": rates.moved_bytes_per_s / 1e9}
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
     common: dict[str, object] = {"device": name, "machine": platform.machine(), "torch": torch.__version__}
     common |= {"num_threads": torch.get_num_threads()}
@@ -95,8 +96,12 @@ def bench_lines(
     }
     found: dict[str, ShapeRates] = {}
     for trains in _trained(checkpoint, bare):
-        yield {"probe": "blocks", "trains": trains, **_timed(opened(), trains, found=found, clock=clock, common=common)}
-    kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen)
+        yield {
+            "probe": "blocks",
+            "trains": trains,
+            **_timed(opened(), trains, found=found, autocast=autocast, clock=clock, common=common),
+        }
+    kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen, autocast=autocast)
     yield {"probe": "kept", "file": None if kept is None else str(kept)}
 
 
@@ -105,13 +110,14 @@ def _timed(
     trains: Trained,
     *,
     found: dict[str, ShapeRates],
+    autocast: bool,
     clock: Callable[[], float],
     common: Mapping[str, object],
 ) -> Mapping[str, object]:
     """Time a model's shapes, put what they took into `found`, and return what to say of it."""
     fresh.source.close()
     try:
-        found[trains] = measure_shape(fresh, _shapes(fresh, trains), trains=trains, clock=clock)
+        found[trains] = measure_shape(fresh, _shapes(fresh, trains), trains=trains, autocast=autocast, clock=clock)
     # PEFT has no such adapter for one of its layers (DoRA of stacked experts, for instance), or the code cannot be run.
     except (ValueError, NotImplementedError) as error:
         return {"skipped": str(error)}

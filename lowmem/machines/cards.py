@@ -17,7 +17,7 @@ from lowmem.experts.visiting import expected_share
 from lowmem.machines.rates import what_trains
 from lowmem.planning.job import DeviceKind
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
-from lowmem.planning.step_time import Rates, ShapeRates, Trained, assumed_rates
+from lowmem.planning.step_time import UPDATE_BESIDE_S_PER_PARAM, Rates, ShapeRates, Trained, assumed_rates
 from offload import Budget, format_bytes, parse_bytes
 
 _GIB = 1 << 30
@@ -143,6 +143,7 @@ class Card:
             head_backward_token_s=2 * head_s + _HEAD_PASSES[1] * logits_s,
             unpack_s=statistics.fmean(block.packed_values_bytes for block in blocks) / _VALUES_BYTES_PER_S,
             update_s_per_param=_UPDATE_BYTES / bytes_per_s,
+            update_beside_s_per_param=UPDATE_BESIDE_S_PER_PARAM,
             dropout_s=_DROPOUT_BYTES / bytes_per_s,
         )
 

@@ -29,7 +29,7 @@ from lowmem.internals.experts import use_experts_forward
 from lowmem.internals.peft import inputs_cast_once
 from lowmem.internals.torch import buffer_table, parameter_table, put_parameter
 from lowmem.internals.unread import PuttingOff, is_worth_putting_off
-from lowmem.machines.rates import Clock, Stopwatch
+from lowmem.machines.rates import Clock, Stopwatch, probe_update, probe_update_beside
 from lowmem.models.blocks import can_chunk
 from lowmem.models.build import StreamedBlock, Unpacker
 from lowmem.planning.dry_run import BlockRun, BlockWalk
@@ -79,12 +79,14 @@ _HEAD_WORDS, _DROPPED_VALUES = 32_768, 1 << 20
 _CACHE_BYTES = 1 << 27
 """More than a processor keeps in its caches for two cores."""
 
-_UPDATE_PARAMS = 1 << 24
-"""More than fits a cache."""
-
 
 def measure_shape(
-    opened: Described, shapes: ModelShapes, *, trains: Trained, clock: Clock = time.perf_counter
+    opened: Described,
+    shapes: ModelShapes,
+    *,
+    trains: Trained,
+    autocast: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> ShapeRates:
     """Measure what a model's blocks and head take; some seconds, and the memory of one block of each kind.
 
@@ -92,13 +94,14 @@ def measure_shape(
         opened: The model; where an adapter is timed, its meta model has the adapter's modules. Can no longer be loaded.
         shapes: Its sizes with what trains.
         trains: What that is.
+        autocast: Run blocks of a half type under autocast to it, as in `Job`.
         clock: Seconds; another than the wall clock's where other programs run.
 
     Raises:
         NotImplementedError: The model's code cannot be run so.
     """
     watch = Stopwatch(opened.device, clock)
-    timing = _BlockTiming(opened, shapes, watch, trains=trains)
+    timing = _BlockTiming(opened, shapes, watch, trains=trains, autocast=autocast)
     calls, in_chunks = timing.measured()
     attention, backward = _attention_rates(shapes, opened, watch)
     # Operations of attention of one sequence, of the mean block.
@@ -130,7 +133,8 @@ def measure_shape(
         head_token_s=head_s,
         head_backward_token_s=head_backward_s,
         unpack_s=_unpack_s(opened, watch),
-        update_s_per_param=_update_s(opened.device, watch),
+        update_s_per_param=probe_update(watch),
+        update_beside_s_per_param=probe_update_beside(clock),
         dropout_s=_dropout_s(opened, watch),
     )
 
@@ -171,7 +175,9 @@ Make = Callable[[BlockRun, Tensor, nn.Module], tuple[_Runs, object]]
 class _BlockTiming:
     """The mean block's calls, small ones and large ones, and a sequence in chunks."""
 
-    def __init__(self, opened: Described, shapes: ModelShapes, watch: Stopwatch, *, trains: Trained) -> None:
+    def __init__(
+        self, opened: Described, shapes: ModelShapes, watch: Stopwatch, *, trains: Trained, autocast: bool
+    ) -> None:
         self._opened, self._shapes, self._watch, self._is_full = opened, shapes, watch, trains == "full"
         blocks = [streamed.block for streamed in opened.built.blocks]
         trained = [any(param.requires_grad for param in block.module.parameters()) for block in blocks]
@@ -188,7 +194,7 @@ class _BlockTiming:
             self._most = self.longest
         self._middle: Sequence[_Runs] = ()
         self._single: dict[int, _SingleExperts] = {}
-        self._as_trained = partial(_as_trained, device=opened.device, dtype=opened.dtype)
+        self._as_trained = partial(_as_trained, device=opened.device, dtype=opened.dtype, autocast=autocast)
         self._can_chunk = can_chunk(opened.built.model) is None
 
     def measured(self) -> tuple[list[_Call], _Call | None]:
@@ -347,9 +353,9 @@ class _BlockTiming:
 
 
 @contextmanager
-def _as_trained(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _as_trained(module: nn.Module, *, device: torch.device, dtype: torch.dtype, autocast: bool) -> Iterator[None]:
     """Under autocast to a half type, as TRL's trainers run a model that is in one unless they are told otherwise."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not autocast:
         yield
         return
     with torch.autocast(device.type, dtype=dtype, cache_enabled=False), inputs_cast_once(module, device):
@@ -557,18 +563,3 @@ def _dropout_s(opened: Described, watch: Stopwatch) -> float:
     """Seconds of dropping one value, where an adapter does: in fp32."""
     values = torch.ones(_DROPPED_VALUES, device=opened.device)
     return watch.usual_s(lambda: functional.dropout(values, 0.1)) / _DROPPED_VALUES
-
-
-def _update_s(device: torch.device, watch: Stopwatch) -> float:
-    """Seconds for each parameter of what a step does to it: its gradient is gathered, clipped, and AdamW runs."""
-    param = nn.Parameter(torch.zeros(_UPDATE_PARAMS, device=device))
-    param.grad, arrived = torch.ones_like(param), torch.ones_like(param)
-    optimizer = torch.optim.AdamW([param], lr=1e-3, fused=True)
-
-    def update() -> None:
-        assert param.grad is not None
-        param.grad.copy_(arrived)
-        nn.utils.clip_grad_norm_([param], 1.0)
-        optimizer.step()
-
-    return watch.usual_s(update) / _UPDATE_PARAMS

@@ -11,6 +11,7 @@ import json
 import platform
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from platformdirs import user_cache_path
+from torch import Tensor, nn
 
 from lowmem.planning.job import kind_of
 from lowmem.planning.read_model import read_shapes
@@ -29,7 +31,7 @@ from offload import DiskRate, Folder, probe_compute, probe_disk
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Described
 
-_VERSION: Final = 5
+_VERSION: Final = 6
 
 _COPY_BYTES: Final = 32 << 20
 
@@ -109,7 +111,7 @@ class KeptRates:
         return replace(self.rates, shape=found)
 
 
-def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None) -> Rates:
+def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None, *, autocast: bool = True) -> Rates:
     """The rates given, measured now ("measure"), or kept from an earlier measurement, else assumed (None).
 
     Raises:
@@ -118,7 +120,10 @@ def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None)
     if isinstance(rates, Rates):
         return rates
     if rates is None:
-        kept = read_kept(shapes, opened.device)
+        kept = read_kept(shapes, opened.device, autocast=autocast)
+        if kept is None and not autocast:
+            # Nearer than what is assumed.
+            kept = read_kept(shapes, opened.device)
         return assumed_rates(kind_of(opened.device)) if kept is None else kept.for_(what_trains(shapes))
     if rates != "measure":
         raise ValueError(f'rates={rates!r}: expected None, "measure" or what lowmem.machines.rates.rates_for returned')
@@ -155,6 +160,49 @@ def probe_copy(device: torch.device) -> float:
     return target.nbytes / watch.usual_s(lambda: target.copy_(source, non_blocking=is_cuda))
 
 
+_UPDATE_PARAMS: Final = 1 << 24
+"""More than fits a cache."""
+
+
+def probe_update(watch: Stopwatch) -> float:
+    """Seconds for each parameter of what a step does to it: its gradient is gathered, clipped, and AdamW runs."""
+    param, arrived, optimizer = _updated(watch.device)
+
+    def update() -> None:
+        assert param.grad is not None
+        param.grad.copy_(arrived)
+        nn.utils.clip_grad_norm_([param], 1.0)
+        optimizer.step()
+
+    return watch.usual_s(update) / _UPDATE_PARAMS
+
+
+def _updated(device: torch.device) -> tuple[nn.Parameter, Tensor, torch.optim.Optimizer]:
+    param = nn.Parameter(torch.zeros(_UPDATE_PARAMS, device=device))
+    param.grad = torch.ones_like(param)
+    return param, torch.ones_like(param), torch.optim.AdamW([param], lr=1e-3, fused=True)
+
+
+def probe_update_beside(clock: Clock) -> float:
+    """Seconds of AdamW by one core of the host, with the weight's copy and checksums of what is written."""
+    host, num_threads = torch.device("cpu"), torch.get_num_threads()
+    param, copied, optimizer = _updated(host)
+    optimizer.step()
+    written = [param.detach().numpy(), *(optimizer.state[param][name].numpy() for name in ("exp_avg", "exp_avg_sq"))]
+
+    def update() -> None:
+        optimizer.step()
+        copied.copy_(param.detach())
+        for values in written:
+            zlib.crc32(values)
+
+    try:
+        torch.set_num_threads(1)
+        return Stopwatch(host, clock).usual_s(update) / _UPDATE_PARAMS
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def rates_as_loaded(opened: Described) -> Rates:
     """The rates that are kept for a model in which nothing trains yet, else assumed."""
     return rates_for(opened, read_shapes(opened), None)
@@ -170,11 +218,12 @@ def what_trains(shapes: ModelShapes) -> Trained:
     return "lora of experts" if is_of_experts else "lora"
 
 
-def kept_file(shapes: ModelShapes, device: torch.device) -> Path:
+def kept_file(shapes: ModelShapes, device: torch.device, *, autocast: bool = True) -> Path:
     """Where the rates of a shape are kept: the same for models of the same widths and stored types."""
     bare = sorted({_widths(block) for block in shapes.blocks})
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    what = (bare, shapes.vocab_size, shapes.hidden_size, shapes.compute_dtype, shapes.stored_dtypes)
+    products = "autocast" if autocast or shapes.compute_dtype == "float32" else "as they are"
+    what = (bare, shapes.vocab_size, shapes.hidden_size, shapes.compute_dtype, shapes.stored_dtypes, products)
     where = (platform.node(), card, torch.get_num_threads(), torch.__version__)
     name = hashlib.sha256(repr((_VERSION, what, where)).encode()).hexdigest()[:24]
     return user_cache_path("lowmem") / "rates" / f"{name}.json"
@@ -185,10 +234,10 @@ def _widths(block: Any) -> tuple[Any, ...]:
     return block.hidden_size, block.query_size, block.key_size, block.value_size, block.num_params, linears
 
 
-def read_kept(shapes: ModelShapes, device: torch.device) -> KeptRates | None:
+def read_kept(shapes: ModelShapes, device: torch.device, *, autocast: bool = True) -> KeptRates | None:
     """What was kept for a shape on this machine, or None."""
     try:
-        found = json.loads(kept_file(shapes, device).read_text())
+        found = json.loads(kept_file(shapes, device, autocast=autocast).read_text())
         general = {field.name: found["rates"][field.name] for field in fields(Rates) if field.name != "shape"}
         return KeptRates(
             rates=Rates(**_tuples(general)),
@@ -202,12 +251,13 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def keep(kept: KeptRates, shapes: ModelShapes, device: torch.device) -> Path | None:
+def keep(kept: KeptRates, shapes: ModelShapes, device: torch.device, *, autocast: bool = True) -> Path | None:
     """Keep what was measured; returns the file, or None where the cache cannot be written.
 
     What could not be timed this time, of a model with these widths and other limits, stays as it was.
     """
-    file, earlier = kept_file(shapes, device), read_kept(shapes, device)
+    file = kept_file(shapes, device, autocast=autocast)
+    earlier = read_kept(shapes, device, autocast=autocast)
     found = kept.shapes if earlier is None else earlier.shapes | kept.shapes
     rates = kept.rates
     if earlier is not None and rates.scratch_bytes_per_s is None:

@@ -43,6 +43,8 @@ class MicroBatch:
     """What computes."""
     has_mask: bool = False
     """Whether attention gets a mask: padding, packing or a sliding window."""
+    autocast: bool = False
+    """Whether products are autocast's: LoRA's layers then take their inputs as they are, and give that type."""
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +79,7 @@ def block_recompute_bytes(block: BlockShape, batch: MicroBatch) -> int:
         block: The block's widths.
         batch: The micro-batch.
     """
-    compute, adapter = itemsize(batch.dtype), _adapter_itemsize(block)
+    compute, adapter = itemsize(batch.dtype), _moment_itemsize(block, batch)
     wide, is_mixed = max(compute, adapter), adapter > compute
     saved = _saved_per_token(block, batch)
     hidden, (_, product) = block.hidden_size, block.mlp_sizes
@@ -109,6 +111,18 @@ def block_recompute_bytes(block: BlockShape, batch: MicroBatch) -> int:
 
 def _adapter_itemsize(block: BlockShape) -> int:
     return block.adapter_bytes // block.num_adapter_params if block.num_adapter_params else 0
+
+
+def _moment_itemsize(block: BlockShape, batch: MicroBatch) -> int:
+    """Bytes of an element of what adapters make for a moment: autocast's where all they do is multiply."""
+    own = _adapter_itemsize(block)
+    does_more = any(_does_more(linear) for linear in block.linears)
+    return own if does_more or not batch.autocast else min(own, itemsize(batch.dtype))
+
+
+def _does_more(linear: LinearShape) -> bool:
+    """Whether an adapter does more with its input than multiply it, and has it converted to its own type first."""
+    return linear.is_dora or linear.has_dropout
 
 
 def _saved_per_token(block: BlockShape, batch: MicroBatch) -> _Saved:
@@ -147,18 +161,21 @@ def _expanded_states(block: BlockShape) -> int:
 
 def _input_bytes(block: BlockShape, part: Part, batch: MicroBatch) -> int:
     """Bytes per token kept of the inputs of adapted layers in one place, and of what their first factor makes."""
-    compute, adapter = itemsize(batch.dtype), _adapter_itemsize(block)
+    compute, own = itemsize(batch.dtype), _adapter_itemsize(block)
+    # What a product under autocast keeps is in its type, whatever it was made of.
+    kept = min(own, compute) if batch.autocast else own
     adapted = [linear for linear in block.of_part(part) if linear.rank]
-    nbytes = sum(adapter * linear.rank + _dora_bytes(linear, max(compute, adapter)) for linear in adapted)
-    mask = 1 if batch.device == "cuda" else adapter
+    nbytes = sum(kept * linear.rank + _dora_bytes(linear, max(compute, kept)) for linear in adapted)
+    mask = 1 if batch.device == "cuda" else own
     dropped = [linear for linear in adapted if linear.has_dropout]
-    nbytes += sum((adapter + mask) * linear.in_features for linear in dropped)
-    plain = [linear.in_features for linear in adapted if not linear.has_dropout]
-    if adapter != compute:
-        # Each layer converts its input for itself.
-        return nbytes + adapter * sum(plain)
+    nbytes += sum((kept + mask) * linear.in_features for linear in dropped)
+    plain = [linear for linear in adapted if not linear.has_dropout]
+    # Each of these converts its input for itself.
+    converts = [linear for linear in plain if own != compute and (linear.is_dora or not batch.autocast)]
+    nbytes += kept * sum(linear.in_features for linear in converts)
     # One tensor serves all layers that read it; the heads' output is kept by attention already.
-    return nbytes + (0 if part == Part.ATTENTION_OUT else adapter * max(plain, default=0))
+    shared = [linear.in_features for linear in plain if linear not in converts]
+    return nbytes + (0 if part == Part.ATTENTION_OUT else kept * max(shared, default=0))
 
 
 def _dora_bytes(linear: LinearShape, wide: int) -> int:
@@ -206,7 +223,7 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int 
         kept = chunk_bytes(block, batch, chunk_tokens).keys_values
         return block_forward_bytes(block, chunk) + kept + joined_bytes(block, batch)[0]
     compute = itemsize(batch.dtype)
-    wide, hidden, (expanded, product) = max(compute, _adapter_itemsize(block)), block.hidden_size, block.mlp_sizes
+    wide, hidden, (expanded, product) = max(compute, _moment_itemsize(block, batch)), block.hidden_size, block.mlp_sizes
     # The residual, a norm's fp32 copies, the normed states; then the heads' states, rotated copies included, or the
     # expanded ones with the adapter's input and result next to them.
     stream = compute * 2 * hidden + 2 * _FP32_BYTES * hidden
@@ -228,8 +245,17 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int 
 # tokens as much, with many of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2. benchmarks/plan_accuracy.py has 1.8 to 2.4
 # with small models, in whole sequences and in chunks.
 _FORWARD_HEAP = 0.4
-_BACKWARD_HEAP = 2.1
+_BACKWARD_HEAP = 2.2
 _CHUNKS_HEAP = 2.3
+
+# With DoRA; there, 4 x 256 and 1 x 256 in chunks and 2 x 512 whole.
+_DORA_HEAP = 2.1
+_DORA_CHUNKS_HEAP = 2.0
+
+# Under autocast to a half type: what is converted for each product is as large as what is kept, but there are more
+# pieces of a chunk (there, 1, 2 and 4 x 512, and 4 x 512 by 128 tokens).
+_HALF_HEAP = 1.75
+_HALF_CHUNKS_HEAP = 3.6
 
 # Of routed experts, whose tokens are gathered in pieces of any size: there, 1 x 256 and, in chunks, 4 x 256.
 _EXPERTS_HEAP = 2.6
@@ -244,9 +270,9 @@ _MIXED_CHUNKS_HEAP = 2.8
 # 512 and 1024.
 _STAYING_HEAP, _STAYS_WHOLE_BYTES = 0.8, 40 << 20
 
-# Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 1 x 512 and 2 x 512), with DoRA
-# the most of it (there, 1 x 512).
-_MIXED_HEAP = 2.0
+# Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 2 x 512 without autocast), with
+# DoRA the most of it (there, 1 x 512).
+_MIXED_HEAP = 1.6
 _MIXED_DORA_HEAP = 0.75
 
 # Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
@@ -353,20 +379,16 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
         return 0, 0
     # What dropout keeps lives until the block's backward: it leaves no holes (benchmarks/plan_accuracy.py).
     block = replace(block, linears=tuple(replace(linear, has_dropout=False) for linear in block.linears))
-    kept = _BACKWARD_HEAP if block.experts is None else _EXPERTS_HEAP
     if chunk_tokens is not None:
-        kept = _CHUNKS_HEAP if block.experts is None else _EXPERTS_CHUNKS_HEAP
-        if _adapter_itemsize(block) > itemsize(batch.dtype) and block.experts is None:
-            kept = _MIXED_CHUNKS_HEAP
         parts = chunk_bytes(block, batch, chunk_tokens)
         forward = block_forward_bytes(block, batch, chunk_tokens) - parts.keys_values
+        kept = _heap_of_backward(block, batch, in_chunks=True)
         return int(_FORWARD_HEAP * forward), int(kept * (parts.activations + parts.attention))
     share = _share_on_heap(block, batch)
     forward, backward = block_forward_bytes(block, batch), block_recompute_bytes(block, batch)
     # One mask serves the whole visit, and one tile all of DoRA's norms: neither leaves holes.
-    is_mixed = _adapter_itemsize(block) > itemsize(batch.dtype)
-    if is_mixed and block.experts is None:
-        kept = _MIXED_DORA_HEAP if any(linear.is_dora for linear in block.linears) else _MIXED_HEAP
+    is_mixed = _moment_itemsize(block, batch) > itemsize(batch.dtype)
+    kept = _heap_of_backward(block, batch, in_chunks=False)
     scores = batch.num_sequences * block.num_heads * batch.seq_len**2 * itemsize(batch.dtype)
     if block.correction > 1 and scores >= LARGEST_ON_HEAP_BYTES:
         # Scores as they are where attention makes them whole, which is what such a block's correction is of.
@@ -374,6 +396,20 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
         block = replace(block, correction=1.0)
     backward -= ceil(block.correction * (_mask_bytes(batch) + _dora_tile_bytes(block, is_mixed=is_mixed)))
     return int(_FORWARD_HEAP * share * forward), int(kept * share * backward)
+
+
+def _heap_of_backward(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> float:
+    """Which multiple of a backward's temporaries it is."""
+    is_dora = any(linear.is_dora for linear in block.linears)
+    if block.experts is not None:
+        return _EXPERTS_CHUNKS_HEAP if in_chunks else _EXPERTS_HEAP
+    if _moment_itemsize(block, batch) > itemsize(batch.dtype):
+        return _MIXED_CHUNKS_HEAP if in_chunks else _MIXED_DORA_HEAP if is_dora else _MIXED_HEAP
+    if batch.autocast:
+        return _HALF_CHUNKS_HEAP if in_chunks else _HALF_HEAP
+    if is_dora:
+        return _DORA_CHUNKS_HEAP if in_chunks else _DORA_HEAP
+    return _CHUNKS_HEAP if in_chunks else _BACKWARD_HEAP
 
 
 def staying_heap_bytes(after_block: int) -> int:

@@ -57,6 +57,9 @@ class Job:
     """Whether attention gets a mask, as it does for batches of sequences of unequal length, which None becomes."""
     device: DeviceKind = "cpu"
     """Kind of the compute device."""
+    autocast: bool = True
+    """Whether forwards of a model in a half type run under autocast to it, as TRL's trainers have them unless told
+    otherwise. In fp32 it changes nothing; of a GPU, rates alone."""
     micro_batch: int | None = None
     """Sequences that go through a block at a time; None for the planner's choice."""
     chunk_tokens: int | None = None
@@ -96,6 +99,8 @@ class Job:
                 raise TypeError(f"{name}={value!r}: expected a whole number{none}")
             if unit is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1{unit}{none}")
+        if not isinstance(self.autocast, bool):
+            raise TypeError(f"autocast={self.autocast!r}: expected True or False")
         if isinstance(self.num_epochs, bool) or not isinstance(self.num_epochs, int | float) or self.num_epochs <= 0:
             raise ValueError(f"num_epochs={self.num_epochs!r}: expected a number above 0")
         if self.num_steps is not None and self.num_examples is not None:

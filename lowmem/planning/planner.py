@@ -33,7 +33,9 @@ _UNPLANNED_SEQ_LENS = (2048, 1024, 512, 256, 128, 64, 32)
 """Sequence lengths to try where nobody said how long they will be."""
 
 
-def plan_again(made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> Plan:
+def plan_again(
+    made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: int, autocast: bool | None = None
+) -> Plan:
     """Plan for the batch that really arrives at a model that is loaded. Pure.
 
     Blocks stay where they are if the batch fits so; else they find other places, but for the state of full tuning.
@@ -43,6 +45,7 @@ def plan_again(made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: 
         shapes: The model with what really trains.
         num_sequences: Sequences of a training forward.
         seq_len: Tokens of each, padding included.
+        autocast: As in `Job`; None for what was planned.
 
     Returns:
         A plan within the same budget, or one that does not fit and says why.
@@ -54,6 +57,7 @@ def plan_again(made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: 
         seq_len=seq_len,
         completion_tokens=min(made.job.num_decodes, seq_len),
         has_mask=made.job.has_mask or num_sequences > 1,
+        autocast=made.job.autocast if autocast is None else autocast,
     )
     planned = _within(made, shapes, job, placement=made.placement)
     return planned if planned.fits or job.tuning == "full" else _within(made, shapes, job)

@@ -22,7 +22,7 @@ from lowmem.planning.step_memory import (
     peak_bytes,
     step_roles,
 )
-from lowmem.planning.step_time import Rates, StepTime, predict, update_share
+from lowmem.planning.step_time import Rates, StepTime, predict, update_bytes_each, update_s_each
 from offload import BudgetError, Placement, PlacementPlan, ceil_div, place_blocks
 
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -376,3 +376,25 @@ def _block_roles(shapes: ModelShapes, placement: PlacementPlan, job: Job) -> tup
         RoleBytes(role=STAGING_BUFFERS, tier="host", nbytes=placement.staging_bytes),
     )
     return tuple(role for role in roles if role.nbytes)
+
+
+def update_share(shapes: ModelShapes, job: Job, rates: Rates, *, tier: Tier) -> float:
+    """Which part of the blocks' state a GPU best updates: it is done when the processor is done with the rest.
+
+    With state on disk the processor does as much as it can while the disk is busy.
+
+    Args:
+        shapes: The model.
+        job: The step.
+        rates: How fast a processor updates, and state goes up and comes down; both ways share what was measured of one.
+        tier: Where the state is.
+    """
+    if job.tuning != "full" or job.device == "cpu" or not shapes.is_updated_flat:
+        return 0.0
+    on_host_s = update_s_each(shapes, rates, on_disk=tier == "disk")
+    on_device_s = sum(update_bytes_each(shapes)) / rates.copy_bytes_per_s
+    share = on_host_s / (on_host_s + on_device_s)
+    if tier != "disk":
+        return share
+    disk_s = sum(update_bytes_each(shapes)) / rates.moved_bytes_per_s
+    return min(share, max(0.0, 1 - disk_s / on_host_s))

@@ -463,12 +463,16 @@ def _on_heap(nbytes: int) -> int:
 
 
 def _batch(shapes: ModelShapes, job: Job, *, num_sequences: int) -> MicroBatch:
+    # On a GPU what autocast spares is left to the allocator, whose fragments had as much: 9 to 19% of what was
+    # allocated (benchmarks/results/2026-11-27-gpu-check-h200.jsonl).
+    spares = job.autocast and job.device == "cpu" and itemsize(shapes.compute_dtype) < _FP32_BYTES
     return MicroBatch(
         num_sequences=num_sequences,
         seq_len=job.seq_len,
         dtype=shapes.compute_dtype,
         device=job.device,
         has_mask=bool(job.has_mask),
+        autocast=spares,
     )
 
 

@@ -1,8 +1,7 @@
 """How fast bytes are read and copied and how fast the device computes: measured, or assumed and said so.
 
-What full tuning moves to and from disk in one optimizer step. Pure arithmetic.
-
-How long one step takes at these rates, and what it waits for. Pure arithmetic.
+What full tuning moves to and from disk in one optimizer step. How long one step takes at these rates, and what it waits
+for. Pure arithmetic.
 
 Each pass over the weights takes as long as its slowest lane: reading the streamed blocks, copying to the device, or
 computing. A backward computes twice what a forward does (recomputation, then the gradient of each product's input;
@@ -20,23 +19,17 @@ from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
 from lowmem.internals.unread import is_attention_ever_kept
 from lowmem.planning.job import DeviceKind, Job
 from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
-from lowmem.planning.step_memory import Choice, Tier, as_moved, kept_bytes, kept_linears, product_bytes
+from lowmem.planning.step_memory import Choice, as_moved, kept_bytes, kept_linears, product_bytes
 from offload import Placement, PlacementPlan, ceil_div
-
-_MIB = 1 << 20
-
 
 _DISK_BYTES_PER_S = 1.0e9
 """One NVMe drive of the slower kind, or a virtual disk."""
 
-
 _COPY_BYTES_PER_S = {"cpu": 8.0e9, "cuda": 10.0e9}
 """Conversion of a block on a processor; pinned copies over PCIe 3.0 x16."""
 
-
 _FLOPS_PER_S = {"cpu": 50.0e9, "cuda": 30.0e12}
 """Sustained in matrix products: two cores with AVX2 in fp32; a consumer GPU in bf16."""
-
 
 Lane = Literal["compute", "disk", "copy"]
 """What a step keeps busy."""
@@ -82,6 +75,8 @@ class ShapeRates:
     unpacked one by one are not in it: calls make those that their tokens go to."""
     update_s_per_param: float
     """Of AdamW in fp32, where the update runs."""
+    update_beside_s_per_param: float
+    """Of the same on one core beside the model, and of the checksums of what is written: state on disk."""
     dropout_s: float
     """Of dropping one value of an adapter's input, in a forward."""
 
@@ -126,7 +121,7 @@ class Rates:
     """Matrix products in the compute dtype, a multiplication and an addition counted as two."""
     disk_num_threads: int = 8
     """Requests in flight."""
-    disk_request_bytes: int = 4 * _MIB
+    disk_request_bytes: int = 4 << 20
     """Size of a request."""
     scratch_bytes_per_s: float | None = None
     """What a step writes and reads back, in the budget's folder; None for as fast as the checkpoint is read."""
@@ -155,35 +150,21 @@ def assumed_rates(device: DeviceKind) -> Rates:
 _UPDATE_S_PER_PARAM = 1.5e-9
 """torch's fused AdamW on a processor: it is limited by memory, 28 bytes for each parameter."""
 
-
-def update_share(shapes: ModelShapes, job: Job, rates: Rates, *, tier: Tier) -> float:
-    """Which part of the blocks' state a GPU best updates: it is done when the processor is done with the rest.
-
-    With state on disk the processor does as much as it can while the disk is busy.
-
-    Args:
-        shapes: The model.
-        job: The step.
-        rates: How fast a processor updates, and state goes up and comes down; both ways share what was measured of one.
-        tier: Where the state is.
-    """
-    if job.tuning != "full" or job.device == "cpu" or not shapes.is_updated_flat:
-        return 0.0
-    on_host_s, on_device_s = _update_s_per_param(shapes, rates), sum(_update_bytes(shapes)) / rates.copy_bytes_per_s
-    share = on_host_s / (on_host_s + on_device_s)
-    if tier != "disk":
-        return share
-    disk_s = sum(_update_bytes(shapes)) / rates.moved_bytes_per_s
-    return min(share, max(0.0, 1 - disk_s / on_host_s))
+UPDATE_BESIDE_S_PER_PARAM = 6.5e-9
+"""The same on one core with two copies, 3.1, and checksums of 12 bytes, 3.4: `python -m benchmarks.plan_accuracy`."""
 
 
-def _update_bytes(shapes: ModelShapes) -> tuple[float, float]:
+def update_bytes_each(shapes: ModelShapes) -> tuple[float, float]:
     """Bytes of a parameter that an update reads (weight, moments, gradient) and writes (weight, moments)."""
     return shapes.state_bytes_each + itemsize("float32"), shapes.state_bytes_each
 
 
-def _update_s_per_param(shapes: ModelShapes, rates: Rates) -> float:
-    fp32_s = _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
+def update_s_each(shapes: ModelShapes, rates: Rates, *, on_disk: bool = False) -> float:
+    """Seconds for each parameter of its update, by all cores; by one beside the model where state is on disk."""
+    if on_disk:
+        fp32_s = UPDATE_BESIDE_S_PER_PARAM if rates.shape is None else rates.shape.update_beside_s_per_param
+    else:
+        fp32_s = _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
     return fp32_s if shapes.optimizer is None else fp32_s * shapes.optimizer.relative_time
 
 
@@ -228,7 +209,6 @@ def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic
 _STEP_S = 0.02
 """What a trainer does between steps on a processor, where everything else was measured: clipping, schedule, log."""
 
-
 _READ_LATENCY_S = 1e-4
 """One small random read of a solid-state drive."""
 
@@ -252,7 +232,7 @@ def bus_traffic(shapes: ModelShapes, job: Job, choice: Choice, placement: Placem
         up += down
     if is_full:
         share = choice.update_share / job.num_sharing
-        read, written = (round(share * nbytes * shapes.num_params) for nbytes in _update_bytes(shapes))
+        read, written = (round(share * nbytes * shapes.num_params) for nbytes in update_bytes_each(shapes))
         up += shapes.outer_bytes + read
         # What is outside the blocks has no other master than the device's: its gradient comes, and what is updated.
         down += shapes.outer_bytes + ceil_div(shapes.outer_bytes, job.num_sharing)
@@ -325,6 +305,8 @@ class _Passes:
     """Part of the streamed weights whose reading nothing hides: experts are asked for when their tokens are known."""
     update_bytes: float = 0.0
     """Of `disk_bytes`, those of the update before; what its first block has of them nothing hides."""
+    beside_s: float = 0.0
+    """In which one core of the host carries out the update before."""
 
 
 def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: PlacementPlan, rates: Rates) -> StepTime:
@@ -355,18 +337,21 @@ def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: Placeme
         disk = disk_s * passes.read_share + passes.disk_bytes * job.num_sharing / rates.moved_bytes_per_s
         update = passes.update_bytes * job.num_sharing / rates.moved_bytes_per_s
         alone = disk_s * passes.alone_share + update / len(shapes.blocks)
-        step = alone + max(compute, disk - alone, copy)
-        late_s += step - max(compute, disk - update, copy) if update else 0.0
+        without = max(compute, disk - update, copy)
+        # A processor's model waits for the core that it has lost: its threads meet after each product.
+        compute += passes.beside_s if on_cpu else 0.0
+        step = alone + max(compute, disk - alone, copy, passes.beside_s)
+        late_s += step - without if update else 0.0
         for lane, seconds in (("step", step), ("compute", compute), ("disk", disk), ("copy", copy)):
             total[lane] += passes.count * seconds
     gather_s = _gather_s(shapes, job, rates) if choice.embedding_on_disk else 0.0
     moved_bytes = job.num_backwards * kept_bytes(shapes, job, choice) if choice.boundary_tier == "disk" else 0
     state = state_traffic(shapes, job, choice)
-    update_s = costs.update_s if job.trains else 0.0
+    update_s = max(costs.update_s, costs.outer_read_s) if job.trains else 0.0
     # An update that runs within the optimizer's step hides behind nothing.
     alone_s = 0.0 if _updates_move_with_forward(shapes) else state.update_bytes / rates.moved_bytes_per_s
     # The share is such that both end together; a GPU that updates waits for what goes up and comes down.
-    updated_bytes = choice.update_share * sum(_update_bytes(shapes)) * shapes.num_params / job.num_sharing
+    updated_bytes = choice.update_share * sum(update_bytes_each(shapes)) * shapes.num_params / job.num_sharing
     up_bytes, down_bytes = bus_traffic(shapes, job, choice, placement)
     return StepTime(
         step_s=total["step"] + gather_s + update_s + alone_s,
@@ -417,19 +402,35 @@ class _Costs:
 
     @property
     def update_s(self) -> float:
-        """Of the optimizer: as AdamW takes for each parameter, and the products of those that project.
+        """Of the optimizer's step: as AdamW takes for each parameter, and the products of those that project.
 
-        Without what a GPU updates beside the processor.
+        Without what a GPU updates beside the processor, and without blocks whose updates move with a forward.
         """
-        optimizer = self._shapes.optimizer
-        num_updated: float = self._shapes.num_trainable
-        if optimizer is not None:
-            num_updated = optimizer.num_updated * optimizer.relative_time
-        num_updated -= round(self._choice.update_share * self._shapes.num_params)
+        shapes, optimizer, is_deferred = self._shapes, self._shapes.optimizer, self._is_deferred
+        num_updated: float = shapes.num_trainable if optimizer is None else optimizer.num_updated
+        num_updated -= round((1.0 if is_deferred else self._choice.update_share) * shapes.num_params)
         products_s = 0.0 if optimizer is None else optimizer.update_flops / self._rates.compute_flops_per_s
-        if self._shape is not None:
-            return self._shape.update_s_per_param * num_updated + products_s + _STEP_S
-        return _UPDATE_S_PER_PARAM * num_updated + products_s if self._job.tuning == "full" else 0.0
+        if self._shape is None and self._job.tuning != "full":
+            return 0.0
+        trainer_s = 0.0 if self._shape is None else _STEP_S
+        return update_s_each(shapes, self._rates, on_disk=is_deferred) * num_updated + products_s + trainer_s
+
+    @property
+    def beside_s(self) -> float:
+        """Of one core that updates blocks while the next forward goes on."""
+        num_updated = (1 - self._choice.update_share) * self._shapes.num_params
+        return num_updated * update_s_each(self._shapes, self._rates, on_disk=True) if self._is_deferred else 0.0
+
+    @property
+    def outer_read_s(self) -> float:
+        """Of reading the moments of what is outside the blocks, which the optimizer's step waits for."""
+        outer = 1 - self._shapes.num_params / max(1, self._shapes.num_trainable)
+        return outer * self._shapes.moments_bytes / self._rates.moved_bytes_per_s if self._is_deferred else 0.0
+
+    @property
+    def _is_deferred(self) -> bool:
+        on_disk = self._job.tuning == "full" and self._choice.state_tier == "disk"
+        return on_disk and _updates_move_with_forward(self._shapes)
 
     @property
     def _block_share(self) -> float:
@@ -529,7 +530,8 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         if state.update_bytes and _updates_move_with_forward(shapes):
             # With the first of them, which waits for its first block.
             update = float(state.update_bytes)
-            yield replace(plain, count=1, disk_bytes=on_disk + update, update_bytes=update)
+            first = replace(plain, count=1, disk_bytes=on_disk + update, update_bytes=update)
+            yield replace(first, beside_s=costs.beside_s)
             plain = replace(plain, count=job.num_backwards - 1)
         yield plain
         yield _Passes(count=job.num_forwards - job.num_backwards, compute_s=evaluation_s)

@@ -157,7 +157,7 @@ class Replanning(SplitChoice):
         self._shapes = shapes
         self._tiers_of, self._source_of = tiers_of, source_of
         self._plans: list[Plan] = [] if plan.is_supposed else [plan]
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[tuple[int, int, bool]] = set()
         self._watched: tuple[weakref.ref[PreTrainedModel], weakref.ref[Runtime]] | None = None
 
     def watch(self, model: PreTrainedModel, runtime: Runtime) -> None:
@@ -173,32 +173,38 @@ class Replanning(SplitChoice):
         if torch.is_grad_enabled() and self._watched is not None:
             model, runtime = (reference() for reference in self._watched)
             if model is not None and runtime is not None and not runtime.is_visiting:
-                self._cover(model, runtime, call.batch_size, max(1, call.num_tokens // call.batch_size))
+                autocast = torch.is_autocast_enabled(model.device.type)
+                num_tokens = max(1, call.num_tokens // call.batch_size)
+                self._cover(model, runtime, call.batch_size, num_tokens, autocast=autocast)
         return super().__call__(call)
 
-    def _cover(self, model: PreTrainedModel, runtime: Runtime, num_sequences: int, seq_len: int) -> None:
+    def _cover(
+        self, model: PreTrainedModel, runtime: Runtime, num_sequences: int, seq_len: int, *, autocast: bool
+    ) -> None:
         # All blocks of a forward ask, and the first asks before anything runs.
-        if (num_sequences, seq_len) in self._seen:
+        if (num_sequences, seq_len, autocast) in self._seen:
             return
         num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
         if not num_trainable:
             return
         told = runtime.optimizer or (None if runtime.full is None else runtime.full.optimizer)
         optimizer = told or self._shapes.optimizer
-        covers = partial(_covers, num_trainable=num_trainable, optimizer=optimizer)
+        covers = partial(_covers, num_trainable=num_trainable, optimizer=optimizer, autocast=autocast)
         plan = next((plan for plan in self._plans if covers(plan, num_sequences, seq_len)), None)
         if plan is None:
             self._shapes = replace(self._shapes, optimizer=optimizer)
             if num_trainable != self._shapes.num_trainable:
                 self._shapes = with_what_trains(self._shapes, model, runtime.blocks)
-            plan = plan_again(runtime.plan, self._shapes, num_sequences=num_sequences, seq_len=seq_len)
+            plan = plan_again(
+                runtime.plan, self._shapes, num_sequences=num_sequences, seq_len=seq_len, autocast=autocast
+            )
             plan.require_fit()
             # Plans for other places of the blocks are of no use once these have moved.
             self._plans = [known for known in self._plans if known.placement == plan.placement]
             self._plans.insert(0, plan)
         if plan is not runtime.plan:
             self._follow(model, runtime, plan)
-        self._seen.add((num_sequences, seq_len))
+        self._seen.add((num_sequences, seq_len, autocast))
 
     def _follow(self, model: PreTrainedModel, runtime: Runtime, plan: Plan) -> None:
         if plan.placement != runtime.plan.placement:
@@ -215,9 +221,18 @@ class Replanning(SplitChoice):
 
 
 def _covers(
-    plan: Plan, num_sequences: int, seq_len: int, *, num_trainable: int, optimizer: OptimizerShape | None
+    plan: Plan,
+    num_sequences: int,
+    seq_len: int,
+    *,
+    num_trainable: int,
+    optimizer: OptimizerShape | None,
+    autocast: bool,
 ) -> bool:
     job = plan.job
+    if job.autocast and not autocast and plan.compute_dtype != "float32":
+        # Adapters compute in fp32 then, which takes more.
+        return False
     if num_sequences > job.num_sequences or seq_len > job.seq_len or num_trainable > plan.num_trainable:
         return False
     if optimizer is None or optimizer.is_flat:

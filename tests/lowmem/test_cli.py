@@ -106,6 +106,16 @@ def test_plan_counts_masters_and_moments_as_they_are_kept(run: Run, llama: Path)
     assert "only AdamW" in run.err
 
 
+def test_plan_is_told_of_runs_without_autocast(run: Run, llama: Path) -> None:
+    found = []
+    for option in ("--no-autocast", "--autocast"):
+        assert run("plan", llama, *small("--dtype", "bfloat16", "--on", "cpu", option, "--json")) == 0
+        found += run.lines()
+    alone, usual = found
+    assert (alone["job"]["autocast"], usual["job"]["autocast"]) == (False, True)
+    assert alone["smallest_device_bytes"] > usual["smallest_device_bytes"]
+
+
 @pytest.mark.parametrize("option", ["--use-reference", "--no-use-reference"])
 def test_plan_counts_the_reference_as_asked(run: Run, llama: Path, option: str) -> None:
     assert run("plan", llama, *small("--task", "dpo", option, "--json")) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from lowmem.planning.planner import plan_again, plan_step
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ExpertsShape, ModelShapes
 from lowmem.planning.step_memory import KEPT_PRODUCTS
-from lowmem.planning.step_time import Rates, assumed_rates, predict, state_traffic
+from lowmem.planning.step_time import Rates, ShapeRates, assumed_rates, predict, state_traffic
 from offload import Budget, BudgetError, Placement, format_bytes
 from tests.lowmem.llama_shapes import llama, llama_block
 
@@ -499,19 +499,82 @@ def test_an_update_of_state_on_disk_moves_with_one_forward_and_keeps_its_first_b
     made = planned(shapes, device="4GiB", job=job)
     choice = replace(made.choice, state_tier="disk")
     moved = state_traffic(shapes, job, choice)
-    instant = predict(shapes, job, choice=choice, placement=made.placement, rates=replace(RATES, disk_bytes_per_s=1e15))
+    # The core that updates takes nothing here.
+    base = replace(RATES, shape=shape_rates())
+    instant = predict(shapes, job, choice=choice, placement=made.placement, rates=replace(base, disk_bytes_per_s=1e15))
     # Over four forwards it would hide: one takes two thirds of the time that the update moves.
     forward_s = (instant.step_s - instant.update_s) / 4 / 4
-    rates = replace(RATES, disk_bytes_per_s=moved.update_bytes / (1.5 * forward_s))
+    rates = replace(base, disk_bytes_per_s=moved.update_bytes / (1.5 * forward_s))
     found = predict(shapes, job, choice=choice, placement=made.placement, rates=rates)
     update_s = moved.update_bytes / rates.disk_bytes_per_s
     assert found.step_s >= instant.step_s + update_s - 1.3 * forward_s
     # Of one that hides, the first block's part is waited for.
-    fast = replace(RATES, disk_bytes_per_s=moved.update_bytes / (forward_s / 10))
+    fast = replace(base, disk_bytes_per_s=moved.update_bytes / (forward_s / 10))
     waited = predict(shapes, job, choice=choice, placement=made.placement, rates=fast).step_s - instant.step_s
     assert waited == pytest.approx(forward_s / 10 / len(shapes.blocks), rel=0.01)
     assert found.late_s == pytest.approx(found.step_s - instant.step_s, rel=0.3)
     assert made.time.late_s == 0
+
+
+def test_updates_of_state_on_disk_take_a_core_from_one_forward_and_leave_the_optimizers_step() -> None:
+    shapes = llama().with_every_weight()
+    beside_s, optimizer_s = 1e-6 * shapes.num_params, 1e-6 * (shapes.num_trainable - shapes.num_params)
+    rates = replace(RATES, disk_bytes_per_s=1e15, shape=shape_rates(update_beside_s_per_param=1e-6))
+    for num_backwards in (1, 4):
+        job = Job(seq_len=64, tuning="full", gradient_accumulation_steps=num_backwards)
+        made = planned(shapes, device="4GiB", job=job, rates=rates)
+        on_disk = replace(made.choice, state_tier="disk")
+        in_ram, found = (
+            predict(shapes, job, choice=choice, placement=made.placement, rates=rates)
+            for choice in (made.choice, on_disk)
+        )
+        assert found.update_s - in_ram.update_s == pytest.approx(optimizer_s, rel=0.01)
+        assert found.compute_s - in_ram.compute_s == pytest.approx(beside_s + optimizer_s, rel=0.01)
+        # The first step has no update before it.
+        assert found.late_s == pytest.approx(beside_s, rel=0.01)
+        # On a GPU it is a lane of its own: the processor's cores are its alone.
+        on_gpu, at_once = (
+            predict(shapes, replace(job, device="cuda"), choice=on_disk, placement=made.placement, rates=one)
+            for one in (rates, replace(rates, shape=shape_rates()))
+        )
+        assert on_gpu.compute_s - at_once.compute_s == pytest.approx(optimizer_s, rel=0.01)
+        slow = replace(rates, shape=shape_rates(update_beside_s_per_param=1.0))
+        waits = predict(shapes, replace(job, device="cuda"), choice=on_disk, placement=made.placement, rates=slow)
+        assert waits.step_s > shapes.num_params
+
+
+def shape_rates(**changes: float) -> ShapeRates:
+    calls = (32, 128), (1e-3, 4e-3), (3e-3, 12e-3)
+    values = dict(zip(("call_tokens", "forward_calls_s", "backward_calls_s"), calls, strict=True))
+    rest = {field.name: 1e-9 for field in fields(ShapeRates) if field.name not in (*values, "trains")}
+    rest |= {"attention_flops_per_s": 1e12, "attention_backward_flops_per_s": 1e12, "update_beside_s_per_param": 0.0}
+    rest |= {"update_s_per_param": 0.0}
+    return ShapeRates(trains="full", **values, **rest | changes)  # type: ignore[arg-type]
+
+
+def test_what_autocast_leaves_in_the_blocks_type_is_counted_so() -> None:
+    budget, plain = {"device": "4GiB"}, Job(seq_len=512, autocast=False)
+    taken = {
+        (kind, autocast): planned(shapes, job=replace(plain, autocast=autocast), **budget).bytes_of(  # type: ignore[arg-type]
+            "block recomputation", tier="device"
+        )
+        for kind, shapes in (("fp32", llama()), ("bf16", half(llama())), ("dora", half(llama(), is_dora=True)))
+        for autocast in (True, False)
+    }
+    assert taken["fp32", True] == taken["fp32", False]
+    # Inputs of seven layers in fp32, and what adapters make of them, are not there.
+    assert taken["bf16", True] < 0.75 * taken["bf16", False]
+    # DoRA scales what comes out in fp32 for a moment, and keeps each input once more.
+    assert taken["bf16", True] < taken["dora", True] < taken["dora", False]
+
+
+def half(shapes: ModelShapes, *, is_dora: bool = False) -> ModelShapes:
+    """The same model in bf16, its adapters in fp32."""
+    blocks = tuple(
+        replace(block, workspace_bytes=0, linears=tuple(replace(one, is_dora=is_dora) for one in block.linears))
+        for block in shapes.blocks
+    )
+    return replace(shapes, blocks=blocks, compute_dtype="bfloat16")
 
 
 def test_experts_that_are_asked_for_hide_behind_nothing() -> None:

@@ -131,6 +131,30 @@ def test_a_plan_is_kept_to_where_it_covers_and_made_again_where_it_does_not(fold
     assert runtime.plan is longer
 
 
+def test_a_half_type_outside_of_autocast_is_planned_for(folder: Path) -> None:
+    budget = lowmem.Budget(device="1GiB", host=0)
+    job = {"batch_size": 4, "seq_len": 64, "dtype": "bfloat16", "device": "cpu"}
+    plan = lowmem.plan(folder, peft_config=LORA, budget=budget, **job)  # type: ignore[arg-type]
+    runtime = runtime_of(model := lowmem.from_pretrained(folder, plan=plan, device="cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        trained(model, num_sequences=4, seq_len=64)
+    assert runtime.plan is plan
+    gradients(model, num_sequences=4, seq_len=64)
+    alone = runtime.plan
+    assert (plan.job.autocast, alone.job.autocast) == (True, False)
+    wanted = [one.bytes_of("block recomputation", tier="device") for one in (plan, alone)]
+    assert wanted[0] < wanted[1]
+    # What takes more covers what takes less; and a budget for the one need not have room for the other.
+    gradients(model, num_sequences=2, seq_len=64)
+    assert runtime.plan is alone
+    tight = lowmem.Budget(device=plan.smallest_device_bytes, host=0)
+    opened = lowmem.from_pretrained(folder, budget=tight, dtype="bfloat16", device="cpu", micro_batch=1)
+    with pytest.raises(BudgetError):
+        trained(opened, num_sequences=256, seq_len=1024)
+    told = lowmem.plan(folder, peft_config=LORA, budget=budget, autocast=False, **job)  # type: ignore[arg-type]
+    assert told.smallest_device_bytes > plan.smallest_device_bytes
+
+
 def test_an_adapter_larger_than_planned_is_planned_for(folder: Path) -> None:
     budget = lowmem.Budget(device="1GiB", host=0)
     small = LoraConfig(r=1, target_modules=["q_proj"])

@@ -99,6 +99,44 @@ def test_rates_are_kept_by_shape_and_type(llama: Path, tmp_path: Path) -> None:
     assert rates.kept_file(adapted, cpu) in files
 
 
+def test_a_half_type_is_timed_under_autocast_unless_told_otherwise(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def times(*_: object, autocast: bool, **__: object) -> ShapeRates:
+        seen.append(autocast)
+        return shape_rates(head_token_s=2.0 if autocast else 3.0)
+
+    def planned(**options: Any) -> float | None:
+        shape = lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu", **options).rates.shape
+        return None if shape is None else shape.head_token_s
+
+    monkeypatch.setattr(bench, "measure_shape", times)
+    list(bench_lines(llama, device="cpu", dtype="bfloat16"))
+    assert planned(dtype="bfloat16") == planned(dtype="bfloat16", autocast=False) == 2
+    list(bench_lines(llama, device="cpu", dtype="bfloat16", autocast=False))
+    assert (planned(dtype="bfloat16"), planned(dtype="bfloat16", autocast=False)) == (2, 3)
+    assert planned() is None
+    # In fp32 it is all one.
+    list(bench_lines(llama, device="cpu", autocast=False))
+    assert planned() == planned(autocast=False) == 3
+    assert seen == [True] * 2 + [False] * 5
+
+
+def test_products_are_autocasts_where_they_are_timed_so(llama: Path) -> None:
+    checkpoint = open_checkpoint(llama, name="m", device=torch.device("cpu"), dtype=torch.bfloat16)
+    checkpoint.source.close()
+    shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    asked: list[bool] = []
+    block = checkpoint.built.blocks[0].block.module
+    block.register_forward_pre_hook(lambda *_: asked.append(torch.is_autocast_enabled("cpu")))
+    with WorkClock() as clock:
+        measure_shape(checkpoint, shapes, trains="lora", autocast=False, clock=lambda: clock.now_s)
+    assert not any(asked)
+    assert asked
+
+
 class WorkClock(TorchDispatchMode):
     """Seconds by what operators make: on a busy machine as on an idle one."""
 
