@@ -184,7 +184,7 @@ class AdaLomoRule(Rule):
     def relative_time(self, weight_dtype: torch.dtype) -> float:
         """See `Rule.relative_time`; benchmarks/plan_accuracy.py, 1 x 256 of every weight on two cores."""
         del weight_dtype
-        return 3.4
+        return 3.9
 
     def temporary_values(self, weight: Tensor) -> int:
         """See `Rule.temporary_values`: squares, u, and u times its size; then the weight is rounded."""

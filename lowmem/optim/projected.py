@@ -221,7 +221,7 @@ class ProjectedRule(DirectionRule):
         """See `Rule.relative_time`; benchmarks/plan_accuracy.py, 1 x 256 of every weight on two cores."""
         del weight_dtype
         # What is lifted, scaled and compared with earlier norms passes through memory several times.
-        return 1.7 if self.is_linear else 5.0
+        return 1.9 if self.is_linear else 6.3
 
     def init(self, weight: Tensor) -> State:
         """Counters, a basis if it is read off the gradient, moments of R, the last norm, and what the writer keeps."""
