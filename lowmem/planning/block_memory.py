@@ -255,7 +255,7 @@ _DORA_CHUNKS_HEAP = 2.0
 # Under autocast to a half type: what is converted for each product is as large as what is kept, but there are more
 # pieces of a chunk (there, 1, 2 and 4 x 512, and 4 x 512 by 128 tokens).
 _HALF_HEAP = 1.75
-_HALF_CHUNKS_HEAP = 3.6
+_HALF_CHUNKS_HEAP = 4.0
 
 # Of routed experts, whose tokens are gathered in pieces of any size: there, 1 x 256 and, in chunks, 4 x 256.
 _EXPERTS_HEAP = 2.6
