@@ -156,12 +156,17 @@ def ensure_model(shape: str, *, root: Path) -> Path:
 
 def run(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
     """Train some steps and report what was predicted and what happened."""
+    folder = ensure_model(case.shape, root=root)
+    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as scratch:
+        return _run(case, folder, scratch=scratch, clock=clock)
+
+
+def _run(case: Case, folder: Path, *, scratch: str, clock: Clock) -> dict[str, object]:
     import lowmem
     from benchmarks.process_memory import PeakMeter
     from lowmem.planning.step_memory import peak_bytes
     from lowmem.streaming.runtime import runtime_of
 
-    folder, scratch = ensure_model(case.shape, root=root), tempfile.mkdtemp(dir=root)
     lora = None if case.kind == "full" else _lora(case)
 
     def plan(device_bytes: int) -> lowmem.Plan:

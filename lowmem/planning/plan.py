@@ -397,7 +397,8 @@ def plan_title(plan: Plan) -> str:
     if job.generates:
         words[-1] += f" ({job.num_decodes} generated)"
     moved = "" if plan.moved_dtype is None else f", matrices as {plan.moved_dtype},"
-    words.append(f"{plan.compute_dtype}{moved} on {job.device} from {', '.join(plan.stored_dtypes)}")
+    alone = "" if job.autocast or plan.compute_dtype == "float32" else " without autocast"
+    words.append(f"{plan.compute_dtype}{alone}{moved} on {job.device} from {', '.join(plan.stored_dtypes)}")
     return " | ".join([*words, plan.adapter] if plan.adapter != "none" else words)
 
 

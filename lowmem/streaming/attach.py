@@ -230,7 +230,7 @@ def _covers(
     autocast: bool,
 ) -> bool:
     job = plan.job
-    if job.autocast and not autocast and plan.compute_dtype != "float32":
+    if job.autocast and not autocast and job.tuning == "adapter" and plan.compute_dtype != "float32":
         # Adapters compute in fp32 then, which takes more.
         return False
     if num_sequences > job.num_sequences or seq_len > job.seq_len or num_trainable > plan.num_trainable:

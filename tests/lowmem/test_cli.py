@@ -114,6 +114,8 @@ def test_plan_is_told_of_runs_without_autocast(run: Run, llama: Path) -> None:
     alone, usual = found
     assert (alone["job"]["autocast"], usual["job"]["autocast"]) == (False, True)
     assert alone["smallest_device_bytes"] > usual["smallest_device_bytes"]
+    assert run("plan", llama, *small("--dtype", "bfloat16", "--on", "cpu", "--no-autocast")) == 0
+    assert "bfloat16 without autocast on cpu" in run.out
 
 
 @pytest.mark.parametrize("option", ["--use-reference", "--no-use-reference"])
