@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,8 @@ def bench_lines(
     rates = measure_rates(read, device=chosen, dtype=checkpoint.dtype)
     if disk is not None:
         rates = replace(rates, scratch_bytes_per_s=probe_scratch(Path(disk)))
-        yield {"probe": "written and read back", "folder": str(disk), "gb_per_s": rates.moved_bytes_per_s / 1e9}
+        moved = round(rates.moved_bytes_per_s / 1e9, 3)
+        yield {"probe": "written and read back", "folder": str(disk), "gb_per_s": moved}
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
     common: dict[str, object] = {"device": name, "machine": platform.machine(), "torch": torch.__version__}
     common |= {"num_threads": torch.get_num_threads()}
@@ -95,12 +97,9 @@ def bench_lines(
         **common,
     }
     found: dict[str, ShapeRates] = {}
+    timed = partial(_timed, found=found, autocast=autocast, clock=clock, common=common)
     for trains in _trained(checkpoint, bare):
-        yield {
-            "probe": "blocks",
-            "trains": trains,
-            **_timed(opened(), trains, found=found, autocast=autocast, clock=clock, common=common),
-        }
+        yield {"probe": "blocks", "trains": trains, **timed(opened(), trains)}
     kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen, autocast=autocast)
     yield {"probe": "kept", "file": None if kept is None else str(kept)}
 

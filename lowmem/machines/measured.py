@@ -134,7 +134,7 @@ def measure_shape(
         head_backward_token_s=head_backward_s,
         unpack_s=_unpack_s(opened, watch),
         update_s_per_param=probe_update(watch),
-        update_beside_s_per_param=probe_update_beside(clock),
+        update_beside_s_per_param=probe_update_beside(clock) if trains == "full" else 0.0,
         dropout_s=_dropout_s(opened, watch),
     )
 

@@ -76,7 +76,7 @@ class ShapeRates:
     update_s_per_param: float
     """Of AdamW in fp32, where the update runs."""
     update_beside_s_per_param: float
-    """Of the same on one core beside the model, and of the checksums of what is written: state on disk."""
+    """Of the same on one core, with checksums of what is written: state on disk. 0 where adapters are trained."""
     dropout_s: float
     """Of dropping one value of an adapter's input, in a forward."""
 
