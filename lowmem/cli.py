@@ -221,6 +221,9 @@ def doctor(
         raise typer.Exit(1)
 
 
+_UNSTEADY = 1.15
+
+
 @app.command()
 def bench(
     model: Model,
@@ -252,6 +255,12 @@ def bench(
     )
     for line in lines:
         typer.echo(json.dumps(line))
+        changed = line.get("slowest_over_fastest")
+        if isinstance(changed, float) and changed > _UNSTEADY:
+            sys.stderr.write(
+                f"lowmem: this machine was up to {changed:.2f} times as slow as at other times of the measurement: "
+                "something else has its processor, and plans may be off by as much; measure again when it is quiet\n"
+            )
 
 
 @app.command()

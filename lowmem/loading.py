@@ -30,7 +30,7 @@ from lowmem.experts.visiting import (
     with_dense_blocks,
 )
 from lowmem.full.opening import Masters, MasterWeights, open_full
-from lowmem.host_memory import give_back_freed, process_peak_bytes
+from lowmem.host_memory import give_back_freed, process_peak_bytes, temporaries_begin
 from lowmem.internals.experts import GROUPED, experts_implementation, use_experts_forward
 from lowmem.internals.torch import has_fast_bf16
 from lowmem.internals.trl import hash_by_fingerprint, trainers_are_imported
@@ -99,6 +99,7 @@ class Preparation:
                 # What PEFT read to initialise them, whole weights for DoRA's, would stay in the heap from now on.
                 give_back_freed()
             self._adapters = adapters
+        temporaries_begin()
         # TRL looks its head up after the blocks have run, so the first forward is soon enough; without TRL, no import.
         if not self._has_head and trainers_are_imported():
             install_head(TiledLogProbFunction.apply).register(model)

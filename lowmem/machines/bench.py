@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowmem.machines.measured import measure_shape
-from lowmem.machines.rates import KeptRates, keep, measure_rates
+from lowmem.machines.rates import KeptRates, Pace, Stopwatch, keep, measure_rates
 from lowmem.models.checkpoint import Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.place import as_if_packed
 from lowmem.planning.read_model import read_shapes
@@ -51,8 +51,8 @@ def bench_lines(
         clock: Seconds of computing; another than the wall clock's where other programs run.
 
     Yields:
-        One flat record for each setting of the disk, then for copies, products, and each thing that may train; at last
-        where they are kept.
+        One flat record for each setting of the disk, then for copies, products, and each thing that may train; then how
+        much the machine's pace changed meanwhile, and where they are kept.
 
     Raises:
         SourceError: A file is missing, damaged or empty.
@@ -81,7 +81,7 @@ def bench_lines(
             "request_bytes": setting.request_bytes,
             "is_chosen": (setting.num_threads, setting.request_bytes) == (read.num_threads, read.request_bytes),
         }
-    rates = measure_rates(read, device=chosen, dtype=checkpoint.dtype)
+    rates, pace = measure_rates(read, device=chosen, dtype=checkpoint.dtype), Pace(Stopwatch(chosen, clock))
     if disk is not None:
         rates = replace(rates, scratch_bytes_per_s=probe_scratch(Path(disk)))
         moved = round(rates.moved_bytes_per_s / 1e9, 3)
@@ -100,6 +100,8 @@ def bench_lines(
     timed = partial(_timed, found=found, autocast=autocast, clock=clock, common=common)
     for trains in _trained(checkpoint, bare):
         yield {"probe": "blocks", "trains": trains, **timed(opened(), trains)}
+        pace.look()
+    yield {"probe": "pace", "looks_ms": pace.looks_ms, "slowest_over_fastest": round(pace.slowest_over_fastest, 3)}
     kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen, autocast=autocast)
     yield {"probe": "kept", "file": None if kept is None else str(kept)}
 

@@ -34,7 +34,7 @@ from lowmem.models.blocks import can_chunk
 from lowmem.models.build import StreamedBlock, Unpacker
 from lowmem.planning.dry_run import BlockRun, BlockWalk
 from lowmem.planning.shapes import ModelShapes
-from lowmem.planning.step_time import ShapeRates, Trained, key_value_share
+from lowmem.planning.step_time import ShapeRates, Trained
 from lowmem.streaming.call import CallArguments
 from lowmem.streaming.chunking.attention import enable_chunks
 from lowmem.streaming.chunking.carrier import Workspace
@@ -117,7 +117,7 @@ def measure_shape(
     calls = [without_scores(call) for call in calls]
     more = _Call(0, 0.0, 0.0)
     if in_chunks is not None:
-        more = _beyond(without_scores(in_chunks), alone=calls, key_values=key_value_share(shapes))
+        more = _beyond(without_scores(in_chunks), alone=calls, key_values=shapes.key_value_share)
     head_s, head_backward_s = _head_rates(shapes, opened, watch)
     return ShapeRates(
         trains=trains,

@@ -94,6 +94,47 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
+_PACE_SIZE: Final = 1024
+
+
+class Pace:
+    """How fast a machine is from time to time: a matrix product that is always the same.
+
+    Other programs, other guests of the same host, and heat make a machine slower for seconds or minutes. What is
+    measured then is true of those minutes.
+
+    Args:
+        watch: Times it.
+    """
+
+    def __init__(self, watch: Stopwatch) -> None:
+        # Its own generator: a measurement must not change the random numbers of the run.
+        generator = torch.Generator(watch.device).manual_seed(0)
+        self._factor = torch.rand(_PACE_SIZE, _PACE_SIZE, device=watch.device, generator=generator)
+        self._watch = watch
+        self.looks_s: list[float] = []
+        """What it took, each time that it was looked at."""
+        self.look()
+
+    def look(self) -> float:
+        """Time it now, in half a second on a processor; returns seconds."""
+        with torch.no_grad():
+            # The better of two: what lasts for a quarter of a second is not its pace.
+            twice_s = [self._watch.usual_s(lambda: self._factor @ self._factor) for _ in range(2)]
+        self.looks_s.append(min(twice_s))
+        return self.looks_s[-1]
+
+    @property
+    def looks_ms(self) -> list[float]:
+        """The same in milliseconds, for records."""
+        return [round(1e3 * look_s, 3) for look_s in self.looks_s]
+
+    @property
+    def slowest_over_fastest(self) -> float:
+        """1 where nothing changed."""
+        return max(self.looks_s) / min(self.looks_s)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KeptRates:
     """What was measured for one shape of a model on this machine."""

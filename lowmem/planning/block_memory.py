@@ -248,9 +248,10 @@ _FORWARD_HEAP = 0.4
 _BACKWARD_HEAP = 2.2
 _CHUNKS_HEAP = 2.3
 
-# With DoRA; there, 4 x 256 and 1 x 256 in chunks and 2 x 512 whole.
-_DORA_HEAP = 2.1
-_DORA_CHUNKS_HEAP = 2.0
+# With DoRA, whose weights are read when adapters are made (`host_memory.weight_is_read`); there, 4 x 256 and 1 x 256 in
+# chunks and 1 x 512 whole. Pieces of 12 MiB leave no more than so much (there, 2 x 512 with hidden 1024).
+_DORA_HEAP, _MOST_DORA_HEAP_BYTES = 1.8, 192 << 20
+_DORA_CHUNKS_HEAP = 1.4
 
 # Under autocast to a half type: what is converted for each product is as large as what is kept, but there are more
 # pieces of a chunk (there, 1, 2 and 4 x 512, and 4 x 512 by 128 tokens).
@@ -275,7 +276,7 @@ _STAYING_HEAP, _STAYS_WHOLE_BYTES = 0.8, 40 << 20
 _MIXED_HEAP = 1.6
 _MIXED_DORA_HEAP = 0.75
 
-# DoRA under autocast, which converts as much and keeps half of it (there, 1 x 512: 377 to 431 MiB in three runs).
+# DoRA under autocast, which converts as much and keeps half of it (there, 1 x 512).
 _HALF_DORA_HEAP = 1.5
 
 # Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
@@ -398,7 +399,10 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
         forward, backward = int(forward / block.correction), int(backward / block.correction)
         block = replace(block, correction=1.0)
     backward -= ceil(block.correction * (_mask_bytes(batch) + _dora_tile_bytes(block, is_mixed=is_mixed)))
-    return int(_FORWARD_HEAP * share * forward), int(kept * share * backward)
+    freed = int(kept * share * backward)
+    if kept == _DORA_HEAP:
+        freed = min(freed, _MOST_DORA_HEAP_BYTES)
+    return int(_FORWARD_HEAP * share * forward), freed
 
 
 def _heap_of_backward(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> float:

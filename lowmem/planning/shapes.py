@@ -301,6 +301,20 @@ class ModelShapes:
         """Weights of all blocks that one token is multiplied with."""
         return sum(block.num_active_params for block in self.blocks)
 
+    def product_flops(self, num_tokens: int) -> float:
+        """Operations of a forward's products in all blocks, two per multiplication and addition."""
+        return 2.0 * (self.num_active_params + self.num_adapter_params) * num_tokens
+
+    def attention_flops(self, *, num_sequences: int, seq_len: int) -> float:
+        """Scores and weighted values of causal attention: half of all pairs, 2 products of 2 operations each."""
+        return sum(2.0 * num_sequences * seq_len**2 * block.query_size for block in self.blocks)
+
+    @property
+    def key_value_share(self) -> float:
+        """Which part of a block's products keys and values, and what comes before them in attention, take."""
+        widths = sum(linear.num_weights for block in self.blocks for linear in block.of_part(Part.ATTENTION_IN))
+        return 2.0 * widths / self.product_flops(1)
+
     @property
     def num_adapter_params(self) -> int:
         """All trainable parameters."""

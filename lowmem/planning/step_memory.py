@@ -436,10 +436,7 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
             yield _device(FREED_HEAP, max(kept) + between + updated, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
             after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
-            # A weight's norm was taken of it in fp32 when adapters were made.
-            made = max((one.num_weights for block in shapes.blocks for one in block.linears if one.is_dora), default=0)
-            heap = staying_heap_bytes(after_block) + updated
-            yield _device(FREED_HEAP, heap + _on_heap(made * _FP32_BYTES), phase="head")
+            yield _device(FREED_HEAP, staying_heap_bytes(after_block) + updated, phase="head")
 
 
 def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:

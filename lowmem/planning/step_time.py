@@ -18,7 +18,7 @@ from typing import Literal
 from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
 from lowmem.internals.unread import is_attention_ever_kept
 from lowmem.planning.job import DeviceKind, Job
-from lowmem.planning.shapes import BlockShape, ModelShapes, Part, itemsize
+from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
 from lowmem.planning.step_memory import Choice, as_moved, kept_bytes, kept_linears, product_bytes
 from offload import Placement, PlacementPlan, ceil_div
 
@@ -154,6 +154,14 @@ UPDATE_BESIDE_S_PER_PARAM = 6.5e-9
 """The same on one core with two copies, 3.1, and checksums of 12 bytes, 3.4: `python -m benchmarks.plan_accuracy`."""
 
 
+_GRADIENT_BESIDE = 0.3
+"""Of that, what a gradient on its way to the disk takes: 0.9 for its copy and 1.1 for its checksum."""
+
+
+def _beside_s(rates: Rates) -> float:
+    return UPDATE_BESIDE_S_PER_PARAM if rates.shape is None else rates.shape.update_beside_s_per_param
+
+
 def update_bytes_each(shapes: ModelShapes) -> tuple[float, float]:
     """Bytes of a parameter that an update reads (weight, moments, gradient) and writes (weight, moments)."""
     return shapes.state_bytes_each + itemsize("float32"), shapes.state_bytes_each
@@ -162,7 +170,7 @@ def update_bytes_each(shapes: ModelShapes) -> tuple[float, float]:
 def update_s_each(shapes: ModelShapes, rates: Rates, *, on_disk: bool = False) -> float:
     """Seconds for each parameter of its update, by all cores; by one beside the model where state is on disk."""
     if on_disk:
-        fp32_s = UPDATE_BESIDE_S_PER_PARAM if rates.shape is None else rates.shape.update_beside_s_per_param
+        fp32_s = _beside_s(rates)
     else:
         fp32_s = _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
     return fp32_s if shapes.optimizer is None else fp32_s * shapes.optimizer.relative_time
@@ -306,7 +314,7 @@ class _Passes:
     update_bytes: float = 0.0
     """Of `disk_bytes`, those of the update before; what its first block has of them nothing hides."""
     beside_s: float = 0.0
-    """In which one core of the host carries out the update before."""
+    """In which one core of the host carries out the update before, or copies and checks gradients for the disk."""
 
 
 def predict(shapes: ModelShapes, job: Job, *, choice: Choice, placement: PlacementPlan, rates: Rates) -> StepTime:
@@ -422,6 +430,14 @@ class _Costs:
         return num_updated * update_s_each(self._shapes, self._rates, on_disk=True) if self._is_deferred else 0.0
 
     @property
+    def gradients_beside_s(self) -> float:
+        """Of one core that copies a backward's gradients and takes the checksums of what is written."""
+        on_disk = self._job.tuning == "full" and self._choice.state_tier == "disk"
+        return (
+            _GRADIENT_BESIDE * self._block_share * self._shapes.num_params * _beside_s(self._rates) if on_disk else 0.0
+        )
+
+    @property
     def outer_read_s(self) -> float:
         """Of reading the moments of what is outside the blocks, which the optimizer's step waits for."""
         outer = 1 - self._shapes.num_params / max(1, self._shapes.num_trainable)
@@ -441,9 +457,9 @@ class _Costs:
     def forward_s(self, *, num_sequences: int, seq_len: int, num_calls: int | None = None) -> float:
         """All blocks once, without gradients."""
         num_tokens, shape = num_sequences * seq_len, self._shape
-        attention = _attention_flops(self._shapes, num_sequences=num_sequences, seq_len=seq_len)
+        attention = self._shapes.attention_flops(num_sequences=num_sequences, seq_len=seq_len)
         if shape is None:
-            return (_product_flops(self._shapes, num_tokens) + attention) / self._rates.compute_flops_per_s
+            return (self._shapes.product_flops(num_tokens) + attention) / self._rates.compute_flops_per_s
         calls = self._num_calls if num_calls is None else num_calls
         calls_s = calls * shape.forward_call_s(len(self._shapes.blocks) * num_tokens / calls)
         if self._choice.chunk_tokens is not None and num_calls is None:
@@ -461,20 +477,21 @@ class _Costs:
     def backward_s(self) -> float:
         """All blocks once, recomputed and differentiated."""
         job, shape, shapes = self._job, self._shape, self._shapes
-        attention = _attention_flops(shapes, num_sequences=job.num_sequences, seq_len=job.seq_len)
+        attention = shapes.attention_flops(num_sequences=job.num_sequences, seq_len=job.seq_len)
         # Keys and values of all chunks before the first one is recomputed.
         again = self._choice.chunk_tokens is not None and not self._choice.keeps_keys_values
-        key_values = _key_value_flops(shapes, job) if again else 0.0
+        # A backward in chunks computes these once more, to have all of them first.
+        key_values = shapes.key_value_share * shapes.product_flops(job.num_tokens) if again else 0.0
         spared, reading_s = self._spared()
         if shape is None:
             times = 2.5 if self._keeps_attention else 3.5
-            flops = 2 * _product_flops(shapes, job.num_tokens) + times * attention + key_values - spared
+            flops = 2 * shapes.product_flops(job.num_tokens) + times * attention + key_values - spared
             if job.tuning == "full":
                 # The gradient of each product's weight.
                 flops += 2.0 * self._block_share * shapes.num_active_params * job.num_tokens
             return flops / self._rates.compute_flops_per_s + reading_s
         tokens = len(shapes.blocks) * job.num_tokens / self._num_calls
-        share = (key_values - spared) / _product_flops(shapes, job.num_tokens)
+        share = (key_values - spared) / shapes.product_flops(job.num_tokens)
         backward_s = shape.backward_call_s(tokens)
         if shape.trains == "full":
             # Of a product, what it gives, its input's gradient and its weight's, where that is wanted.
@@ -539,7 +556,8 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
         disk = on_disk + state.gradient_bytes / job.num_backwards
         # Down to the host, in the blocks' own dtype; copies both ways share what a measurement of one way gave.
         gradients = sum(_gradient_traffic(shapes, choice)) if job.tuning == "full" else 0
-        yield _Passes(count=job.num_backwards, compute_s=backward_s, copy_bytes=boundary + gradients, disk_bytes=disk)
+        back = _Passes(count=job.num_backwards, compute_s=backward_s, copy_bytes=boundary + gradients, disk_bytes=disk)
+        yield replace(back, beside_s=costs.gradients_beside_s)
     if job.num_decodes:
         num, num_blocks = job.num_generated, len(shapes.blocks)
         first_s = costs.forward_s(num_sequences=num, seq_len=max(1, job.num_prompt_tokens), num_calls=num_blocks)
@@ -570,26 +588,6 @@ def _of_experts_hit(passes: _Passes, shapes: ModelShapes, num_tokens: int) -> _P
 def _updates_move_with_forward(shapes: ModelShapes) -> bool:
     """Whether updates of blocks on disk are carried out as these are fetched for the next forward."""
     return shapes.optimizer is None or shapes.optimizer.is_flat
-
-
-def _product_flops(shapes: ModelShapes, num_tokens: int) -> float:
-    return 2.0 * (shapes.num_active_params + shapes.num_adapter_params) * num_tokens
-
-
-def key_value_share(shapes: ModelShapes) -> float:
-    """Which part of a block's products keys and values, and what comes before them in attention, take."""
-    widths = sum(linear.num_weights for block in shapes.blocks for linear in block.of_part(Part.ATTENTION_IN))
-    return 2.0 * widths / _product_flops(shapes, 1)
-
-
-def _key_value_flops(shapes: ModelShapes, job: Job) -> float:
-    """What a backward in chunks computes once more to have all keys and values first."""
-    return key_value_share(shapes) * _product_flops(shapes, job.num_tokens)
-
-
-def _attention_flops(shapes: ModelShapes, *, num_sequences: int, seq_len: int) -> float:
-    """Scores and weighted values of causal attention: half of all pairs, 2 products of 2 operations each."""
-    return sum(2.0 * num_sequences * seq_len**2 * block.query_size for block in shapes.blocks)
 
 
 def _gather_s(shapes: ModelShapes, job: Job, rates: Rates) -> float:

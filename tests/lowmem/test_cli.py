@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lowmem
 from lowmem import cli, doctor
-from lowmem.machines.rates import probe_copy
+from lowmem.machines.rates import Pace, Stopwatch, probe_copy
 from offload import Trace, probe_scratch
 from tests.lowmem.test_report import facts
 from tests.zoo.architectures import build
@@ -241,11 +241,34 @@ def test_plan_for_another_machine_searches_its_batch(run: Run, llama: Path) -> N
 def test_bench_prints_one_json_line_for_each_measurement(run: Run, llama: Path) -> None:
     assert run("bench", llama) == 0
     lines = run.lines()
-    assert {line["probe"] for line in lines} == {"disk", "copy", "compute", "blocks", "kept"}
+    assert {line["probe"] for line in lines} == {"disk", "copy", "compute", "blocks", "pace", "kept"}
     assert sum(bool(line.get("is_chosen")) for line in lines) == 1
     measured = [line for line in lines if line["probe"] in ("disk", "copy", "compute")]
     rates = [line.get("gb_per_s", line.get("gflop_per_s")) for line in measured]
     assert all(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.1, 1.4])
+def test_bench_says_where_the_machine_was_slower_for_a_while(
+    run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch, slower: float
+) -> None:
+    took_s = iter([0.01, 0.01 * slower, 0.01, 0.01])
+    monkeypatch.setattr(Pace, "look", lambda pace: pace.looks_s.append(next(took_s)))
+    assert run("bench", llama) == 0
+    (line,) = [line for line in run.lines() if line["probe"] == "pace"]
+    assert line["slowest_over_fastest"] == slower
+    assert ("1.40 times as slow" in run.err) is (slower == 1.4)
+
+
+def test_pace_is_a_products_and_changes_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    ticks = iter(range(1000))
+    pace = Pace(Stopwatch(torch.device("cpu"), lambda: next(ticks) * 0.05))
+    assert pace.look() == pytest.approx(0.05)
+    assert pace.slowest_over_fastest == pytest.approx(1.0)
+    assert torch.equal(torch.rand(4), expected)
 
 
 def test_bench_measures_what_is_written_and_read_back_where_it_is_told_to(

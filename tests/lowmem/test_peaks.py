@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,17 @@ CASES = [
 ]
 
 
-def said_by(*arguments: str) -> str:
-    """The last line of a Python process of its own, which must end well."""
+def said_by(*arguments: str, told: Mapping[str, str] | None = None) -> str:
+    """The last line of a Python process of its own, which must end well.
+
+    Args:
+        arguments: Python's.
+        told: Of its environment, besides this one's.
+    """
     found = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(told or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -92,3 +99,48 @@ def test_making_dora_adapters_takes_no_more_for_many_blocks_than_for_one(tmp_pat
     folder = build("llama", tmp_path / "model", changes=sizes)
     # The adapters are 4 MiB; PEFT makes four tensors of 2.75 MiB of a weight, and all weights are 122 MiB.
     assert int(said_by("-c", _ADAPTED, str(folder))) < 48 << 20
+
+
+_HEAP = """
+import ctypes
+import os
+import sys
+import torch
+from peft import LoraConfig, get_peft_model
+import lowmem
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abc", "hblkhd", *"defgh")]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+torch.set_num_threads(1)
+lora = LoraConfig(r=8, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")
+model = lowmem.from_pretrained(sys.argv[1], budget=lowmem.Budget(device="48MiB", host=0), device="cpu")
+before_bytes = libc.mallinfo2().arena
+model = get_peft_model(model, lora)
+grown_bytes = libc.mallinfo2().arena - before_bytes
+
+def mapped_bytes():
+    before = libc.mallinfo2().hblkhd
+    pieces = [torch.empty(1 << 20, dtype=torch.uint8) for _ in range(64)]
+    return libc.mallinfo2().hblkhd - before
+
+kept, small = [mapped_bytes()], torch.arange(8)[None]
+model(small, labels=small)
+print(grown_bytes, kept[0], mapped_bytes())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs the GNU C library")
+@pytest.mark.parametrize("told", [{}, {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}], ids=["default", "told"])
+def test_making_dora_adapters_leaves_no_long_heap_of_freed_pieces(tmp_path: Path, told: dict[str, str]) -> None:
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "head_dim": 64}
+    folder = build("llama", tmp_path / "model", changes=sizes)
+    grown, before, in_training = map(int, said_by("-c", _HEAP, str(folder), told=told).split())
+    # A step's temporaries would lie all over it. The adapters are 4 MiB.
+    assert grown < 16 << 20
+    # New pieces of 1 MiB have mappings of their own until the first forward, and lie on the heap from then on; where
+    # the environment says when, it is obeyed.
+    assert before >= 60 << 20
+    assert in_training >= 60 << 20 if told else in_training < 8 << 20

@@ -45,7 +45,7 @@ def test_what_is_measured_is_kept_and_plans_use_it(llama: Path) -> None:
     before = lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu")
     assert before.rates.measured == ()
     lines = list(bench_lines(llama, device="cpu"))
-    assert {line["probe"] for line in lines} == {"disk", "copy", "compute", "blocks", "kept"}
+    assert {line["probe"] for line in lines} == {"disk", "copy", "compute", "blocks", "pace", "kept"}
     assert {line["trains"] for line in lines if line["probe"] == "blocks"} == {"lora", "dora", "full"}
     assert Path(str(lines[-1]["file"])).is_file()
     plan = lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu")
