@@ -12,8 +12,9 @@ after the first step, as lowmem.Monitor corrects them. What lies in FILE already
 two quiet cores. With --cpu-time everything is timed by the processor's time instead of the wall's, which says as much
 of computation where other programs run, and nothing of disks. With --bench-each rates are measured right before each
 job, which takes another twenty minutes: for machines whose speed changes from minute to minute. There, a product that
-is always the same is timed before, between and after the measurements and after the job; where its times differ by
-more than a tenth, both are done again, three times at most. All that was seen is written to FILE; the last counts.
+is always the same is timed before, between and after the measurements and after the job; where its times, or those of
+the first and the second half of the job's steps, differ by more than a tenth, both are done again, three times at
+most. All that was seen is written to FILE; the last counts.
 """
 
 import argparse
@@ -457,6 +458,16 @@ def _run_forked(run: Callable[..., dict[str, object]], case: Case, *, root: Path
         return report
 
 
+def _of_halves(steps_s: list[float]) -> list[float]:
+    """How long a step took in each half of a job; nothing where the job is short."""
+    half = len(steps_s) // 2
+    return [statistics.median(part) for part in (steps_s[:half], steps_s[-half:])] if half else []
+
+
+def _changed(times: list[float]) -> float:
+    return max(times, default=1.0) / min(times, default=1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "lowmem-checkpoints")
@@ -484,7 +495,7 @@ def main() -> None:
                 paces_ms += next(line["looks_ms"] for line in measured["lines"] if line["probe"] == "pace")
             report = _run_forked(run, case, root=arguments.root, clock=clock)
             paces_ms += report.pop("paces_ms", [])
-            changed = max(paces_ms, default=1.0) / min(paces_ms, default=1.0)
+            changed = max(_changed(paces_ms), _changed(_of_halves(report.get("steps_s", [])[2:])))
             report |= {"attempt": attempt, "paces_ms": paces_ms, "slowest_over_fastest": round(changed, 3)}
             line = emit(BENCHMARK, name, **report)
             with arguments.results.open("a") as file:

@@ -255,8 +255,8 @@ _DORA_CHUNKS_HEAP = 1.4
 
 # Under autocast to a half type: what is converted for each product is as large as what is kept, but there are more
 # pieces of a chunk (there, 1, 2 and 4 x 512, and 4 x 512 by 128 tokens).
-_HALF_HEAP = 1.75
-_HALF_CHUNKS_HEAP = 4.0
+_HALF_HEAP = 1.6
+_HALF_CHUNKS_HEAP = 4.5
 
 # Of routed experts, whose tokens are gathered in pieces of any size: there, 1 x 256 and, in chunks, 4 x 256.
 _EXPERTS_HEAP = 2.6
@@ -281,7 +281,7 @@ _HALF_DORA_HEAP = 1.5
 
 # Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
 # backward's that is there all the same; of the first 8 MiB all of it (there, 1 x 256 and 1 x 1024).
-_TRIMMED_HEAP, _NOT_TRIMMED_BYTES = 0.4, 8 << 20
+_TRIMMED_HEAP, _NOT_TRIMMED_BYTES = 0.5, 8 << 20
 
 # What updates by a projection of the gradient leave, as multiples of what the largest takes: their state is made
 # between them (there, GaLore, Fira and APOLLO).

@@ -158,8 +158,8 @@ _GRADIENT_BESIDE = 0.3
 """Of that, what a gradient on its way to the disk takes: 0.9 for its copy and 1.1 for its checksum."""
 
 
-def _beside_s(rates: Rates) -> float:
-    return UPDATE_BESIDE_S_PER_PARAM if rates.shape is None else rates.shape.update_beside_s_per_param
+_HOST_S_PER_BYTE = 9e-11
+"""Of a core, for what is read and written: 60 ms for the 750 MB of an update there, 4 x 128 with state on disk."""
 
 
 def update_bytes_each(shapes: ModelShapes) -> tuple[float, float]:
@@ -170,7 +170,7 @@ def update_bytes_each(shapes: ModelShapes) -> tuple[float, float]:
 def update_s_each(shapes: ModelShapes, rates: Rates, *, on_disk: bool = False) -> float:
     """Seconds for each parameter of its update, by all cores; by one beside the model where state is on disk."""
     if on_disk:
-        fp32_s = _beside_s(rates)
+        fp32_s = UPDATE_BESIDE_S_PER_PARAM if rates.shape is None else rates.shape.update_beside_s_per_param
     else:
         fp32_s = _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
     return fp32_s if shapes.optimizer is None else fp32_s * shapes.optimizer.relative_time
@@ -214,7 +214,7 @@ def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic
     )
 
 
-_STEP_S = 0.02
+_STEP_S = 0.03
 """What a trainer does between steps on a processor, where everything else was measured: clipping, schedule, log."""
 
 _READ_LATENCY_S = 1e-4
@@ -425,17 +425,20 @@ class _Costs:
 
     @property
     def beside_s(self) -> float:
-        """Of one core that updates blocks while the next forward goes on."""
+        """Of one core that updates blocks while the next forward goes on, what it reads and writes included."""
+        if not self._is_deferred:
+            return 0.0
         num_updated = (1 - self._choice.update_share) * self._shapes.num_params
-        return num_updated * update_s_each(self._shapes, self._rates, on_disk=True) if self._is_deferred else 0.0
+        moved = state_traffic(self._shapes, self._job, self._choice).update_bytes
+        return num_updated * update_s_each(self._shapes, self._rates, on_disk=True) + _HOST_S_PER_BYTE * moved
 
     @property
     def gradients_beside_s(self) -> float:
-        """Of one core that copies a backward's gradients and takes the checksums of what is written."""
-        on_disk = self._job.tuning == "full" and self._choice.state_tier == "disk"
-        return (
-            _GRADIENT_BESIDE * self._block_share * self._shapes.num_params * _beside_s(self._rates) if on_disk else 0.0
-        )
+        """Of one core that copies a backward's gradients, takes the checksums of what is written, and writes it."""
+        moved = state_traffic(self._shapes, self._job, self._choice).gradient_bytes / max(1, self._job.num_backwards)
+        num_written = self._block_share * self._shapes.num_params if moved else 0
+        each_s = _GRADIENT_BESIDE * update_s_each(self._shapes, self._rates, on_disk=True)
+        return each_s * num_written + _HOST_S_PER_BYTE * moved
 
     @property
     def outer_read_s(self) -> float:
@@ -478,9 +481,8 @@ class _Costs:
         """All blocks once, recomputed and differentiated."""
         job, shape, shapes = self._job, self._shape, self._shapes
         attention = shapes.attention_flops(num_sequences=job.num_sequences, seq_len=job.seq_len)
-        # Keys and values of all chunks before the first one is recomputed.
+        # Keys and values of all chunks are computed once more, before the first chunk is.
         again = self._choice.chunk_tokens is not None and not self._choice.keeps_keys_values
-        # A backward in chunks computes these once more, to have all of them first.
         key_values = shapes.key_value_share * shapes.product_flops(job.num_tokens) if again else 0.0
         spared, reading_s = self._spared()
         if shape is None:

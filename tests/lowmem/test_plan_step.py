@@ -494,12 +494,15 @@ def test_advice_for_long_sequences_names_a_folder_for_boundary_activations() -> 
         planned(device=0, job=job).require_fit()
 
 
-def test_an_update_of_state_on_disk_moves_with_one_forward_and_keeps_its_first_block_waiting() -> None:
+def test_an_update_of_state_on_disk_moves_with_one_forward_and_keeps_its_first_block_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shapes, job = llama().with_every_weight(), Job(seq_len=64, tuning="full", gradient_accumulation_steps=4)
     made = planned(shapes, device="4GiB", job=job)
     choice = replace(made.choice, state_tier="disk")
     moved = state_traffic(shapes, job, choice)
     # The core that updates takes nothing here.
+    monkeypatch.setattr("lowmem.planning.step_time._HOST_S_PER_BYTE", 0.0)
     base = replace(RATES, shape=shape_rates())
     instant = predict(shapes, job, choice=choice, placement=made.placement, rates=replace(base, disk_bytes_per_s=1e15))
     # Over four forwards it would hide: one takes two thirds of the time that the update moves.
@@ -519,6 +522,7 @@ def test_an_update_of_state_on_disk_moves_with_one_forward_and_keeps_its_first_b
 def test_updates_of_state_on_disk_take_a_core_from_the_model_and_leave_the_optimizers_step() -> None:
     shapes = llama().with_every_weight()
     beside_s, optimizer_s = 1e-6 * shapes.num_params, 1e-6 * (shapes.num_trainable - shapes.num_params)
+    # Small against it: a core's time for the bytes that are read and written.
     rates = replace(RATES, disk_bytes_per_s=1e15, shape=shape_rates(update_beside_s_per_param=1e-6))
     for num_backwards in (1, 4):
         job = Job(seq_len=64, tuning="full", gradient_accumulation_steps=num_backwards)
@@ -540,6 +544,15 @@ def test_updates_of_state_on_disk_take_a_core_from_the_model_and_leave_the_optim
             for one in (rates, replace(rates, shape=shape_rates()))
         )
         assert on_gpu.compute_s - at_once.compute_s == pytest.approx(optimizer_s, rel=0.01)
+        # What is read and written takes a core's time too, by its bytes.
+        base = replace(rates, shape=shape_rates())
+        still, moving = (
+            predict(shapes, job, choice=choice, placement=made.placement, rates=base)
+            for choice in (made.choice, on_disk)
+        )
+        moved = state_traffic(shapes, job, on_disk)
+        host_s = 9e-11 * (moved.update_bytes + moved.gradient_bytes)
+        assert moving.compute_s - still.compute_s == pytest.approx(host_s, rel=0.01)
         slow = replace(rates, shape=shape_rates(update_beside_s_per_param=1.0))
         waits = predict(shapes, replace(job, device="cuda"), choice=on_disk, placement=made.placement, rates=slow)
         assert waits.step_s > shapes.num_params
