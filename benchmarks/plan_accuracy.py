@@ -492,7 +492,7 @@ def main() -> None:
             if arguments.bench_each or (case.shape, case.dtype, case.autocast) not in benched:
                 benched.add((case.shape, case.dtype, case.autocast))
                 measured = _run_forked(_bench, case, root=arguments.root, clock=clock)
-                paces_ms += next(line["looks_ms"] for line in measured["lines"] if line["probe"] == "pace")
+                paces_ms += [ms for line in measured.get("lines", ()) for ms in line.get("looks_ms", ())]
             report = _run_forked(run, case, root=arguments.root, clock=clock)
             paces_ms += report.pop("paces_ms", [])
             changed = max(_changed(paces_ms), _changed(_of_halves(report.get("steps_s", [])[2:])))

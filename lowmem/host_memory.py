@@ -103,24 +103,37 @@ def give_back_freed() -> None:
 # that was freed, at most 32 MiB, and what it keeps at the heap's end to twice as much (DEFAULT_MMAP_THRESHOLD_MAX).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _AT_FIRST_BYTES, _AT_MOST_BYTES = 128 << 10, 32 << 20
-_IN_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "",
-    "MALLOC_TRIM_THRESHOLD_": "",
-    "GLIBC_TUNABLES": "glibc.malloc.",
-}
-_maps_pieces = False
+_TOLD = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+_TUNED = ("glibc.malloc.mmap_threshold", "glibc.malloc.trim_threshold")
+_BETWEEN_TRIMS_BYTES = 8 << 20
+_maps_pieces, _num_read_bytes = False, 0
 
 
-def weight_is_read() -> None:
+def weight_is_read(nbytes: int) -> None:
     """Somebody reads an absent weight on a CPU: from now on large pieces lie outside the heap, where that is glibc's.
 
     What he makes of each (PEFT's DoRA: four of its size) is freed before the next, but what he keeps lies between.
     4 MiB of adapters made the heap 22 to 138 MiB long, free but for them, and a step's temporaries lay all over it: the
-    same job took 130 to 166 MiB; so it takes 134 to 138. Who has told glibc when to map pieces is obeyed.
+    same job took 130 to 166 MiB; so it takes 134 to 138. Where the environment says when pieces are mapped, it is
+    obeyed, and freed memory is given back once in a while.
+
+    Args:
+        nbytes: Of the weight.
     """
-    global _maps_pieces
-    if not _maps_pieces and not any(part in os.environ.get(name, ()) for name, part in _IN_ENVIRONMENT.items()):
+    global _maps_pieces, _num_read_bytes
+    if not _maps_pieces and not _is_told():
         _maps_pieces = _mallopt(_MMAP_THRESHOLD, _AT_FIRST_BYTES)
+    if _maps_pieces:
+        return
+    _num_read_bytes += nbytes
+    if _num_read_bytes >= _BETWEEN_TRIMS_BYTES:
+        _num_read_bytes = 0
+        give_back_freed()
+
+
+def _is_told() -> bool:
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return any(name in os.environ for name in _TOLD) or any(name in tunables for name in _TUNED)
 
 
 def temporaries_begin() -> None:

@@ -64,7 +64,7 @@ class AbsentParameter(StandIn, torch.nn.Parameter):
 
     def read(self) -> Tensor:
         if self._store is None and self.device.type == "cpu":
-            host_memory.weight_is_read()
+            host_memory.weight_is_read(self.numel() * self.dtype.itemsize)
         return self._load()
 
     def check_write(self, by: str) -> None:

@@ -249,7 +249,7 @@ _BACKWARD_HEAP = 2.2
 _CHUNKS_HEAP = 2.3
 
 # With DoRA, whose weights are read when adapters are made (`host_memory.weight_is_read`); there, 4 x 256 and 1 x 256 in
-# chunks and 1 x 512 whole. Pieces of 12 MiB leave no more than so much (there, 2 x 512 with hidden 1024).
+# chunks and 1 x 512 whole. Large pieces leave no more than so much (there, 2 x 512 and 4 x 512 with hidden 1024).
 _DORA_HEAP, _MOST_DORA_HEAP_BYTES = 1.8, 192 << 20
 _DORA_CHUNKS_HEAP = 1.4
 
@@ -386,26 +386,34 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
     if chunk_tokens is not None:
         parts = chunk_bytes(block, batch, chunk_tokens)
         forward = block_forward_bytes(block, batch, chunk_tokens) - parts.keys_values
-        kept = _heap_of_backward(block, batch, in_chunks=True)
-        return int(_FORWARD_HEAP * forward), int(kept * (parts.activations + parts.attention))
+        temporaries = float(parts.activations + parts.attention)
+        return int(_FORWARD_HEAP * forward), _heap_of_backward(block, batch, temporaries, in_chunks=True)
     share = _share_on_heap(block, batch)
     forward, backward = block_forward_bytes(block, batch), block_recompute_bytes(block, batch)
     # One mask serves the whole visit, and one tile all of DoRA's norms: neither leaves holes.
     is_mixed = _moment_itemsize(block, batch) > itemsize(batch.dtype)
-    kept = _heap_of_backward(block, batch, in_chunks=False)
     scores = batch.num_sequences * block.num_heads * batch.seq_len**2 * itemsize(batch.dtype)
     if block.correction > 1 and scores >= LARGEST_ON_HEAP_BYTES:
         # Scores as they are where attention makes them whole, which is what such a block's correction is of.
         forward, backward = int(forward / block.correction), int(backward / block.correction)
         block = replace(block, correction=1.0)
     backward -= ceil(block.correction * (_mask_bytes(batch) + _dora_tile_bytes(block, is_mixed=is_mixed)))
-    freed = int(kept * share * backward)
-    if kept == _DORA_HEAP:
-        freed = min(freed, _MOST_DORA_HEAP_BYTES)
-    return int(_FORWARD_HEAP * share * forward), freed
+    return int(_FORWARD_HEAP * share * forward), _heap_of_backward(block, batch, share * backward, in_chunks=False)
 
 
-def _heap_of_backward(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> float:
+def _heap_of_backward(block: BlockShape, batch: MicroBatch, temporaries: float, *, in_chunks: bool) -> int:
+    """Bytes that a backward with so many bytes of temporaries leaves."""
+    freed = int(_heap_multiple(block, batch, in_chunks=in_chunks) * temporaries)
+    return min(freed, _MOST_DORA_HEAP_BYTES) if _is_plain_dora(block, batch) and not in_chunks else freed
+
+
+def _is_plain_dora(block: BlockShape, batch: MicroBatch) -> bool:
+    """Whether all of a block with DoRA is computed in one type."""
+    is_dora = block.experts is None and any(linear.is_dora for linear in block.linears)
+    return is_dora and not batch.autocast and _moment_itemsize(block, batch) == itemsize(batch.dtype)
+
+
+def _heap_multiple(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> float:
     """Which multiple of a backward's temporaries it is."""
     is_dora = any(linear.is_dora for linear in block.linears)
     if block.experts is not None:

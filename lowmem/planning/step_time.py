@@ -157,7 +157,6 @@ UPDATE_BESIDE_S_PER_PARAM = 6.5e-9
 _GRADIENT_BESIDE = 0.3
 """Of that, what a gradient on its way to the disk takes: 0.9 for its copy and 1.1 for its checksum."""
 
-
 _HOST_S_PER_BYTE = 9e-11
 """Of a core, for what is read and written: 60 ms for the 750 MB of an update there, 4 x 128 with state on disk."""
 
@@ -214,8 +213,8 @@ def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic
     )
 
 
-_STEP_S = 0.03
-"""What a trainer does between steps on a processor, where everything else was measured: clipping, schedule, log."""
+_STEP_S: dict[DeviceKind, float] = {"cpu": 0.03, "cuda": 0.02}
+"""What a trainer does between steps, by what computes, where everything else was measured: clipping, schedule, log."""
 
 _READ_LATENCY_S = 1e-4
 """One small random read of a solid-state drive."""
@@ -420,25 +419,19 @@ class _Costs:
         products_s = 0.0 if optimizer is None else optimizer.update_flops / self._rates.compute_flops_per_s
         if self._shape is None and self._job.tuning != "full":
             return 0.0
-        trainer_s = 0.0 if self._shape is None else _STEP_S
+        trainer_s = 0.0 if self._shape is None else _STEP_S[self._job.device]
         return update_s_each(shapes, self._rates, on_disk=is_deferred) * num_updated + products_s + trainer_s
 
-    @property
-    def beside_s(self) -> float:
-        """Of one core that updates blocks while the next forward goes on, what it reads and writes included."""
-        if not self._is_deferred:
-            return 0.0
+    def updates_beside_s(self, moved_bytes: float) -> float:
+        """Of one core that updates blocks while the next forward goes on, and reads and writes so much for it."""
         num_updated = (1 - self._choice.update_share) * self._shapes.num_params
-        moved = state_traffic(self._shapes, self._job, self._choice).update_bytes
-        return num_updated * update_s_each(self._shapes, self._rates, on_disk=True) + _HOST_S_PER_BYTE * moved
+        return num_updated * update_s_each(self._shapes, self._rates, on_disk=True) + _HOST_S_PER_BYTE * moved_bytes
 
-    @property
-    def gradients_beside_s(self) -> float:
-        """Of one core that copies a backward's gradients, takes the checksums of what is written, and writes it."""
-        moved = state_traffic(self._shapes, self._job, self._choice).gradient_bytes / max(1, self._job.num_backwards)
-        num_written = self._block_share * self._shapes.num_params if moved else 0
+    def gradients_beside_s(self, moved_bytes: float) -> float:
+        """Of one core that copies and checks a backward's gradients for the disk, and reads and writes so much."""
+        num_written = self._block_share * self._shapes.num_params if moved_bytes else 0.0
         each_s = _GRADIENT_BESIDE * update_s_each(self._shapes, self._rates, on_disk=True)
-        return each_s * num_written + _HOST_S_PER_BYTE * moved
+        return each_s * num_written + _HOST_S_PER_BYTE * moved_bytes
 
     @property
     def outer_read_s(self) -> float:
@@ -550,16 +543,21 @@ def _passes(shapes: ModelShapes, job: Job, choice: Choice, costs: _Costs) -> Ite
             # With the first of them, which waits for its first block.
             update = float(state.update_bytes)
             first = replace(plain, count=1, disk_bytes=on_disk + update, update_bytes=update)
-            yield replace(first, beside_s=costs.beside_s)
+            yield replace(first, beside_s=costs.updates_beside_s(update))
             plain = replace(plain, count=job.num_backwards - 1)
         yield plain
         yield _Passes(count=job.num_forwards - job.num_backwards, compute_s=evaluation_s)
         backward_s = costs.backward_s() + costs.head_backward_s(job.num_tokens)
-        disk = on_disk + state.gradient_bytes / job.num_backwards
+        written = state.gradient_bytes / job.num_backwards
         # Down to the host, in the blocks' own dtype; copies both ways share what a measurement of one way gave.
         gradients = sum(_gradient_traffic(shapes, choice)) if job.tuning == "full" else 0
-        back = _Passes(count=job.num_backwards, compute_s=backward_s, copy_bytes=boundary + gradients, disk_bytes=disk)
-        yield replace(back, beside_s=costs.gradients_beside_s)
+        yield _Passes(
+            count=job.num_backwards,
+            compute_s=backward_s,
+            copy_bytes=boundary + gradients,
+            disk_bytes=on_disk + written,
+            beside_s=costs.gradients_beside_s(written),
+        )
     if job.num_decodes:
         num, num_blocks = job.num_generated, len(shapes.blocks)
         first_s = costs.forward_s(num_sequences=num, seq_len=max(1, job.num_prompt_tokens), num_calls=num_blocks)
