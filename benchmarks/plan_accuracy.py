@@ -7,14 +7,15 @@
 tiers. Each runs in a process of its own, forked from one that has imported everything, and trains a tiny model first.
 Memory is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there;
 time is the median of the steps after the second.
-Steps are predicted twice: with the rates that `lowmem bench` keeps for the shape (measured here once for each), and
-after the first step, as lowmem.Monitor corrects them. What lies in FILE already is not run again. About ten minutes on
-two quiet cores. With --cpu-time everything is timed by the processor's time instead of the wall's, which says as much
-of computation where other programs run, and nothing of disks. With --bench-each rates are measured right before each
-job, which takes another twenty minutes: for machines whose speed changes from minute to minute. There, a product that
-is always the same is timed before, between and after the measurements and after the job; where its times, or those of
-the first and the second half of the job's steps, differ by more than a tenth, both are done again, three times at
-most. All that was seen is written to FILE; the last counts.
+Steps are predicted twice: with the rates that `lowmem bench` keeps for the shape (measured here once for each), and as
+lowmem.Monitor corrects them: after the first step, the second and the tenth, which is the first that TRL's defaults
+log. What lies in FILE already is not run again. Half an hour on two quiet cores. With --cpu-time everything is timed by
+the processor's time instead of the wall's, which says as much of computation where other programs run, and nothing of
+disks. With --bench-each rates are measured right before each job, which takes another twenty minutes: for machines
+whose speed changes from minute to minute. There, a product that is always the same is timed before, between and after
+the measurements and after the job; where its times, or those of the first and the second half of the job's steps,
+differ by more than a tenth, both are done again, three times at most. All that was seen is written to FILE; the last
+counts.
 """
 
 import argparse
@@ -35,7 +36,10 @@ from benchmarks.checkpoints import SHAPES, ensure_checkpoint, write_tokenizer
 from benchmarks.harness import ROOT, emit
 
 BENCHMARK = "plan_accuracy"
-NUM_STEPS, _MOST_STEPS = 5, 25
+NUM_STEPS, _MOST_STEPS = 16, 25
+"""A machine's pace changes from step to step, whatever runs on it."""
+
+_CORRECTED_AFTER = (1, 2, 10)
 _STEADY, _MOST_ATTEMPTS = 1.1, 3
 _RUN_S = 6.0
 """Jobs of short steps take more of them, to fill so much: a shared machine's pace differs from second to second."""
@@ -108,6 +112,10 @@ CASES = {
         Case(kind="dora", batch_size=4, seq_len=256, budget="tight"),
         Case(shape="plan-wide", kind="dora", seq_len=256, budget="tight"),
         Case(shape="plan-wide", kind="dora", dtype="bfloat16", seq_len=512),
+        Case(kind="dora", dtype="bfloat16", autocast=False, batch_size=2, seq_len=256),
+        Case(kind="dora", dtype="bfloat16", autocast=False, dropout=0.1, batch_size=2, seq_len=256),
+        Case(kind="dora", dropout=0.1, batch_size=2, seq_len=256),
+        Case(shape="plan-wide", kind="dora", dtype="bfloat16", autocast=False, batch_size=2, seq_len=256),
         Case(shape="plan-moe", seq_len=256),
         Case(shape="plan-moe", batch_size=4, seq_len=256, budget="tight"),
         Case(shape="budgets", kind="full", seq_len=1024),
@@ -338,13 +346,13 @@ def _clock(clock: Clock) -> Any:
 
         def on_step_end(self, *_: object, **__: object) -> None:
             self.steps_s.append(clock() - self._start_s)
-            if self.moments is not None and len(self.corrected_s) < 2:
-                if self._correction is None:
-                    told = self.plan.time
-                    self._correction = StepCorrection(
-                        told.update_s, touch_s=first_touch_s(self.plan), late_s=told.late_s
-                    )
-                self._correction.see(self.steps_s[-1], self.moments.visits, update_s=self.update_s[-1])
+            if self.moments is None:
+                return
+            if self._correction is None:
+                told = self.plan.time
+                self._correction = StepCorrection(told.update_s, touch_s=first_touch_s(self.plan), late_s=told.late_s)
+            self._correction.see(self.steps_s[-1], self.moments.visits, update_s=self.update_s[-1])
+            if len(self.steps_s) in _CORRECTED_AFTER:
                 self.corrected_s.append(self._correction.step_s or 0.0)
 
     return StepClock()
@@ -408,20 +416,23 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: predicted and measured, job by job."""
     lines = [
-        "| job | peak predicted | measured | | step predicted | measured | | after step 1 | after step 2 |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| job | peak predicted | measured | | step predicted | measured | | "
+        + " | ".join(f"after step {number}" for number in _CORRECTED_AFTER)
+        + " |",
+        "|---|" + (6 + len(_CORRECTED_AFTER)) * "---:|",
     ]
     for name in CASES:
         found = results.get(name)
         if found is None or "peak_bytes" not in found:
             lines.append(f"| {name} | {'not run' if found is None else found.get('outcome')} | | | | | | | |")
             continue
-        after = " | ".join(f"{100 * (ratio - 1):+.0f}%" for ratio in found["step_over_corrected"])
+        after = [f"{100 * (ratio - 1):+.0f}%" for ratio in found["step_over_corrected"]]
+        after += [""] * (len(_CORRECTED_AFTER) - len(after))
         lines.append(
             f"| {name} | {found['predicted_bytes'] / _MIB:.0f} MiB | {found['peak_bytes'] / _MIB:.0f} MiB "
             f"| {100 * (found['peak_over_predicted'] - 1):+.0f}% | {found['predicted_step_s']:.2f} s "
             f"| {found['step_s']:.2f} s | {100 * (found['step_over_predicted'] - 1):+.0f}% "
-            f"| {after} |"
+            f"| {' | '.join(after)} |"
         )
     return "\n".join(lines)
 

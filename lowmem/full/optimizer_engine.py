@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,36 @@ if TYPE_CHECKING:
 _ENTRY = "lowmem_full"
 
 
+class _AsItIs:
+    """What a state dict has in place of moments that lie beside no weights: the optimizer's own, at this step.
+
+    accelerate takes a state dict and gives it back when it prepares an optimizer, whatever that has seen before. Loaded
+    by its own optimizer before the next step it changes nothing; it cannot be written.
+    """
+
+    def __init__(self, engine: OptimizerEngine, step: tuple[int, int]) -> None:
+        self._engine, self._step = weakref.ref(engine), step
+
+    def check(self, engine: OptimizerEngine, step: tuple[int, int]) -> None:
+        """Raise unless the optimizer is still as it was."""
+        if self._engine() is not engine or self._step != step:
+            raise UnsupportedError(
+                "loading optimizer state of an earlier step that was not saved",
+                reason="the state dict had no copy of the moments, which are too large for a dictionary",
+                instead="model.save_pretrained(folder) before optimizer.state_dict(), which then keeps them there",
+            )
+
+    def __deepcopy__(self, memo: object) -> _AsItIs:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "writing optimizer.state_dict() of a model whose weights are not saved",
+            reason="the moments are too large for a dictionary, and are kept beside the weights of the same step",
+            instead="model.save_pretrained(folder) before optimizer.state_dict(), as the Trainer does",
+        )
+
+
 class OptimizerEngine:
     """Holds state of all parameters of a model opened with ``tuning="full"``, as `lowmem.optim` calls an engine.
 
@@ -65,7 +95,8 @@ class OptimizerEngine:
     other rule runs at once, one parameter at a time, its state in RAM, or on disk where that was asked for.
 
     A state dict stays small: AdamW's moments go to files beside the weights that `model.save_pretrained` wrote last, as
-    the Trainer does before it saves the optimizer.
+    the Trainer does before it saves the optimizer. Where these are not the weights as they are now, a state dict stands
+    for the optimizer as it is, and cannot be written.
 
     Args:
         full: Owns them.
@@ -160,23 +191,31 @@ class OptimizerEngine:
     def save(self, state_dict: StateDict) -> StateDict:
         """Complete pending updates and add what a resumed run needs.
 
-        Raises:
-            UnsupportedError: The weights have changed since `model.save_pretrained`, or were never saved.
+        Where the weights have changed since `model.save_pretrained`, or were never saved, that is the state itself.
         """
         self._full.finish()
+        saved, has_moments = self._full.saved, bool(self._steps) or self._states.go_with_weights
+        if saved is not None and saved.version != self._full.version:
+            saved = None
+        if has_moments and saved is None:
+            return {**state_dict, _ENTRY: _AsItIs(self, self._at_step)}
         entry: dict[str, object] = {
             "num_steps": self._num_steps,
             "steps": dict(self._steps),
             "states": self._states.saved(),
             "states_on_disk": self._states.go_with_weights,
         }
-        if self._steps or self._states.go_with_weights:
-            moments = save_moments(self._full)
-            entry["moments"] = {"identifier": moments.identifier, "checksums": dict(moments.checksums)}
-        saved = self._full.saved
-        if saved is not None and saved.version == self._full.version:
+        if saved is not None:
             entry["weights"] = saved.digest
+            if has_moments:
+                moments = save_moments(self._full, saved.folder)
+                entry["moments"] = {"identifier": moments.identifier, "checksums": dict(moments.checksums)}
         return {**state_dict, _ENTRY: entry}
+
+    @property
+    def _at_step(self) -> tuple[int, int]:
+        """Which weights, and which moments: those of another optimizer begin anew."""
+        return self._full.version, self._num_steps
 
     def load(self, state_dict: StateDict) -> None:
         """Take back what `save` gave.
@@ -185,12 +224,17 @@ class OptimizerEngine:
             ValueError: It comes from an optimizer of a model that was not opened with ``tuning="full"``, belongs to
                 other weights than the model has, or is damaged.
             FileNotFoundError: The moments are not where they can be found.
+            UnsupportedError: It was never written, and is of another step.
         """
         if _ENTRY not in state_dict:
             raise ValueError(
                 "optimizer state: expected that of a model opened with tuning='full', got one without "
                 f"{_ENTRY!r}; resume with the optimizer that saved it"
             )
+        if isinstance(as_it_is := state_dict[_ENTRY], _AsItIs):
+            self._full.finish()
+            as_it_is.check(self, self._at_step)
+            return
         saved = SavedState.read(state_dict[_ENTRY], self._resumed, params=self._full.params)
         states = self._checked_states(saved.states)
         if saved.states_on_disk != self._keeps_states_on_disk and (saved.states_on_disk or saved.states):
@@ -471,8 +515,8 @@ def _plain(value: object) -> object:
 def resume_last_step(optimizer: torch.optim.Optimizer) -> int:
     """Bring weights, moments and the optimizer's settings to the last whole step that `Budget.disk` holds.
 
-    For training loops of one's own; the Trainer resumes from its checkpoints. Data order, random numbers and
-    learning-rate schedulers are the caller's.
+    Data order, random numbers and learning-rate schedulers are the caller's: a Trainer that is given the optimizer then
+    counts its steps from 0. What it resumes from is its checkpoints.
 
     Args:
         optimizer: Of `lowmem.optim`, made as in the run that was killed, on a model opened in the same way with the

@@ -160,24 +160,21 @@ def steps_of(record: JsonObject, *, params: Collection[str] | None) -> tuple[dic
     return {key: found.natural(key) for key in found}, record.natural("num_steps")
 
 
-def save_moments(full: FullTuning) -> SavedMoments:
-    """Keep the moments beside the weights that were saved last.
+def save_moments(full: FullTuning, folder: Path) -> SavedMoments:
+    """Keep the moments beside weights of the same step.
 
     State on disk is linked where the file system can, else copied; state in memory is written, one parameter at a time
     in RAM. They are there as a whole or not at all. Those of the state before stay, which the optimizer's file refers
     to until it is written anew; older ones go.
 
+    Args:
+        full: The engine, whose updates are complete.
+        folder: Where the weights were written.
+
     Raises:
-        UnsupportedError: The weights were never saved, or have changed since.
         OffloadError: They cannot be written.
     """
-    if full.saved is None or full.saved.version != full.version:
-        raise UnsupportedError(
-            "optimizer.state_dict() of a model whose weights are not saved",
-            reason="the moments are too large for a dictionary, and are kept beside the weights of the same step",
-            instead="model.save_pretrained(folder) first, as the Trainer does",
-        )
-    folder = full.saved.folder / FOLDER
+    folder = folder / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     identifier = token_hex(16)
     with unfinished_folder(folder, prefix=_BESIDE) as beside:

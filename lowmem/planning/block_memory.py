@@ -250,12 +250,12 @@ _CHUNKS_HEAP = 2.3
 
 # With DoRA, whose weights are read when adapters are made (`host_memory.weight_is_read`); there, 4 x 256 and 1 x 256 in
 # chunks and 1 x 512 whole. Large pieces leave no more than so much (there, 2 x 512 and 4 x 512 with hidden 1024).
-_DORA_HEAP, _MOST_DORA_HEAP_BYTES = 1.8, 192 << 20
+_DORA_HEAP, _MOST_DORA_HEAP_BYTES = 2.0, 200 << 20
 _DORA_CHUNKS_HEAP = 1.4
 
 # Under autocast to a half type: what is converted for each product is as large as what is kept, but there are more
 # pieces of a chunk (there, 1, 2 and 4 x 512, and 4 x 512 by 128 tokens).
-_HALF_HEAP = 1.6
+_HALF_HEAP = 1.75
 _HALF_CHUNKS_HEAP = 4.5
 
 # Of routed experts, whose tokens are gathered in pieces of any size: there, 1 x 256 and, in chunks, 4 x 256.
@@ -268,8 +268,8 @@ _MIXED_CHUNKS_HEAP = 2.8
 
 # Of what a backward has taken there, temporaries included, the part that stays until the next step's head runs, whose
 # own are too large for the pieces; of the first 40 MiB all of it stays: benchmarks/plan_accuracy.py, 36 jobs on hidden
-# 512 and 1024.
-_STAYING_HEAP, _STAYS_WHOLE_BYTES = 0.8, 40 << 20
+# 512 and 1024. Less under autocast (there, 2 x 512 and 4 x 512 in bf16).
+_STAYING_HEAP, _STAYING_AUTOCAST_HEAP, _STAYS_WHOLE_BYTES = 0.8, 0.7, 40 << 20
 
 # Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 2 x 512 without autocast), with
 # DoRA the most of it (there, 1 x 512).
@@ -281,7 +281,7 @@ _HALF_DORA_HEAP = 1.5
 
 # Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
 # backward's that is there all the same; of the first 8 MiB all of it (there, 1 x 256 and 1 x 1024).
-_TRIMMED_HEAP, _NOT_TRIMMED_BYTES = 0.5, 8 << 20
+_TRIMMED_HEAP, _NOT_TRIMMED_BYTES = 0.6, 8 << 20
 
 # What updates by a projection of the gradient leave, as multiples of what the largest takes: their state is made
 # between them (there, GaLore, Fira and APOLLO).
@@ -429,13 +429,15 @@ def _heap_multiple(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> 
     return _CHUNKS_HEAP if in_chunks else _BACKWARD_HEAP
 
 
-def staying_heap_bytes(after_block: int) -> int:
+def staying_heap_bytes(after_block: int, *, autocast: bool) -> int:
     """What of the heap at the end of a backward is still there while the next step's head runs.
 
     Args:
         after_block: Of temporaries and of freed pieces, at the end of a block's backward.
+        autocast: Whether the block is computed under it, to a half type.
     """
-    return int(_STAYING_HEAP * after_block + (1 - _STAYING_HEAP) * min(after_block, _STAYS_WHOLE_BYTES))
+    part = _STAYING_AUTOCAST_HEAP if autocast else _STAYING_HEAP
+    return int(part * after_block + (1 - part) * min(after_block, _STAYS_WHOLE_BYTES))
 
 
 def trimmed_heap_bytes(kept: int) -> int:

@@ -436,7 +436,8 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
             yield _device(FREED_HEAP, max(kept) + between + updated, phase=phase)
         if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
             after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
-            yield _device(FREED_HEAP, staying_heap_bytes(after_block) + updated, phase="head")
+            staying = staying_heap_bytes(after_block, autocast=batch.autocast) + _heap_of_head(shapes, job, choice)
+            yield _device(FREED_HEAP, staying + updated, phase="head")
 
 
 def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:
@@ -504,22 +505,45 @@ def _gathered_bytes(shapes: ModelShapes, job: Job) -> int:
     return rows + min(num_rows, ROWS_PER_READ) * (row_bytes + 2 * PAGE_BYTES)
 
 
+_LOGIT_BYTES = 3 * _FP32_BYTES
+"""A logit, what it is turned into, and one more for a cap."""
+
+
+def _head_tile(shapes: ModelShapes, job: Job) -> tuple[int, int, int]:
+    """Tokens and words of a tile of the head, and what a word's weight takes that is converted for it."""
+    tiles = HeadTiles.on(job.device)
+    bytes_per_word = shapes.hidden_size * _FP32_BYTES if itemsize(shapes.compute_dtype) < _FP32_BYTES else 0
+    num_tokens = min(tiles.num_tokens, job.num_tokens)
+    num_words = tiles.num_words(
+        num_tokens=num_tokens, vocab=shapes.vocab_size, bytes_per_logit=_LOGIT_BYTES, bytes_per_word=bytes_per_word
+    )
+    return num_tokens, num_words, bytes_per_word
+
+
+_MOST_HEAD_HEAP_BYTES = 4 << 20
+
+
+def _heap_of_head(shapes: ModelShapes, job: Job, choice: Choice) -> int:
+    """What a tile of the head takes beside freed pieces of whole sequences in fp32, all of which are smaller.
+
+    benchmarks/plan_accuracy.py, 1 x 128: logits of 4 MiB, the blocks' pieces of 0.8.
+    """
+    if choice.chunk_tokens is not None or itemsize(shapes.compute_dtype) < _FP32_BYTES:
+        return 0
+    num_tokens, num_words, _ = _head_tile(shapes, job)
+    return min(_MOST_HEAD_HEAP_BYTES, num_tokens * num_words * _FP32_BYTES)
+
+
 def _head_bytes(shapes: ModelShapes, job: Job) -> int:
     """The final norm and the head, both in tiles: normed states, their gradient, and one tile.
 
     Of several sequences, the tokens that predict one are copied together, but not while there are gradients; when the
     norm's input gets its gradient, the normed states are gone.
     """
-    compute, tiles = itemsize(shapes.compute_dtype), HeadTiles.on(job.device)
+    compute = itemsize(shapes.compute_dtype)
     per_token = shapes.hidden_size * 2 * compute + 16 * _FP32_BYTES
-    num_tokens = min(tiles.num_tokens, job.num_tokens)
-    # Logits, what they are turned into, one more for a cap; a weight in another dtype is converted by the tile.
-    sizes = {
-        "bytes_per_logit": 3 * _FP32_BYTES,
-        "bytes_per_word": shapes.hidden_size * _FP32_BYTES if compute < _FP32_BYTES else 0,
-    }
-    num_words = tiles.num_words(num_tokens=num_tokens, vocab=shapes.vocab_size, **sizes)
-    tile = num_words * (num_tokens * sizes["bytes_per_logit"] + sizes["bytes_per_word"])
+    num_tokens, num_words, bytes_per_word = _head_tile(shapes, job)
+    tile = num_words * (num_tokens * _LOGIT_BYTES + bytes_per_word)
     # The norm's backward, in fp32: what it kept, and the terms of its input's gradient.
     norm = 5 * num_tokens * shapes.hidden_size * _FP32_BYTES
     # A trained head's gradient is summed in fp32 and then brought into its own type.

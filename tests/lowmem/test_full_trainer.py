@@ -1,12 +1,22 @@
 """Full tuning as users run it: TRL's SFTTrainer, its logs, its checkpoints, and the model that it saves."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import lowmem
+from lowmem.streaming.runtime import runtime_of
 from tests.lowmem.full_training import (
     backward,
     batches,
@@ -79,6 +89,92 @@ def test_resumed_from_a_trainer_checkpoint_it_ends_with_the_same_bits(folder: Pa
         assert torch.equal(got[name], weight), name
 
 
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_a_second_training_goes_on_with_the_optimizer_of_the_first(folder: Path, tmp_path: Path, tier: str) -> None:
+    def trained_twice(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[object]:
+        logged: list[object] = []
+        for part in ("first", "second"):
+            trainer = plain_trainer(model, tmp_path / part, optimizer=optimizer)
+            trainer.train()
+            logged += _logged(trainer)
+        return logged
+
+    plain = resident(folder)
+    expected = trained_twice(plain, torch.optim.AdamW(plain.parameters(), lr=3e-3, weight_decay=0.0, fused=True))
+    model = full(folder, tier, tmp_path / tier)
+    assert trained_twice(model, lowmem.optim.AdamW(model, lr=3e-3, weight_decay=0.0)) == expected
+    for name, weight in weights(plain).items():
+        assert torch.equal(weights(model)[name], weight), name
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "sgd"])
+def test_an_interrupted_trainer_is_run_again(folder: Path, tmp_path: Path, tier: str, optim: str) -> None:
+    class Interrupt(TrainerCallback):
+        is_armed = True
+
+        def on_pre_optimizer_step(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        ) -> None:
+            if self.is_armed and state.global_step == 2:
+                self.is_armed = False
+                raise KeyboardInterrupt
+
+    def trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        trainer = plain_trainer(model, tmp_path / "out", optim=optim)
+        trainer.add_callback(Interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train()
+        assert trainer.state.global_step == 4
+        return weights(trainer.model)
+
+    expected, got = trained(resident(folder)), trained(full(folder, tier, tmp_path / tier))
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_trainer_goes_on_from_the_last_step_on_disk(folder: Path, tmp_path: Path) -> None:
+    model = full(folder, "disk", tmp_path / "state").train()
+    optimizer = lowmem.optim.AdamW(model, lr=1e-2)
+    plain_trainer(model, tmp_path / "out", optimizer=optimizer).train()
+    runtime_of(model).close()
+    whole = full(folder, "device", tmp_path)
+    own = lowmem.optim.AdamW(whole, lr=1e-2)
+    for _ in range(2):
+        plain_trainer(whole, tmp_path / "out", optimizer=own).train()
+    again = full(folder, "disk", tmp_path / "state")
+    resumed = lowmem.optim.AdamW(again, lr=1e-2)
+    assert lowmem.full.resume_last_step(resumed) == 4
+    plain_trainer(again, tmp_path / "out", optimizer=resumed).train()
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(again)[name], weight), name
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_state_dict_that_was_not_saved_stands_for_its_step_alone(folder: Path, tmp_path: Path, tier: str) -> None:
+    model = full(folder, tier, tmp_path).train()
+    optimizer = lowmem.optim.AdamW(model, lr=1e-2)
+    ids = batches(1)[0]
+    backward(model, ids)
+    optimizer.step()
+    state, before = optimizer.state_dict(), weights(model)
+    optimizer.load_state_dict(copy.deepcopy(state))
+    for name, weight in weights(model).items():
+        assert torch.equal(before[name], weight), name
+    with pytest.raises(lowmem.UnsupportedError, match="writing optimizer.state_dict"):
+        pickle.dumps(state)
+    optimizer.zero_grad()
+    backward(model, ids)
+    optimizer.step()
+    with pytest.raises(lowmem.UnsupportedError, match="of an earlier step that was not saved"):
+        optimizer.load_state_dict(state)
+    latest = optimizer.state_dict()
+    other = lowmem.optim.AdamW(model, lr=1e-2)
+    with pytest.raises(lowmem.UnsupportedError, match="of an earlier step that was not saved"):
+        other.load_state_dict(latest)
+
+
 @pytest.mark.parametrize("tier", ["device", "disk"])
 def test_the_saved_model_loads_in_transformers_with_the_same_logits(folder: Path, tmp_path: Path, tier: str) -> None:
     model = full(folder, tier, tmp_path / "state").train()
@@ -120,7 +216,7 @@ def test_checkpoints_of_another_kind_are_refused_by_name(folder: Path, tmp_path:
     backward(model, batches(1)[0])
     optimizer.step()
     with pytest.raises(lowmem.UnsupportedError, match="whose weights are not saved"):
-        optimizer.state_dict()
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     model.save_pretrained(tmp_path / "saved")
     state = optimizer.state_dict()
     with pytest.raises(ValueError, match="without 'lowmem_full'"):
