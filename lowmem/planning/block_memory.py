@@ -272,9 +272,9 @@ _MIXED_CHUNKS_HEAP = 2.8
 _STAYING_HEAP, _STAYING_AUTOCAST_HEAP, _STAYS_WHOLE_BYTES = 0.8, 0.7, 40 << 20
 
 # Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 2 x 512 without autocast), with
-# DoRA the most of it (there, 1 x 512).
+# DoRA more of it (there, 2 x 256), but less with dropout, of whose tensors pieces are made.
 _MIXED_HEAP = 1.6
-_MIXED_DORA_HEAP = 0.75
+_MIXED_DORA_HEAP, _MIXED_DORA_DROPOUT_HEAP = 1.25, 2.5
 
 # DoRA under autocast, which converts as much and keeps half of it (there, 1 x 512).
 _HALF_DORA_HEAP = 1.5

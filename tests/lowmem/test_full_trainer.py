@@ -89,13 +89,34 @@ def test_resumed_from_a_trainer_checkpoint_it_ends_with_the_same_bits(folder: Pa
         assert torch.equal(got[name], weight), name
 
 
+class Interrupt(TrainerCallback):
+    """Ctrl-C in the third step, once."""
+
+    is_armed = True
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.is_armed and state.global_step == 2:
+            self.is_armed = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
-def test_a_second_training_goes_on_with_the_optimizer_of_the_first(folder: Path, tmp_path: Path, tier: str) -> None:
+def test_a_second_training_goes_on_with_the_optimizer_of_the_first(
+    folder: Path, tmp_path: Path, tier: str, is_interrupted: bool
+) -> None:
     def trained_twice(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[object]:
         logged: list[object] = []
         for part in ("first", "second"):
             trainer = plain_trainer(model, tmp_path / part, optimizer=optimizer)
-            trainer.train()
+            if is_interrupted and part == "first":
+                trainer.add_callback(Interrupt())
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.train()
+            else:
+                trainer.train()
             logged += _logged(trainer)
         return logged
 
@@ -110,16 +131,6 @@ def test_a_second_training_goes_on_with_the_optimizer_of_the_first(folder: Path,
 @pytest.mark.parametrize("tier", ["host", "disk"])
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor", "sgd"])
 def test_an_interrupted_trainer_is_run_again(folder: Path, tmp_path: Path, tier: str, optim: str) -> None:
-    class Interrupt(TrainerCallback):
-        is_armed = True
-
-        def on_pre_optimizer_step(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-        ) -> None:
-            if self.is_armed and state.global_step == 2:
-                self.is_armed = False
-                raise KeyboardInterrupt
-
     def trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         trainer = plain_trainer(model, tmp_path / "out", optim=optim)
         trainer.add_callback(Interrupt())
@@ -132,6 +143,27 @@ def test_an_interrupted_trainer_is_run_again(folder: Path, tmp_path: Path, tier:
     expected, got = trained(resident(folder)), trained(full(folder, tier, tmp_path / tier))
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_that_is_resumed_from_takes_the_place_of_the_last_step_on_disk(
+    folder: Path, tmp_path: Path
+) -> None:
+    def run(checkpoint: Path | None) -> dict[str, torch.Tensor]:
+        model = full(folder, "disk", tmp_path / "state")
+        optimizer = lowmem.optim.AdamW(model, lr=3e-3)
+        if checkpoint is not None:
+            assert lowmem.full.resume_last_step(optimizer) == 4
+        options: dict[str, object] = {"save_strategy": "steps", "save_steps": 2}
+        trainer = plain_trainer(model, tmp_path / "out", optimizer=optimizer, **options)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        found = weights(model)
+        runtime_of(model).close()
+        return found
+
+    expected = run(None)
+    got = run(tmp_path / "out" / "checkpoint-2")
+    for name, weight in expected.items():
+        assert torch.equal(got[name], weight), name
 
 
 def test_a_trainer_goes_on_from_the_last_step_on_disk(folder: Path, tmp_path: Path) -> None:
