@@ -3,7 +3,7 @@
     python -m benchmarks.plan_accuracy [--root /nvme/checkpoints] [--case NAME ...] [--results FILE] [--table]
         [--cpu-time] [--bench-each]
 
-44 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
+50 jobs of TRL's trainers on a processor: shapes, adapters and every weight, optimizers, batches, sequences, budgets and
 tiers. Each runs in a process of its own, forked from one that has imported everything, and trains a tiny model first.
 Memory is the kernel's high-water mark from before the model is loaded to the end of the last step, less what was there;
 time is the median of the steps after the second.
@@ -114,7 +114,9 @@ CASES = {
         Case(shape="plan-wide", kind="dora", dtype="bfloat16", seq_len=512),
         Case(kind="dora", dtype="bfloat16", autocast=False, batch_size=2, seq_len=256),
         Case(kind="dora", dtype="bfloat16", autocast=False, dropout=0.1, batch_size=2, seq_len=256),
+        Case(kind="dora", dtype="bfloat16", dropout=0.1, batch_size=2, seq_len=256),
         Case(kind="dora", dropout=0.1, batch_size=2, seq_len=256),
+        Case(kind="dora", dropout=0.1, batch_size=4, seq_len=256, budget="tight"),
         Case(shape="plan-wide", kind="dora", dtype="bfloat16", autocast=False, batch_size=2, seq_len=256),
         Case(shape="plan-moe", seq_len=256),
         Case(shape="plan-moe", batch_size=4, seq_len=256, budget="tight"),

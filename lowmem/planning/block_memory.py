@@ -272,12 +272,17 @@ _MIXED_CHUNKS_HEAP = 2.8
 _STAYING_HEAP, _STAYING_AUTOCAST_HEAP, _STAYS_WHOLE_BYTES = 0.8, 0.7, 40 << 20
 
 # Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 2 x 512 without autocast), with
-# DoRA more of it (there, 2 x 256), but less with dropout, of whose tensors pieces are made.
+# DoRA more of it (there, 2 x 256).
 _MIXED_HEAP = 1.6
-_MIXED_DORA_HEAP, _MIXED_DORA_DROPOUT_HEAP = 1.25, 2.5
+_MIXED_DORA_HEAP = 1.25
 
 # DoRA under autocast, which converts as much and keeps half of it (there, 1 x 512).
 _HALF_DORA_HEAP = 1.5
+
+# How many times as much DoRA with dropout leaves, which multiplies what it has dropped by the weight itself: in chunks
+# (there, 4 x 256 by 128 tokens), and in whole sequences in fp32, under autocast and in a half type (there, 2 x 256).
+_DORA_DROPOUT_CHUNKS = 1.9
+_DORA_DROPOUT, _HALF_DORA_DROPOUT, _MIXED_DORA_DROPOUT = 1.15, 2.1, 1.9
 
 # Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
 # backward's that is there all the same; of the first 8 MiB all of it (there, 1 x 256 and 1 x 1024).
@@ -381,12 +386,13 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
     """
     if batch.device != "cpu":
         return 0, 0
+    times = _times_for_dropout(block, batch, in_chunks=chunk_tokens is not None)
     # What dropout keeps lives until the block's backward: it leaves no holes (benchmarks/plan_accuracy.py).
     block = replace(block, linears=tuple(replace(linear, has_dropout=False) for linear in block.linears))
     if chunk_tokens is not None:
         parts = chunk_bytes(block, batch, chunk_tokens)
         forward = block_forward_bytes(block, batch, chunk_tokens) - parts.keys_values
-        temporaries = float(parts.activations + parts.attention)
+        temporaries = times * (parts.activations + parts.attention)
         return int(_FORWARD_HEAP * forward), _heap_of_backward(block, batch, temporaries, in_chunks=True)
     share = _share_on_heap(block, batch)
     forward, backward = block_forward_bytes(block, batch), block_recompute_bytes(block, batch)
@@ -398,7 +404,19 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
         forward, backward = int(forward / block.correction), int(backward / block.correction)
         block = replace(block, correction=1.0)
     backward -= ceil(block.correction * (_mask_bytes(batch) + _dora_tile_bytes(block, is_mixed=is_mixed)))
-    return int(_FORWARD_HEAP * share * forward), _heap_of_backward(block, batch, share * backward, in_chunks=False)
+    freed = _heap_of_backward(block, batch, times * share * backward, in_chunks=False)
+    return int(_FORWARD_HEAP * share * forward), freed
+
+
+def _times_for_dropout(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> float:
+    """How many times as much a backward leaves where adapters drop some of their input."""
+    if not any(linear.is_dora and linear.has_dropout for linear in block.linears):
+        return 1.0
+    if in_chunks:
+        return _DORA_DROPOUT_CHUNKS
+    if itemsize(batch.dtype) == _FP32_BYTES:
+        return _DORA_DROPOUT
+    return _HALF_DORA_DROPOUT if batch.autocast else _MIXED_DORA_DROPOUT
 
 
 def _heap_of_backward(block: BlockShape, batch: MicroBatch, temporaries: float, *, in_chunks: bool) -> int:
