@@ -390,7 +390,7 @@ def _call_before(name: str, parameters: list[str], call: Callable[[nn.Module, st
     setattr(Trainer, name, resuming)
 
 
-def on_interruption(tell: Callable[[nn.Module, KeyboardInterrupt | RuntimeError], None]) -> None:
+def on_interruption(tell: Callable[[nn.Module, BaseException], None]) -> None:
     """Have every Trainer's `train` tell of an interruption (Ctrl-C) or of what broke it, wherever in it that arrives.
 
     May be called again with the same function.
@@ -408,7 +408,7 @@ def on_interruption(tell: Callable[[nn.Module, KeyboardInterrupt | RuntimeError]
     def telling(self: Trainer, *args: object, **kwargs: object) -> object:
         try:
             return train(self, *args, **kwargs)
-        except (KeyboardInterrupt, RuntimeError) as interruption:
+        except BaseException as interruption:
             tell(self.model, interruption)
             raise
 

@@ -6,10 +6,13 @@ begins, and a step whose gradients did not come from the streamed blocks before 
 
 from __future__ import annotations
 
+import fcntl
+import os
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +29,7 @@ from lowmem.optim.optimizer import RuleOptimizer
 from lowmem.planning.optimizer_sizes import sizes_in_training
 from lowmem.processes.ranks import ranks
 from lowmem.streaming.runtime import Runtime, is_streamed, runtime_of
+from offload import FolderInUse
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -111,6 +115,37 @@ def how_to_go_on(output_dir: str, *, is_adapter: bool) -> str:
     )
 
 
+def _claim(folder: Path) -> Callable[[], None]:
+    """Keep other trainings out of an output folder, as far as its file system can; returns what lets them in again.
+
+    The folder itself is locked, nothing is written to it. The lock goes with the process.
+
+    Raises:
+        FolderInUse: A model is being trained into it.
+    """
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return lambda: None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise FolderInUse(folder, pid=None, holder="a training that saves its checkpoints there") from error
+    except OSError:
+        # Some network file systems lock no folders.
+        os.close(lock)
+        return lambda: None
+
+    def leave() -> None:
+        # A data loader's workers have the lock as well, and may live longer.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
+    return leave
+
+
 class TrainingChecks(TrainerCallback):
     """Stands in front of the reporters in every Trainer; does nothing where the model is not streamed."""
 
@@ -126,7 +161,7 @@ class TrainingChecks(TrainerCallback):
             refuse_training_options(args)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
-        """Refuse a model in which nothing trains, and options that were set since the Trainer was made."""
+        """Refuse a model in which nothing trains, options that were set since, a folder that another run saves to."""
         self._stop_listening()  # a train() that raised has no on_train_end
         self._runtime = None
         model = kwargs.get("model")
@@ -157,6 +192,9 @@ class TrainingChecks(TrainerCallback):
                 UserWarning,
                 stacklevel=2,
             )
+        runtime.leave_output()
+        if state.is_world_process_zero and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+            runtime.leave_output = _claim(Path(args.output_dir))
         self._stop_listening = runtime.listen(self._visited)
         runtime.advise_interrupted = partial(how_to_go_on, args.output_dir, is_adapter=hasattr(model, "peft_config"))
 
@@ -204,6 +242,8 @@ class TrainingChecks(TrainerCallback):
         runtime = None if self._runtime is None else self._runtime()
         if runtime is not None:
             runtime.advise_interrupted = None
+            runtime.leave_output()
+            runtime.leave_output = lambda: None
 
     def _visited(self, visit: Visit) -> None:
         if not visit.started:
@@ -237,10 +277,14 @@ def _is_of_ranks(error: RuntimeError) -> bool:
     return "gloo" in str(error) or isinstance(error, getattr(torch.distributed, "DistError", ()))
 
 
-def _say_how_to_go_on(model: nn.Module, interruption: KeyboardInterrupt | RuntimeError) -> None:
+def _say_how_to_go_on(model: nn.Module, interruption: BaseException) -> None:
     if not is_streamed(model):
         return
     runtime = runtime_of(model)
+    runtime.leave_output()
+    runtime.leave_output = lambda: None
+    if not isinstance(interruption, (KeyboardInterrupt, RuntimeError)):
+        return
     if isinstance(interruption, RuntimeError):
         # DDP says that a connection was closed, and by which address.
         lost = None if runtime.find_lost is None else runtime.find_lost(_LOSS_WAIT_S)

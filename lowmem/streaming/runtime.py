@@ -291,6 +291,8 @@ class Runtime:
         self._on_reset: list[Callable[[], None]] = []
         self.advise_interrupted: Callable[[], str] | None = None
         """Says how to go on after an interruption, while a Trainer trains."""
+        self.leave_output: Callable[[], None] = lambda: None
+        """Lets other trainings into the folder that a Trainer saves to."""
         self.announce: Callable[[Phase, int], None] | None = None
         """Told what a visit is for, and how many tokens it is for, before its block is asked for."""
         self.optimizer: OptimizerShape | None = None
