@@ -100,9 +100,7 @@ def bench_lines(
         rates = replace(rates, scratch_bytes_per_s=probe_scratch(scratch))
         moved = round(rates.moved_bytes_per_s / 1e9, 3)
         yield {"probe": "written and read back", "folder": str(scratch), "gb_per_s": moved}
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
-    common: dict[str, object] = {"device": name, "machine": platform.machine(), "torch": torch.__version__}
-    common |= {"num_threads": torch.get_num_threads()}
+    common = _machine(chosen)
     yield {"probe": "copy", "gb_per_s": round(rates.copy_bytes_per_s / 1e9, 3), **common}
     yield {
         "probe": "compute",
@@ -115,14 +113,22 @@ def bench_lines(
     for trains in _trained(checkpoint, bare):
         yield {"probe": "blocks", "trains": trains, **timed(opened(), trains)}
         pace.look()
-    yield from _kept(KeptRates(rates=rates, shapes=found, pace=pace.seen), pace, bare, device=chosen, autocast=autocast)
+    # Another clock's seconds are not compared with what others took, nor is that with them.
+    seen = pace.seen if clock is time.perf_counter else None
+    yield from _kept(KeptRates(rates=rates, shapes=found, pace=seen), pace, bare, device=chosen, autocast=autocast)
+
+
+def _machine(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    numbers = {"torch": torch.__version__, "num_threads": torch.get_num_threads()}
+    return {"device": name, "machine": platform.machine(), **numbers}
 
 
 def _kept(
     measured: KeptRates, pace: Pace, bare: ModelShapes, *, device: torch.device, autocast: bool
 ) -> Iterator[Mapping[str, object]]:
     """Keep what was measured, and say how steady the machine was."""
-    before_ms = keep_pace(pace.seen, device)
+    before_ms = None if measured.pace is None else keep_pace(measured.pace, device)
     yield {
         "probe": "pace",
         "looks_ms": pace.looks_ms,
@@ -131,7 +137,7 @@ def _kept(
         "slower_than_before": None if before_ms is None else round(pace.seen.fastest_ms / before_ms, 3),
         "is_disturbed": pace.seen.is_disturbed(before_ms),
     }
-    stays = is_steadier(read_kept(bare, device, autocast=autocast), pace.seen, before_ms)
+    stays = is_steadier(read_kept(bare, device, autocast=autocast), measured.pace, before_ms)
     kept = keep(measured, bare, device, autocast=autocast)
     yield {"probe": "kept", "file": None if kept is None else str(kept), "is_of_before": stays}
 

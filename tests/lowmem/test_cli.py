@@ -457,6 +457,37 @@ def test_files_that_are_no_traces_are_one_line_and_status_2(run: Run, tmp_path: 
     assert run.err.count("\n") == 1
 
 
+def test_a_report_is_told_from_a_trace_and_named_where_there_is_no_trace(run: Run, tmp_path: Path) -> None:
+    assert run("trace", tmp_path) == 2
+    assert "report.html" not in run.err
+    (tmp_path / "report.html").write_text("<!doctype html>")
+    assert run("trace", tmp_path / "report.html") == 2
+    assert "this is the report of a run: open it in a browser" in run.err
+    assert "trace.json" in run.err
+    # Of a run that was killed.
+    assert run("trace", tmp_path) == 2
+    assert "no such file; give the output folder of a run" in run.err
+    assert f"{tmp_path / 'report.html'} is there" in run.err
+
+
+def test_planned_and_measured_compute_are_of_the_same_things(run: Run, tmp_path: Path) -> None:
+    trace, second = Trace(), 10**9
+    for lane, name, start, end in (
+        ("compute", "forward 0", 0, 2),
+        ("stall", "block 0", 3, 4),
+        ("compute", "backward 0", 4, 7),
+        ("compute", "forward 0", 10, 11),
+    ):
+        trace.add(lane, name, start * second, end * second, nbytes=0)
+    known = facts(num_points=1).to_dict()
+    known["lowmem_run"]["starts_ns"] = [(1, 0)]  # type: ignore[index]
+    trace.save(tmp_path / "trace.json", notes=known)
+    assert run("trace", tmp_path) == 0
+    (row,) = [line for line in run.out.splitlines() if line.strip().startswith("compute, all")]
+    # All but the second of waiting: the head, the loss and the optimizer run between the blocks' spans.
+    assert row.split()[-4:] == ["1.5", "s", "10", "s"]
+
+
 def test_a_step_that_the_trace_does_not_have_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("trace", save_trace(tmp_path / "trace.json"), "--step", 9) == 2
     assert "steps 1 to 3" in run.err

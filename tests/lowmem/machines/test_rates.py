@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,17 @@ def test_a_disturbed_measurement_does_not_replace_a_steadier_one(llama: Path) ->
     plan = keep_disturbed(llama, loaded, head_token_s=4.0, scratch=5e8)
     assert (head_s(plan), plan.rates.caveat, plan.rates.scratch_bytes_per_s) == (3, "", 5e8)
     assert head_s(keep_disturbed(llama, steady, head_token_s=5.0)) == 5
+
+
+def test_another_clocks_pace_is_not_compared(llama: Path) -> None:
+    cpu = torch.device("cpu")
+    rates.keep_pace(rates.SeenPace(fastest_ms=1e-6, slowest_ms=1e-6), cpu)
+    *_, pace, kept = bench_lines(llama, device="cpu", clock=time.process_time)
+    assert (pace["slower_than_before"], kept["is_of_before"]) == (None, False)
+    assert rates.fastest_ever_ms(cpu) == 1e-6
+    found = rates.read_kept(read_shapes(opened(llama)), cpu)
+    assert found is not None
+    assert found.pace is None
 
 
 def test_a_pace_that_cannot_be_read_is_as_good_as_none(llama: Path) -> None:
