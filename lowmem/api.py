@@ -22,7 +22,7 @@ from lowmem.full.opening import master_dtype, moved_name, refuse_unsupported
 from lowmem.headers.description import describing
 from lowmem.loading import load, prepare_device
 from lowmem.machines.cards import Machine
-from lowmem.machines.rates import rates_as_loaded, rates_for
+from lowmem.machines.rates import rates_again, rates_as_loaded, rates_for
 from lowmem.machines.scaling import with_scaling
 from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
 from lowmem.monitoring.training_checks import check_every_trainer
@@ -134,7 +134,7 @@ def from_pretrained(
         unless_loaded.callback(opened.source.close)
         plan = _checked_plan(opened, plan, tuning=tuning, budget=budget, given=given, cap_device=cap_device)
         check_every_trainer()
-        loaded = load(opened, plan=plan)
+        loaded = load(opened, plan=plan, rates_of=partial(rates_again, device=chosen))
         unless_loaded.pop_all()
     return loaded
 

@@ -221,9 +221,6 @@ def doctor(
         raise typer.Exit(1)
 
 
-_UNSTEADY = 1.15
-
-
 @app.command()
 def bench(
     model: Model,
@@ -234,14 +231,14 @@ def bench(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     disk: Annotated[
-        Path | None, typer.Option(help="Measure writing and reading back too, in this folder (Budget.disk).")
+        str | None, typer.Option(help="Measure writing and reading back too, in this folder (Budget.disk).")
     ] = None,
 ) -> None:
     """Measure disk, copies and the products of this model's shapes, and keep the rates for plans; JSON lines.
 
     Takes half a minute, and the memory of one block of each kind.
     """
-    from lowmem.machines.bench import bench_lines
+    from lowmem.machines.bench import bench_lines, disturbances
 
     lines = bench_lines(
         model,
@@ -255,12 +252,8 @@ def bench(
     )
     for line in lines:
         typer.echo(json.dumps(line))
-        changed = line.get("slowest_over_fastest")
-        if isinstance(changed, float) and changed > _UNSTEADY:
-            sys.stderr.write(
-                f"lowmem: this machine was up to {changed:.2f} times as slow as at other times of the measurement: "
-                "something else has its processor, and plans may be off by as much; measure again when it is quiet\n"
-            )
+        for words in disturbances(line):
+            sys.stderr.write(f"lowmem: {words}\n")
 
 
 @app.command()

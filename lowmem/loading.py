@@ -43,7 +43,7 @@ from lowmem.models.whole import install_resizing
 from lowmem.planning.planner import bare_shapes, plan_alone
 from lowmem.planning.step_memory import KEPT_PRODUCTS, NUM_PRODUCT_BUFFERS, num_boundary_buffers
 from lowmem.processes.node import NodeBlocks, share_blocks
-from lowmem.streaming.attach import Replanning, attach
+from lowmem.streaming.attach import RatesOf, Replanning, attach
 from lowmem.streaming.boundary import BoundaryTier, ProductBoundaries
 from lowmem.streaming.boundary_tiers import tier_for
 from lowmem.streaming.chunking.attention import enable_chunks
@@ -161,12 +161,13 @@ def _make_workspaces(device: torch.device) -> None:
     torch.autograd.grad((factor @ factor).sum(), factor)
 
 
-def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
+def load(opened: Opened, *, plan: Plan, rates_of: RatesOf | None = None) -> PreTrainedModel:
     """Make the streamed model: read what stays resident, start the scheduler, take over the blocks.
 
     Args:
         opened: A checked checkpoint; its files are closed with the model.
         plan: What goes where.
+        rates_of: As `Replanning.watch` has it.
 
     Raises:
         OffloadError: A file cannot be read, or memory cannot be had.
@@ -234,7 +235,7 @@ def load(opened: Opened, *, plan: Plan) -> PreTrainedModel:
     runtime.generation = GenerationHooks(model, room=KvRoom.of(plan))
     checks = () if masters is None else masters.checks(model)
     attach(model, runtime, before_first=(*checks, Preparation(model)))
-    choose_split.watch(model, runtime)
+    choose_split.watch(model, runtime, rates_of=rates_of)
     if masters is None:
         refuse_before_changes()
         hash_by_fingerprint(model, opened.source.fingerprint())

@@ -117,3 +117,24 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
             refused.unlink()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "lowmem.from_pretrained" in (tmp_path / "site" / "api.html").read_text()
+
+
+def test_make_help_has_a_line_for_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in set(phony.split()) - {"help"}:
+        assert re.search(rf"^make {target} +\S", printed, re.MULTILINE), target
+    # As ever: `make` alone installs.
+    assert ".DEFAULT_GOAL := setup" in makefile
+
+
+def test_benchmarks_do_not_tell_of_kernels_that_nothing_runs() -> None:
+    code = (
+        "import logging, benchmarks\n"
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: ...')\n"
+        "log.warning('something else')\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stderr
+    assert said == "something else\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +14,24 @@ import torch
 from torch import nn
 
 from lowmem.machines.measured import measure_shape
-from lowmem.machines.rates import KeptRates, Pace, Stopwatch, keep, measure_rates
+from lowmem.machines.rates import (
+    SLOW,
+    UNSTEADY,
+    KeptRates,
+    Pace,
+    Stopwatch,
+    is_steadier,
+    keep,
+    keep_pace,
+    measure_rates,
+    read_kept,
+)
 from lowmem.models.checkpoint import Opened, open_checkpoint, pick_device, resolve
 from lowmem.packing.place import as_if_packed
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_time import ShapeRates, Trained
-from offload import probe_disk, probe_scratch
+from offload import Budget, probe_disk, probe_scratch
 
 _DISK_S, _DISK_BYTES = 2.0, 1 << 30
 
@@ -46,20 +58,22 @@ def bench_lines(
         revision: Branch, tag or commit of the hub repository.
         trust_remote_code: As in transformers.
         disk: Folder in which steps will write what they read back (`Budget(disk=...)`): half a gigabyte is written
-            there for a moment. None to take it for as fast as the checkpoint is read.
+            there for a moment. It has to be there. None to take it for as fast as the checkpoint is read.
         autocast: Time a half type under autocast to it.
         clock: Seconds of computing; another than the wall clock's where other programs run.
 
     Yields:
-        One flat record for each setting of the disk, then for copies, products, and each thing that may train; then how
-        much the machine's pace changed meanwhile, and where they are kept.
+        One flat record for each setting of the disk, then for copies, products, and each thing that may train; then
+        the machine's pace meanwhile, and the file of what is kept: as it was where the machine was steadier then.
 
     Raises:
         SourceError: A file is missing, damaged or empty.
         ReadError: A file cannot be read.
         UnsupportedError: The architecture cannot be streamed.
-        WriteError: `disk` cannot be written.
+        ValueError: `disk` is no folder that can be written to.
+        WriteError: It is full, or broken.
     """
+    scratch = None if disk is None else _folder_to_write(disk)
     folder, chosen = resolve(model, revision=revision), pick_device(device)
 
     def opened() -> Opened:
@@ -82,13 +96,11 @@ def bench_lines(
             "is_chosen": (setting.num_threads, setting.request_bytes) == (read.num_threads, read.request_bytes),
         }
     rates, pace = measure_rates(read, device=chosen, dtype=checkpoint.dtype), Pace(Stopwatch(chosen, clock))
-    if disk is not None:
-        rates = replace(rates, scratch_bytes_per_s=probe_scratch(Path(disk)))
+    if scratch is not None:
+        rates = replace(rates, scratch_bytes_per_s=probe_scratch(scratch))
         moved = round(rates.moved_bytes_per_s / 1e9, 3)
-        yield {"probe": "written and read back", "folder": str(disk), "gb_per_s": moved}
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else platform.processor() or chosen.type
-    common: dict[str, object] = {"device": name, "machine": platform.machine(), "torch": torch.__version__}
-    common |= {"num_threads": torch.get_num_threads()}
+        yield {"probe": "written and read back", "folder": str(scratch), "gb_per_s": moved}
+    common = _machine(chosen)
     yield {"probe": "copy", "gb_per_s": round(rates.copy_bytes_per_s / 1e9, 3), **common}
     yield {
         "probe": "compute",
@@ -101,9 +113,63 @@ def bench_lines(
     for trains in _trained(checkpoint, bare):
         yield {"probe": "blocks", "trains": trains, **timed(opened(), trains)}
         pace.look()
-    yield {"probe": "pace", "looks_ms": pace.looks_ms, "slowest_over_fastest": round(pace.slowest_over_fastest, 3)}
-    kept = keep(KeptRates(rates=rates, shapes=found), bare, chosen, autocast=autocast)
-    yield {"probe": "kept", "file": None if kept is None else str(kept)}
+    # Another clock's seconds are not compared with what others took, nor is that with them.
+    seen = pace.seen if clock is time.perf_counter else None
+    yield from _kept(KeptRates(rates=rates, shapes=found, pace=seen), pace, bare, device=chosen, autocast=autocast)
+
+
+def _machine(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    numbers = {"torch": torch.__version__, "num_threads": torch.get_num_threads()}
+    return {"device": name, "machine": platform.machine(), **numbers}
+
+
+def _kept(
+    measured: KeptRates, pace: Pace, bare: ModelShapes, *, device: torch.device, autocast: bool
+) -> Iterator[Mapping[str, object]]:
+    """Keep what was measured, and say how steady the machine was."""
+    before_ms = None if measured.pace is None else keep_pace(measured.pace, device)
+    yield {
+        "probe": "pace",
+        "looks_ms": pace.looks_ms,
+        "slowest_over_fastest": round(pace.slowest_over_fastest, 3),
+        # Other programs that run all the while make all looks slow.
+        "slower_than_before": None if before_ms is None else round(pace.seen.fastest_ms / before_ms, 3),
+        "is_disturbed": pace.seen.is_disturbed(before_ms),
+    }
+    stays = is_steadier(read_kept(bare, device, autocast=autocast), measured.pace, before_ms)
+    kept = keep(measured, bare, device, autocast=autocast)
+    yield {"probe": "kept", "file": None if kept is None else str(kept), "is_of_before": stays}
+
+
+def _folder_to_write(disk: str | Path) -> Path:
+    """The folder that is meant, checked before anything is measured; it is not made, for a typo names another drive.
+
+    Raises:
+        ValueError: It is a file, not there, or cannot be written to.
+    """
+    folder = Budget(disk=disk).disk
+    assert folder is not None
+    if not folder.exists():
+        raise ValueError(f"disk: {folder}: no such folder; make it first, on the drive that steps will write to")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"disk: {folder} cannot be written to; give a folder that can")
+    return folder
+
+
+def disturbances(line: Mapping[str, object]) -> Iterator[str]:
+    """What a person should be told of a record of `bench_lines`, in sentences."""
+    off = "something else has its processor, and plans may be off by as much; measure again when it is quiet"
+    changed, slower = line.get("slowest_over_fastest"), line.get("slower_than_before")
+    if isinstance(changed, float) and changed > UNSTEADY:
+        yield f"this machine was up to {changed:.2f} times as slow as at other times of the measurement: {off}"
+    if isinstance(slower, float) and slower > SLOW:
+        yield f"a fixed product took {slower:.1f} times as long as it has here before: {off}"
+    if line.get("is_of_before"):
+        yield (
+            "the rates that were kept before stay, since the machine was steadier when they were measured; "
+            f"delete {line['file']} to have new ones all the same"
+        )
 
 
 def _timed(

@@ -30,6 +30,7 @@ from offload import DiskRate, Folder, probe_compute, probe_disk
 
 if TYPE_CHECKING:
     from lowmem.models.checkpoint import Described
+    from lowmem.planning.plan import Plan
 
 _VERSION: Final = 6
 
@@ -130,9 +131,71 @@ class Pace:
         return [round(1e3 * look_s, 3) for look_s in self.looks_s]
 
     @property
+    def seen(self) -> SeenPace:
+        """What to keep of it."""
+        return SeenPace(fastest_ms=1e3 * min(self.looks_s), slowest_ms=1e3 * max(self.looks_s))
+
+    @property
     def slowest_over_fastest(self) -> float:
         """1 where nothing changed."""
         return max(self.looks_s) / min(self.looks_s)
+
+
+UNSTEADY: Final = 1.15
+"""Slowest over fastest look of one measurement from which on what was measured is not to be trusted."""
+
+SLOW: Final = 1.3
+"""The same of the fastest look and the fastest ever: more, for heat alone makes a tenth from one hour to another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenPace:
+    """How fast the machine was while rates were measured, in milliseconds of `Pace`'s product."""
+
+    fastest_ms: float
+    slowest_ms: float
+
+    def slower(self, fastest_ever_ms: float | None) -> float:
+        """How many times as slow as it can be it was for a while."""
+        return self.slowest_ms / min(self.fastest_ms, fastest_ever_ms or self.fastest_ms)
+
+    def is_disturbed(self, fastest_ever_ms: float | None) -> bool:
+        """Whether rates that were measured then are off by more than they usually are."""
+        is_slow = fastest_ever_ms is not None and self.fastest_ms > SLOW * fastest_ever_ms
+        return is_slow or self.slowest_ms > UNSTEADY * self.fastest_ms
+
+
+def _pace_file(device: torch.device) -> Path:
+    # The product is always in fp32: its time is one for all types of models.
+    name = hashlib.sha256(repr((_PACE_SIZE, "float32", *_where(device))).encode()).hexdigest()[:24]
+    return user_cache_path("lowmem") / "rates" / f"pace-{name}.json"
+
+
+def fastest_ever_ms(device: torch.device) -> float | None:
+    """What `Pace`'s product took when it was fastest on this machine, with as many threads; None if never timed."""
+    try:
+        found = float(json.loads(_pace_file(device).read_text())["fastest_ms"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found > 0 else None
+
+
+def keep_pace(seen: SeenPace, device: torch.device) -> float | None:
+    """Keep the fastest look if there was no faster one; returns the fastest of those before, None if there is none."""
+    before_ms = fastest_ever_ms(device)
+    if before_ms is None or seen.fastest_ms < before_ms:
+        _put(_pace_file(device), {"fastest_ms": seen.fastest_ms})
+    return before_ms
+
+
+def _put(file: Path, content: object) -> bool:
+    """Write a file of the cache as a whole; False where it cannot be written."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with Folder.open(file.parent) as folder:
+            folder.put(file.name, json.dumps(content).encode())
+        return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +206,17 @@ class KeptRates:
     """Of disk, copies and products; `shape` is None."""
     shapes: dict[str, ShapeRates]
     """Of the model's own blocks, by what trains in them."""
+    pace: SeenPace | None = None
+    """Of the machine meanwhile; None where that was not looked at."""
+    caveat: str = ""
+    """What plans say of them: that the machine was disturbed."""
 
     def for_(self, trains: Trained) -> Rates:
         """The rates of a job."""
         # What was measured with another adapter is nearer than what is assumed; every weight is another matter.
         near: tuple[Trained, ...] = (trains, *(() if trains == "full" else ("lora", "dora")))
         found = next((self.shapes[kind] for kind in near if kind in self.shapes), None)
-        return replace(self.rates, shape=found)
+        return replace(self.rates, shape=found, caveat=self.caveat)
 
 
 def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None, *, autocast: bool = True) -> Rates:
@@ -161,17 +228,56 @@ def rates_for(opened: Described, shapes: ModelShapes, rates: Rates | str | None,
     if isinstance(rates, Rates):
         return rates
     if rates is None:
-        kept = read_kept(shapes, opened.device, autocast=autocast)
-        if kept is None and not autocast:
-            # Nearer than what is assumed.
-            kept = read_kept(shapes, opened.device)
-        return assumed_rates(kind_of(opened.device)) if kept is None else kept.for_(what_trains(shapes))
+        return known_rates(shapes, opened.device, autocast=autocast)
     if rates != "measure":
         raise ValueError(f'rates={rates!r}: expected None, "measure" or what lowmem.machines.rates.rates_for returned')
     source = getattr(opened, "source", None)
     if source is None:
         raise ValueError('rates="measure": the weights are not here, so their disk cannot be measured; leave it out')
     return measure_rates(probe_disk(source.files), device=opened.device, dtype=opened.dtype)
+
+
+def known_rates(shapes: ModelShapes, device: torch.device, *, autocast: bool) -> Rates:
+    """The rates that are kept for a shape, those with autocast and without it standing in for each other, else assumed.
+
+    Disk, copies and products are the same in both, and what a block takes is off by less than a fifth, where what is
+    assumed may be off by five times; the plan says so (`Rates.caveat`).
+    """
+    kept = read_kept(shapes, device, autocast=autocast)
+    if kept is not None:
+        return kept.for_(what_trains(shapes))
+    other = read_kept(shapes, device, autocast=not autocast)
+    if other is None:
+        return assumed_rates(kind_of(device))
+    found = other.for_(what_trains(shapes))
+    if found.shape is None:
+        return found
+    words = "with autocast, which this job has not" if not autocast else "without autocast, which this job has"
+    option = "" if autocast else " --no-autocast"
+    stands_in = f"blocks were measured {words}; run lowmem bench MODEL{option}"
+    return replace(found, caveat="; ".join(filter(None, (found.caveat, stands_in))))
+
+
+def rates_again(made: Plan, shapes: ModelShapes, *, device: torch.device, autocast: bool) -> Rates:
+    """The rates to plan a loaded model's real job with: those that are kept for it as it is.
+
+    Rates that were given, or are another machine's, stay as they are: only what was looked up is looked up again.
+
+    Args:
+        made: What it was loaded with, or planned again for last.
+        shapes: The model with what really trains.
+        device: Compute device.
+        autocast: Whether it trains under autocast.
+    """
+    looked_up = known_rates(shapes, device, autocast=made.job.autocast)
+    # The shape's own depend on what trains, which the plan before may not have known.
+    if _general(looked_up) != _general(made.rates):
+        return made.rates
+    return known_rates(shapes, device, autocast=autocast)
+
+
+def _general(rates: Rates) -> Rates:
+    return replace(rates, shape=None, caveat="")
 
 
 def measure_rates(disk: DiskRate, *, device: torch.device, dtype: torch.dtype) -> Rates:
@@ -262,12 +368,16 @@ def what_trains(shapes: ModelShapes) -> Trained:
 def kept_file(shapes: ModelShapes, device: torch.device, *, autocast: bool = True) -> Path:
     """Where the rates of a shape are kept: the same for models of the same widths and stored types."""
     bare = sorted({_widths(block) for block in shapes.blocks})
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     products = "autocast" if autocast or shapes.compute_dtype == "float32" else "as they are"
     what = (bare, shapes.vocab_size, shapes.hidden_size, shapes.compute_dtype, shapes.stored_dtypes, products)
-    where = (platform.node(), card, torch.get_num_threads(), torch.__version__)
-    name = hashlib.sha256(repr((_VERSION, what, where)).encode()).hexdigest()[:24]
+    name = hashlib.sha256(repr((_VERSION, what, _where(device))).encode()).hexdigest()[:24]
     return user_cache_path("lowmem") / "rates" / f"{name}.json"
+
+
+def _where(device: torch.device) -> tuple[object, ...]:
+    """What measurements of one machine have in common: its name, what computes, with how many threads, by what."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return platform.node(), card, torch.get_num_threads(), torch.__version__
 
 
 def _widths(block: Any) -> tuple[Any, ...]:
@@ -279,13 +389,32 @@ def read_kept(shapes: ModelShapes, device: torch.device, *, autocast: bool = Tru
     """What was kept for a shape on this machine, or None."""
     try:
         found = json.loads(kept_file(shapes, device, autocast=autocast).read_text())
-        general = {field.name: found["rates"][field.name] for field in fields(Rates) if field.name != "shape"}
+        # What is said of them follows from what else is kept.
+        names = {field.name for field in fields(Rates)} - {"shape", "caveat"}
+        general = {name: found["rates"][name] for name in names}
+        # Files of the first versions have none.
+        pace = SeenPace(**found["pace"]) if found.get("pace") else None
         return KeptRates(
             rates=Rates(**_tuples(general)),
             shapes={kind: ShapeRates(**_tuples(values)) for kind, values in found["shapes"].items()},
+            pace=pace,
+            caveat=_caveat(pace, fastest_ever_ms(device)),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _caveat(pace: SeenPace | None, ever_ms: float | None) -> str:
+    if pace is None or not pace.is_disturbed(ever_ms):
+        return ""
+    return f"measured while the machine was up to {pace.slower(ever_ms):.1f}x slower; run lowmem bench again"
+
+
+def is_steadier(earlier: KeptRates | None, pace: SeenPace | None, ever_ms: float | None) -> bool:
+    """Whether earlier rates are to stay: what was measured now was disturbed, and they were less so."""
+    if earlier is None or earlier.pace is None or pace is None or not pace.is_disturbed(ever_ms):
+        return False
+    return earlier.pace.slower(ever_ms) < pace.slower(ever_ms)
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -295,18 +424,20 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def keep(kept: KeptRates, shapes: ModelShapes, device: torch.device, *, autocast: bool = True) -> Path | None:
     """Keep what was measured; returns the file, or None where the cache cannot be written.
 
-    What could not be timed this time, of a model with these widths and other limits, stays as it was.
+    What could not be timed this time, of a model with these widths and other limits, stays as it was. Where the machine
+    was disturbed, and less so when what is there was measured, all of that stays (`is_steadier`); of what is new only
+    the rate in the budget's folder is kept then, if there was none.
     """
     file = kept_file(shapes, device, autocast=autocast)
     earlier = read_kept(shapes, device, autocast=autocast)
-    found = kept.shapes if earlier is None else earlier.shapes | kept.shapes
-    rates = kept.rates
-    if earlier is not None and rates.scratch_bytes_per_s is None:
-        rates = replace(rates, scratch_bytes_per_s=earlier.rates.scratch_bytes_per_s)
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"rates": asdict(rates), "shapes": {k: asdict(v) for k, v in found.items()}})
-        with Folder.open(file.parent) as folder:
-            folder.put(file.name, text.encode())
-        return file
-    return None
+    rates, found, pace = kept.rates, kept.shapes, kept.pace
+    if earlier is not None:
+        moved = (rates.scratch_bytes_per_s, earlier.rates.scratch_bytes_per_s)
+        if is_steadier(earlier, pace, fastest_ever_ms(device)):
+            rates, found, pace = earlier.rates, earlier.shapes, earlier.pace
+            moved = moved[::-1]
+        else:
+            found = earlier.shapes | found
+        rates = replace(rates, scratch_bytes_per_s=moved[0] or moved[1])
+    content: dict[str, object] = {"rates": asdict(rates), "shapes": {k: asdict(v) for k, v in found.items()}}
+    return file if _put(file, content | ({} if pace is None else {"pace": asdict(pace)})) else None

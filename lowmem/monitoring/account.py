@@ -36,6 +36,9 @@ _OUTSIDE = {"embedding", "head", "norms and buffers"}
 _WAITS = {"disk": "reading from disk", "copy": "copying to the device", "": "nothing under way"}
 """What was going on while the device waited for a block; copying only where nothing was read."""
 
+_TIME_ROWS = {"compute": "compute, all of the step's"}
+"""What a row of times is called where the lane of that name shows less."""
+
 _MOST_POINTS = 500
 """Steps that a run's facts keep, evenly chosen; enough for a curve."""
 
@@ -279,10 +282,18 @@ def _seconds_table(account: StepSeconds) -> list[str]:
 
 
 def _planned_table(facts: RunFacts, step: StepTimeline) -> list[str]:
-    measured = {"step": step.duration_s, **{lane: step.busy_s(lane) for lane in ("compute", "disk", "copy")}}
+    account = step_seconds(step)
+    # As planned: with embeddings, head, loss and optimizer, which the compute lane's spans of blocks are not.
+    computing_s = sum(account.computing_s.values()) + account.other_s
+    measured = {
+        "step": step.duration_s,
+        "compute": computing_s,
+        "disk": step.busy_s("disk"),
+        "copy": step.busy_s("copy"),
+    }
     rows = [("time", "planned", "measured")]
     rows += [
-        (name, format_seconds(planned), format_seconds(measured.get(name, 0.0)))
+        (_TIME_ROWS.get(name, name), format_seconds(planned), format_seconds(measured.get(name, 0.0)))
         for name, planned in facts.planned_s.items()
         if planned or measured.get(name)
     ]

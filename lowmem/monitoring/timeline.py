@@ -72,7 +72,14 @@ def read_trace(path: Path) -> tuple[tuple[Span, ...], Mapping[str, object]]:
         wanted = (
             "the output folder of a run with lowmem.Monitor, which saves its trace there at the end, also by Ctrl-C"
         )
-        raise FileNotFoundError(f"{path}: no such file; give {wanted}")
+        report = path.with_name("report.html")
+        instead = f"; {report} is there, written while the run went on: open it in a browser" if report.exists() else ""
+        raise FileNotFoundError(f"{path}: no such file; give {wanted}{instead}")
+    if path.suffix.lower() in (".html", ".htm"):
+        raise ValueError(
+            f"{path}: this is the report of a run: open it in a browser; lowmem trace wants the run's folder, or the "
+            "trace.json in it"
+        )
     try:
         document = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

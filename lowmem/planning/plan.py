@@ -253,8 +253,9 @@ _SUMMARY = ("fits", "device_bytes", "host_bytes", "disk_bytes", "step_s", "bottl
 
 
 def _with_lists(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    """A dataclass's fields as JSON has them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}
+    """A dataclass's fields as JSON has them; a caveat only where there is one: plans without are older than it."""
+    kept = (pair for pair in pairs if pair != ("caveat", ""))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept}
 
 
 def _read_fields(kind: type[Any], data: object, field: str) -> Any:
@@ -266,6 +267,7 @@ def _read_fields(kind: type[Any], data: object, field: str) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(f"{field}: expected an object, got {data!r}")
     types, prefix = get_type_hints(kind), "" if kind is Plan else f"{field}."
+    data = {"caveat": "", **data} if kind is Rates else data
     values = {name: _read(types[name], value, prefix + name) for name, value in data.items() if name in types}
     if set(data) != set(types):
         missing, unknown = sorted(set(types) - set(data)), sorted(set(data) - set(types))
@@ -520,6 +522,8 @@ def _facts(plan: Plan) -> list[str]:
     if rates.shape is not None:
         how = "measured" if "compute" in rates.measured else "by operations and bytes, of which the card does so many"
         lines.append(f"           blocks, attention, head and unpacking of these shapes {how}")
+    if rates.caveat:
+        lines.append(f"           {rates.caveat}")
     if plan.machine != THIS_MACHINE:
         lines.append(f"machine    {plan.machine}")
     if job.num_sharing > 1:

@@ -34,7 +34,13 @@ _UNPLANNED_SEQ_LENS = (2048, 1024, 512, 256, 128, 64, 32)
 
 
 def plan_again(
-    made: Plan, shapes: ModelShapes, *, num_sequences: int, seq_len: int, autocast: bool | None = None
+    made: Plan,
+    shapes: ModelShapes,
+    *,
+    num_sequences: int,
+    seq_len: int,
+    autocast: bool | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """Plan for the batch that really arrives at a model that is loaded. Pure.
 
@@ -46,6 +52,7 @@ def plan_again(
         num_sequences: Sequences of a training forward.
         seq_len: Tokens of each, padding included.
         autocast: As in `Job`; None for what was planned.
+        rates: Of the job as it is; None for those that it was planned with.
 
     Returns:
         A plan within the same budget, or one that does not fit and says why.
@@ -59,6 +66,7 @@ def plan_again(
         has_mask=made.job.has_mask or num_sequences > 1,
         autocast=made.job.autocast if autocast is None else autocast,
     )
+    made = made if rates is None else replace(made, rates=rates)
     planned = _within(made, shapes, job, placement=made.placement)
     return planned if planned.fits or job.tuning == "full" else _within(made, shapes, job)
 

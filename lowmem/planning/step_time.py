@@ -129,6 +129,8 @@ class Rates:
     """Which were measured on this machine; the others are assumed."""
     shape: ShapeRates | None = None
     """What this model's blocks and head take, where that was measured; else it follows from `compute_flops_per_s`."""
+    caveat: str = ""
+    """What to know of the measurement, in words: a machine that was disturbed, another kind of job; else empty."""
 
     def __post_init__(self) -> None:
         given = () if self.scratch_bytes_per_s is None else ("scratch_bytes_per_s",)

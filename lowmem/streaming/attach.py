@@ -31,8 +31,13 @@ if TYPE_CHECKING:
 
     from lowmem.planning.plan import Plan
     from lowmem.planning.shapes import ModelShapes, OptimizerShape
+    from lowmem.planning.step_time import Rates
     from lowmem.streaming.boundary import BoundaryTier
     from lowmem.streaming.runtime import BlockSource
+
+
+RatesOf = Callable[..., "Rates"]
+"""Rates for a model planned so, with these sizes, that trains under `autocast` or not: what is kept of this machine."""
 
 
 class StreamedForward:
@@ -156,12 +161,20 @@ class Replanning(SplitChoice):
         super().__init__(plan, can_chunk=can_chunk)
         self._shapes = shapes
         self._tiers_of, self._source_of = tiers_of, source_of
+        self._rates_of: RatesOf | None = None
         self._plans: list[Plan] = [] if plan.is_supposed else [plan]
         self._seen: set[tuple[int, int, bool]] = set()
         self._watched: tuple[weakref.ref[PreTrainedModel], weakref.ref[Runtime]] | None = None
 
-    def watch(self, model: PreTrainedModel, runtime: Runtime) -> None:
-        """Have a runtime follow the plans from now on. Both are referred to weakly."""
+    def watch(self, model: PreTrainedModel, runtime: Runtime, *, rates_of: RatesOf | None = None) -> None:
+        """Have a runtime follow the plans from now on. Both are referred to weakly.
+
+        Args:
+            model: Its blocks are the runtime's.
+            runtime: Runs them.
+            rates_of: The rates of a job that differs from what was planned; None for those of the plan.
+        """
+        self._rates_of = rates_of
         self._watched = weakref.ref(model), weakref.ref(runtime)
 
     def __call__(self, call: BlockCall) -> Split:
@@ -195,9 +208,9 @@ class Replanning(SplitChoice):
             self._shapes = replace(self._shapes, optimizer=optimizer)
             if num_trainable != self._shapes.num_trainable:
                 self._shapes = with_what_trains(self._shapes, model, runtime.blocks)
-            plan = plan_again(
-                runtime.plan, self._shapes, num_sequences=num_sequences, seq_len=seq_len, autocast=autocast
-            )
+            rates = None if self._rates_of is None else self._rates_of(runtime.plan, self._shapes, autocast=autocast)
+            job = {"num_sequences": num_sequences, "seq_len": seq_len}
+            plan = plan_again(runtime.plan, self._shapes, **job, autocast=autocast, rates=rates)
             plan.require_fit()
             # Plans for other places of the blocks are of no use once these have moved.
             self._plans = [known for known in self._plans if known.placement == plan.placement]

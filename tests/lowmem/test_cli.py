@@ -260,6 +260,23 @@ def test_bench_says_where_the_machine_was_slower_for_a_while(
     assert ("1.40 times as slow" in run.err) is (slower == 1.4)
 
 
+def test_bench_says_where_the_machine_was_slower_all_the_while_and_keeps_the_rates_of_before(
+    run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took_s = 0.01
+    monkeypatch.setattr(Pace, "look", lambda pace: pace.looks_s.append(took_s))
+    assert run("bench", llama) == 0
+    assert run.err == ""
+    before = lowmem.plan(llama, seq_len=8, device="cpu", budget=lowmem.Budget(device="64MiB", host=0)).rates
+    took_s = 0.034
+    assert run("bench", llama) == 0
+    assert "a fixed product took 3.4 times as long as it has here before" in run.err
+    assert "the rates that were kept before stay" in run.err
+    (pace, kept) = run.lines()[-2:]
+    assert (pace["slower_than_before"], pace["is_disturbed"], kept["is_of_before"]) == (3.4, True, True)
+    assert lowmem.plan(llama, seq_len=8, device="cpu", budget=lowmem.Budget(device="64MiB", host=0)).rates == before
+
+
 def test_pace_is_a_products_and_changes_no_random_numbers() -> None:
     torch.manual_seed(0)
     expected = torch.rand(4)
@@ -275,6 +292,7 @@ def test_bench_measures_what_is_written_and_read_back_where_it_is_told_to(
     run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lowmem.machines.bench.probe_scratch", partial(probe_scratch, max_bytes=1 << 26))
+    (tmp_path / "state").mkdir()
     assert run("bench", llama, "--disk", tmp_path / "state") == 0
     (line,) = [line for line in run.lines() if line["probe"] == "written and read back"]
     assert line["gb_per_s"] > 0
@@ -286,6 +304,31 @@ def test_bench_measures_what_is_written_and_read_back_where_it_is_told_to(
     # One that is not told where leaves what is known.
     assert run("bench", llama) == 0
     assert lowmem.plan(llama, budget=budget, **job).rates.scratch_bytes_per_s == kept.scratch_bytes_per_s
+
+
+@pytest.mark.parametrize(
+    ("disk", "message"),
+    [
+        ("file", "is a file; give a folder"),
+        ("absent", "no such folder; make it first"),
+        ("-5", "no such folder; make it first"),
+        ("", "got an empty path"),
+        ("closed", "cannot be written to"),
+    ],
+)
+def test_bench_refuses_what_is_no_folder_to_write_to_before_it_measures(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    if disk == "closed":
+        # Root may write everywhere.
+        monkeypatch.setattr("lowmem.machines.bench.os.access", lambda *_: False)
+    monkeypatch.chdir(tmp_path)
+    assert run("bench", llama, "--disk", disk) == 2
+    assert message in run.err
+    assert (run.out, run.err.count("\n")) == ("", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
 
 
 def test_copies_are_measured_in_bytes_written() -> None:
@@ -412,6 +455,37 @@ def test_files_that_are_no_traces_are_one_line_and_status_2(run: Run, tmp_path: 
     assert run("trace", tmp_path / "trace.json") == 2
     assert message in run.err
     assert run.err.count("\n") == 1
+
+
+def test_a_report_is_told_from_a_trace_and_named_where_there_is_no_trace(run: Run, tmp_path: Path) -> None:
+    assert run("trace", tmp_path) == 2
+    assert "report.html" not in run.err
+    (tmp_path / "report.html").write_text("<!doctype html>")
+    assert run("trace", tmp_path / "report.html") == 2
+    assert "this is the report of a run: open it in a browser" in run.err
+    assert "trace.json" in run.err
+    # Of a run that was killed.
+    assert run("trace", tmp_path) == 2
+    assert "no such file; give the output folder of a run" in run.err
+    assert f"{tmp_path / 'report.html'} is there" in run.err
+
+
+def test_planned_and_measured_compute_are_of_the_same_things(run: Run, tmp_path: Path) -> None:
+    trace, second = Trace(), 10**9
+    for lane, name, start, end in (
+        ("compute", "forward 0", 0, 2),
+        ("stall", "block 0", 3, 4),
+        ("compute", "backward 0", 4, 7),
+        ("compute", "forward 0", 10, 11),
+    ):
+        trace.add(lane, name, start * second, end * second, nbytes=0)
+    known = facts(num_points=1).to_dict()
+    known["lowmem_run"]["starts_ns"] = [(1, 0)]  # type: ignore[index]
+    trace.save(tmp_path / "trace.json", notes=known)
+    assert run("trace", tmp_path) == 0
+    (row,) = [line for line in run.out.splitlines() if line.strip().startswith("compute, all")]
+    # All but the second of waiting: the head, the loss and the optimizer run between the blocks' spans.
+    assert row.split()[-4:] == ["1.5", "s", "10", "s"]
 
 
 def test_a_step_that_the_trace_does_not_have_is_refused(run: Run, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -118,10 +119,124 @@ def test_a_half_type_is_timed_under_autocast_unless_told_otherwise(
     list(bench_lines(llama, device="cpu", dtype="bfloat16", autocast=False))
     assert (planned(dtype="bfloat16"), planned(dtype="bfloat16", autocast=False)) == (2, 3)
     assert planned() is None
+    plan = lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu", dtype="bfloat16")
+    assert plan.rates.caveat == ""
+    assert "caveat" not in json.dumps(plan.to_dict())
     # In fp32 it is all one.
     list(bench_lines(llama, device="cpu", autocast=False))
     assert planned() == planned(autocast=False) == 3
     assert seen == [True] * 2 + [False] * 5
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_rates_of_the_other_kind_of_job_stand_in_and_plans_say_so(llama: Path, autocast: bool) -> None:
+    keep_rates(llama, autocast=not autocast)
+    plan = lowmem.plan(llama, seq_len=16, budget=BUDGET, device="cpu", dtype="bfloat16", autocast=autocast)
+    assert plan.rates.measured == ("disk", "copy", "compute")
+    assert plan.rates.shape is not None
+    assert ("without" if autocast else "with") + " autocast, which this job has" in plan.rates.caveat
+    assert ("--no-autocast" in plan.rates.caveat) is not autocast
+    assert plan.rates.caveat in str(plan)
+    assert lowmem.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def keep_rates(folder: Path, *, autocast: bool, **changes: Any) -> None:
+    checkpoint = open_checkpoint(folder, name="m", device=torch.device("cpu"), dtype=torch.bfloat16)
+    checkpoint.source.close()
+    general = Rates(disk_bytes_per_s=3e9, measured=("disk", "copy", "compute"))
+    kept = rates.KeptRates(rates=general, shapes={"lora": shape_rates(**changes)})
+    rates.keep(kept, read_shapes(checkpoint), torch.device("cpu"), autocast=autocast)
+
+
+@pytest.mark.parametrize("given", [None, Rates(disk_bytes_per_s=2e9)])
+@pytest.mark.parametrize("both", [True, False])
+def test_a_run_without_autocast_is_planned_again_with_the_rates_of_such_runs(
+    llama: Path, both: bool, given: Rates | None
+) -> None:
+    keep_rates(llama, autocast=False, head_token_s=3.0)
+    if both:
+        keep_rates(llama, autocast=True, head_token_s=2.0)
+    how: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16"}
+    if given is None:
+        model = lowmem.from_pretrained(llama, budget=BUDGET, **how)
+    else:
+        plan = lowmem.plan(llama, seq_len=16, budget=BUDGET, rates=given, **how)
+        model = lowmem.from_pretrained(llama, plan=plan, **how)
+    tokens = torch.arange(16)[None]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))  # type: ignore[arg-type]
+    adapted.train()(input_ids=tokens, labels=tokens).loss.backward()
+    again = model.lowmem_plan
+    assert not again.job.autocast
+    if given is not None:
+        # What was given is the user's, and is not looked up.
+        assert again.rates == given
+        return
+    assert again.rates.shape is not None
+    assert again.rates.shape.head_token_s == 3
+    assert again.rates.measured == ("disk", "copy", "compute")
+    assert again.rates.caveat == ""
+
+
+def keep_disturbed(folder: Path, seen: rates.SeenPace | None, **changes: Any) -> lowmem.Plan:
+    """Keep rates that were measured at a pace, and plan with what is kept then."""
+    checkpoint, cpu = opened(folder), torch.device("cpu")
+    if seen is not None:
+        rates.keep_pace(seen, cpu)
+    general = Rates(measured=("disk", "copy", "compute"), scratch_bytes_per_s=changes.pop("scratch", None))
+    kept = rates.KeptRates(rates=general, shapes={"lora": shape_rates(**changes)}, pace=seen)
+    rates.keep(kept, read_shapes(checkpoint), cpu)
+    return lowmem.plan(folder, seq_len=16, budget=BUDGET, device="cpu")
+
+
+def head_s(plan: lowmem.Plan) -> float:
+    assert plan.rates.shape is not None
+    return plan.rates.shape.head_token_s
+
+
+def test_plans_say_that_the_machine_was_disturbed_when_their_rates_were_measured(llama: Path) -> None:
+    steady, shaken = (rates.SeenPace(fastest_ms=10.0, slowest_ms=slowest_ms) for slowest_ms in (11.0, 15.0))
+    words = "measured while the machine was up to 1.5x slower; run lowmem bench again"
+    assert words in str(keep_disturbed(llama, shaken))
+    assert keep_disturbed(llama, steady).rates.caveat == ""
+    # Slow all the while.
+    loaded = rates.SeenPace(fastest_ms=34.0, slowest_ms=35.0)
+    assert rates.keep_pace(loaded, torch.device("cpu")) == 10
+    assert loaded.is_disturbed(10.0)
+    assert not loaded.is_disturbed(None)
+
+
+def test_a_disturbed_measurement_does_not_replace_a_steadier_one(llama: Path) -> None:
+    steady = rates.SeenPace(fastest_ms=10.0, slowest_ms=11.0)
+    loaded = rates.SeenPace(fastest_ms=34.0, slowest_ms=35.0)
+    # What was kept by those that did not look at the pace is replaced.
+    assert head_s(keep_disturbed(llama, None, head_token_s=1.0)) == 1
+    assert head_s(keep_disturbed(llama, loaded, head_token_s=2.0)) == 2
+    assert head_s(keep_disturbed(llama, steady, head_token_s=3.0)) == 3
+    plan = keep_disturbed(llama, loaded, head_token_s=4.0, scratch=5e8)
+    assert (head_s(plan), plan.rates.caveat, plan.rates.scratch_bytes_per_s) == (3, "", 5e8)
+    assert head_s(keep_disturbed(llama, steady, head_token_s=5.0)) == 5
+
+
+def test_another_clocks_pace_is_not_compared(llama: Path) -> None:
+    cpu = torch.device("cpu")
+    rates.keep_pace(rates.SeenPace(fastest_ms=1e-6, slowest_ms=1e-6), cpu)
+    *_, pace, kept = bench_lines(llama, device="cpu", clock=time.process_time)
+    assert (pace["slower_than_before"], kept["is_of_before"]) == (None, False)
+    assert rates.fastest_ever_ms(cpu) == 1e-6
+    found = rates.read_kept(read_shapes(opened(llama)), cpu)
+    assert found is not None
+    assert found.pace is None
+
+
+def test_a_pace_that_cannot_be_read_is_as_good_as_none(llama: Path) -> None:
+    cpu = torch.device("cpu")
+    rates.keep_pace(rates.SeenPace(fastest_ms=10.0, slowest_ms=11.0), cpu)
+    assert rates.fastest_ever_ms(cpu) == 10
+    rates.keep_pace(rates.SeenPace(fastest_ms=12.0, slowest_ms=13.0), cpu)
+    assert rates.fastest_ever_ms(cpu) == 10
+    for damage in ("", "[]", '{"fastest_ms": "x"}', '{"fastest_ms": 0}'):
+        rates._pace_file(cpu).write_text(damage)
+        assert rates.fastest_ever_ms(cpu) is None
 
 
 def test_products_are_autocasts_where_they_are_timed_so(llama: Path) -> None:
