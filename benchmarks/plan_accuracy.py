@@ -22,6 +22,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -444,6 +445,10 @@ def _bench(case: Case, *, root: Path, clock: Clock) -> dict[str, object]:
     from lowmem.machines.bench import bench_lines
 
     model, scratch = ensure_model(case.shape, root=root), root / "scratch" if case.disk else None
+    if scratch is not None:
+        scratch.mkdir(exist_ok=True)
+    # Each job's own: what a disturbed measurement found would not replace steadier rates.
+    shutil.rmtree(Path(os.environ["XDG_CACHE_HOME"]) / "lowmem" / "rates", ignore_errors=True)
     lines = list(bench_lines(model, device="cpu", dtype=case.dtype, disk=scratch, autocast=case.autocast, clock=clock))
     return {"lines": lines}
 
