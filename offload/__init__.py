@@ -26,6 +26,7 @@ from offload.budget import (
     control_groups,
     format_bytes,
     format_seconds,
+    installed_ram_bytes,
     parse_bytes,
 )
 from offload.buffers import StagingBuffer, register_host_memory, unregister_host_memory, view_tensor
@@ -130,6 +131,7 @@ __all__ = [
     "control_groups",
     "format_bytes",
     "format_seconds",
+    "installed_ram_bytes",
     "lay_out",
     "lay_out_object",
     "open_device",

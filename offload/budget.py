@@ -162,6 +162,21 @@ def available_ram_bytes(*, proc: Path = Path("/proc")) -> int:
     return min([machine_bytes, *(headroom for headroom in headrooms if headroom is not None)])
 
 
+def installed_ram_bytes(*, proc: Path = Path("/proc")) -> int:
+    """Bytes of RAM that this process can have at most, whoever has them now.
+
+    The machine's, or the smallest limit of the control groups around this process.
+
+    Args:
+        proc: Where procfs is mounted.
+    """
+    machine_bytes = _field_bytes(proc / "meminfo", "MemTotal:", unit_bytes=1024)
+    if machine_bytes is None:
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = (group.limit_bytes for group in control_groups(proc))
+    return min([machine_bytes, *(limit for limit in limits if limit is not None)])
+
+
 def _number(file: Path) -> int | None:
     try:
         text = file.read_text().strip()

@@ -13,7 +13,7 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowmem.planning.advice import Change
+from lowmem.planning.advice import NOTHING_FITS, Change
 from lowmem.planning.job import Job, Task
 from lowmem.planning.shapes import OptimizerShape
 from lowmem.planning.step_memory import (
@@ -33,6 +33,10 @@ _VERSION = 5
 
 
 THIS_MACHINE = "this machine"
+
+
+BEYOND = f"{THIS_MACHINE}, which has only "
+"""How `Plan.machine` begins where budgets are more than this machine has: the plan is for another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,6 +416,8 @@ def _verdict(plan: Plan) -> list[str]:
         )
     )
     instead = f"; would fit: {plan.changes[0].text}" if plan.changes else ""
+    if any(sentence.startswith(NOTHING_FITS) for sentence in plan.advice):
+        instead = f"; {NOTHING_FITS[0].lower()}{NOTHING_FITS[1:]}"
     lines = [f"FITS: {sizes}" if plan.fits else f"DOES NOT FIT: {sizes}{instead}"]
     job, time = plan.job, plan.time
     lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
@@ -423,6 +429,10 @@ def _verdict(plan: Plan) -> list[str]:
         f"limited by {plan.bottleneck} ({lanes})"
     )
     lines.append(f"{_run_words(plan)}; {_hiding_words(plan)}" if plan.fits else _run_words(plan))
+    if plan.machine.startswith(BEYOND):
+        lines.append(
+            f"not on {THIS_MACHINE}: it has only {plan.machine.removeprefix(BEYOND)}, and from_pretrained refuses here"
+        )
     return lines
 
 
@@ -520,7 +530,7 @@ def _facts(plan: Plan) -> list[str]:
     if rates.shape is not None:
         how = "measured" if "compute" in rates.measured else "by operations and bytes, of which the card does so many"
         lines.append(f"           blocks, attention, head and unpacking of these shapes {how}")
-    if plan.machine != THIS_MACHINE:
+    if not plan.machine.startswith(THIS_MACHINE):
         lines.append(f"machine    {plan.machine}")
     if job.num_sharing > 1:
         is_full = job.tuning == "full"

@@ -76,6 +76,18 @@ class Draft:
         return peak_bytes(self.roles, "device")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a machine has for one process: no budget beyond it is recommended."""
+
+    device_bytes: int
+    """Of its card; on a processor, of its RAM."""
+    host_bytes: int
+    """Of its RAM."""
+    device_is_host: bool
+    """Whether both are the same RAM, so that their sum counts."""
+
+
 @dataclass(frozen=True)
 class Room:
     """A model, a job and what they have to fit into."""
@@ -91,6 +103,34 @@ class Room:
     """How a model was loaded: then its embedding and its state stay where they are."""
     placement: PlacementPlan | None = None
     """Where its blocks are, if they are to stay there too."""
+    memory: Memory | None = None
+    """What the machine has; None where nobody knows."""
+
+    def may_have(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> bool:
+        """Whether the machine has as much as a budget that is changed so; what is None stays."""
+        if self.memory is None:
+            return True
+        if self.memory.device_is_host:
+            kept = self.device_bytes if device_bytes is None else device_bytes
+            return kept + (self.host_bytes if host_bytes is None else host_bytes) <= self.memory.host_bytes
+        fits_device = device_bytes is None or device_bytes <= self.memory.device_bytes
+        return fits_device and (host_bytes is None or host_bytes <= self.memory.host_bytes)
+
+    @property
+    def most_device_bytes(self) -> int | None:
+        """The largest device budget that the machine has room for beside the host's; None where nobody knows."""
+        if self.memory is None:
+            return None
+        most = self.memory.host_bytes - self.host_bytes if self.memory.device_is_host else self.memory.device_bytes
+        return max(0, most)
+
+    @property
+    def most_host_bytes(self) -> int | None:
+        """The largest host budget that the machine has room for beside the device's; None where nobody knows."""
+        if self.memory is None:
+            return None
+        taken = self.device_bytes if self.memory.device_is_host else 0
+        return max(0, self.memory.host_bytes - taken)
 
     def best(self) -> Draft | None:
         """The draft to take, or None if none fits.
