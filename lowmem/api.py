@@ -48,7 +48,7 @@ from lowmem.processes.ranks import (
     with_shared,
 )
 from lowmem.quantization.packing import packer_for
-from offload import Budget, BudgetError, format_bytes, format_seconds
+from offload import Budget, BudgetError, format_bytes, format_number, format_seconds
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -405,10 +405,11 @@ def _packed_advice(made: Plan, planned: Callable[[str], Plan]) -> Iterator[str]:
         except UnsupportedError:  # It is quantised already, or has nothing to pack.
             return
         if other.fits and (not made.fits or other.token_s <= _WORTH * made.token_s):
+            speed = f"{format_seconds(other.step_s)} per step, {format_number(1 / other.token_s)} tokens/s"
             yield (
                 f'quantization="{quantization}" (frozen weights rounded to {bits}; another result): a batch of '
-                f"{other.batch_size} takes {format_seconds(other.step_s)} per step, {1 / other.token_s:.3g} tokens/s, "
-                f"on {format_bytes(other.device_bytes)} of the device and {format_bytes(other.host_bytes)} of the host."
+                f"{other.batch_size} takes {speed}, on {format_bytes(other.device_bytes)} of the device and "
+                f"{format_bytes(other.host_bytes)} of the host."
             )
 
 

@@ -22,7 +22,7 @@ from lowmem.planning.plan import BEYOND, THIS_MACHINE
 from lowmem.planning.search import Memory
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
 from lowmem.planning.step_time import UPDATE_BESIDE_S_PER_PARAM, Rates, ShapeRates, Trained, assumed_rates
-from offload import Budget, format_bytes, installed_ram_bytes, parse_bytes
+from offload import Budget, format_bytes, format_number, installed_ram_bytes, parse_bytes
 
 _GIB = 1 << 30
 
@@ -251,7 +251,7 @@ def find_card(name: str) -> Card:
         f"gpu={name!r}",
         reason="several cards are called so" if found else "it is not in the table of cards",
         instead=f"one of {', '.join(near or [card.name for card in CARDS])}"
-        + ("" if found else ", or any name with its numbers: vram, tflops and pcie_gbps"),
+        + ("" if found else ", or any name with its numbers: vram=, tflops= and pcie_gbps="),
     )
 
 
@@ -328,11 +328,11 @@ class Machine:
                 raise ValueError(f"Machine.{name}={value!r}: expected a whole number of at least 1")
         if self.gpu is None and self.gpus > 1:
             raise ValueError(f"Machine.gpus={self.gpus}: say which card, gpu= (--gpu), of which there are so many")
-        of_card = (self.vram, self.pcie_gbps, self.memory_gbps)
-        if self.gpu is None and any(number is not None for number in of_card):
-            raise ValueError(
-                "Machine: vram, pcie_gbps and memory_gbps belong to a card; give gpu= too, or leave them out"
-            )
+        for name in ("vram", "pcie_gbps", "memory_gbps"):
+            if self.gpu is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"Machine.{name}={getattr(self, name)!r} belongs to a card; give gpu= too, or leave it out"
+                )
         # Fails now where the card is not known.
         _ = self.card
 
@@ -401,7 +401,8 @@ class Machine:
             link = self.pcie_gbps or card.pcie_gbps
             count = f"{self.gpus} x " if self.gpus > 1 else ""
             words.append(
-                f"{count}{card.name}, {card.vram_gib:g} GiB, {card.tflops:g} TFLOP/s, {link:.3g} GB/s of copies"
+                f"{count}{card.name}, {card.vram_gib:g} GiB, {card.tflops:g} TFLOP/s, "
+                f"{format_number(link)} GB/s of copies"
             )
         words.append(f"{format_bytes(parse_bytes(self.ram))} of RAM, disk {self.disk_gbps:g} GB/s")
         if self.nodes > 1:

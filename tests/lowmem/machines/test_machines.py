@@ -148,7 +148,7 @@ def test_a_card_of_which_little_is_known_has_a_guess_of_its_memory() -> None:
     assert given is not None
     assert (guessed.memory_gbps, given.memory_gbps) == (300, 500)
     assert all(200 < card.memory_gbps < 10_000 for card in CARDS)
-    with pytest.raises(ValueError, match="memory_gbps belong to a card"):
+    with pytest.raises(ValueError, match="memory_gbps=500 belongs to a card"):
         lowmem.Machine(memory_gbps=500)
 
 
@@ -223,11 +223,14 @@ def test_the_batch_that_hides_the_disk_is_the_smallest(models: dict[str, Path]) 
 def test_examples_and_epochs_give_the_hours(models: dict[str, Path]) -> None:
     plan = lowmem.plan(models["1.1b"], seq_len=512, batch_size=4, machine=RTX_4090, num_examples=10_001, num_epochs=3)
     assert plan.job.run_steps == 3 * 2501
-    assert "3 x 10,001 examples: 7503 steps take" in str(plan).splitlines()[2]
+    assert "3 x 10,001 examples: 7,503 steps take" in str(plan).splitlines()[2]
     with pytest.raises(ValueError, match="num_steps or num_examples, not both"):
         lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_steps=1)
-    with pytest.raises(ValueError, match="num_epochs=0"):
-        lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_epochs=0)
+    for epochs in (0, float("nan"), float("inf"), 1e30):
+        with pytest.raises(ValueError, match=r"num_epochs=.*: expected a number above 0 and at most 1,000,000"):
+            lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_epochs=epochs)
+    with pytest.raises(ValueError, match="num_epochs=3 without num_examples"):
+        lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_epochs=3)
 
 
 def test_writes_are_told_with_how_long_a_drive_lasts(models: dict[str, Path], tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_cards_are_found_by_the_names_people_use() -> None:
         ({"gpu": "Own", "vram": "24GiB", "tflops": 10}, "not in the table"),
         ({"ram": "64"}, "expected a size with its unit"),
         ({"gpu": "RTX 4090", "disk_gbps": 0}, "disk_gbps=0: expected a number above 0"),
-        ({"vram": "24GiB"}, "belong to a card"),
+        ({"vram": "24GiB"}, "belongs to a card"),
         ({"gpu": ""}, "gpu='' is not supported: it names no card"),
         ({"gpu": "NVIDIA"}, "it names no card"),
         ({"gpu": "RTX 4090", "vram": "48MiB"}, r"vram='48MiB': CUDA's .* keep 768.00 MiB of it, and nothing would be"),
