@@ -410,14 +410,25 @@ class Machine:
         return ", ".join(words)
 
 
-def memory_of(machine: Machine) -> Memory:
-    """What a machine leaves to one of its processes: budgets beyond it are not recommended."""
+def memory_of(machine: Machine, given: Budget | None) -> Memory:
+    """What a machine leaves to one of its processes: budgets beyond it are not recommended.
+
+    Args:
+        machine: The machine.
+        given: The budget as it was asked for.
+    """
+    whole, asked = machine.budget(), given or Budget()
     if machine.card is None:
-        ram_bytes = machine.budget(Budget(host=0)).device_bytes or 0
-        return Memory(device_bytes=ram_bytes, host_bytes=ram_bytes, device_is_host=True)
-    whole = machine.budget()
+        return _of_one_ram(whole.device_bytes or 0, asked, machine.budget(given))
     host_bytes = (whole.host_bytes or 0) // machine.gpus
-    return Memory(device_bytes=whole.device_bytes or 0, host_bytes=host_bytes, device_is_host=False)
+    return Memory(device_bytes=whole.device_bytes or 0, host_bytes=host_bytes)
+
+
+def _of_one_ram(ram_bytes: int, asked: Budget, bounds: Budget) -> Memory:
+    """Both budgets are a processor's RAM. A host budget that nobody asked for gives way to the device's."""
+    device_bytes = max(0, ram_bytes - (asked.host_bytes or 0))
+    host_bytes = max(0, ram_bytes - (bounds.device_bytes or 0))
+    return Memory(device_bytes=device_bytes, host_bytes=host_bytes, host_gives_way=asked.host_bytes is None)
 
 
 def refuse_beyond(machine: Machine, budget: Budget | None) -> None:
@@ -458,7 +469,7 @@ def described(
         num_sharing: Processes of a run on this machine, each with a part of its RAM.
     """
     if machine is not None:
-        return str(machine), memory_of(machine)
+        return str(machine), memory_of(machine, given)
     on_cpu, asked = device.type == "cpu", given or Budget()
     device_bytes, host_bytes = bounds.device_bytes or 0, bounds.host_bytes or 0
     ram_bytes = installed_ram_bytes()
@@ -472,8 +483,8 @@ def described(
     if on_cpu:
         is_open = asked.device_bytes is None or asked.host_bytes is None
         whole = device_bytes + host_bytes if is_open else max(usable_bytes, device_bytes + host_bytes)
-        return THIS_MACHINE, Memory(device_bytes=whole, host_bytes=whole, device_is_host=True)
+        return THIS_MACHINE, _of_one_ram(whole, asked, bounds)
     if asked.device_bytes is None:
         card_bytes = device_bytes
     host_bytes = host_bytes if asked.host_bytes is None else max(usable_bytes, host_bytes)
-    return THIS_MACHINE, Memory(device_bytes=card_bytes, host_bytes=host_bytes, device_is_host=False)
+    return THIS_MACHINE, Memory(device_bytes=card_bytes, host_bytes=host_bytes)

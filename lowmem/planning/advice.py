@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lowmem.planning.search import Draft, Room
+from lowmem.planning.search import Draft, Memory, Room
 from lowmem.planning.step_memory import boundary_bytes, peak_bytes, peak_phase, product_bytes
 from offload import Budget, Placement, format_bytes, format_seconds, round_up
 
@@ -39,6 +39,10 @@ _HOST_STEP_BYTES = 1 << 20
 
 
 _SIZE_STEP_BYTES = 16 << 20
+
+
+_MOST_TIGHTENINGS = 8
+"""How often a budget is made smaller by what the plan within it takes."""
 
 
 NOTHING_FITS = "Nothing fits on such a machine"
@@ -101,7 +105,8 @@ class Change:
 def _with_batch(room: Room, size: int) -> Room:
     """The same with another batch, and as many examples per optimizer step."""
     steps = room.job.gradient_accumulation_steps * room.job.batch_size // size
-    job = replace(room.job, batch_size=size, gradient_accumulation_steps=steps, micro_batch=None)
+    # Whether there is a mask follows from the batch.
+    job = replace(room.job, batch_size=size, gradient_accumulation_steps=steps, micro_batch=None, has_mask=None)
     return replace(room, job=job)
 
 
@@ -137,9 +142,16 @@ def _candidates(room: Room) -> Iterator[Change | None]:
 def _more_device(room: Room) -> int | None:
     """The device budget with which a job fits that does not with its own; None where the machine has none such."""
     needed = room.smallest.device_bytes
-    if needed <= room.device_bytes or not room.may_have(device_bytes=needed):
+    best = room.with_budget(device_bytes=needed).best() if needed > room.device_bytes else None
+    if best is None:
         return None
-    return needed if room.with_budget(device_bytes=needed).best() is not None else None
+    # With that much the planner may find a way that takes less, and with that, another.
+    for _ in range(_MOST_TIGHTENINGS):
+        if best is None or best.device_bytes >= needed:
+            break
+        needed = best.device_bytes
+        best = room.with_budget(device_bytes=needed).best()
+    return needed if room.may_have(device_bytes=needed) else None
 
 
 def _last_resort(room: Room) -> Change | None:
@@ -147,7 +159,8 @@ def _last_resort(room: Room) -> Change | None:
     job, fewest = room.job, _NUM_GENERATIONS.get(room.job.task, 1)
     shrinks = job.batch_size > fewest and job.batch_size % fewest == 0
     least = _with_batch(room, fewest) if shrinks else room
-    roomy = least.with_budget(device_bytes=max(room.device_bytes, room.most_device_bytes or 0))
+    most = room.device_bytes if room.memory is None else max(room.device_bytes, room.memory.device_bytes)
+    roomy = least.with_budget(device_bytes=most)
     seq_len = job.seq_len if roomy.best() is not None else _longest(roomy, shortest=1)
     if seq_len is None:
         return None
@@ -202,7 +215,7 @@ def _smallest_batch_with_more(room: Room) -> Change | None:
 
 def _larger_host(room: Room) -> Change | None:
     """The smallest host budget with which the job fits."""
-    enough = room.host_bytes + (1 << 50) if room.most_host_bytes is None else room.most_host_bytes
+    enough = room.host_bytes + (1 << 50) if room.memory is None else room.memory.host_bytes
     if enough <= room.host_bytes or room.with_budget(host_bytes=enough).best() is None:
         return None
     short, fits = room.host_bytes, enough
@@ -300,14 +313,14 @@ def advise(room: Room, draft: Draft, *, fits: bool, changes: tuple[Change, ...] 
     """
     if fits:
         return (*_to_be_faster(room, draft), *_too_long(room))
-    nothing = _nothing_fits(room) if room.memory is not None and not changes else ()
+    nothing = () if changes or room.memory is None else (_nothing_fits(room, room.memory),)
     return (*_to_fit(room, draft), *nothing, *_too_long(room))
 
 
-def _nothing_fits(room: Room) -> Iterator[str]:
+def _nothing_fits(room: Room, memory: Memory) -> str:
     least = room.with_batch_size(_NUM_GENERATIONS.get(room.job.task, 1)).with_seq_len(1).smallest
-    yield (
-        f"{NOTHING_FITS}: it has {format_bytes(room.most_device_bytes or 0)} for the device budget, and the smallest "
+    return (
+        f"{NOTHING_FITS}: it has {format_bytes(memory.device_bytes)} for the device budget, and the smallest "
         f"batch of sequences of one token takes {format_bytes(least.device_bytes)} of the device and "
         f"{format_bytes(peak_bytes(least.roles, 'host'))} of the host."
     )
@@ -327,8 +340,9 @@ def _too_long(room: Room) -> Iterator[str]:
 def _to_fit(room: Room, draft: Draft) -> Iterator[str]:
     needed = draft.device_bytes
     if needed > room.device_bytes:
-        most = room.most_device_bytes
-        beyond = f", and the machine has {format_bytes(most)} for it" if most is not None and needed > most else ""
+        beyond = ""
+        if room.memory is not None and not room.may_have(device_bytes=needed):
+            beyond = f", and the machine has {format_bytes(room.memory.device_bytes)} for it"
         yield (
             f"The smallest device budget that fits is {format_bytes(needed)} ({needed} bytes), "
             f"{format_bytes(needed - room.device_bytes)} more than given{beyond}."

@@ -431,7 +431,8 @@ def _verdict(plan: Plan) -> list[str]:
     lines.append(f"{_run_words(plan)}; {_hiding_words(plan)}" if plan.fits else _run_words(plan))
     if plan.machine.startswith(BEYOND):
         lines.append(
-            f"not on {THIS_MACHINE}: it has only {plan.machine.removeprefix(BEYOND)}, and from_pretrained refuses here"
+            f"these are another machine's budgets: {THIS_MACHINE} has only {plan.machine.removeprefix(BEYOND)}, and "
+            "from_pretrained refuses to take more than there is"
         )
     return lines
 

@@ -81,11 +81,11 @@ class Memory:
     """What a machine has for one process: no budget beyond it is recommended."""
 
     device_bytes: int
-    """Of its card; on a processor, of its RAM."""
+    """Most of the device, with the host's budget as it was asked for."""
     host_bytes: int
-    """Of its RAM."""
-    device_is_host: bool
-    """Whether both are the same RAM, so that their sum counts."""
+    """Most of the host, with the device's budget as it is."""
+    host_gives_way: bool = False
+    """Whether both are one RAM, of which the host's budget is what the device's leaves."""
 
 
 @dataclass(frozen=True)
@@ -106,31 +106,11 @@ class Room:
     memory: Memory | None = None
     """What the machine has; None where nobody knows."""
 
-    def may_have(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> bool:
-        """Whether the machine has as much as a budget that is changed so; what is None stays."""
+    def may_have(self, *, device_bytes: int = 0, host_bytes: int = 0) -> bool:
+        """Whether the machine has as much for one of the budgets, the other being what it is."""
         if self.memory is None:
             return True
-        if self.memory.device_is_host:
-            kept = self.device_bytes if device_bytes is None else device_bytes
-            return kept + (self.host_bytes if host_bytes is None else host_bytes) <= self.memory.host_bytes
-        fits_device = device_bytes is None or device_bytes <= self.memory.device_bytes
-        return fits_device and (host_bytes is None or host_bytes <= self.memory.host_bytes)
-
-    @property
-    def most_device_bytes(self) -> int | None:
-        """The largest device budget that the machine has room for beside the host's; None where nobody knows."""
-        if self.memory is None:
-            return None
-        most = self.memory.host_bytes - self.host_bytes if self.memory.device_is_host else self.memory.device_bytes
-        return max(0, most)
-
-    @property
-    def most_host_bytes(self) -> int | None:
-        """The largest host budget that the machine has room for beside the device's; None where nobody knows."""
-        if self.memory is None:
-            return None
-        taken = self.device_bytes if self.memory.device_is_host else 0
-        return max(0, self.memory.host_bytes - taken)
+        return device_bytes <= self.memory.device_bytes and host_bytes <= self.memory.host_bytes
 
     def best(self) -> Draft | None:
         """The draft to take, or None if none fits.
@@ -182,7 +162,9 @@ class Room:
         return min(drafts, key=lambda draft: (self._host_short(draft), draft.device_bytes))
 
     def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
-        """The same job with another budget."""
+        """The same job with another budget; what is None stays, but for a host's that gives way to the device's."""
+        if host_bytes is None and device_bytes is not None and self.memory is not None and self.memory.host_gives_way:
+            host_bytes = max(0, self.device_bytes + self.host_bytes - device_bytes)
         return replace(
             self,
             device_bytes=self.device_bytes if device_bytes is None else device_bytes,

@@ -420,7 +420,7 @@ def test_budgets_beyond_this_machine_are_told_in_the_verdict(models: dict[str, P
     for sizes in ({"device": "400GiB", "host": "900GiB"}, {"device": "9GiB", "host": "9GiB"}):
         plan = lowmem.plan(models["1.1b"], budget=lowmem.Budget(**sizes), **job)
         assert plan.fits
-        assert "not on this machine: it has only 16.00 GiB of RAM" in str(plan).splitlines()[3]
+        assert "another machine's budgets: this machine has only 16.00 GiB of RAM" in str(plan).splitlines()[3]
         assert Plan.from_dict(plan.to_dict()) == plan
     within = lowmem.plan(models["1.1b"], budget=lowmem.Budget(device="9GiB", host="1GiB"), **job)
     assert "this machine" not in str(within)
@@ -476,3 +476,17 @@ def test_where_no_change_fits_the_machine_the_verdict_says_so(models: dict[str, 
     assert not plan.changes
     assert str(plan).splitlines()[0].endswith("; nothing fits on such a machine")
     assert any(sentence.startswith("Nothing fits on such a machine: it has ") for sentence in plan.advice)
+
+
+@pytest.mark.parametrize("budget", [{"device": "60MiB"}, {"device": "60MiB", "host": 0}])
+def test_a_change_asks_for_no_more_of_the_device_than_its_plan_takes(
+    budget: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"batch_size": 16, "seq_len": 2048, "device": "cpu", "budget": lowmem.Budget(**budget)}
+    plan = lowmem.plan(models["1.1b"], **arguments)
+    asking = [change for change in plan.changes if change.device_bytes is not None]
+    assert asking
+    for change in asking:
+        changed = lowmem.plan(models["1.1b"], **change.applied(arguments, disk=tmp_path))
+        assert changed.fits
+        assert changed.device_bytes == change.device_bytes, change.text
