@@ -21,7 +21,7 @@ from lowmem.errors import UnsupportedError
 from lowmem.full.opening import master_dtype, moved_name, refuse_unsupported
 from lowmem.headers.description import describing
 from lowmem.loading import load, prepare_device
-from lowmem.machines.cards import Machine
+from lowmem.machines.cards import Machine, described, refuse_beyond
 from lowmem.machines.rates import rates_again, rates_as_loaded, rates_for
 from lowmem.machines.scaling import with_scaling
 from lowmem.models.checkpoint import open_checkpoint, pick_device, resolve
@@ -29,7 +29,7 @@ from lowmem.monitoring.training_checks import check_every_trainer
 from lowmem.packing.place import as_if_packed, open_packed
 from lowmem.planning.job import Job, Task, Tuning, kind_of
 from lowmem.planning.optimizer_sizes import OptimizerChoice, read_optimizer
-from lowmem.planning.plan import THIS_MACHINE, Plan
+from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_for, plan_step, read_with_assumed_adapter
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
@@ -48,7 +48,7 @@ from lowmem.processes.ranks import (
     with_shared,
 )
 from lowmem.quantization.packing import packer_for
-from offload import Budget, BudgetError, format_bytes, format_seconds
+from offload import Budget, BudgetError, format_bytes, format_number, format_seconds
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -336,7 +336,7 @@ def plan(
     """
     refuse_options(tuning=tuning, quantization=quantization, budget=budget, peft_config=peft_config)
     _refuse_other_types(model)
-    chosen = pick_device(device) if machine is None else _device_of(machine, device=device, rates=rates)
+    chosen = pick_device(device) if machine is None else _device_of(machine, budget, device=device, rates=rates)
     given: dict[str, Any] = {"num_steps": num_steps, "num_examples": num_examples, "num_epochs": num_epochs}
     given |= {"micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "completion_tokens": completion_tokens}
     given |= {"gradient_accumulation_steps": gradient_accumulation_steps, "uses_reference": use_reference}
@@ -377,8 +377,8 @@ def _planned(
         )
         whole = budget if machine is None else machine.budget(budget)
         bounds = _bounds(whole, opened, found, tuning=job.tuning)
-    name = THIS_MACHINE if machine is None else str(machine)
-    made = plan_step(shapes, job, budget=bounds, rates=speeds, machine=name, finds_batch=finds_batch)
+    name, memory = described(machine, budget, bounds, device=device, num_sharing=found.local_size)
+    made = plan_step(shapes, job, budget=bounds, rates=speeds, machine=name, finds_batch=finds_batch, memory=memory)
     if job.tuning == "full":
         dtype, other = made.compute_dtype, shapes.optimizer_of_whole_params
         refuse_full(found, masters=dtype, tier=made.choice.state_tier, optimizer=other)
@@ -405,25 +405,27 @@ def _packed_advice(made: Plan, planned: Callable[[str], Plan]) -> Iterator[str]:
         except UnsupportedError:  # It is quantised already, or has nothing to pack.
             return
         if other.fits and (not made.fits or other.token_s <= _WORTH * made.token_s):
+            speed = f"{format_seconds(other.step_s)} per step, {format_number(1 / other.token_s)} tokens/s"
             yield (
                 f'quantization="{quantization}" (frozen weights rounded to {bits}; another result): a batch of '
-                f"{other.batch_size} takes {format_seconds(other.step_s)} per step, {1 / other.token_s:.3g} tokens/s, "
-                f"on {format_bytes(other.device_bytes)} of the device and {format_bytes(other.host_bytes)} of the host."
+                f"{other.batch_size} takes {speed}, on {format_bytes(other.device_bytes)} of the device and "
+                f"{format_bytes(other.host_bytes)} of the host."
             )
 
 
-def _device_of(machine: object, **others: object) -> torch.device:
+def _device_of(machine: object, budget: Budget | None, **others: object) -> torch.device:
     """The kind of device of a machine that is planned for; none is made.
 
     Raises:
         TypeError: It is no machine.
-        ValueError: What it says is given too.
+        ValueError: What it says is given too, or the budget is more than it has.
     """
     if not isinstance(machine, Machine):
         raise TypeError(f"machine={machine!r}: expected lowmem.Machine(gpu=..., ram=..., disk_gbps=...)")
     for name, value in others.items():
         if value is not None:
             raise ValueError(f"{name}={value!r}: give machine or {name}, not both: the machine says it")
+    refuse_beyond(machine, budget)
     return torch.device(machine.device)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 
@@ -66,7 +67,7 @@ Autocast = Annotated[
 def plan(
     model: Model,
     task: Annotated[str, typer.Option(help="sft, dpo, kto, reward, grpo, rloo or generate.")] = "sft",
-    batch_size: Annotated[int, typer.Option(help="Examples per device and forward.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per device and forward; 1 if absent.")] = None,
     search: Annotated[
         bool, typer.Option("--search", help="Find the batch that is fastest per token, instead.")
     ] = False,
@@ -75,7 +76,7 @@ def plan(
     completion_tokens: Annotated[int | None, typer.Option(help="Tokens generated for each sequence.")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole run.")] = None,
     examples: Annotated[int | None, typer.Option(help="Examples of the data set, instead of steps.")] = None,
-    epochs: Annotated[float, typer.Option(help="How often the run goes through them.")] = 1.0,
+    epochs: Annotated[float | None, typer.Option(help="How often a run goes through them; once if absent.")] = None,
     lora_r: Annotated[int, typer.Option(help="Rank of the LoRA adapter; 0 for none.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapter's inputs.")] = 0.0,
     dora: Annotated[bool, typer.Option("--dora", help="Train DoRA instead of LoRA.")] = False,
@@ -118,19 +119,19 @@ def plan(
 
     lora = _lora(0 if tuning == "full" else lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules)
     card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "memory_gbps": memory_gbps}
-    machine = _machine(ram=ram, disk_gbps=disk_gbps, gpus=gpus, nodes=nodes, **card)
+    machine = _machine(on=on, measure=measure, ram=ram, disk_gbps=disk_gbps, gpus=gpus, nodes=nodes, **card)
     opening: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
     opening |= {"masters": masters, "micro_batch": micro_batch, "chunk_tokens": chunk_tokens, "autocast": autocast}
     made = make_plan(
         model,
         task=cast("Task", task),
-        batch_size="auto" if search else batch_size,
+        batch_size=_batch(batch_size, search=search),
         seq_len=seq_len,
         gradient_accumulation_steps=gradient_accumulation_steps,
         completion_tokens=completion_tokens,
         num_steps=num_steps,
         num_examples=examples,
-        num_epochs=epochs,
+        num_epochs=_epochs(epochs, examples=examples),
         machine=machine,
         peft_config=lora,
         quantization=quantization,
@@ -143,6 +144,30 @@ def plan(
         **opening,
     )
     _show(made, as_json=as_json)
+
+
+def _batch(batch_size: int | None, *, search: bool) -> int | Literal["auto"]:
+    """The batch that was asked for, or that one is to be found.
+
+    Raises:
+        ValueError: Both.
+    """
+    if not search:
+        return 1 if batch_size is None else batch_size
+    if batch_size is not None:
+        raise ValueError(f"--batch-size {batch_size} with --search, which finds the batch: leave one of them out")
+    return "auto"
+
+
+def _epochs(epochs: float | None, *, examples: int | None) -> float:
+    """How often a run goes through its examples.
+
+    Raises:
+        ValueError: Nobody says how many these are.
+    """
+    if epochs is not None and examples is None:
+        raise ValueError(f"--epochs {epochs} without --examples: give it too, or leave --epochs out")
+    return 1.0 if epochs is None else epochs
 
 
 def _optimizer(named: str | None, *, state_dtype: str | None) -> str | partial[torch.optim.Optimizer] | None:
@@ -167,17 +192,28 @@ def _show(made: Plan, *, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _machine(**given: object) -> Machine | None:
-    """The machine that was described; None where none of it was, for this one."""
+def _machine(*, on: str | None, measure: bool, **given: object) -> Machine | None:
+    """The machine that was described; None where none of it was, for this one.
+
+    Raises:
+        ValueError: It is not here to be measured, or says itself what computes; or a number is one of no card.
+    """
     named = {name: value for name, value in given.items() if value is not None}
     if not named:
         return None
+    if "tflops" in named and "gpu" not in named:
+        raise ValueError(f"--tflops {named['tflops']} without --gpu: give it too, or leave --tflops out")
+    if measure or on is not None:
+        option = "--measure" if on is None else f"--on {on}"
+        raise ValueError(f"{option} with --gpu or another machine's numbers: it is of this one; leave it out")
     from lowmem.machines.cards import Machine
 
     return Machine(**named)  # type: ignore[arg-type]  # types are those of the options
 
 
 def _lora(rank: int, *, dropout: float, dora: bool, target_modules: str) -> PeftConfig | None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--lora-dropout {dropout}: expected at least 0 and less than 1")
     if rank == 0:
         return None
     from peft import LoraConfig
@@ -379,7 +415,56 @@ def main() -> None:
         _fail(error)
 
 
+_OPTIONS = {
+    **{f"Budget.{name}": f"--{name}" for name in ("device", "host", "disk")},
+    **{
+        f"Machine.{name}": f"--{name.replace('_', '-')}"
+        for name in ("gpu", "ram", "disk_gbps", "vram", "tflops", "pcie_gbps", "memory_gbps", "gpus", "nodes")
+    },
+    **{
+        name: f"--{name.replace('_', '-')}"
+        for name in (
+            *("task", "batch_size", "seq_len", "gradient_accumulation_steps", "completion_tokens", "num_steps"),
+            *("use_reference", "micro_batch", "chunk_tokens", "quantization", "tuning", "optimizer", "masters"),
+            *("state_dtype", "target_modules", "gpu", "vram", "tflops", "pcie_gbps", "memory_gbps", "dtype"),
+            *("revision", "trust_remote_code", "autocast", "output", "include"),
+        )
+    },
+    "num_examples": "--examples",
+    "num_epochs": "--epochs",
+    "device": "--on",
+}
+"""What is called otherwise in Python, by its name there."""
+
+
+_QUOTES = "'\""
+
+
+_NAMED = re.compile(
+    r"\bBudget\((?P<size>device|host|disk)=[^()]*\)"
+    r"|(?<![-\w./])(?P<name>(?:Machine\.|Budget\.)?[a-z_]+)"
+    r"(?P<given>=(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;:()'\"]*[^\s,;:()'\".])?)?"
+)
+
+
+def _as_typed(message: str) -> str:
+    """What Python's functions say, with the options of the command line by their names there."""
+
+    def option(found: re.Match[str]) -> str:
+        if found["size"]:
+            return f"--{found['size']}"
+        name, value = found["name"], found["value"]
+        # Without a value, what is no word of English: "device" alone is a device.
+        if name not in _OPTIONS or (found["given"] is None and "_" not in name and "." not in name):
+            return found[0]
+        if value in (None, "", "True", "False"):
+            return _OPTIONS[name] if value != "False" else f"--no-{_OPTIONS[name][2:]}"
+        return f"{_OPTIONS[name]} {value.removeprefix('torch.').strip(_QUOTES) or value}"
+
+    return _NAMED.sub(option, message).replace(", or None to let", "; leave it out to let").replace(", or None", "")
+
+
 def _fail(error: Exception) -> NoReturn:
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = _as_typed(" ".join(str(error).split())) or type(error).__name__
     sys.stderr.write(f"lowmem: {message}\n")
     sys.exit(_FAILED)

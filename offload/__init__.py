@@ -25,7 +25,9 @@ from offload.budget import (
     available_ram_bytes,
     control_groups,
     format_bytes,
+    format_number,
     format_seconds,
+    installed_ram_bytes,
     parse_bytes,
 )
 from offload.buffers import StagingBuffer, register_host_memory, unregister_host_memory, view_tensor
@@ -129,7 +131,9 @@ __all__ = [
     "ceil_div",
     "control_groups",
     "format_bytes",
+    "format_number",
     "format_seconds",
+    "installed_ram_bytes",
     "lay_out",
     "lay_out_object",
     "open_device",

@@ -162,6 +162,21 @@ def available_ram_bytes(*, proc: Path = Path("/proc")) -> int:
     return min([machine_bytes, *(headroom for headroom in headrooms if headroom is not None)])
 
 
+def installed_ram_bytes(*, proc: Path = Path("/proc")) -> int:
+    """Bytes of RAM that this process can have at most, whoever has them now.
+
+    The machine's, or the smallest limit of the control groups around this process.
+
+    Args:
+        proc: Where procfs is mounted.
+    """
+    machine_bytes = _field_bytes(proc / "meminfo", "MemTotal:", unit_bytes=1024)
+    if machine_bytes is None:
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = (group.limit_bytes for group in control_groups(proc))
+    return min([machine_bytes, *(limit for limit in limits if limit is not None)])
+
+
 def _number(file: Path) -> int | None:
     try:
         text = file.read_text().strip()
@@ -308,10 +323,19 @@ def _folder(disk: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def format_number(number: float) -> str:
+    """Write a number to three digits, never with an exponent: ``"0.125"``, ``"98.7"``, ``"31,100"``."""
+    rounded = float(f"{number:.3g}")
+    if abs(rounded) >= 100:
+        return f"{rounded:,.0f}"
+    return f"{rounded:.9f}".rstrip("0").rstrip(".")
+
+
 def format_seconds(seconds: float) -> str:
-    """Write a duration: ``"320 ms"``, ``"12.3 s"``, ``"8.4 min"``, ``"3.1 h"``."""
+    """Write a duration: ``"320 ms"``, ``"12.3 s"``, ``"8.4 min"``, ``"3.1 h"``, ``"5.2 days"``."""
     if seconds < 1:
-        return f"{seconds * 1000:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+        return f"{format_number(seconds * 1000)} ms"
+    for unit, unit_s, fewest in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < fewest * unit_s:
+            return f"{format_number(seconds / unit_s)} {unit}"
+    return f"{format_number(seconds / 86400)} days"

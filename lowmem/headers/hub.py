@@ -16,6 +16,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from lowmem.models.checkpoint import unreachable
 from offload import Folder, SourceError, TensorSpec, shards_of_index, tensors_of_headers
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -86,9 +87,7 @@ def read_remote(model: str, *, revision: str | None = None, with_code: bool = Fa
         with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
             headers = dict(zip(shards, pool.map(read, shards), strict=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{model}: neither a local folder nor a hub repository that can be reached: {error}"
-        ) from error
+        raise unreachable(model, error) from error
     return RemoteCheckpoint(folder=folder, tensors=tensors_of_headers(headers, index_file=index))
 
 

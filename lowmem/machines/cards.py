@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Final
 
+import torch
+
 from lowmem.errors import UnsupportedError
 from lowmem.experts.visiting import expected_share
 from lowmem.machines.rates import what_trains
 from lowmem.planning.job import DeviceKind
+from lowmem.planning.plan import BEYOND, THIS_MACHINE
+from lowmem.planning.search import Memory
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
 from lowmem.planning.step_time import UPDATE_BESIDE_S_PER_PARAM, Rates, ShapeRates, Trained, assumed_rates
-from offload import Budget, format_bytes, parse_bytes
+from offload import Budget, format_bytes, format_number, installed_ram_bytes, parse_bytes
 
 _GIB = 1 << 30
 
@@ -82,6 +86,14 @@ _SYSTEM_BYTES = 2 * _GIB
 
 _CONTEXT_BYTES = 3 * _GIB // 4
 """Device memory that CUDA's context and libraries keep."""
+
+
+_FEWEST_BYTES = 1 << 20
+"""Of memory: fewer are a number whose unit was left out."""
+
+
+_MOST_PER_S = 1e6
+"""Of any rate of a machine, in the unit in which it is given: more is a slip of the finger."""
 
 
 _MARGIN = 0.05
@@ -224,6 +236,12 @@ def find_card(name: str) -> Card:
     if not isinstance(name, str):
         raise TypeError(f'gpu={name!r}: expected the name of a card, "RTX 4090" for instance')
     wanted = _plain(name)
+    if not wanted:
+        raise UnsupportedError(
+            f"gpu={name!r}",
+            reason="it names no card",
+            instead='a name, "RTX 4090" for instance, or none to compute on the processor',
+        )
     found = [card for card in CARDS if _plain(card.name) == wanted]
     found = found or [card for card in CARDS if _plain(card.name).startswith(wanted)]
     if len(found) == 1:
@@ -233,8 +251,23 @@ def find_card(name: str) -> Card:
         f"gpu={name!r}",
         reason="several cards are called so" if found else "it is not in the table of cards",
         instead=f"one of {', '.join(near or [card.name for card in CARDS])}"
-        + ("" if found else ", or any name with its numbers: vram, tflops and pcie_gbps"),
+        + ("" if found else ", or any name with its numbers: vram=, tflops= and pcie_gbps="),
     )
+
+
+def _refuse_too_little(name: str, size: int | str, *, kept_bytes: int, by: str) -> None:
+    """Refuse a size of which nothing would be left.
+
+    Raises:
+        ValueError: It is none, its unit was left out, or `kept_bytes` of it are taken.
+    """
+    nbytes = parse_bytes(size, field=f"Machine.{name}")
+    if isinstance(size, str) and size.strip().isdecimal() and 0 < nbytes < _FEWEST_BYTES:
+        raise ValueError(f'Machine.{name}={size!r}: expected a size with its unit, "{nbytes}GiB" for instance')
+    if nbytes <= kept_bytes:
+        raise ValueError(
+            f"Machine.{name}={size!r}: {by} keep {format_bytes(kept_bytes)} of it, and nothing would be left; give more"
+        )
 
 
 def _plain(name: str) -> str:
@@ -265,7 +298,7 @@ class Machine:
 
     Raises:
         UnsupportedError: The card is not known, and a number of it is missing.
-        ValueError: A size or a rate is none.
+        ValueError: A size or a rate is none, or nothing would be left of it.
     """
 
     gpu: str | None = None
@@ -282,23 +315,24 @@ class Machine:
     def __post_init__(self) -> None:
         for name in ("disk_gbps", "tflops", "pcie_gbps", "memory_gbps", "network_gbps"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
                 raise ValueError(f"Machine.{name}={value!r}: expected a number above 0")
-        for name in ("ram", "vram"):
-            value = getattr(self, name)
-            if value is not None and parse_bytes(value, field=f"Machine.{name}") < _GIB // 4:
-                raise ValueError(f'Machine.{name}={value!r}: expected a size with its unit, "24GiB" for instance')
+            if value is not None and value > _MOST_PER_S:
+                raise ValueError(f"Machine.{name}={value!r}: expected at most {_MOST_PER_S:,.0f}, which no machine has")
+        _refuse_too_little("ram", self.ram, kept_bytes=_SYSTEM_BYTES, by="the system, Python and its libraries")
+        if self.vram is not None:
+            _refuse_too_little("vram", self.vram, kept_bytes=_CONTEXT_BYTES, by="CUDA's context and libraries")
         for name in ("gpus", "nodes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Machine.{name}={value!r}: expected a whole number of at least 1")
         if self.gpu is None and self.gpus > 1:
             raise ValueError(f"Machine.gpus={self.gpus}: say which card, gpu= (--gpu), of which there are so many")
-        of_card = (self.vram, self.pcie_gbps, self.memory_gbps)
-        if self.gpu is None and any(number is not None for number in of_card):
-            raise ValueError(
-                "Machine: vram, pcie_gbps and memory_gbps belong to a card; give gpu= too, or leave them out"
-            )
+        for name in ("vram", "pcie_gbps", "memory_gbps"):
+            if self.gpu is None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"Machine.{name}={getattr(self, name)!r} belongs to a card; give gpu= too, or leave it out"
+                )
         # Fails now where the card is not known.
         _ = self.card
 
@@ -367,9 +401,90 @@ class Machine:
             link = self.pcie_gbps or card.pcie_gbps
             count = f"{self.gpus} x " if self.gpus > 1 else ""
             words.append(
-                f"{count}{card.name}, {card.vram_gib:g} GiB, {card.tflops:g} TFLOP/s, {link:.3g} GB/s of copies"
+                f"{count}{card.name}, {card.vram_gib:g} GiB, {card.tflops:g} TFLOP/s, "
+                f"{format_number(link)} GB/s of copies"
             )
         words.append(f"{format_bytes(parse_bytes(self.ram))} of RAM, disk {self.disk_gbps:g} GB/s")
         if self.nodes > 1:
             words.append(f"{self.nodes} such machines with {self.network_gbps:g} GB/s between them")
         return ", ".join(words)
+
+
+def memory_of(machine: Machine, given: Budget | None) -> Memory:
+    """What a machine leaves to one of its processes: budgets beyond it are not recommended.
+
+    Args:
+        machine: The machine.
+        given: The budget as it was asked for.
+    """
+    whole, asked = machine.budget(), given or Budget()
+    if machine.card is None:
+        return _of_one_ram(whole.device_bytes or 0, asked, machine.budget(given))
+    host_bytes = (whole.host_bytes or 0) // machine.gpus
+    return Memory(device_bytes=whole.device_bytes or 0, host_bytes=host_bytes)
+
+
+def _of_one_ram(ram_bytes: int, asked: Budget, bounds: Budget) -> Memory:
+    """Both budgets are a processor's RAM. A host budget that nobody asked for gives way to the device's."""
+    device_bytes = max(0, ram_bytes - (asked.host_bytes or 0))
+    host_bytes = max(0, ram_bytes - (bounds.device_bytes or 0))
+    return Memory(device_bytes=device_bytes, host_bytes=host_bytes, host_gives_way=asked.host_bytes is None)
+
+
+def refuse_beyond(machine: Machine, budget: Budget | None) -> None:
+    """Refuse a budget of which a machine has not as much: it bounds what of it may be used.
+
+    Raises:
+        ValueError: Names the size, and what the machine has.
+    """
+    given, card, ram_bytes = budget or Budget(), machine.card, parse_bytes(machine.ram)
+    of_card = ram_bytes if card is None else int(card.vram_gib * _GIB)
+    has = f"{format_bytes(ram_bytes)} of RAM"
+    for name, size, nbytes, most, what in (
+        ("device", given.device, given.device_bytes, of_card, has if card is None else f"{format_bytes(of_card)}"),
+        ("host", given.host, given.host_bytes, ram_bytes, has),
+    ):
+        if nbytes is not None and nbytes > most:
+            whose = card.name if card is not None and name == "device" else "machine"
+            raise ValueError(f"Budget.{name}={size!r} is more than the {whose} has, {what}; give less, or leave it out")
+    if card is None and (given.device_bytes or 0) + (given.host_bytes or 0) > ram_bytes:
+        raise ValueError(
+            f"Budget.device={given.device!r} and Budget.host={given.host!r} are together more than the machine has, "
+            f"{has}, of which both are on a processor; give less"
+        )
+
+
+def described(
+    machine: Machine | None, given: Budget | None, bounds: Budget, *, device: torch.device, num_sharing: int = 1
+) -> tuple[str, Memory | None]:
+    """What is planned for in words, and what memory advice keeps to.
+
+    Budgets beyond this machine are those of another that nobody described: the words say so, and there is no bound.
+
+    Args:
+        machine: The one that was described; None for this one.
+        given: The budget as it was asked for.
+        bounds: It with both sizes, those of one process.
+        device: Where it computes.
+        num_sharing: Processes of a run on this machine, each with a part of its RAM.
+    """
+    if machine is not None:
+        return str(machine), memory_of(machine, given)
+    on_cpu, asked = device.type == "cpu", given or Budget()
+    device_bytes, host_bytes = bounds.device_bytes or 0, bounds.host_bytes or 0
+    ram_bytes = installed_ram_bytes()
+    own_bytes = ram_bytes // num_sharing
+    card_bytes = own_bytes if on_cpu else torch.cuda.mem_get_info(device)[1]
+    if (device_bytes if on_cpu else 0) + host_bytes > own_bytes or device_bytes > card_bytes:
+        card = "" if on_cpu else f"{format_bytes(card_bytes)} on its card and "
+        return f"{BEYOND}{card}{format_bytes(ram_bytes)} of RAM", None
+    usable_bytes = max(0, int((ram_bytes - _SYSTEM_BYTES) * (1 - _MARGIN))) // num_sharing
+    # What was measured is what there is now.
+    if on_cpu:
+        is_open = asked.device_bytes is None or asked.host_bytes is None
+        whole = device_bytes + host_bytes if is_open else max(usable_bytes, device_bytes + host_bytes)
+        return THIS_MACHINE, _of_one_ram(whole, asked, bounds)
+    if asked.device_bytes is None:
+        card_bytes = device_bytes
+    host_bytes = host_bytes if asked.host_bytes is None else max(usable_bytes, host_bytes)
+    return THIS_MACHINE, Memory(device_bytes=card_bytes, host_bytes=host_bytes)

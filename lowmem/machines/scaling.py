@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lowmem.planning.planner import plan_step
-from offload import Budget, format_bytes, format_seconds
+from offload import Budget, format_bytes, format_number, format_seconds
 
 if TYPE_CHECKING:
     from lowmem.machines.cards import Machine
@@ -50,7 +50,7 @@ class Scaling:
         )
         return (
             f"{num} ranks on {machines} {format_bytes(self.read_bytes)} per step for all of its ranks: "
-            f"{self.tokens_per_s:.3g} tokens/s in all, {self.times_one:.2g} times one card's; "
+            f"{format_number(self.tokens_per_s)} tokens/s in all, {self.times_one:.2g} times one card's; "
             f"{format_bytes(self.link_bytes)} of gradients over {link} per step, {format_seconds(self.link_s)} at most"
         )
 

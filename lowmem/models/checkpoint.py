@@ -62,9 +62,23 @@ def resolve(model: str | os.PathLike[str], *, revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=_PATTERNS))
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(
-            f"{model}: neither a local folder{_beside(folder)} nor a hub repository that can be reached: {error}"
-        ) from error
+        raise unreachable(model, error) from error
+
+
+def unreachable(model: str | os.PathLike[str], error: Exception) -> FileNotFoundError:
+    """What to raise for a model that is neither here nor on the hub: says what lies where its folder was looked for.
+
+    Args:
+        model: As it was asked for.
+        error: Of the hub's client.
+    """
+    from huggingface_hub import is_offline_mode
+
+    why = str(error)
+    if is_offline_mode():
+        why = "HF_HUB_OFFLINE is set, so that the hub was not asked, and its cache does not have it"
+    beside = _beside(Path(model).expanduser())
+    return FileNotFoundError(f"{model}: neither a local folder{beside} nor a hub repository that can be reached: {why}")
 
 
 def _did_you_mean(folder: Path) -> str:

@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lowmem.planning.search import Draft, Room
-from lowmem.planning.step_memory import boundary_bytes, peak_phase, product_bytes
+from lowmem.planning.search import Draft, Memory, Room
+from lowmem.planning.step_memory import boundary_bytes, peak_bytes, peak_phase, product_bytes
 from offload import Budget, Placement, format_bytes, format_seconds, round_up
 
 _WORTH = 0.95
@@ -39,6 +39,14 @@ _HOST_STEP_BYTES = 1 << 20
 
 
 _SIZE_STEP_BYTES = 16 << 20
+
+
+_MOST_TIGHTENINGS = 8
+"""How often a budget is made smaller by what the plan within it takes."""
+
+
+NOTHING_FITS = "Nothing fits on such a machine"
+"""How the sentence begins that says so, and the verdict ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +105,8 @@ class Change:
 def _with_batch(room: Room, size: int) -> Room:
     """The same with another batch, and as many examples per optimizer step."""
     steps = room.job.gradient_accumulation_steps * room.job.batch_size // size
-    job = replace(room.job, batch_size=size, gradient_accumulation_steps=steps, micro_batch=None)
+    # Whether there is a mask follows from the batch.
+    job = replace(room.job, batch_size=size, gradient_accumulation_steps=steps, micro_batch=None, has_mask=None)
     return replace(room, job=job)
 
 
@@ -107,7 +116,9 @@ def changes_that_fit(room: Room) -> tuple[Change, ...]:
     Args:
         room: The job and its budget.
     """
-    return tuple(change for change in _candidates(room) if change is not None)
+    found = tuple(change for change in _candidates(room) if change is not None)
+    last = _last_resort(room) if not found else None
+    return found if last is None else (last,)
 
 
 def _candidates(room: Room) -> Iterator[Change | None]:
@@ -123,9 +134,49 @@ def _candidates(room: Room) -> Iterator[Change | None]:
     yield _larger_host(room)
     yield _shorter_sequences(room)
     yield _smallest_batch_with_more(room)
-    needed = room.smallest.device_bytes
-    if needed > room.device_bytes and room.with_budget(device_bytes=needed).best() is not None:
+    needed = _more_device(room)
+    if needed is not None:
         yield Change(text=f"a device budget of {format_bytes(needed)}", device_bytes=needed)
+
+
+def _more_device(room: Room) -> int | None:
+    """The device budget with which a job fits that does not with its own; None where the machine has none such."""
+    needed = room.smallest.device_bytes
+    best = room.with_budget(device_bytes=needed).best() if needed > room.device_bytes else None
+    if best is None:
+        return None
+    # With that much the planner may find a way that takes less, and with that, another.
+    for _ in range(_MOST_TIGHTENINGS):
+        if best is None or best.device_bytes >= needed:
+            break
+        needed = best.device_bytes
+        best = room.with_budget(device_bytes=needed).best()
+    return needed if room.may_have(device_bytes=needed) else None
+
+
+def _last_resort(room: Room) -> Change | None:
+    """The smallest batch, the longest sequences that fit then, and the budget that they take; None if nothing fits."""
+    job, fewest = room.job, _NUM_GENERATIONS.get(room.job.task, 1)
+    shrinks = job.batch_size > fewest and job.batch_size % fewest == 0
+    least = _with_batch(room, fewest) if shrinks else room
+    most = room.device_bytes if room.memory is None else max(room.device_bytes, room.memory.device_bytes)
+    roomy = least.with_budget(device_bytes=most)
+    seq_len = job.seq_len if roomy.best() is not None else _longest(roomy, shortest=1)
+    if seq_len is None:
+        return None
+    fits = least.with_seq_len(seq_len)
+    size = None if fits.best() is not None else _more_device(fits) or roomy.device_bytes
+    words = [f"sequences of {seq_len} tokens"] if seq_len < job.seq_len else []
+    words += [] if size is None else [f"a device budget of {format_bytes(size)}"]
+    steps = least.job.gradient_accumulation_steps
+    words = [*([f"a batch of {fewest} with gradient_accumulation_steps={steps}"] if shrinks else []), *words]
+    return Change(
+        text=" and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words),
+        batch_size=fewest if shrinks else None,
+        gradient_accumulation_steps=steps if shrinks else None,
+        seq_len=seq_len if seq_len < job.seq_len else None,
+        device_bytes=size,
+    )
 
 
 def _smaller_batch(room: Room) -> Change | None:
@@ -150,10 +201,8 @@ def _smallest_batch_with_more(room: Room) -> Change | None:
     if job.batch_size <= fewest or job.batch_size % fewest:
         return None
     least = _with_batch(room, fewest)
-    steps, needed = least.job.gradient_accumulation_steps, least.smallest.device_bytes
-    if not room.device_bytes < needed < room.smallest.device_bytes:
-        return None
-    if least.with_budget(device_bytes=needed).best() is None:
+    steps, needed = least.job.gradient_accumulation_steps, _more_device(least)
+    if needed is None or needed >= room.smallest.device_bytes:
         return None
     return Change(
         text=f"a batch of {fewest} with gradient_accumulation_steps={steps} and a device budget of "
@@ -166,14 +215,14 @@ def _smallest_batch_with_more(room: Room) -> Change | None:
 
 def _larger_host(room: Room) -> Change | None:
     """The smallest host budget with which the job fits."""
-    enough = room.host_bytes + (1 << 50)
-    if room.with_budget(host_bytes=enough).best() is None:
+    enough = room.host_bytes + (1 << 50) if room.memory is None else room.memory.host_bytes
+    if enough <= room.host_bytes or room.with_budget(host_bytes=enough).best() is None:
         return None
     short, fits = room.host_bytes, enough
     while fits - short > _HOST_STEP_BYTES:
         middle = (short + fits) // 2
         short, fits = (short, middle) if room.with_budget(host_bytes=middle).best() is not None else (middle, fits)
-    size = round_up(fits, _HOST_STEP_BYTES)
+    size = min(enough, round_up(fits, _HOST_STEP_BYTES))
     if room.with_budget(host_bytes=size).best() is None:
         return None
     return Change(text=f"a host budget of {format_bytes(size)}", host_bytes=size)
@@ -181,17 +230,30 @@ def _larger_host(room: Room) -> Change | None:
 
 def _shorter_sequences(room: Room) -> Change | None:
     """The longest sequences that fit, at least an eighth as long."""
+    seq_len = _longest(room, shortest=room.job.seq_len // 8)
+    if seq_len is None or seq_len >= room.job.seq_len:
+        return None
+    return Change(text=f"sequences of {seq_len} tokens", seq_len=seq_len)
+
+
+def _longest(room: Room, *, shortest: int) -> int | None:
+    """The longest sequences that fit, in whole steps where they are long; None where not even the shortest do.
+
+    Args:
+        room: The job, whose own sequences are too long, and its budget.
+        shortest: Tokens.
+    """
     seq_len = room.job.seq_len
-    step = _SEQ_LEN_STEP if seq_len > 4 * _SEQ_LEN_STEP else 1
-    short, long = max(1, seq_len // (8 * step)), seq_len // step
-    if room.with_seq_len(short * step).best() is None:
-        return None
-    while long - short > 1:
-        middle = (short + long) // 2
-        short, long = (middle, long) if room.with_seq_len(middle * step).best() is not None else (short, middle)
-    if short * step >= seq_len:
-        return None
-    return Change(text=f"sequences of {short * step} tokens", seq_len=short * step)
+    steps = (_SEQ_LEN_STEP, 1) if seq_len > 4 * _SEQ_LEN_STEP else (1,)
+    for step in steps:
+        short, long = max(1, shortest // step), seq_len // step
+        if room.with_seq_len(short * step).best() is None:
+            continue
+        while long - short > 1:
+            middle = (short + long) // 2
+            short, long = (middle, long) if room.with_seq_len(middle * step).best() is not None else (short, middle)
+        return short * step
+    return None
 
 
 def hiding_batch(room: Room, draft: Draft) -> int | None:
@@ -240,15 +302,28 @@ def fastest_batch(room: Room) -> int:
     return min(size for size, speed in speeds.items() if speed >= _FAST_ENOUGH * best)
 
 
-def advise(room: Room, draft: Draft, *, fits: bool) -> tuple[str, ...]:
+def advise(room: Room, draft: Draft, *, fits: bool, changes: tuple[Change, ...] = ()) -> tuple[str, ...]:
     """Say what to change.
 
     Args:
         room: The job and its budget.
         draft: What was chosen; the smallest draft where nothing fits.
         fits: Whether it fits.
+        changes: That make it fit.
     """
-    return (*(_to_fit(room, draft) if not fits else _to_be_faster(room, draft)), *_too_long(room))
+    if fits:
+        return (*_to_be_faster(room, draft), *_too_long(room))
+    nothing = () if changes or room.memory is None else (_nothing_fits(room, room.memory),)
+    return (*_to_fit(room, draft), *nothing, *_too_long(room))
+
+
+def _nothing_fits(room: Room, memory: Memory) -> str:
+    least = room.with_batch_size(_NUM_GENERATIONS.get(room.job.task, 1)).with_seq_len(1).smallest
+    return (
+        f"{NOTHING_FITS}: it has {format_bytes(memory.device_bytes)} for the device budget, and the smallest "
+        f"batch of sequences of one token takes {format_bytes(least.device_bytes)} of the device and "
+        f"{format_bytes(peak_bytes(least.roles, 'host'))} of the host."
+    )
 
 
 def _too_long(room: Room) -> Iterator[str]:
@@ -265,15 +340,18 @@ def _too_long(room: Room) -> Iterator[str]:
 def _to_fit(room: Room, draft: Draft) -> Iterator[str]:
     needed = draft.device_bytes
     if needed > room.device_bytes:
+        beyond = ""
+        if room.memory is not None and not room.may_have(device_bytes=needed):
+            beyond = f", and the machine has {format_bytes(room.memory.device_bytes)} for it"
         yield (
             f"The smallest device budget that fits is {format_bytes(needed)} ({needed} bytes), "
-            f"{format_bytes(needed - room.device_bytes)} more than given."
+            f"{format_bytes(needed - room.device_bytes)} more than given{beyond}."
         )
     boundary = boundary_bytes(room.shapes, room.job)
     # On a CPU both budgets are RAM: moving activations from one to the other gains nothing.
     if room.job.device != "cpu" and draft.choice.boundary_tier == "device" and boundary > room.host_bytes:
         with_host = room.with_budget(host_bytes=boundary).smallest
-        if with_host.device_bytes < needed:
+        if with_host.device_bytes < needed and room.may_have(host_bytes=boundary):
             yield (
                 f"With a host budget of {format_bytes(boundary)} the boundary activations move there and "
                 f"{format_bytes(with_host.device_bytes)} on the device are enough."
@@ -347,10 +425,11 @@ def _more_for_products(room: Room, draft: Draft) -> Iterator[str]:
         return
     # As it is printed it may be less by half of its last digit.
     size = round_up(better.device_bytes + _SIZE_STEP_BYTES // 2, _SIZE_STEP_BYTES)
-    yield (
-        f"A device budget of {format_bytes(size)} keeps large products for the backward instead of "
-        f"computing them again: {format_seconds(better.time.step_s)} per step."
-    )
+    if room.may_have(device_bytes=size):
+        yield (
+            f"A device budget of {format_bytes(size)} keeps large products for the backward instead of "
+            f"computing them again: {format_seconds(better.time.step_s)} per step."
+        )
     on_disk = None if room.has_disk else replace(room, has_disk=True).best()
     if on_disk is not None and on_disk.choice.keeps_products:
         yield (
@@ -364,12 +443,10 @@ def _more_memory(room: Room, draft: Draft) -> Iterator[str]:
     short = draft.placement.streamed_bytes
     if not short:
         return
-    changes = (
-        ("host", room.host_bytes + short, room.with_budget(host_bytes=room.host_bytes + short)),
-        ("device", room.device_bytes + short, room.with_budget(device_bytes=room.device_bytes + short)),
-    )
-    for tier, size, changed in changes:
-        better = changed.best()
+    changes = (("host", room.host_bytes + short), ("device", room.device_bytes + short))
+    for tier, size in changes:
+        sizes = {f"{tier}_bytes": size}
+        better = room.with_budget(**sizes).best() if room.may_have(**sizes) else None
         if better is not None and better.time.step_s <= _WORTH * draft.time.step_s:
             yield (
                 f"A {tier} budget of {format_bytes(size)} (+{format_bytes(short)}) keeps all blocks in memory: "

@@ -35,6 +35,10 @@ _WITH_REFERENCE = frozenset({"dpo", "kto", "rloo"})
 _DEFAULT_COMPLETION_TOKENS = 256
 
 
+_MOST_EPOCHS = 1_000_000
+"""More is a slip of the finger."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One optimizer step of a task."""
@@ -101,10 +105,7 @@ class Job:
                 raise ValueError(f"{name}={value}: expected at least 1{unit}{none}")
         if not isinstance(self.autocast, bool):
             raise TypeError(f"autocast={self.autocast!r}: expected True or False")
-        if isinstance(self.num_epochs, bool) or not isinstance(self.num_epochs, int | float) or self.num_epochs <= 0:
-            raise ValueError(f"num_epochs={self.num_epochs!r}: expected a number above 0")
-        if self.num_steps is not None and self.num_examples is not None:
-            raise ValueError("give num_steps or num_examples, not both: each says how long the run is")
+        self._check_length()
         self._fill_in()
         if self.generates != (self.num_decodes > 0):
             expected = "at least 1" if self.generates else "0, because nothing is generated"
@@ -114,6 +115,16 @@ class Job:
                 f"completion_tokens={self.completion_tokens} are more than seq_len={self.seq_len}, which counts prompt "
                 "and completion together"
             )
+
+    def _check_length(self) -> None:
+        """Refuse what contradicts itself about how long the run is."""
+        epochs = self.num_epochs
+        if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs <= _MOST_EPOCHS:
+            raise ValueError(f"num_epochs={epochs!r}: expected a number above 0 and at most {_MOST_EPOCHS:,}")
+        if epochs != 1 and self.num_examples is None:
+            raise ValueError(f"num_epochs={epochs!r} without num_examples: say how many examples a run goes through")
+        if self.num_steps is not None and self.num_examples is not None:
+            raise ValueError("give num_steps or num_examples, not both: each says how long the run is")
 
     def _fill_in(self) -> None:
         """Give fields that are None what TRL's trainers do."""

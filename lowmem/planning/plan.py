@@ -13,7 +13,7 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowmem.planning.advice import Change
+from lowmem.planning.advice import NOTHING_FITS, Change
 from lowmem.planning.job import Job, Task
 from lowmem.planning.shapes import OptimizerShape
 from lowmem.planning.step_memory import (
@@ -27,12 +27,16 @@ from lowmem.planning.step_memory import (
     peak_phase,
 )
 from lowmem.planning.step_time import Lane, Rates, StepTime
-from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_seconds
+from offload import BudgetError, Placement, PlacementPlan, format_bytes, format_number, format_seconds
 
 _VERSION = 5
 
 
 THIS_MACHINE = "this machine"
+
+
+BEYOND = f"{THIS_MACHINE}, which has only "
+"""How `Plan.machine` begins where budgets are more than this machine has: the plan is for another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,6 +418,8 @@ def _verdict(plan: Plan) -> list[str]:
         )
     )
     instead = f"; would fit: {plan.changes[0].text}" if plan.changes else ""
+    if any(sentence.startswith(NOTHING_FITS) for sentence in plan.advice):
+        instead = f"; {NOTHING_FITS[0].lower()}{NOTHING_FITS[1:]}"
     lines = [f"FITS: {sizes}" if plan.fits else f"DOES NOT FIT: {sizes}{instead}"]
     job, time = plan.job, plan.time
     lanes = f"compute {format_seconds(time.compute_s)}, disk {format_seconds(time.disk_s)}"
@@ -421,11 +427,24 @@ def _verdict(plan: Plan) -> list[str]:
     what = "step" if job.trains else "generation"
     would = "" if plan.fits else "would take "
     lines.append(
-        f"{would}{format_seconds(time.step_s)} per {what}, {1 / plan.token_s:.3g} tokens/s, "
-        f"limited by {plan.bottleneck} ({lanes})"
+        f"{would}{format_seconds(time.step_s)} per {what} of {_batch_words(plan)}, "
+        f"{format_number(1 / plan.token_s)} tokens/s, limited by {plan.bottleneck} ({lanes})"
     )
     lines.append(f"{_run_words(plan)}; {_hiding_words(plan)}" if plan.fits else _run_words(plan))
+    if plan.machine.startswith(BEYOND):
+        lines.append(
+            f"these are another machine's budgets: {THIS_MACHINE} has only {plan.machine.removeprefix(BEYOND)}, and "
+            "from_pretrained refuses to take more than there is"
+        )
     return lines
+
+
+def _batch_words(plan: Plan) -> str:
+    """What goes through in a step: what a search found stands here."""
+    along = f" in chunks of {plan.chunk_tokens}" if plan.chunk_tokens else ""
+    accumulated = plan.job.gradient_accumulation_steps
+    times = f" x {accumulated}" if accumulated > 1 else ""
+    return f"batch {plan.batch_size} x {plan.seq_len} tokens{times}{along}, weights in {', '.join(plan.stored_dtypes)}"
 
 
 def _run_words(plan: Plan) -> str:
@@ -434,7 +453,7 @@ def _run_words(plan: Plan) -> str:
         return "nothing is trained"
     steps = job.run_steps or _USUAL_STEPS
     examples = "" if job.num_examples is None else f"{job.num_epochs:g} x {job.num_examples:,} examples: "
-    return f"{examples}{steps} steps take {format_seconds(steps * plan.time.step_s)}"
+    return f"{examples}{steps:,} steps take {format_seconds(steps * plan.time.step_s)}"
 
 
 def _hiding_words(plan: Plan) -> str:
@@ -509,22 +528,22 @@ def _facts(plan: Plan) -> list[str]:
         lines.append(f"bus        {_bus_words(plan)}")
     gflops = rates.compute_flops_per_s / 1e9
     numbers = {
-        "disk": f"{rates.disk_bytes_per_s / 1e9:.3g} GB/s",
-        "copy": f"{rates.copy_bytes_per_s / 1e9:.3g} GB/s",
-        "compute": f"{gflops / 1e3:.3g} TFLOP/s" if gflops >= 1e3 else f"{gflops:.4g} GFLOP/s",
+        "disk": f"{format_number(rates.disk_bytes_per_s / 1e9)} GB/s",
+        "copy": f"{format_number(rates.copy_bytes_per_s / 1e9)} GB/s",
+        "compute": f"{format_number(gflops / 1e3)} TFLOP/s" if gflops >= 1e3 else f"{gflops:.4g} GFLOP/s",
     }
     words = (
         f"{name} {number} {'measured' if name in rates.measured else 'assumed'}" for name, number in numbers.items()
     )
     moved = rates.scratch_bytes_per_s
-    again = "" if moved is None else f", written and read back {moved / 1e9:.3g} GB/s measured"
+    again = "" if moved is None else f", written and read back {format_number(moved / 1e9)} GB/s measured"
     lines.append(f"rates      {', '.join(words)}{again}")
     if rates.shape is not None:
         how = "measured" if "compute" in rates.measured else "by operations and bytes, of which the card does so many"
         lines.append(f"           blocks, attention, head and unpacking of these shapes {how}")
     if rates.caveat:
         lines.append(f"           {rates.caveat}")
-    if plan.machine != THIS_MACHINE:
+    if not plan.machine.startswith(THIS_MACHINE):
         lines.append(f"machine    {plan.machine}")
     if job.num_sharing > 1:
         is_full = job.tuning == "full"
@@ -548,10 +567,11 @@ def _bus_words(plan: Plan) -> str:
 
 def _written_words(plan: Plan) -> str:
     per_day_bytes = plan.written_bytes * _DAY_S / plan.time.step_s
+    per_day = f"{format_number(per_day_bytes / 1e12)} TB a day"
     num_days = _RATED_WRITES * 1e12 / per_day_bytes
     lasts = f"{num_days:.0f} days" if num_days < 1000 else f"{num_days / 365:.0f} years"
     return (
-        f"{format_bytes(plan.written_bytes)} per step to {plan.disk_folder}, {per_day_bytes / 1e12:.3g} TB a day; a "
+        f"{format_bytes(plan.written_bytes)} per step to {plan.disk_folder}, {per_day}; a "
         f"drive of 1 TB rated for {_RATED_WRITES} TB lasts {lasts} of training"
     )
 

@@ -11,7 +11,7 @@ from lowmem.planning.job import Job, Tuning, kind_of
 from lowmem.planning.optimizer_sizes import OptimizerChoice, read_optimizer
 from lowmem.planning.plan import THIS_MACHINE, Plan
 from lowmem.planning.read_model import max_positions, read_shapes
-from lowmem.planning.search import Room
+from lowmem.planning.search import Memory, Room
 from lowmem.planning.shapes import ModelShapes
 from lowmem.planning.step_memory import Choice
 from lowmem.planning.step_time import Rates, assumed_rates
@@ -98,6 +98,7 @@ def plan_step(
     placement: PlacementPlan | None = None,
     machine: str = THIS_MACHINE,
     finds_batch: bool = False,
+    memory: Memory | None = None,
 ) -> Plan:
     """Plan one step. Pure: no model, no device, no file.
 
@@ -113,17 +114,20 @@ def plan_step(
         placement: Where its blocks are, if they are to stay there too.
         machine: What the rates and the budget are those of, in words.
         finds_batch: Take the batch with which most tokens go through per second, instead of the job's.
+        memory: What the machine has: advice stays within it; None for no bound.
 
     Raises:
         ValueError: A size of the budget is missing.
     """
     if budget.device_bytes is None or budget.host_bytes is None:
         raise ValueError("budget: both sizes have to be given here; offload.measured fills in what is missing")
-    room = Room(shapes, job, rates, budget.device_bytes, budget.host_bytes, budget.disk is not None, loaded, placement)
+    sizes = budget.device_bytes, budget.host_bytes
+    room = Room(shapes, job, rates, *sizes, budget.disk is not None, loaded, placement, memory)
     if finds_batch:
         room = room.with_batch_size(fastest_batch(room))
     best = room.best()
     drafted = best or room.smallest
+    changes = () if best is not None or loaded is not None else changes_that_fit(room)
     return Plan(
         model=shapes.name,
         adapter=shapes.adapter,
@@ -144,11 +148,11 @@ def plan_step(
         unchunkable=shapes.unchunkable,
         is_supposed=False,
         framework_bytes=_FRAMEWORK_BYTES,
-        advice=advise(room, drafted, fits=best is not None),
+        advice=advise(room, drafted, fits=best is not None, changes=changes),
         machine=machine,
         optimizer=shapes.optimizer,
         hiding_batch=None if best is None else hiding_batch(room, best),
-        changes=() if best is not None or loaded is not None else changes_that_fit(room),
+        changes=changes,
     )
 
 

@@ -76,6 +76,18 @@ class Draft:
         return peak_bytes(self.roles, "device")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a machine has for one process: no budget beyond it is recommended."""
+
+    device_bytes: int
+    """Most of the device, with the host's budget as it was asked for."""
+    host_bytes: int
+    """Most of the host, with the device's budget as it is."""
+    host_gives_way: bool = False
+    """Whether both are one RAM, of which the host's budget is what the device's leaves."""
+
+
 @dataclass(frozen=True)
 class Room:
     """A model, a job and what they have to fit into."""
@@ -91,6 +103,14 @@ class Room:
     """How a model was loaded: then its embedding and its state stay where they are."""
     placement: PlacementPlan | None = None
     """Where its blocks are, if they are to stay there too."""
+    memory: Memory | None = None
+    """What the machine has; None where nobody knows."""
+
+    def may_have(self, *, device_bytes: int = 0, host_bytes: int = 0) -> bool:
+        """Whether the machine has as much for one of the budgets, the other being what it is."""
+        if self.memory is None:
+            return True
+        return device_bytes <= self.memory.device_bytes and host_bytes <= self.memory.host_bytes
 
     def best(self) -> Draft | None:
         """The draft to take, or None if none fits.
@@ -142,7 +162,9 @@ class Room:
         return min(drafts, key=lambda draft: (self._host_short(draft), draft.device_bytes))
 
     def with_budget(self, *, device_bytes: int | None = None, host_bytes: int | None = None) -> Room:
-        """The same job with another budget."""
+        """The same job with another budget; what is None stays, but for a host's that gives way to the device's."""
+        if host_bytes is None and device_bytes is not None and self.memory is not None and self.memory.host_gives_way:
+            host_bytes = max(0, self.device_bytes + self.host_bytes - device_bytes)
         return replace(
             self,
             device_bytes=self.device_bytes if device_bytes is None else device_bytes,

@@ -139,11 +139,27 @@ def test_plan_measures_when_asked(run: Run, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "pretrain"], "task='pretrain': expected one of sft"),
-        (["--device", "12XB"], "Budget.device: expected bytes"),
-        (["--tuning", "half"], "tuning='half' is not supported"),
-        (["--batch-size", "0"], "batch_size=0: expected at least 1"),
-        (["--on", "mps"], "device='mps' is not supported"),
+        (["--task", "pretrain"], "--task pretrain: expected one of sft"),
+        (["--device", "12XB"], "--device: expected bytes"),
+        (["--tuning", "half"], "--tuning half is not supported"),
+        (["--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        (["--on", "mps"], "--on mps is not supported"),
+        (["--disk-gbps", "0"], "--disk-gbps 0.0: expected a number above 0"),
+        (["--examples", "0"], "--examples 0: expected at least 1\n"),
+        (["--micro-batch", "0"], "--micro-batch 0: expected at least 1 sequence; leave it out to let lowmem choose\n"),
+        (["--num-steps", "3", "--examples", "3"], "give --num-steps or --examples, not both"),
+        (["--epochs", "nan", "--examples", "10"], "--epochs nan: expected a number above 0"),
+        (["--epochs", "3"], "--epochs 3.0 without --examples"),
+        (["--tflops", "nan", "--gpu", "T4"], "--tflops nan: expected a number above 0"),
+        (["--tflops", "100"], "--tflops 100.0 without --gpu"),
+        (["--pcie-gbps", "10"], "--pcie-gbps 10.0 belongs to a card; give --gpu too"),
+        (["--vram", "24GiB"], "--vram 24GiB belongs to a card; give --gpu too"),
+        (["--gpu", "Foo", "--tflops", "3"], "with its numbers: --vram, --tflops and --pcie-gbps."),
+        (["--gpu", "RTX 4060", "--device", "400GiB"], "--device 400GiB is more than the RTX 4060 has, 8.00 GiB"),
+        (["--gpu", "RTX 4060", "--on", "cpu"], "--on cpu with --gpu or another machine's numbers"),
+        (["--ram", "8GiB", "--measure"], "--measure with --gpu or another machine's numbers: it is of this one"),
+        (["--lora-dropout", "nan"], "--lora-dropout nan: expected at least 0"),
+        (["--search", "--batch-size", "8"], "--batch-size 8 with --search, which finds the batch"),
         (["--target-modules", "nothing_like_it"], "nothing_like_it"),
     ],
 )
@@ -162,6 +178,22 @@ def test_a_model_that_is_not_there_is_one_line_and_status_2(run: Run, command: s
         run.err
         == f"lowmem: {tmp_path / 'none'}: no such folder; give a local folder or a hub id of the form owner/name\n"
     )
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_what_is_neither_here_nor_on_the_hub_says_what_is_beside_it(
+    run: Run, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert run(command, "models/nothere") == 2
+    assert run.err == (
+        "lowmem: models/nothere: neither a local folder (models has small) nor a hub repository that can be reached: "
+        "HF_HUB_OFFLINE is set, so that the hub was not asked, and its cache does not have it\n"
+    )
+    assert run(command, "bad/nothere") == 2
+    assert "bad/nothere: neither a local folder nor a hub repository that can be reached: HF_HUB_OFFLINE" in run.err
 
 
 def test_damaged_files_are_one_line_and_status_2(run: Run, llama: Path, tmp_path: Path) -> None:
@@ -232,7 +264,7 @@ def test_plan_for_another_machine_searches_its_batch(run: Run, llama: Path) -> N
     assert run("plan", llama, "--seq-len", 16, "--search", "--examples", 1000, "--epochs", 2, *machine) == 0
     lines = run.out.splitlines()
     assert lines[0].startswith("FITS: device")
-    assert "tokens/s, limited by" in lines[1]
+    assert re.search(r" per step of batch \d+ x 16 tokens, weights in bfloat16, .* tokens/s, limited by", lines[1])
     assert lines[2].startswith("2 x 1,000 examples: ")
     assert run("plan", llama, "--seq-len", 16, "--gpu", "RTX 9999") == 2
     assert "not in the table of cards" in run.err
@@ -529,6 +561,19 @@ def test_a_trace_without_steps_is_shown_whole(run: Run, tmp_path: Path) -> None:
     trace.save(tmp_path / "trace.json")
     assert run("trace", tmp_path / "trace.json") == 0
     assert run.out.startswith("step 1: 1.000 s, disk 100%")
+
+
+def test_refusals_name_options_as_they_are_typed() -> None:
+    for said, typed in (
+        ("raise Budget.host or give Budget(disk=...), or a device", "raise --host or give --disk, or a device"),
+        ('use tuning="full", dtype=torch.float32.', "use --tuning full, --dtype float32."),
+        (
+            "use_reference=False for /a/tuning=x/device and model.device",
+            "--no-use-reference for /a/tuning=x/device and model.device",
+        ),
+        ("hidden_size=48 and optimizer_state", "hidden_size=48 and optimizer_state"),
+    ):
+        assert cli._as_typed(said) == typed
 
 
 def test_help_loads_no_training_libraries() -> None:

@@ -16,7 +16,7 @@ from lowmem.planning.shapes import BlockShape, LinearShape, Part, itemsize
 from lowmem.planning.step_memory import RoleBytes, peak_bytes
 from lowmem.planning.step_time import Rates, assumed_rates
 from offload import Budget, format_bytes
-from offload.budget import format_seconds
+from offload.budget import format_number, format_seconds
 from tests.lowmem.llama_shapes import llama, llama_block
 
 
@@ -210,7 +210,24 @@ def test_rates_must_be_positive() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.32, "320 ms"), (12.34, "12.3 s"), (504, "8.4 min"), (11160, "3.1 h"), (0, "0 ms")]
+    ("seconds", "text"),
+    [
+        *((0.32, "320 ms"), (12.34, "12.3 s"), (504, "8.4 min"), (11160, "3.1 h"), (0, "0 ms"), (0.9999, "1,000 ms")),
+        *((1e6, "11.6 days"), (1e11, "1,160,000 days")),
+    ],
 )
 def test_durations_are_written_for_people(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(31_100, "31,100"), (1.234e9, "1,230,000,000"), (98.76, "98.8"), (0.125, "0.125"), (2e-6, "0.000002"), (0, "0")],
+)
+def test_numbers_are_written_without_exponents(number: float, text: str) -> None:
+    assert format_number(number) == text
+
+
+def test_the_second_line_says_what_goes_through_a_step() -> None:
+    words = str(planned(batch_size=8, gradient_accumulation_steps=2, chunk_tokens=32, device="1GiB")).splitlines()[1]
+    assert " per step of batch 8 x 64 tokens x 2 in chunks of 32, weights in " in words

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.budget import ControlGroup, available_ram_bytes, control_groups
+from offload.budget import ControlGroup, available_ram_bytes, control_groups, installed_ram_bytes
 
 MIB = 1 << 20
 
@@ -132,3 +132,13 @@ def test_v2_group_of_a_container_is_found_below_the_mounts_root(tmp_path: Path) 
 
 def test_without_control_groups_there_are_none(tmp_path: Path) -> None:
     assert control_groups(tmp_path) == ()
+
+
+def test_what_is_installed_is_the_machines_or_a_control_groups_limit(proc: Path, tmp_path: Path) -> None:
+    assert installed_ram_bytes(proc=proc) == 99999999 * 1024
+    (proc / "self" / "cgroup").write_text("0::/job\n")
+    write(tmp_path / "cgroups" / "job", memory__max=f"{300 * MIB}", memory__current=f"{120 * MIB}", memory__stat="")
+    assert installed_ram_bytes(proc=proc) == 300 * MIB
+    (proc / "meminfo").unlink()
+    assert 0 < installed_ram_bytes(proc=proc) <= 300 * MIB
+    assert available_ram_bytes() <= installed_ram_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,9 @@ def test_a_70b_fits_with_lora_and_its_smallest_card_is_told(models: dict[str, Pa
     assert lowmem.plan(models["70b"], seq_len=2048, machine=RTX_4090).fits
     small = lowmem.plan(models["70b"], seq_len=2048, machine=lowmem.Machine(gpu="RTX 3070", ram="64GiB"))
     assert not small.fits
-    assert "would fit: " in str(small).splitlines()[0]
+    assert str(small).splitlines()[0].endswith("; nothing fits on such a machine")
+    assert "The smallest device budget that fits is 8.5" in small.advice[0]
+    assert "and the machine has 6.89 GiB for it" in small.advice[0]
 
 
 EIGHT_BLOCKS = LlamaConfig(
@@ -145,7 +148,7 @@ def test_a_card_of_which_little_is_known_has_a_guess_of_its_memory() -> None:
     assert given is not None
     assert (guessed.memory_gbps, given.memory_gbps) == (300, 500)
     assert all(200 < card.memory_gbps < 10_000 for card in CARDS)
-    with pytest.raises(ValueError, match="memory_gbps belong to a card"):
+    with pytest.raises(ValueError, match="memory_gbps=500 belongs to a card"):
         lowmem.Machine(memory_gbps=500)
 
 
@@ -171,7 +174,7 @@ def test_each_change_of_a_misfit_makes_it_fit(name: str, models: dict[str, Path]
     for change in plan.changes:
         changed = lowmem.plan(models["1.1b"], device="cpu", **change.applied(arguments, disk=tmp_path))
         assert changed.fits, change.text
-        if change.batch_size is not None:
+        if change.batch_size is not None and change.seq_len is None:
             assert changed.job.step_tokens == plan.job.step_tokens
     assert plan.changes[0].text in str(plan).splitlines()[0]
     assert Plan.from_dict(plan.to_dict()) == plan
@@ -220,11 +223,14 @@ def test_the_batch_that_hides_the_disk_is_the_smallest(models: dict[str, Path]) 
 def test_examples_and_epochs_give_the_hours(models: dict[str, Path]) -> None:
     plan = lowmem.plan(models["1.1b"], seq_len=512, batch_size=4, machine=RTX_4090, num_examples=10_001, num_epochs=3)
     assert plan.job.run_steps == 3 * 2501
-    assert "3 x 10,001 examples: 7503 steps take" in str(plan).splitlines()[2]
+    assert "3 x 10,001 examples: 7,503 steps take" in str(plan).splitlines()[2]
     with pytest.raises(ValueError, match="num_steps or num_examples, not both"):
         lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_steps=1)
-    with pytest.raises(ValueError, match="num_epochs=0"):
-        lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_epochs=0)
+    for epochs in (0, float("nan"), float("inf"), 1e30):
+        with pytest.raises(ValueError, match=r"num_epochs=.*: expected a number above 0 and at most 1,000,000"):
+            lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_examples=1, num_epochs=epochs)
+    with pytest.raises(ValueError, match="num_epochs=3 without num_examples"):
+        lowmem.plan(models["1.1b"], seq_len=512, machine=RTX_4090, num_epochs=3)
 
 
 def test_writes_are_told_with_how_long_a_drive_lasts(models: dict[str, Path], tmp_path: Path) -> None:
@@ -260,7 +266,17 @@ def test_cards_are_found_by_the_names_people_use() -> None:
         ({"gpu": "Own", "vram": "24GiB", "tflops": 10}, "not in the table"),
         ({"ram": "64"}, "expected a size with its unit"),
         ({"gpu": "RTX 4090", "disk_gbps": 0}, "disk_gbps=0: expected a number above 0"),
-        ({"vram": "24GiB"}, "belong to a card"),
+        ({"vram": "24GiB"}, "belongs to a card"),
+        ({"gpu": ""}, "gpu='' is not supported: it names no card"),
+        ({"gpu": "NVIDIA"}, "it names no card"),
+        ({"gpu": "RTX 4090", "vram": "48MiB"}, r"vram='48MiB': CUDA's .* keep 768.00 MiB of it, and nothing would be"),
+        ({"gpu": "RTX 4090", "vram": 0}, "vram=0: CUDA's .* keep 768.00 MiB"),
+        ({"ram": "0"}, "ram='0': the system, Python and its libraries keep 2.00 GiB"),
+        ({"gpu": "RTX 4060", "ram": "1GiB"}, "ram='1GiB': the system, .* nothing would be left; give more"),
+        ({"disk_gbps": float("nan")}, "disk_gbps=nan: expected a number above 0"),
+        ({"gpu": "RTX 4090", "tflops": float("nan")}, "tflops=nan: expected a number above 0"),
+        ({"gpu": "RTX 4090", "pcie_gbps": float("inf")}, "pcie_gbps=inf: expected at most 1,000,000"),
+        ({"disk_gbps": 1e30}, r"disk_gbps=1e\+30: expected at most 1,000,000"),
     ],
 )
 def test_machines_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
@@ -365,3 +381,112 @@ def test_every_weight_of_several_cards_has_one_copy_and_its_gradients_meet_in_ra
     for known, factor in (("adamw", 1), (partial(lowmem.optim.AdamW, betas=(0.9, 0.95)), 1), ("adamw_torch_fused", 2)):
         other = lowmem.plan(models["1.1b"], machine=lowmem.Machine(gpus=2, **machine), optimizer=known, **job)
         assert moments(other) == pytest.approx(factor * moments(two), rel=1e-6), "torch's own is each rank's"
+
+
+@pytest.mark.parametrize(
+    ("machine", "budget", "says"),
+    [
+        (
+            {"gpu": "RTX 4060"},
+            {"device": "400GiB"},
+            "device='400GiB' is more than the RTX 4060 has, 8.00 GiB; give less",
+        ),
+        ({"gpu": "RTX 4060"}, {"device": "12GiB", "host": "500GiB"}, "Budget.device='12GiB' is more than the RTX 4060"),
+        ({"gpu": "RTX 4060"}, {"host": "500GiB"}, "host='500GiB' is more than the machine has, 32.00 GiB of RAM"),
+        ({"ram": "16GiB"}, {"device": "17GiB"}, "device='17GiB' is more than the machine has, 16.00 GiB of RAM"),
+        (
+            {"ram": "16GiB"},
+            {"device": "9GiB", "host": "9GiB"},
+            "are together more than the machine has, 16.00 GiB of RAM",
+        ),
+    ],
+)
+def test_a_budget_beyond_a_described_machine_is_refused_before_anything_is_read(
+    machine: dict[str, Any], budget: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        lowmem.plan(tmp_path, seq_len=64, machine=lowmem.Machine(**machine), budget=lowmem.Budget(**budget))
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one has 16 GiB of RAM."""
+    monkeypatch.setattr("lowmem.machines.cards.installed_ram_bytes", lambda: 16 * GIB)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_budgets_beyond_this_machine_are_told_in_the_verdict(models: dict[str, Path]) -> None:
+    job: dict[str, Any] = {"seq_len": 64, "device": "cpu"}
+    for sizes in ({"device": "400GiB", "host": "900GiB"}, {"device": "9GiB", "host": "9GiB"}):
+        plan = lowmem.plan(models["1.1b"], budget=lowmem.Budget(**sizes), **job)
+        assert plan.fits
+        assert "another machine's budgets: this machine has only 16.00 GiB of RAM" in str(plan).splitlines()[3]
+        assert Plan.from_dict(plan.to_dict()) == plan
+    within = lowmem.plan(models["1.1b"], budget=lowmem.Budget(device="9GiB", host="1GiB"), **job)
+    assert "this machine" not in str(within)
+
+
+def budgets_in(text: str) -> list[float]:
+    """Sizes in GiB that a sentence recommends."""
+    units = {"MiB": 1 / 1024, "GiB": 1.0, "TiB": 1024.0}
+    found = re.findall(r"(?:device|host) budget of ([\d.]+) ([MGT]iB)", text)
+    return [float(number) * units[unit] for number, unit in found]
+
+
+BEYOND_CARD: dict[str, dict[str, Any]] = {
+    "generation": {"task": "grpo", "batch_size": 64, "seq_len": 4096, "budget": {"device": "300MiB"}},
+    "sequence": {"seq_len": 1_000_000_000, "budget": {}},
+    "batch": {"batch_size": 512, "seq_len": 8192, "budget": {"device": "300MiB", "host": "1GiB"}},
+    "full": {"seq_len": 256, "tuning": "full", "budget": {"host": "1GiB"}},
+}
+
+
+@pytest.mark.parametrize("name", BEYOND_CARD)
+@pytest.mark.parametrize("gpu", ["RTX 4060", None])
+def test_no_change_asks_for_more_than_the_machine_has(
+    name: str, gpu: str | None, models: dict[str, Path], tmp_path: Path
+) -> None:
+    machine = lowmem.Machine(gpu=gpu, ram="16GiB")
+    arguments = {**BEYOND_CARD[name], "machine": machine}
+    arguments["budget"] = lowmem.Budget(**arguments["budget"])
+    plan = lowmem.plan(models["1.1b"], **arguments)
+    assert not plan.fits
+    assert plan.changes or "nothing fits on such a machine" in str(plan).splitlines()[0]
+    for change in plan.changes:
+        changed = lowmem.plan(models["1.1b"], **change.applied(arguments, disk=tmp_path))
+        assert changed.fits, change.text
+    for sentence in plan.advice:
+        assert all(size <= (14 if gpu is None or "host" in sentence else 7) for size in budgets_in(sentence)), sentence
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_no_change_asks_for_more_than_this_machine_has(models: dict[str, Path], tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"batch_size": 512, "seq_len": 65536, "device": "cpu"}
+    arguments["budget"] = lowmem.Budget(device="300MiB", host="1GiB")
+    plan = lowmem.plan(models["1.1b"], **arguments)
+    assert plan.changes
+    for change in plan.changes:
+        assert sum(filter(None, (change.device_bytes, change.host_bytes))) < 14 * GIB
+        assert lowmem.plan(models["1.1b"], **change.applied(arguments, disk=tmp_path)).fits, change.text
+
+
+def test_where_no_change_fits_the_machine_the_verdict_says_so(models: dict[str, Path]) -> None:
+    machine = lowmem.Machine(gpu="Tiny", vram="800MiB", tflops=1, pcie_gbps=1, ram="4GiB")
+    plan = lowmem.plan(models["70b"], seq_len=2048, machine=machine)
+    assert not plan.changes
+    assert str(plan).splitlines()[0].endswith("; nothing fits on such a machine")
+    assert any(sentence.startswith("Nothing fits on such a machine: it has ") for sentence in plan.advice)
+
+
+@pytest.mark.parametrize("budget", [{"device": "60MiB"}, {"device": "60MiB", "host": 0}])
+def test_a_change_asks_for_no_more_of_the_device_than_its_plan_takes(
+    budget: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"batch_size": 16, "seq_len": 2048, "device": "cpu", "budget": lowmem.Budget(**budget)}
+    plan = lowmem.plan(models["1.1b"], **arguments)
+    asking = [change for change in plan.changes if change.device_bytes is not None]
+    assert asking
+    for change in asking:
+        changed = lowmem.plan(models["1.1b"], **change.applied(arguments, disk=tmp_path))
+        assert changed.fits
+        assert changed.device_bytes == change.device_bytes, change.text
