@@ -73,6 +73,12 @@ def planned(folder: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(made.to_dict()).replace(json.dumps(str(folder))[1:-1], "MODEL"))
 
 
+@pytest.fixture(autouse=True)
+def _of_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Advice keeps to the RAM that there is.
+    monkeypatch.setattr("lowmem.machines.cards.installed_ram_bytes", lambda: 24 << 30)
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_plan_is_as_recorded(name: str, folders: dict[str, Path]) -> None:
     model, arguments = JOBS[name]
