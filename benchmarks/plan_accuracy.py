@@ -37,7 +37,7 @@ from benchmarks.checkpoints import SHAPES, ensure_checkpoint, write_tokenizer
 from benchmarks.harness import ROOT, emit
 
 BENCHMARK = "plan_accuracy"
-NUM_STEPS, _MOST_STEPS = 16, 25
+NUM_STEPS, _MOST_STEPS = 12, 25
 """A machine's pace changes from step to step, whatever runs on it."""
 
 _CORRECTED_AFTER = (1, 2, 10)
