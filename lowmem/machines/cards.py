@@ -156,7 +156,8 @@ class Card:
             unpack_s=statistics.fmean(block.packed_values_bytes for block in blocks) / _VALUES_BYTES_PER_S,
             update_s_per_param=_UPDATE_BYTES / bytes_per_s,
             update_beside_s_per_param=UPDATE_BESIDE_S_PER_PARAM,
-            dropout_s=_DROPOUT_BYTES / bytes_per_s,
+            # PEFT's DoRA multiplies what was dropped by the weight once more.
+            dropout_s=_DROPOUT_BYTES / bytes_per_s + 2.0 * shapes.outputs_per_dora_input / (flops_per_s * _SUSTAINED),
         )
 
 

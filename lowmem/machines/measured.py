@@ -135,7 +135,8 @@ def measure_shape(
         unpack_s=_unpack_s(opened, watch),
         update_s_per_param=probe_update(watch),
         update_beside_s_per_param=probe_update_beside(clock) if trains == "full" else 0.0,
-        dropout_s=_dropout_s(opened, watch),
+        dropout_s=_dropout_s(opened, watch)
+        + (_dora_dropout_s(opened, shapes, watch, autocast=autocast) if trains == "dora" else 0.0),
     )
 
 
@@ -563,3 +564,19 @@ def _dropout_s(opened: Described, watch: Stopwatch) -> float:
     """Seconds of dropping one value, where an adapter does: in fp32."""
     values = torch.ones(_DROPPED_VALUES, device=opened.device)
     return watch.usual_s(lambda: functional.dropout(values, 0.1)) / _DROPPED_VALUES
+
+
+def _dora_dropout_s(opened: Described, shapes: ModelShapes, watch: Stopwatch, *, autocast: bool) -> float:
+    """Seconds, for each value that is dropped, of PEFT's product of it with the weight in the adapter's type, fp32."""
+    linears = (linear for block in shapes.blocks for linear in block.linears if linear.is_dora)
+    largest = max(linears, key=lambda linear: linear.in_features * linear.out_features)
+    values = torch.ones(_HEAD_TOKENS[opened.device.type], largest.in_features, device=opened.device)
+    weight = torch.ones(largest.out_features, largest.in_features, device=opened.device, dtype=opened.dtype)
+    is_half = autocast and opened.dtype != torch.float32
+
+    def run() -> object:
+        with torch.no_grad(), torch.autocast(opened.device.type, dtype=opened.dtype, enabled=is_half):
+            return functional.linear(values, weight.to(values.dtype))
+
+    product_s = watch.usual_s(run) / (len(values) * largest.in_features * largest.out_features)
+    return product_s * shapes.outputs_per_dora_input

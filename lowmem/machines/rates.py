@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lowmem.models.checkpoint import Described
     from lowmem.planning.plan import Plan
 
-_VERSION: Final = 6
+_VERSION: Final = 7
 
 _COPY_BYTES: Final = 32 << 20
 

@@ -310,6 +310,13 @@ class ModelShapes:
         return sum(2.0 * num_sequences * seq_len**2 * block.query_size for block in self.blocks)
 
     @property
+    def outputs_per_dora_input(self) -> float:
+        """Outputs that a value of the input of a layer with DoRA is multiplied for, on average; 0 without DoRA."""
+        linears = [linear for block in self.blocks for linear in block.linears if linear.is_dora]
+        products = sum(linear.num_weights for linear in linears)
+        return products / max(1, sum(linear.in_features for linear in linears))
+
+    @property
     def key_value_share(self) -> float:
         """Which part of a block's products keys and values, and what comes before them in attention, take."""
         widths = sum(linear.num_weights for block in self.blocks for linear in block.of_part(Part.ATTENTION_IN))

@@ -421,9 +421,9 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
         # The batch's hidden states come and go between the temporaries of its parts; larger ones are mappings of their
         # own. benchmarks/budgets.py: 8192 tokens in chunks, 64 sequences in micro-batches; benchmarks/plan_accuracy.py:
         # 4096 tokens in chunks.
-        in_chunks = (1 if choice.boundary_tier == "disk" else 2) if choice.chunk_tokens is not None else 0
+        in_chunks = 2 if choice.chunk_tokens is not None else 0
         # Parts of a batch in chunks: 4 x 512 by 128 tokens there.
-        in_parts = 3 if choice.chunk_tokens is None else 5
+        in_parts = 3 if choice.chunk_tokens is None else 7
         num_between = in_parts if choice.micro_batch < job.num_sequences else in_chunks
         on_heap = job.device == "cpu" and hidden_bytes < LARGEST_ON_HEAP_BYTES
         between = num_between * hidden_bytes if on_heap else 0

@@ -1,7 +1,6 @@
 """How fast bytes are read and copied and how fast the device computes: measured, or assumed and said so.
 
-What full tuning moves to and from disk in one optimizer step. How long one step takes at these rates, and what it waits
-for. Pure arithmetic.
+What full tuning moves to and from disk in a step, how long a step takes at these rates, and what it waits for.
 
 Each pass over the weights takes as long as its slowest lane: reading the streamed blocks, copying to the device, or
 computing. A backward computes twice what a forward does (recomputation, then the gradient of each product's input;
@@ -78,7 +77,7 @@ class ShapeRates:
     update_beside_s_per_param: float
     """Of the same on one core, with checksums of what is written: state on disk. 0 where adapters are trained."""
     dropout_s: float
-    """Of dropping one value of an adapter's input, in a forward."""
+    """Of dropping one value of an adapter's input, in a forward; DoRA multiplies it by the weight as well."""
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.call_tokens) == len(self.forward_calls_s) == len(self.backward_calls_s):
@@ -500,7 +499,8 @@ class _Costs:
         if self._keeps_attention:
             attention_s = max(0.0, attention_s - attention / shape.attention_flops_per_s)
         visits_s = len(shapes.blocks) * shape.visit_backward_s
-        return calls_s + self._dropout_s(job.num_tokens) + attention_s + reading_s + visits_s
+        dropped_s = self._dropout_s(job.num_tokens) * (2 if shape.trains == "dora" else 1)  # A gradient, too.
+        return calls_s + dropped_s + attention_s + reading_s + visits_s
 
     @property
     def _keeps_attention(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from lowmem.planning.job import Job
 from lowmem.planning.planner import plan_step
 from lowmem.planning.read_model import read_shapes
 from lowmem.planning.shapes import ModelShapes
-from lowmem.planning.step_time import Rates, ShapeRates
+from lowmem.planning.step_time import Rates, ShapeRates, Trained
 from tests.zoo.architectures import build
 
 BUDGET = lowmem.Budget(device="64MiB", host="64MiB")
@@ -436,10 +436,24 @@ def test_a_step_of_generation_is_measured_with_few_tokens(tmp_path: Path) -> Non
     assert found.forward_call_s(1) == found.forward_calls_s[0] > 0
 
 
-def test_dropout_takes_its_time_in_each_pass(llama: Path) -> None:
+def test_what_dora_drops_is_multiplied_by_the_weight(tmp_path: Path) -> None:
+    folder, kinds = build("llama", tmp_path, dtype=torch.bfloat16), get_args(Trained)
+    found: dict[Trained, ShapeRates] = {}
+    for trains in (kind for kind in kinds if kind in ("lora", "dora")):
+        checkpoint = opened(folder)
+        adapter = LoraConfig(r=4, use_dora=trains == "dora", target_modules="all-linear")
+        shapes = read_shapes(checkpoint, peft_config=adapter)
+        with WorkClock() as clock:
+            found[trains] = measure_shape(checkpoint, shapes, trains=trains, clock=lambda now=clock: now.now_s)
+    assert found["dora"].dropout_s > found["lora"].dropout_s > 0
+
+
+@pytest.mark.parametrize(("trains", "passes"), [("lora", 2), ("dora", 3)])
+def test_dropout_takes_its_time_in_each_pass(llama: Path, trains: Trained, passes: int) -> None:
     checkpoint = opened(llama)
-    shapes = read_shapes(checkpoint, peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear"))
-    given = Rates(shape=shape_rates())
+    adapter = LoraConfig(r=4, lora_dropout=0.1, use_dora=trains == "dora", target_modules="all-linear")
+    shapes = read_shapes(checkpoint, peft_config=adapter)
+    given = Rates(shape=replace(shape_rates(), trains=trains))
     steps = [
         plan_step(
             shapes, Job(seq_len=16, has_dropout=drops), budget=lowmem.Budget(device=1 << 30, host=0), rates=given
@@ -447,4 +461,4 @@ def test_dropout_takes_its_time_in_each_pass(llama: Path) -> None:
         for drops in (False, True)
     ]
     dropped = sum(linear.in_features for block in shapes.blocks for linear in block.linears)
-    assert steps[1] - steps[0] == pytest.approx(2 * 16 * dropped)
+    assert steps[1] - steps[0] == pytest.approx(passes * 16 * dropped)
