@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,35 +115,29 @@ def how_to_go_on(output_dir: str, *, is_adapter: bool) -> str:
     )
 
 
-def _claim(folder: Path) -> Callable[[], None]:
-    """Keep other trainings out of an output folder, as far as its file system can; returns what lets them in again.
+def _claim(folder: Path, until_closed: ExitStack) -> None:
+    """Keep other trainings out of an output folder, as far as its file system can.
 
     The folder itself is locked, nothing is written to it. The lock goes with the process.
+
+    Args:
+        folder: The folder.
+        until_closed: Closing it lets others in again.
 
     Raises:
         FolderInUse: A model is being trained into it.
     """
-    try:
+    # Some network file systems lock no folders.
+    with suppress(OSError), ExitStack() as opened:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return lambda: None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise FolderInUse(folder, pid=None, holder="a training that saves its checkpoints there") from error
-    except OSError:
-        # Some network file systems lock no folders.
-        os.close(lock)
-        return lambda: None
-
-    def leave() -> None:
-        # A data loader's workers have the lock as well, and may live longer.
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
-
-    return leave
+        opened.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FolderInUse(folder, pid=None, holder="a training that saves its checkpoints there") from error
+        # A data loader's workers have the lock as well, and may live longer: closing it is not enough.
+        opened.callback(fcntl.flock, lock, fcntl.LOCK_UN)
+        until_closed.push(opened.pop_all())
 
 
 class TrainingChecks(TrainerCallback):
@@ -192,9 +186,9 @@ class TrainingChecks(TrainerCallback):
                 UserWarning,
                 stacklevel=2,
             )
-        runtime.leave_output()
-        if state.is_world_process_zero and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
-            runtime.leave_output = _claim(Path(args.output_dir))
+        runtime.output_claim.close()
+        if state.is_world_process_zero and args.save_strategy != "no":
+            _claim(Path(args.output_dir), runtime.output_claim)
         self._stop_listening = runtime.listen(self._visited)
         runtime.advise_interrupted = partial(how_to_go_on, args.output_dir, is_adapter=hasattr(model, "peft_config"))
 
@@ -242,8 +236,7 @@ class TrainingChecks(TrainerCallback):
         runtime = None if self._runtime is None else self._runtime()
         if runtime is not None:
             runtime.advise_interrupted = None
-            runtime.leave_output()
-            runtime.leave_output = lambda: None
+            runtime.output_claim.close()
 
     def _visited(self, visit: Visit) -> None:
         if not visit.started:
@@ -281,8 +274,7 @@ def _say_how_to_go_on(model: nn.Module, interruption: BaseException) -> None:
     if not is_streamed(model):
         return
     runtime = runtime_of(model)
-    runtime.leave_output()
-    runtime.leave_output = lambda: None
+    runtime.output_claim.close()
     if not isinstance(interruption, (KeyboardInterrupt, RuntimeError)):
         return
     if isinstance(interruption, RuntimeError):

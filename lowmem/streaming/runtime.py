@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -291,8 +291,8 @@ class Runtime:
         self._on_reset: list[Callable[[], None]] = []
         self.advise_interrupted: Callable[[], str] | None = None
         """Says how to go on after an interruption, while a Trainer trains."""
-        self.leave_output: Callable[[], None] = lambda: None
-        """Lets other trainings into the folder that a Trainer saves to."""
+        self.output_claim = ExitStack()
+        """Keeps other trainings out of the folder that a Trainer saves to, until it is closed."""
         self.announce: Callable[[Phase, int], None] | None = None
         """Told what a visit is for, and how many tokens it is for, before its block is asked for."""
         self.optimizer: OptimizerShape | None = None
