@@ -69,6 +69,9 @@ def process_peak_bytes(status: Path = Path("/proc/self/status")) -> int:
 
 _ALIGN_BYTES = 64
 
+LEAVES_LITTLE_BYTES = 256 << 10
+"""Steps with hidden states smaller than this leave so little on the heap that it is not given back around the head."""
+
 
 def off_the_heap(grads: list[Tensor | None]) -> list[Tensor | None]:
     """Gradients of one block's parameters in one piece of memory of their own, on a CPU.

@@ -240,57 +240,44 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int 
 
 
 # Heap that glibc holds over what lives, as multiples of temporaries without and with gradients: torch asks for
-# aligned memory, and glibc does not give it a freed piece of the same size. benchmarks/budgets.py holds plans against
-# the process; with whole sequences of 512 to 8192 tokens 0.2 to 0.5 and 0.9 to 1.9 were seen, with a few chunks of 1024
-# tokens as much, with many of 128 to 1024 tokens 0.2 to 0.4 and 0.1 to 1.2. benchmarks/plan_accuracy.py has 1.8 to 2.4
-# with small models, in whole sequences and in chunks.
+# aligned memory, and glibc does not give it a freed piece of the same size. All of these are fitted to the jobs of
+# benchmarks/plan_accuracy.py, with what lies between live pieces (`held_heap_bytes`) next to them.
 _FORWARD_HEAP = 0.4
-_BACKWARD_HEAP = 2.2
-_CHUNKS_HEAP = 2.3
+_BACKWARD_HEAP = 2.0
+_CHUNKS_HEAP = 2.2
 
-# With DoRA, whose weights are read when adapters are made (`host_memory.weight_is_read`); there, 4 x 256 and 1 x 256 in
-# chunks and 1 x 512 whole. Large pieces leave no more than so much (there, 2 x 512 and 4 x 512 with hidden 1024).
-_DORA_HEAP, _MOST_DORA_HEAP_BYTES = 2.0, 200 << 20
+# With DoRA, whose weights are read when adapters are made (`host_memory.weight_is_read`), in one type or under
+# autocast. Large pieces leave no more than so much (there, 2 x 512 with hidden 1024).
+_DORA_HEAP, _MOST_DORA_HEAP_BYTES = 0.95, 135 << 20
 _DORA_CHUNKS_HEAP = 1.4
 
-# Under autocast to a half type: what is converted for each product is as large as what is kept, but there are more
-# pieces of a chunk (there, 1, 2 and 4 x 512, and 4 x 512 by 128 tokens).
-_HALF_HEAP = 1.75
-_HALF_CHUNKS_HEAP = 4.5
+# Under autocast to a half type: what is converted for each product is as large as what is kept.
+_HALF_HEAP = 1.4
 
-# Of routed experts, whose tokens are gathered in pieces of any size: there, 1 x 256 and, in chunks, 4 x 256.
-_EXPERTS_HEAP = 2.6
-_EXPERTS_CHUNKS_HEAP = 3.4
+# Of routed experts, whose tokens are gathered in pieces of any size.
+_EXPERTS_HEAP = 2.7
+_EXPERTS_CHUNKS_HEAP = 4.0
 
-# Of chunks whose adapters are wider than the blocks: what passes between them is converted each time
-# (benchmarks/plan_accuracy.py, 4 x 512 in bf16 by 128 tokens).
+# Adapters wider than the blocks: what is converted for them goes at once in whole sequences, and passes between chunks.
+_MIXED_HEAP = 1.1
+_MIXED_DORA_HEAP = 0.6
 _MIXED_CHUNKS_HEAP = 2.8
 
-# Of what a backward has taken there, temporaries included, the part that stays until the next step's head runs, whose
-# own are too large for the pieces; of the first 40 MiB all of it stays: benchmarks/plan_accuracy.py, 36 jobs on hidden
-# 512 and 1024. Less under autocast (there, 2 x 512 and 4 x 512 in bf16).
-_STAYING_HEAP, _STAYING_AUTOCAST_HEAP, _STAYS_WHOLE_BYTES = 0.8, 0.7, 40 << 20
+# How many times as much DoRA with dropout leaves, which multiplies what it has dropped by the weight itself.
+_DORA_DROPOUT = 1.65
 
-# Whole sequences in bf16 with adapters in fp32: what is converted goes at once (there, 2 x 512 without autocast), with
-# DoRA more of it (there, 2 x 256).
-_MIXED_HEAP = 1.6
-_MIXED_DORA_HEAP = 1.25
+# What is held between pieces that live, however often freed memory is given back: adapters, their gradients and the
+# optimizer's state came to lie there; and what libraries of products hold, which is more for half types (oneDNN: 8 MiB
+# more at the first product than MKL).
+_HELD_TIMES_TRAINED, _MOST_HELD_BYTES, _HELD_HALF_BYTES = 7, 18 << 20, 8 << 20
 
-# DoRA under autocast, which converts as much and keeps half of it (there, 1 x 512).
-_HALF_DORA_HEAP = 1.5
-
-# How many times as much DoRA with dropout leaves, which multiplies what it has dropped by the weight itself: in chunks
-# (there, 4 x 256 by 128 tokens), and in whole sequences in fp32, under autocast and in a half type (there, 2 x 256).
-_DORA_DROPOUT_CHUNKS = 1.9
-_DORA_DROPOUT, _HALF_DORA_DROPOUT, _MIXED_DORA_DROPOUT = 1.15, 2.1, 1.9
-
-# Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, the part of a
-# backward's that is there all the same; of the first 8 MiB all of it (there, 1 x 256 and 1 x 1024).
-_TRIMMED_HEAP, _NOT_TRIMMED_BYTES = 0.6, 8 << 20
+# Of AdamW on every weight with its state in RAM, where freed memory is given back after each block, what is there all
+# the same.
+_MOST_TRIMMED_BYTES = 16 << 20
 
 # What updates by a projection of the gradient leave, as multiples of what the largest takes: their state is made
 # between them (there, GaLore, Fira and APOLLO).
-UPDATE_HEAP = 4
+UPDATE_HEAP = 5
 
 # Larger pieces are mappings of their own, which go back to the system at once (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
 LARGEST_ON_HEAP_BYTES = 32 << 20
@@ -386,14 +373,14 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
     """
     if batch.device != "cpu":
         return 0, 0
-    times = _times_for_dropout(block, batch, in_chunks=chunk_tokens is not None)
+    times = _times_for_dropout(block)
     # What dropout keeps lives until the block's backward: it leaves no holes (benchmarks/plan_accuracy.py).
     block = replace(block, linears=tuple(replace(linear, has_dropout=False) for linear in block.linears))
     if chunk_tokens is not None:
         parts = chunk_bytes(block, batch, chunk_tokens)
         forward = block_forward_bytes(block, batch, chunk_tokens) - parts.keys_values
-        temporaries = times * (parts.activations + parts.attention)
-        return int(_FORWARD_HEAP * forward), _heap_of_backward(block, batch, temporaries, in_chunks=True)
+        temporaries = parts.activations + parts.attention
+        return int(_FORWARD_HEAP * forward), _heap_of_backward(block, batch, temporaries, times=times, in_chunks=True)
     share = _share_on_heap(block, batch)
     forward, backward = block_forward_bytes(block, batch), block_recompute_bytes(block, batch)
     # One mask serves the whole visit, and one tile all of DoRA's norms: neither leaves holes.
@@ -404,58 +391,53 @@ def heap_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int | None) -
         forward, backward = int(forward / block.correction), int(backward / block.correction)
         block = replace(block, correction=1.0)
     backward -= ceil(block.correction * (_mask_bytes(batch) + _dora_tile_bytes(block, is_mixed=is_mixed)))
-    freed = _heap_of_backward(block, batch, times * share * backward, in_chunks=False)
+    freed = _heap_of_backward(block, batch, share * backward, times=times, in_chunks=False)
     return int(_FORWARD_HEAP * share * forward), freed
 
 
-def _times_for_dropout(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> float:
-    """How many times as much a backward leaves where adapters drop some of their input."""
-    if not any(linear.is_dora and linear.has_dropout for linear in block.linears):
-        return 1.0
-    if in_chunks:
-        return _DORA_DROPOUT_CHUNKS
-    if itemsize(batch.dtype) == _FP32_BYTES:
-        return _DORA_DROPOUT
-    return _HALF_DORA_DROPOUT if batch.autocast else _MIXED_DORA_DROPOUT
+def _times_for_dropout(block: BlockShape) -> float:
+    """How many times as much a backward leaves where DoRA drops some of its input."""
+    return _DORA_DROPOUT if any(linear.is_dora and linear.has_dropout for linear in block.linears) else 1.0
 
 
-def _heap_of_backward(block: BlockShape, batch: MicroBatch, temporaries: float, *, in_chunks: bool) -> int:
+def _heap_of_backward(
+    block: BlockShape, batch: MicroBatch, temporaries: float, *, times: float, in_chunks: bool
+) -> int:
     """Bytes that a backward with so many bytes of temporaries leaves."""
-    freed = int(_heap_multiple(block, batch, in_chunks=in_chunks) * temporaries)
-    return min(freed, _MOST_DORA_HEAP_BYTES) if _is_plain_dora(block, batch) and not in_chunks else freed
-
-
-def _is_plain_dora(block: BlockShape, batch: MicroBatch) -> bool:
-    """Whether all of a block with DoRA is computed in one type."""
-    is_dora = block.experts is None and any(linear.is_dora for linear in block.linears)
-    return is_dora and not batch.autocast and _moment_itemsize(block, batch) == itemsize(batch.dtype)
+    freed = _heap_multiple(block, batch, in_chunks=in_chunks) * temporaries
+    if _is_dora(block) and block.experts is None and not in_chunks:
+        freed = min(freed, _MOST_DORA_HEAP_BYTES)
+    return int(times * freed)
 
 
 def _heap_multiple(block: BlockShape, batch: MicroBatch, *, in_chunks: bool) -> float:
     """Which multiple of a backward's temporaries it is."""
-    is_dora = any(linear.is_dora for linear in block.linears)
     if block.experts is not None:
         return _EXPERTS_CHUNKS_HEAP if in_chunks else _EXPERTS_HEAP
-    if _moment_itemsize(block, batch) > itemsize(batch.dtype):
+    is_mixed = _moment_itemsize(block, batch) > itemsize(batch.dtype)
+    if _is_dora(block):
+        if in_chunks:
+            return _MIXED_CHUNKS_HEAP if is_mixed or batch.autocast else _DORA_CHUNKS_HEAP
+        return _MIXED_DORA_HEAP if is_mixed and not batch.autocast else _DORA_HEAP
+    if is_mixed or batch.autocast:
         if in_chunks:
             return _MIXED_CHUNKS_HEAP
-        return (_HALF_DORA_HEAP if batch.autocast else _MIXED_DORA_HEAP) if is_dora else _MIXED_HEAP
-    if batch.autocast:
-        return _HALF_CHUNKS_HEAP if in_chunks else _HALF_HEAP
-    if is_dora:
-        return _DORA_CHUNKS_HEAP if in_chunks else _DORA_HEAP
+        return _HALF_HEAP if batch.autocast else _MIXED_HEAP
     return _CHUNKS_HEAP if in_chunks else _BACKWARD_HEAP
 
 
-def staying_heap_bytes(after_block: int, *, autocast: bool) -> int:
-    """What of the heap at the end of a backward is still there while the next step's head runs.
+def _is_dora(block: BlockShape) -> bool:
+    return any(linear.is_dora for linear in block.linears)
+
+
+def held_heap_bytes(trained_bytes: int, *, half: bool) -> int:
+    """What is held between live pieces on a CPU in every phase of a step.
 
     Args:
-        after_block: Of temporaries and of freed pieces, at the end of a block's backward.
-        autocast: Whether the block is computed under it, to a half type.
+        trained_bytes: Of all that is trained, in fp32.
+        half: Whether products are computed in a half type.
     """
-    part = _STAYING_AUTOCAST_HEAP if autocast else _STAYING_HEAP
-    return int(part * after_block + (1 - part) * min(after_block, _STAYS_WHOLE_BYTES))
+    return min(_MOST_HELD_BYTES + (_HELD_HALF_BYTES if half else 0), _HELD_TIMES_TRAINED * trained_bytes)
 
 
 def trimmed_heap_bytes(kept: int) -> int:
@@ -464,8 +446,7 @@ def trimmed_heap_bytes(kept: int) -> int:
     Args:
         kept: What would be there otherwise.
     """
-    whole = min(kept, _NOT_TRIMMED_BYTES)
-    return whole + int(_TRIMMED_HEAP * (kept - whole))
+    return min(kept, _MOST_TRIMMED_BYTES)
 
 
 def _share_on_heap(block: BlockShape, batch: MicroBatch) -> float:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from lowmem.host_memory import LEAVES_LITTLE_BYTES
 from lowmem.internals.unread import is_attention_ever_kept, is_ever_kept, is_worth_putting_off
 from lowmem.models.absent import ROWS_PER_READ
 from lowmem.planning.block_memory import (
@@ -18,7 +19,7 @@ from lowmem.planning.block_memory import (
     block_recompute_bytes,
     chunk_bytes,
     heap_bytes,
-    staying_heap_bytes,
+    held_heap_bytes,
     trimmed_heap_bytes,
 )
 from lowmem.planning.job import Job
@@ -412,32 +413,48 @@ def _phases(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes
     if job.trains:
         yield _device("head and loss", _head_bytes(shapes, job), phase="head")
         yield _device("block recomputation", recompute_bytes(shapes, job, choice), phase="block")
-        moments: tuple[Moment, Moment] = ("forward", "block")
-        heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
-        is_flat = shapes.optimizer is None or shapes.optimizer.is_flat
-        if job.tuning == "full" and choice.state_tier != "disk" and is_flat:
-            heaps = [(forward, trimmed_heap_bytes(backward)) for forward, backward in heaps]
-        hidden_bytes = job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
-        # The batch's hidden states come and go between the temporaries of its parts; larger ones are mappings of their
-        # own. benchmarks/budgets.py: 8192 tokens in chunks, 64 sequences in micro-batches; benchmarks/plan_accuracy.py:
-        # 4096 tokens in chunks.
-        in_chunks = 2 if choice.chunk_tokens is not None else 0
-        # Parts of a batch in chunks: 4 x 512 by 128 tokens there.
-        in_parts = 3 if choice.chunk_tokens is None else 7
-        num_between = in_parts if choice.micro_batch < job.num_sequences else in_chunks
-        on_heap = job.device == "cpu" and hidden_bytes < LARGEST_ON_HEAP_BYTES
-        between = num_between * hidden_bytes if on_heap else 0
-        gradient_bytes = _heap_gradient_bytes(shapes, job)
-        if choice.state_tier == "disk":
-            # Gradients come and go one by one there: benchmarks/plan_accuracy.py, 4 x 128 of every weight.
-            between += 4 * gradient_bytes
-        updated = _heap_of_update(shapes, job)
-        for phase, kept in zip(moments, zip(*heaps, strict=True), strict=True):
-            yield _device(FREED_HEAP, max(kept) + between + updated, phase=phase)
-        if job.device == "cpu" and (freed := max(backward for _, backward in heaps)):
-            after_block = recompute_bytes(shapes, job, choice) + freed + between + gradient_bytes
-            staying = staying_heap_bytes(after_block, autocast=batch.autocast) + _heap_of_head(shapes, job, choice)
-            yield _device(FREED_HEAP, staying + updated, phase="head")
+        yield from _freed_heap(shapes, job, choice)
+
+
+_NUM_BETWEEN = {(False, False): (0, 0), (False, True): (3, 2), (True, False): (2, 4), (True, True): (4, 5)}
+"""By whether a batch is split and goes in chunks: hidden states that freed pieces lie between, in forward and block."""
+
+
+def _freed_heap(shapes: ModelShapes, job: Job, choice: Choice) -> Iterable[RoleBytes]:
+    """What the C library keeps of freed memory, by phase.
+
+    It is given back before the head runs and after it. A forward finds what the last step's backward left.
+    """
+    batch = _batch(shapes, job, num_sequences=choice.micro_batch)
+    heaps = [heap_bytes(block, batch, choice.chunk_tokens) for block in set(shapes.blocks)]
+    in_forward, in_block = (max(kept) for kept in zip(*heaps, strict=True))
+    if job.device != "cpu":
+        yield _device(FREED_HEAP, in_forward, phase="forward")
+        yield _device(FREED_HEAP, in_block, phase="block")
+        return
+    if job.tuning == "full" and choice.state_tier != "disk" and (shapes.optimizer is None or shapes.optimizer.is_flat):
+        in_block = trimmed_heap_bytes(in_block)
+    # The batch's hidden states come and go between the temporaries of its parts; larger ones are mappings of their
+    # own. benchmarks/plan_accuracy.py: 4 x 512 in micro-batches, by 128 tokens, and 4096 tokens by 128.
+    is_split, in_chunks = choice.micro_batch < job.num_sequences, choice.chunk_tokens is not None
+    before, between = _NUM_BETWEEN[is_split, in_chunks]
+    hidden_bytes = job.num_tokens * shapes.hidden_size * itemsize(shapes.compute_dtype)
+    gradients = 0
+    if choice.state_tier == "disk":
+        # Gradients come and go one by one there, with several passes once more: benchmarks/plan_accuracy.py, 4 x 128
+        # and 2 x (1 x 256) of every weight.
+        gradients = (4 if job.gradient_accumulation_steps == 1 else 6) * _heap_gradient_bytes(shapes, job)
+    is_half = itemsize(shapes.compute_dtype) < _FP32_BYTES
+    held = held_heap_bytes(shapes.num_trainable * _FP32_BYTES, half=is_half)
+    held += _heap_of_update(shapes, job)
+    after_block = in_block + gradients + held
+    before, between = before * _on_heap(hidden_bytes), between * _on_heap(hidden_bytes)
+    yield _device(FREED_HEAP, max(in_forward + held, after_block + before), phase="forward")
+    yield _device(FREED_HEAP, after_block + between, phase="block")
+    at_head = held + _heap_of_head(shapes, job)
+    if hidden_bytes < LEAVES_LITTLE_BYTES:
+        at_head += in_block + gradients + between + recompute_bytes(shapes, job, choice)
+    yield _device(FREED_HEAP, at_head, phase="head")
 
 
 def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:
@@ -448,11 +465,11 @@ def _heap_gradient_bytes(shapes: ModelShapes, job: Job) -> int:
 
 
 def _heap_of_update(shapes: ModelShapes, job: Job) -> int:
-    """What projections of gradients leave on a CPU's heap."""
+    """What updates of one weight after another leave on a CPU's heap."""
     optimizer = shapes.optimizer
-    if optimizer is None or not optimizer.update_flops or job.device != "cpu":
+    if optimizer is None or optimizer.is_flat or job.device != "cpu":
         return 0
-    return UPDATE_HEAP * _on_heap(optimizer.temporary_bytes)
+    return UPDATE_HEAP * max(_on_heap(optimizer.temporary_bytes), _heap_gradient_bytes(shapes, job))
 
 
 def _on_heap(nbytes: int) -> int:
@@ -523,15 +540,14 @@ def _head_tile(shapes: ModelShapes, job: Job) -> tuple[int, int, int]:
 _MOST_HEAD_HEAP_BYTES = 4 << 20
 
 
-def _heap_of_head(shapes: ModelShapes, job: Job, choice: Choice) -> int:
-    """What a tile of the head takes beside freed pieces of whole sequences in fp32, all of which are smaller.
+def _heap_of_head(shapes: ModelShapes, job: Job) -> int:
+    """What tiles of the head leave, twice as much where they are converted.
 
-    benchmarks/plan_accuracy.py, 1 x 128: logits of 4 MiB, the blocks' pieces of 0.8.
+    benchmarks/plan_accuracy.py, 1 x 128, whose logits take 4 MiB, and 4 x 512 in bf16.
     """
-    if choice.chunk_tokens is not None or itemsize(shapes.compute_dtype) < _FP32_BYTES:
-        return 0
     num_tokens, num_words, _ = _head_tile(shapes, job)
-    return min(_MOST_HEAD_HEAP_BYTES, num_tokens * num_words * _FP32_BYTES)
+    times = 2 if itemsize(shapes.compute_dtype) < _FP32_BYTES else 1
+    return times * min(_MOST_HEAD_HEAP_BYTES, num_tokens * num_words * _FP32_BYTES)
 
 
 def _head_bytes(shapes: ModelShapes, job: Job) -> int:

@@ -231,7 +231,7 @@ class RecordedCall:
                 self._follow()
         self._follow = None
         if self._index == self._runtime.num_blocks - 1:
-            self._runtime.make_room_for_head()
+            self._runtime.make_room_for_head(sum(output.nbytes for output in outputs))
         return outputs
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

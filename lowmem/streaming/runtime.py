@@ -423,13 +423,19 @@ class Runtime:
         self.scheduler = source
         self._order.tell_to(source.expect)
 
-    def make_room_for_head(self) -> None:
-        """Give memory back between a forward's last block and its backward: the head runs then, and needs its own."""
+    def make_room_for_head(self, num_bytes: int) -> None:
+        """Give memory back between a forward's last block and its backward: the head runs then, and needs its own.
+
+        Args:
+            num_bytes: Size of the last block's output; where it is small, so is what the C library's heap keeps of the
+                step before. Left there, a step's temporaries find new places from time to time, beside the head's.
+        """
         self.boundaries.release_idle()
         if self.products is not None:
             self.products.release_idle()
         if self.chunk_workspace.nbytes >= _LARGE_BYTES:
             self.chunk_workspace.clear()
+        self._trim(num_bytes)
 
     def trim_after_head(self, num_bytes: int) -> None:
         """Give back what the head left in the C library's heap, before the backward of the last block.
@@ -437,7 +443,10 @@ class Runtime:
         Args:
             num_bytes: Size of the gradient that arrives; where it is small, so is what was left.
         """
-        if self.device.type == "cpu" and num_bytes >= _LARGE_BYTES:
+        self._trim(num_bytes)
+
+    def _trim(self, num_bytes: int) -> None:
+        if self.device.type == "cpu" and num_bytes >= host_memory.LEAVES_LITTLE_BYTES:
             host_memory.give_back_freed()
 
     def reset(self) -> None:

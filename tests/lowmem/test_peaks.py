@@ -121,7 +121,7 @@ libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Info
 torch.set_num_threads(1)
 lora = LoraConfig(r=8, target_modules="all-linear", use_dora=True, task_type="CAUSAL_LM")
-model = lowmem.from_pretrained(sys.argv[1], budget=lowmem.Budget(device="48MiB", host=0), device="cpu")
+model = lowmem.from_pretrained(sys.argv[1], budget=lowmem.Budget(device="64MiB", host=0), device="cpu")
 before_bytes = libc.mallinfo2().arena
 model = get_peft_model(model, lora)
 grown_bytes = libc.mallinfo2().arena - before_bytes

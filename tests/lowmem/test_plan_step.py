@@ -320,7 +320,7 @@ def test_advice_to_take_a_smaller_batch_keeps_whole_groups_of_completions(task: 
 def test_advice_to_take_a_larger_batch_where_the_disk_decides() -> None:
     job = Job(task="sft", batch_size=1, seq_len=8)
     slow = replace(RATES, disk_bytes_per_s=1e7)
-    plan = planned(llama(num_blocks=64), device="48MiB", rates=slow, job=job)
+    plan = planned(llama(num_blocks=64), device="64MiB", rates=slow, job=job)
     assert plan.fits
     assert plan.bottleneck == "disk"
     assert any("batch_size=" in sentence for sentence in plan.advice)
