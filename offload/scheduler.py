@@ -21,7 +21,7 @@ from offload.errors import Closed, ClosedAfterwards, OffloadError
 from offload.pipeline import KeptMemory, Pipeline, ReadBlock, Slot
 from offload.placement import Placement, PlacementPlan
 from offload.trace import Trace
-from offload.transfer import WorkerThread
+from offload.transfer import WorkerThread, refuse_in_child
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,7 @@ class Fetcher:
         Raises:
             Closed: It was closed.
         """
-        if os.getpid() != self._pid:
-            raise OffloadError(
-                f"a scheduler made in process {self._pid} was used in its forked child {os.getpid()}, which has not "
-                "its threads; make a new one in the child, or start it with the spawn method"
-            )
+        refuse_in_child("scheduler", self._pid)
         with self._changed:
             self._check_open()
             yield self._pipeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 import weakref
@@ -18,6 +19,23 @@ from torch import Tensor
 from offload.errors import Closed, OffloadError
 
 _CLOSED = "the reader or writer was closed"
+
+
+def refuse_in_child(what: str, made_in: int) -> None:
+    """Raise where threads are asked for something in a forked child, which has none: it would wait for ever.
+
+    Args:
+        what: What has the threads.
+        made_in: Number of the process that they were started in.
+
+    Raises:
+        OffloadError: That is another one.
+    """
+    if os.getpid() != made_in:
+        raise OffloadError(
+            f"a {what} made in process {made_in} was used in its forked child {os.getpid()}, which has not "
+            "its threads; make a new one in the child, or start it with the spawn method"
+        )
 
 
 class WorkerThread(threading.Thread):
@@ -195,6 +213,7 @@ class _Service:
     threads: list[threading.Thread] = field(default_factory=list)
     num_running: int = 0
     closed: bool = False
+    pid: int = field(default_factory=os.getpid)
 
 
 class IoThreads:
@@ -227,7 +246,10 @@ class IoThreads:
 
         Raises:
             Closed: The threads were stopped.
+            OffloadError: This is a forked child, which has not these threads.
         """
+        # Before the lock, which a thread of the parent may have held.
+        refuse_in_child("reader or writer", self._service.pid)
         with self._service.lock:
             if self._service.closed:
                 raise Closed(f"{what}: {_CLOSED}; open it again")
@@ -290,6 +312,8 @@ def _serve(service: _Service) -> None:
 
 
 def _shut_down(service: _Service) -> None:
+    if os.getpid() != service.pid:
+        return  # A forked child has not the threads.
     with service.lock:
         service.closed = True
         for _ in service.threads:

@@ -25,6 +25,7 @@ from lowmem.full.gpu_tier import GpuMemoryTier
 from lowmem.full.rules import DiskStates, MemoryStates, RuleStates
 from lowmem.full.saving import (
     FOLDER,
+    SavedMoments,
     SavedState,
     check_state,
     current_digest,
@@ -110,6 +111,7 @@ class OptimizerEngine:
         self._num_steps = 0
         self._steps: dict[str, int] = {}
         self._states: RuleStates = MemoryStates()
+        self._kept: tuple[Path, tuple[int, int], SavedMoments] | None = None
 
     def adopt(self, optimizer: RuleOptimizer) -> None:
         """Take an optimizer on; a new one begins with state of its own."""
@@ -120,7 +122,7 @@ class OptimizerEngine:
         if self._optimizer is not None:
             self._forget_moments(set(self._steps))
         self._optimizer = weakref.ref(optimizer)
-        self._num_steps, self._steps = 0, {}
+        self._num_steps, self._steps, self._kept = 0, {}, None
         self._states.clear()
         self._full.updates_now = None
         tier = self._full.tier
@@ -208,9 +210,22 @@ class OptimizerEngine:
         if saved is not None:
             entry["weights"] = saved.digest
             if has_moments:
-                moments = save_moments(self._full, saved.folder)
+                moments = self._moments_beside(saved.folder)
                 entry["moments"] = {"identifier": moments.identifier, "checksums": dict(moments.checksums)}
         return {**state_dict, _ENTRY: entry}
+
+    def _moments_beside(self, folder: Path) -> SavedMoments:
+        """Keep the moments beside weights of the same step, where they are not there already.
+
+        accelerate asks for a state dict once more when the next training begins.
+        """
+        if self._kept is not None:
+            where, step, moments = self._kept
+            if (where, step) == (folder, self._at_step) and (folder / FOLDER / moments.identifier).is_dir():
+                return moments
+        moments = save_moments(self._full, folder)
+        self._kept = folder, self._at_step, moments
+        return moments
 
     @property
     def _at_step(self) -> tuple[int, int]:
@@ -236,6 +251,8 @@ class OptimizerEngine:
             as_it_is.check(self, self._at_step)
             return
         saved = SavedState.read(state_dict[_ENTRY], self._resumed, params=self._full.params)
+        kept = None if self._kept is None else self._kept[1:]
+        are_as_kept = kept == (self._at_step, saved.moments) and saved.steps == self._steps
         states = self._checked_states(saved.states)
         if saved.states_on_disk != self._keeps_states_on_disk and (saved.states_on_disk or saved.states):
             was, now = ("on disk", "in memory") if saved.states_on_disk else ("in memory", "on disk")
@@ -256,11 +273,13 @@ class OptimizerEngine:
                 f"{where}: it belongs to other weights than the model has now; load the weights of the same checkpoint "
                 "first, as the Trainer does"
             )
-        if saved.moments is not None and folder is not None:
-            load_moments(self._full, folder, saved.moments, keys=saved.steps, stale=stale)
-        else:
-            self._forget_moments(stale)
-            self._states.clear()
+        if not are_as_kept:
+            self._kept = None
+            if saved.moments is not None and folder is not None:
+                load_moments(self._full, folder, saved.moments, keys=saved.steps, stale=stale)
+            else:
+                self._forget_moments(stale)
+                self._states.clear()
         # Those on disk came with the folder.
         if isinstance(self._states, MemoryStates):
             if optimizer is not None:

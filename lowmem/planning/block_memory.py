@@ -243,7 +243,7 @@ def block_forward_bytes(block: BlockShape, batch: MicroBatch, chunk_tokens: int 
 # aligned memory, and glibc does not give it a freed piece of the same size. All of these are fitted to the jobs of
 # benchmarks/plan_accuracy.py, with what lies between live pieces (`held_heap_bytes`) next to them.
 _FORWARD_HEAP = 0.4
-_BACKWARD_HEAP = 2.0
+_BACKWARD_HEAP = 2.07
 _CHUNKS_HEAP = 2.2
 
 # With DoRA, whose weights are read when adapters are made (`host_memory.weight_is_read`), in one type or under

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,28 @@ def test_a_second_training_goes_on_with_the_optimizer_of_the_first(
     assert trained_twice(model, lowmem.optim.AdamW(model, lr=3e-3, weight_decay=0.0)) == expected
     for name, weight in weights(plain).items():
         assert torch.equal(weights(model)[name], weight), name
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_a_second_training_after_a_checkpoint_writes_its_moments_once(folder: Path, tmp_path: Path, tier: str) -> None:
+    def trained_twice(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[object]:
+        logged: list[object] = []
+        for part in ("first", "second"):
+            options = {"save_strategy": "steps", "save_steps": 4} if part == "first" else {}
+            trainer = plain_trainer(model, tmp_path / tier / part, optimizer=optimizer, **options)
+            trainer.train()
+            logged += _logged(trainer)
+        return logged
+
+    plain = resident(folder)
+    expected = trained_twice(plain, torch.optim.AdamW(plain.parameters(), lr=3e-3, weight_decay=0.0, fused=True))
+    shutil.rmtree(tmp_path / tier)
+    model = full(folder, tier, tmp_path / "state")
+    assert trained_twice(model, lowmem.optim.AdamW(model, lr=3e-3, weight_decay=0.0)) == expected
+    checkpoint = tmp_path / tier / "first" / "checkpoint-4"
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["lowmem_full"]
+    kept = [found.name for found in (checkpoint / "optimizer_state").iterdir()]
+    assert kept == [state["moments"]["identifier"]]
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])

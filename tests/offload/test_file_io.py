@@ -635,6 +635,27 @@ print("begun")
     assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_is_refused_reads_that_nobody_would_do(file: Path) -> None:
+    write_bytes(file, 4 * PAGE)
+    layout = layout_of(file, 4 * PAGE)
+    with FileIO() as reader:
+        assert waited(reader.read(layout, poisoned(layout))) is None
+        # As where another thread of the parent's is reading just then.
+        with reader._threads._service.lock:
+            child = os.fork()
+            if child == 0:
+                try:
+                    reader.read(layout, poisoned(layout))
+                except OffloadError as error:
+                    reader.close()
+                    os._exit(7 if "made in process" in str(error) else 8)
+                finally:
+                    os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert waited(reader.read(layout, poisoned(layout))) is None
+
+
 def test_many_slow_reads_from_many_threads_each_get_their_own_bytes(file: Path) -> None:
     data = write_bytes(file, 200_000)
     whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
