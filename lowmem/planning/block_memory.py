@@ -260,7 +260,7 @@ _EXPERTS_CHUNKS_HEAP = 4.0
 
 # Adapters wider than the blocks: what is converted for them goes at once in whole sequences, and passes between chunks.
 _MIXED_HEAP = 1.1
-_MIXED_DORA_HEAP = 0.6
+_MIXED_DORA_HEAP = 0.66
 _MIXED_CHUNKS_HEAP = 2.8
 
 # How many times as much DoRA with dropout leaves, which multiplies what it has dropped by the weight itself.

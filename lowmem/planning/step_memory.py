@@ -541,13 +541,13 @@ _MOST_HEAD_HEAP_BYTES = 4 << 20
 
 
 def _heap_of_head(shapes: ModelShapes, job: Job) -> int:
-    """What tiles of the head leave, twice as much where they are converted.
+    """What tiles of the head leave, half as much again where they are converted.
 
     benchmarks/plan_accuracy.py, 1 x 128, whose logits take 4 MiB, and 4 x 512 in bf16.
     """
     num_tokens, num_words, _ = _head_tile(shapes, job)
-    times = 2 if itemsize(shapes.compute_dtype) < _FP32_BYTES else 1
-    return times * min(_MOST_HEAD_HEAP_BYTES, num_tokens * num_words * _FP32_BYTES)
+    times = 1.5 if itemsize(shapes.compute_dtype) < _FP32_BYTES else 1
+    return int(times * min(_MOST_HEAD_HEAP_BYTES, num_tokens * num_words * _FP32_BYTES))
 
 
 def _head_bytes(shapes: ModelShapes, job: Job) -> int:
