@@ -1,4 +1,4 @@
-"""Synthetic Llama-shaped checkpoints, written tensor by tensor: any size in a few hundred MiB of memory.
+"""Synthetic Llamas and mixtures of experts, written tensor by tensor: any size in a few hundred MiB of memory.
 
     python -m benchmarks.checkpoints 1.1b --root /nvme/checkpoints [--dtype float32]
 
@@ -61,6 +61,24 @@ class LlamaShape:
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (self.vocab, self.hidden)
 
+    def config(self) -> dict[str, object]:
+        """What config.json says of the architecture."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.num_layers,
+            "intermediate_size": self.mlp,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+        }
+
     @property
     def num_parameters(self) -> int:
         return sum(_numel(shape) for _, shape in self.tensors())
@@ -70,7 +88,39 @@ class LlamaShape:
         return self.num_layers * sum(_numel(shape) for _, shape in self.layer_tensors(0))
 
 
-SHAPES = {
+@dataclass(frozen=True, kw_only=True)
+class ExpertsShape(LlamaShape):
+    """Sizes of a Qwen3 mixture of experts, each of them `mlp` wide."""
+
+    num_experts: int
+    num_chosen: int
+    """Experts that a token goes to."""
+
+    def layer_tensors(self, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        prefix = f"model.layers.{layer}"
+        for name, shape in super().layer_tensors(layer):
+            if ".mlp." not in name:
+                yield name, shape
+        for name in ("q_norm", "k_norm"):
+            yield f"{prefix}.self_attn.{name}.weight", (self.hidden // self.num_heads,)
+        yield f"{prefix}.mlp.gate.weight", (self.num_experts, self.hidden)
+        for expert in range(self.num_experts):
+            for name in ("gate", "up"):
+                yield f"{prefix}.mlp.experts.{expert}.{name}_proj.weight", (self.mlp, self.hidden)
+            yield f"{prefix}.mlp.experts.{expert}.down_proj.weight", (self.hidden, self.mlp)
+
+    def config(self) -> dict[str, object]:
+        return super().config() | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": self.hidden // self.num_heads,
+            "moe_intermediate_size": self.mlp,
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.num_chosen,
+        }
+
+
+SHAPES: dict[str, LlamaShape] = {
     "tiny": LlamaShape(hidden=64, num_layers=3, mlp=176, num_heads=4, num_kv_heads=2, vocab=512),
     "budgets": LlamaShape(
         hidden=256, num_layers=4, mlp=704, num_heads=8, num_kv_heads=4, vocab=2_000, max_positions=8192
@@ -131,20 +181,7 @@ def ensure_checkpoint(name: str, *, root: Path, dtype: torch.dtype = torch.bfloa
 
 def write_config(folder: Path, shape: LlamaShape, *, dtype: torch.dtype) -> None:
     """Write config.json as transformers would."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.num_layers,
-        "intermediate_size": shape.mlp,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
+    config = shape.config() | {
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

@@ -4,8 +4,9 @@
 
 Checks: the tests marked `gpu`; some of them under torch's sanitizer of streams; small steps on the card against the
 CPU; what makes the host wait within a step; LoRA on a model that fits with transformers and PEFT alone, streamed from
-RAM and from disk, and packed to NF4 against bitsandbytes; LoRA on blocks of a 70B model from disk in 8 GiB; every
-weight of a model trained in RAM, and of an 8B-shaped one with its state on disk; LoRA on 128k tokens in 24 GiB. What
+RAM and from disk, and packed to NF4 against bitsandbytes; DoRA, and LoRA beside routed experts, against PEFT alone;
+LoRA on blocks of a 70B model from disk in 8 GiB; every weight of a model trained in RAM, and of an 8B-shaped one with
+its state on disk; LoRA on 128k tokens in 24 GiB. What
 `lowmem bench` measures of a shape is kept before its first job. Each job's device memory is capped at its budget; its
 step is set beside the plan's, and beside what the busiest of computation, copies and disk would take alone (the plan's
 own parts). Models have as many blocks as there is disk and time for; what is left out is said. The checkpoints stay in
@@ -38,7 +39,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerContro
 from trl import SFTConfig, SFTTrainer
 
 import lowmem
-from benchmarks.checkpoints import SHAPES, LlamaShape, ensure_checkpoint
+from benchmarks.checkpoints import SHAPES, ExpertsShape, LlamaShape, ensure_checkpoint
 from benchmarks.harness import ROOT, Value, emit, emit_skip
 from benchmarks.sft_job import StepMeter
 from lowmem.loading import prepare_device
@@ -56,6 +57,10 @@ SHAPES |= {
     "check-1b": LlamaShape(hidden=2048, num_layers=16, mlp=8192, num_heads=32, num_kv_heads=8),
     "check-8b-part": replace(_8B, num_layers=8),
     "check-70b-part": replace(_70B, num_layers=4),
+    # A 30B's, of which a token takes 3B.
+    "check-experts-part": ExpertsShape(
+        hidden=2048, num_layers=6, mlp=768, num_heads=32, num_kv_heads=4, num_experts=128, num_chosen=8
+    ),
 }
 
 
@@ -76,6 +81,7 @@ class CheckedJob:
     mode: Literal["streamed", "plain", "bitsandbytes"] = "streamed"
     """Ours, or transformers and PEFT alone with the whole model on the card, as it is stored or packed to NF4."""
     quantization: str | None = None
+    use_dora: bool = False
 
     @property
     def disk_bytes(self) -> int:
@@ -91,6 +97,12 @@ JOBS = (
     CheckedJob(name="from-disk", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB", host="0"),
     CheckedJob(name="bitsandbytes", shape="check-1b", seq_len=2048, batch_size=4, device=None, mode="bitsandbytes"),
     CheckedJob(name="nf4", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB", quantization="nf4"),
+    CheckedJob(
+        name="plain-dora", shape="check-1b", seq_len=2048, batch_size=4, device=None, mode="plain", use_dora=True
+    ),
+    CheckedJob(name="dora", shape="check-1b", seq_len=2048, batch_size=4, device="4GiB", use_dora=True),
+    CheckedJob(name="plain-experts", shape="check-experts-part", seq_len=2048, batch_size=4, device=None, mode="plain"),
+    CheckedJob(name="experts", shape="check-experts-part", seq_len=2048, batch_size=4, device="10GiB", host="8GiB"),
     CheckedJob(name="plain-8b", shape="check-8b-part", seq_len=2048, batch_size=4, device=None, mode="plain"),
     CheckedJob(name="streamed-8b", shape="check-8b-part", seq_len=2048, batch_size=4, device="7GiB", host="8GiB"),
     CheckedJob(name="full", shape="check-1b", seq_len=1024, batch_size=4, device="6GiB", host="24GiB", tuning="full"),
@@ -135,7 +147,7 @@ def run_job(job: CheckedJob, *, root: Path, meter: StepMeter | None = None) -> d
     """
     folder = ensure_checkpoint(job.shape, root=root)
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-", dir=root))
-    lora = None if job.tuning == "full" else _adapter()
+    lora = None if job.tuning == "full" else _adapter(job)
     device_bytes = None if job.device is None else parse_bytes(job.device)
     try:
         # Its measurements are no part of the job, and take memory.
@@ -168,8 +180,8 @@ def run_job(job: CheckedJob, *, root: Path, meter: StepMeter | None = None) -> d
     }
 
 
-def _adapter() -> LoraConfig:
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+def _adapter(job: CheckedJob) -> LoraConfig:
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", use_dora=job.use_dora, task_type="CAUSAL_LM")
 
 
 def _quantised(job: CheckedJob, root: Path) -> dict[str, Any]:
@@ -231,6 +243,8 @@ def _train(job: CheckedJob, model: torch.nn.Module, meter: StepMeter, output: Pa
     size = (job.batch_size * job.num_steps, job.seq_len)
     tokens = torch.randint(3, SHAPES[job.shape].vocab, size, generator=generator)
     options: dict[str, object] = {"gradient_checkpointing": False} if job.tuning == "full" else {}
+    if isinstance(SHAPES[job.shape], ExpertsShape):
+        options["router_aux_loss_coef"] = 0.0
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
