@@ -22,7 +22,7 @@ from lowmem.internals.torch import modules_in
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from peft.tuners.lora.layer import Embedding
+    from peft.tuners.lora.layer import Embedding, Linear
 
 Flags = tuple[bool, str | tuple[str, ...]]
 """Of one adapted module: whether its adapters are disabled, and which are active."""
@@ -137,7 +137,7 @@ def inputs_cast_once(block: nn.Module, device: torch.device) -> Iterator[None]:
         block: The block.
         device: Where it computes.
     """
-    changed = [module for module in modules_in(block) if _only_multiplies(module)] if "peft" in sys.modules else []
+    changed = _that_only_multiply(block) if "peft" in sys.modules else []
     try:
         for module in changed:
             setattr(module, _CASTS, _UnlessAutocast(device.type))
@@ -147,13 +147,16 @@ def inputs_cast_once(block: nn.Module, device: torch.device) -> Iterator[None]:
             setattr(module, _CASTS, True)
 
 
-def _only_multiplies(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of LoRA whose active adapters take its input for a product alone."""
+def _that_only_multiply(block: nn.Module) -> list[nn.Module]:
+    """The linear layers of LoRA whose active adapters take their input for a product alone."""
     from peft.tuners.lora.layer import Linear
 
-    if type(module) is not Linear or vars(module).get(_CASTS) is not True:
+    return [module for module in modules_in(block) if type(module) is Linear and _only_multiplies(module)]
+
+
+def _only_multiplies(layer: Linear) -> bool:
+    if vars(layer).get(_CASTS) is not True:
         return False
-    layer: Any = module
     return all(
         name not in layer.lora_variant
         and type(layer.lora_A[name]) is nn.Linear
@@ -265,23 +268,27 @@ def settings_in(block: nn.Module) -> tuple[tuple[bool, tuple[object, ...]], ...]
 
 
 def _settings_of(module: nn.Module) -> tuple[object, ...]:
-    settings = tuple(
-        (name, _frozen(value))
+    settings = [
+        (name, value if type(value) in _PLAIN else _frozen(value))
         for name, value in vars(module).items()
-        if isinstance(value, _SETTINGS) and not name.startswith("_")
-    )
+        if name[:1] != "_" and isinstance(value, _SETTINGS)
+    ]
     return (_flags_of(module), *settings)
 
 
-_PLAIN = (bool, int, float, str)
-_SETTINGS = (*_PLAIN, dict, list, tuple)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+_SETTINGS = (bool, int, float, str, dict, list, tuple)
 
 
 def _frozen(value: object) -> object:
-    if isinstance(value, _PLAIN):
+    """A value that is equal to itself later on if nothing in it has changed."""
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, dict):
+        # One look at all types: most are a number for each adapter, and each visit comes by here for each layer.
+        if _PLAIN.issuperset(map(type, value)) and _PLAIN.issuperset(map(type, value.values())):
+            return tuple(value.items())
         return tuple((str(key), _frozen(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(item) for item in value)
-    return id(value)
+    return value if isinstance(value, (bool, int, float, str)) else id(value)

@@ -50,16 +50,22 @@ def buffer_table(module: nn.Module) -> dict[str, Any]:
 def modules_in(module: nn.Module) -> list[nn.Module]:
     """What `module.modules()` gives, in the same order; ten times as fast, as no name is made for each."""
     found: dict[int, nn.Module] = {}
-    _add_modules(module, found)
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        inner = waiting.pop()
+        if inner is not None and id(inner) not in found:
+            found[id(inner)] = inner
+            children = inner._modules
+            if children:
+                waiting.extend(reversed(children.values()))
     return list(found.values())
 
 
-def _add_modules(module: nn.Module, found: dict[int, nn.Module]) -> None:
-    if id(module) not in found:
-        found[id(module)] = module
-        for child in module._modules.values():
-            if child is not None:
-                _add_modules(child, found)
+def parameters_in(module: nn.Module) -> list[nn.Parameter]:
+    """What `module.parameters()` gives, in the same order, without a name for each."""
+    tables = [inner._parameters for inner in modules_in(module)]
+    own = {id(param): param for table in tables if table for param in table.values() if param is not None}
+    return list(own.values())
 
 
 class _HeldParameters(dict[str, nn.Parameter | None]):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from lowmem.adapters.dora import install as install_dora
 from lowmem.experts.products import lend, run_experts
@@ -103,7 +104,7 @@ def measure_shape(
     watch = Stopwatch(opened.device, clock)
     timing = _BlockTiming(opened, shapes, watch, trains=trains, autocast=autocast)
     calls, in_chunks = timing.measured()
-    attention, backward = _attention_rates(shapes, opened, watch)
+    attention, backward, *in_parts = _attention_rates(shapes, opened, watch)
     # Operations of attention of one sequence, of the mean block.
     mean_size = sum(block.query_size for block in shapes.blocks) / len(shapes.blocks)
 
@@ -130,6 +131,7 @@ def measure_shape(
         visit_backward_s=visit.backward_s,
         attention_flops_per_s=attention,
         attention_backward_flops_per_s=backward,
+        chunk_attention_flops_per_s=tuple(in_parts),
         head_token_s=head_s,
         head_backward_token_s=head_backward_s,
         unpack_s=_unpack_s(opened, watch),
@@ -452,11 +454,12 @@ def _modules(module: nn.Module, skipped: set[int]) -> Iterator[nn.Module]:
         yield from _modules(child, skipped)
 
 
-def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -> tuple[float, float]:
+def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -> tuple[float, ...]:
     """Operations per second of causal attention without gradients, and recomputed with them, of the widest block.
 
     Of what grows with the square of a sequence's length. Kernels compute whole tiles, of which a causal mask leaves
-    half on the diagonal: that grows with the length, and is in what calls take.
+    half on the diagonal: that grows with the length, and is in what calls take. On a GPU both once more of the last
+    part of a sequence, as chunks attend to what came before: on some that is another kernel, half as fast.
     """
     block = max(shapes.blocks, key=lambda block: block.query_size)
     num_keys = max(1, block.num_heads * block.key_size // block.query_size)
@@ -464,19 +467,25 @@ def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -
     make = dict[str, Any](dtype=opened.dtype, device=opened.device)
     grouped = num_keys != block.num_heads
 
-    def timed(num_tokens: int) -> list[float]:
+    def timed(num_tokens: int, num_before: int = 0) -> list[float]:
+        # As chunks are joined with what came before them: only kernels of half types share a key head among heads.
+        shares = grouped and not (num_before and opened.dtype == torch.float32)
+        num_key_heads = num_keys if shares else block.num_heads
         query = torch.randn(1, block.num_heads, num_tokens, width, **make)
-        key, value = (torch.randn(1, num_keys, num_tokens, width, **make) for _ in range(2))
+        key, value = (torch.randn(1, num_key_heads, num_before + num_tokens, width, **make) for _ in range(2))
         gradient = torch.randn_like(query)
+        bias = causal_lower_right(num_tokens, num_before + num_tokens) if num_before else None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, enable_gqa=shares)
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+                return attend(query, key, value)
 
         def backward() -> None:
             q, k, v = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-            output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            torch.autograd.grad(output, [q, k, v], gradient)
+            torch.autograd.grad(attend(q, k, v), [q, k, v], gradient)
 
         return watch.usual_in_turn([forward, backward])
 
@@ -490,7 +499,10 @@ def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -
         flops / _of_square(one_s, other_s, short=short, long=num_tokens)
         for one_s, other_s in zip(short_s, long_s, strict=True)
     )
-    return forward, backward
+    if opened.device.type == "cpu" or num_tokens == short:
+        return forward, backward
+    flops = 4.0 * short * (long - short / 2) * block.query_size
+    return forward, backward, *(flops / seconds for seconds in timed(short, long - short))
 
 
 def _of_square(short_s: float, long_s: float, *, short: int, long: int) -> float:

@@ -1,5 +1,7 @@
 """What an optimizer keeps of the parameters that it trains, found without a weight: by its name, or by its class.
 
+And what a step moves of it, of gradients and of weights to and from a disk.
+
 lowmem's optimizers say it themselves, rule by rule. One of torch's takes a step on parameters of the meta device, which
 makes its state and computes nothing. The Trainer's names stand for what transformers makes of them.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from itertools import chain
@@ -26,6 +29,8 @@ from lowmem.planning.shapes import ModelShapes, OptimizerShape, ReductionShape, 
 
 if TYPE_CHECKING:
     from lowmem.optim.rule import Rule
+    from lowmem.planning.job import Job
+    from lowmem.planning.step_memory import Choice
 
 OptimizerChoice = str | type[torch.optim.Optimizer] | partial[torch.optim.Optimizer]
 """A name, a class, or a class with options."""
@@ -299,3 +304,41 @@ def _parameters(matrices: Iterable[tuple[int, int]], num_params: int, nbytes: in
     if rest := num_params - sum(rows * columns for rows, columns in shapes):
         shapes.append((rest,))
     return nn.ParameterList(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateTraffic:
+    """Bytes of one optimizer step, the weights that visits read left out."""
+
+    update_bytes: int = 0
+    """Read and written by the update: moments, gradients and weights."""
+    gradient_bytes: int = 0
+    """Written by the backwards: gradients, and those of earlier micro-steps read to be added to."""
+    read_bytes: int = 0
+    """All that is read."""
+    written_bytes: int = 0
+    """All that is written."""
+
+
+def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic:
+    """What moves where state is on disk; nothing where it is in memory, or where adapters are trained.
+
+    A block's weight is read with its visits; gradients outside the blocks stay in memory. An optimizer that keeps its
+    state in RAM reads weights and gradients of the blocks that it changes, and writes the weights, within its step.
+    """
+    if job.tuning != "full" or choice.state_tier != "disk":
+        return StateTraffic()
+    optimizer, gradients = shapes.optimizer, shapes.fp32_bytes
+    read = shapes.moments_bytes + gradients
+    written = shapes.moments_bytes + shapes.stored_bytes + shapes.outer_bytes
+    if optimizer is not None and not optimizer.is_flat:
+        read = round((shapes.stored_bytes + gradients) * optimizer.block_share)
+        written = round(shapes.stored_bytes * optimizer.block_share)
+        gradients = round(gradients * optimizer.block_share)
+    again = (job.num_backwards - 1) * gradients
+    return StateTraffic(
+        update_bytes=read + written,
+        gradient_bytes=again + job.num_backwards * gradients,
+        read_bytes=read + again,
+        written_bytes=written + job.num_backwards * gradients,
+    )

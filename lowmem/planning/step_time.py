@@ -1,6 +1,6 @@
 """How fast bytes are read and copied and how fast the device computes: measured, or assumed and said so.
 
-What full tuning moves to and from disk in a step, how long a step takes at these rates, and what it waits for.
+How long a step takes at these rates, and what it waits for.
 
 Each pass over the weights takes as long as its slowest lane: reading the streamed blocks, copying to the device, or
 computing. A backward computes twice what a forward does (recomputation, then the gradient of each product's input;
@@ -17,6 +17,7 @@ from typing import Literal
 from lowmem.experts.visiting import EXPERT_PASSES, MOST_HIT, expected_share
 from lowmem.internals.unread import is_attention_ever_kept
 from lowmem.planning.job import DeviceKind, Job
+from lowmem.planning.optimizer_sizes import state_traffic
 from lowmem.planning.shapes import BlockShape, ModelShapes, itemsize
 from lowmem.planning.step_memory import Choice, as_moved, kept_bytes, kept_linears, product_bytes
 from offload import Placement, PlacementPlan, ceil_div
@@ -65,6 +66,8 @@ class ShapeRates:
     """Scores and weighted values, without gradients."""
     attention_backward_flops_per_s: float
     """The same operations, counted once: recomputed and differentiated."""
+    chunk_attention_flops_per_s: tuple[float, ...] = ()
+    """Both of a chunk of a sequence and what came before it, where another kernel computes that; else empty."""
     head_token_s: float
     """Of one token's loss, without gradients."""
     head_backward_token_s: float
@@ -84,7 +87,7 @@ class ShapeRates:
             raise ValueError(f"ShapeRates: expected two calls or more, each with both times, got {self.call_tokens}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, str) and min(value if isinstance(value, tuple) else (value,)) < 0:
+            if not isinstance(value, str) and min(value if isinstance(value, tuple) else (value,), default=0) < 0:
                 raise ValueError(f"ShapeRates.{field.name} is {value}; expected 0 or more")
 
     def forward_call_s(self, num_tokens: float) -> float:
@@ -174,44 +177,6 @@ def update_s_each(shapes: ModelShapes, rates: Rates, *, on_disk: bool = False) -
     else:
         fp32_s = _UPDATE_S_PER_PARAM if rates.shape is None else rates.shape.update_s_per_param
     return fp32_s if shapes.optimizer is None else fp32_s * shapes.optimizer.relative_time
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateTraffic:
-    """Bytes of one optimizer step, the weights that visits read left out."""
-
-    update_bytes: int = 0
-    """Read and written by the update: moments, gradients and weights."""
-    gradient_bytes: int = 0
-    """Written by the backwards: gradients, and those of earlier micro-steps read to be added to."""
-    read_bytes: int = 0
-    """All that is read."""
-    written_bytes: int = 0
-    """All that is written."""
-
-
-def state_traffic(shapes: ModelShapes, job: Job, choice: Choice) -> StateTraffic:
-    """What moves where state is on disk; nothing where it is in memory, or where adapters are trained.
-
-    A block's weight is read with its visits; gradients outside the blocks stay in memory. An optimizer that keeps its
-    state in RAM reads weights and gradients of the blocks that it changes, and writes the weights, within its step.
-    """
-    if job.tuning != "full" or choice.state_tier != "disk":
-        return StateTraffic()
-    optimizer, gradients = shapes.optimizer, shapes.fp32_bytes
-    read = shapes.moments_bytes + gradients
-    written = shapes.moments_bytes + shapes.stored_bytes + shapes.outer_bytes
-    if optimizer is not None and not optimizer.is_flat:
-        read = round((shapes.stored_bytes + gradients) * optimizer.block_share)
-        written = round(shapes.stored_bytes * optimizer.block_share)
-        gradients = round(gradients * optimizer.block_share)
-    again = (job.num_backwards - 1) * gradients
-    return StateTraffic(
-        update_bytes=read + written,
-        gradient_bytes=again + job.num_backwards * gradients,
-        read_bytes=read + again,
-        written_bytes=written + job.num_backwards * gradients,
-    )
 
 
 _STEP_S: dict[DeviceKind, float] = {"cpu": 0.03, "cuda": 0.02}
@@ -462,7 +427,12 @@ class _Costs:
         if self._choice.chunk_tokens is not None and num_calls is None:
             calls_s += calls * shape.chunk_forward_s
         calls_s += len(self._shapes.blocks) * shape.visit_forward_s
-        return calls_s + self._dropout_s(num_tokens) + attention / shape.attention_flops_per_s
+        return calls_s + self._dropout_s(num_tokens) + attention / self._attention_flops_per_s(shape)[0]
+
+    def _attention_flops_per_s(self, shape: ShapeRates) -> tuple[float, ...]:
+        """Without gradients, and recomputed and differentiated."""
+        whole = shape.attention_flops_per_s, shape.attention_backward_flops_per_s
+        return whole if self._choice.chunk_tokens is None else shape.chunk_attention_flops_per_s or whole
 
     def _dropout_s(self, num_tokens: int) -> float:
         """Of drawing what adapters' inputs lose, in one pass of a model that trains; a backward draws it again."""
@@ -495,9 +465,9 @@ class _Costs:
         if self._choice.chunk_tokens is not None:
             backward_s += shape.chunk_backward_s
         calls_s = self._num_calls * (backward_s + share * shape.forward_call_s(tokens))
-        attention_s = attention / shape.attention_backward_flops_per_s
+        without_s, attention_s = (attention / flops_per_s for flops_per_s in self._attention_flops_per_s(shape))
         if self._keeps_attention:
-            attention_s = max(0.0, attention_s - attention / shape.attention_flops_per_s)
+            attention_s = max(0.0, attention_s - without_s)
         visits_s = len(shapes.blocks) * shape.visit_backward_s
         dropped_s = self._dropout_s(job.num_tokens) * (2 if shape.trains == "dora" else 1)  # A gradient, too.
         return calls_s + dropped_s + attention_s + reading_s + visits_s

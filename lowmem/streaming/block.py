@@ -21,7 +21,14 @@ from lowmem.errors import UnsupportedError
 from lowmem.host_memory import products_for
 from lowmem.internals.hooks import BlockHooks
 from lowmem.internals.peft import inputs_cast_once, settings_in
-from lowmem.internals.torch import TreeSpec, is_sole_owner, tree_flatten, tree_leaves, tree_unflatten
+from lowmem.internals.torch import (
+    TreeSpec,
+    is_sole_owner,
+    parameters_in,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 from lowmem.internals.transformers import CollectedOutputs
 from lowmem.internals.unread import Keeping, PuttingOff, is_ever_kept, is_worth_putting_off
 from lowmem.planning.read_model import features_of, is_linear
@@ -530,7 +537,7 @@ def run_block(
     if torch.is_grad_enabled():
         kwargs = without_cache(kwargs)
         call = BlockCall(args, kwargs)
-        params = [param for param in runtime.modules[index].parameters() if param.requires_grad]
+        params = [param for param in parameters_in(runtime.modules[index]) if param.requires_grad]
         inputs = call.take_inputs()
         _prepare_masks(runtime, call, (*args, *kwargs.values()))
         if params or any(value.requires_grad for value in inputs):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
 
 from lowmem.experts.visiting import expected_share
 from lowmem.planning.job import Job, Task
+from lowmem.planning.optimizer_sizes import state_traffic
 from lowmem.planning.plan import Plan
 from lowmem.planning.planner import plan_again, plan_step
 from lowmem.planning.search import Room
 from lowmem.planning.shapes import ExpertsShape, ModelShapes
 from lowmem.planning.step_memory import KEPT_PRODUCTS
-from lowmem.planning.step_time import Rates, ShapeRates, assumed_rates, predict, state_traffic
+from lowmem.planning.step_time import Rates, ShapeRates, assumed_rates, predict
 from offload import Budget, BudgetError, Placement, format_bytes
 from tests.lowmem.llama_shapes import llama, llama_block
 
@@ -561,7 +562,8 @@ def test_updates_of_state_on_disk_take_a_core_from_the_model_and_leave_the_optim
 def shape_rates(**changes: float) -> ShapeRates:
     calls = (32, 128), (1e-3, 4e-3), (3e-3, 12e-3)
     values = dict(zip(("call_tokens", "forward_calls_s", "backward_calls_s"), calls, strict=True))
-    rest = {field.name: 1e-9 for field in fields(ShapeRates) if field.name not in (*values, "trains")}
+    others = (field.name for field in fields(ShapeRates) if field.default is MISSING)
+    rest = {name: 1e-9 for name in others if name not in (*values, "trains")}
     rest |= {"attention_flops_per_s": 1e12, "attention_backward_flops_per_s": 1e12, "update_beside_s_per_param": 0.0}
     rest |= {"update_s_per_param": 0.0}
     return ShapeRates(trains="full", **values, **rest | changes)  # type: ignore[arg-type]

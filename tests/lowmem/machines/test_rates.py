@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ import lowmem
 from lowmem.machines import bench, measured, rates
 from lowmem.machines.bench import bench_lines
 from lowmem.machines.measured import measure_shape
+from lowmem.machines.rates import Stopwatch
 from lowmem.models.checkpoint import Opened, open_checkpoint
 from lowmem.planning.job import Job
 from lowmem.planning.planner import plan_step
@@ -36,8 +37,8 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return build("llama", tmp_path / "llama", dtype=torch.bfloat16)
 
 
-def opened(folder: Path) -> Opened:
-    checkpoint = open_checkpoint(folder, name="m", device=torch.device("cpu"), dtype=torch.float32)
+def opened(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Opened:
+    checkpoint = open_checkpoint(folder, name="m", device=torch.device(device), dtype=dtype)
     checkpoint.source.close()
     return checkpoint
 
@@ -333,6 +334,30 @@ def test_chunks_and_visits_take_what_they_took_besides(llama: Path) -> None:
     assert step_s(visits, whole, shapes) - step_s(given, whole, shapes) == pytest.approx(0.75 * len(shapes.blocks))
 
 
+def test_chunks_attend_as_fast_as_was_measured_of_chunks(llama: Path) -> None:
+    shapes = read_shapes(opened(llama))
+    whole, chunked = Job(seq_len=64), Job(seq_len=64, chunk_tokens=32)
+    flops = shapes.attention_flops(num_sequences=1, seq_len=64)
+    given = shape_rates(attention_flops_per_s=flops, attention_backward_flops_per_s=flops / 2)
+    told = replace(given, chunk_attention_flops_per_s=(flops / 3, flops / 7))
+
+    def step_s(found: ShapeRates, job: Job) -> float:
+        return plan_step(shapes, job, budget=lowmem.Budget(device=1 << 30, host=0), rates=Rates(shape=found)).step_s
+
+    assert step_s(told, whole) == step_s(given, whole)
+    assert step_s(told, chunked) - step_s(given, chunked) == pytest.approx((3 - 1) + (7 - 2))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_attention_of_chunks_is_measured_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measured._ATTENTION_TOKENS, "cuda", (32, 64))
+    checkpoint = opened(build("llama", tmp_path, dtype=torch.bfloat16), device="cuda", dtype=torch.bfloat16)
+    watch = Stopwatch(torch.device("cuda"), time.perf_counter)
+    found = measured._attention_rates(read_shapes(checkpoint), checkpoint, watch)
+    assert len(found) == 4
+    assert min(found) > 0
+
+
 def test_state_on_disk_moves_as_fast_as_was_measured_where_it_is(llama: Path, tmp_path: Path) -> None:
     def planned(scratch_bytes_per_s: float | None, device: int) -> lowmem.Plan:
         rates = Rates(disk_bytes_per_s=1e6, scratch_bytes_per_s=scratch_bytes_per_s)
@@ -388,7 +413,8 @@ def test_measured_shapes_must_be_possible() -> None:
 
 def shape_rates(**changes: Any) -> ShapeRates:
     calls = {"call_tokens": (32, 128, 1024), "forward_calls_s": (1.0, 2.0, 16.0), "backward_calls_s": (2.0, 5.0, 40.0)}
-    names = [name for name in ShapeRates.__dataclass_fields__ if name != "trains" and name not in calls]
+    needed = (name for name, field in ShapeRates.__dataclass_fields__.items() if field.default is MISSING)
+    names = [name for name in needed if name != "trains" and name not in calls]
     return ShapeRates(trains="lora", **{**dict.fromkeys(names, 1.0), **calls, **changes})
 
 
