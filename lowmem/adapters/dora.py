@@ -24,7 +24,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from lowmem.internals.peft import embed, embed_scale
+from lowmem.internals.peft import embed, embed_scale, those_that_apply_adapters
 from lowmem.internals.torch import modules_in
 
 # Converted weight held at a time where the weight is not stored in the type that the norm is computed in.
@@ -220,7 +220,7 @@ def install(module: nn.Module, *, frozen_base: bool = False) -> int:
         How many adapters were changed.
     """
     num_changed = 0
-    for layer in modules_in(module):
+    for layer in those_that_apply_adapters(modules_in(module)):
         if not isinstance(layer, LoraLayer):
             continue
         for adapter, variant in layer.lora_variant.items():

@@ -8,7 +8,7 @@ depends on which sequences are computed together cannot be exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.peft import ask_first
+from lowmem.internals.peft import ask_first, those_that_apply_adapters
 from lowmem.internals.torch import modules_in, parameter_table
 from lowmem.models.absent import AbsentParameter
 
@@ -134,12 +134,12 @@ def refuse_before_changes() -> None:
 
 
 def _check_added(model: nn.Module, config: PeftConfig) -> None:
-    if _has_absent_weights(model):
+    if _has_absent_weights(modules_in(model)):
         check_peft_config(config)
 
 
 def _refuse_merging(model: nn.Module) -> None:
-    if _has_absent_weights(model):
+    if _has_absent_weights(modules_in(model)):
         raise UnsupportedError(
             "merging an adapter into a streamed model (merge_and_unload, merge_adapter)",
             reason="its base weights are read from the checkpoint at each visit and never written",
@@ -209,16 +209,22 @@ def _check_modules(model: nn.Module) -> None:
     from peft.utils.other import AuxiliaryTrainingWrapper
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    for module in modules_in(model):
-        if isinstance(module, AuxiliaryTrainingWrapper):
+    modules = modules_in(model)
+    # Each class is asked about once: a large model has tens of thousands of modules of a dozen.
+    kinds = set(map(type, modules))
+    wrappers = {kind for kind in kinds if issubclass(kind, AuxiliaryTrainingWrapper)}
+    blocks = {kind for kind in kinds if issubclass(kind, GradientCheckpointingLayer)} - wrappers
+    for module in modules:
+        if type(module) in wrappers:
             inside = next((m for m in modules_in(module) if isinstance(m, GradientCheckpointingLayer)), None)
             if inside is not None:
                 what = f"{_path(model, module)} is a whole decoder block ({type(inside).__name__})"
                 reason = f"{what}, whose copy would not be streamed"
                 instead = "name modules inside the blocks (for example 'mlp'), or train with tuning='full'"
                 raise UnsupportedError("modules_to_save", reason=reason, instead=instead)
-        elif isinstance(module, GradientCheckpointingLayer) and _has_absent_weights(module):
-            for layer in modules_in(module):
+        elif type(module) in blocks:
+            inner = modules_in(module)
+            for layer in those_that_apply_adapters(inner) if _has_absent_weights(inner) else ():
                 if isinstance(layer, BaseTunerLayer):
                     _check_base_weights(partial(_path, model, layer), layer.get_base_layer())
 
@@ -228,8 +234,8 @@ def _path(model: nn.Module, sought: nn.Module) -> str:
     return paths[sought]
 
 
-def _has_absent_weights(module: nn.Module) -> bool:
-    own = (parameter_table(inner).values() for inner in modules_in(module))
+def _has_absent_weights(modules: Iterable[nn.Module]) -> bool:
+    own = (parameter_table(module).values() for module in modules)
     return any(isinstance(param, AbsentParameter) for params in own for param in params)
 
 

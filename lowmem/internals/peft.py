@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,6 +29,9 @@ Flags = tuple[bool, str | tuple[str, ...]]
 
 BlockFlags = tuple[Flags, ...]
 """Of a block's adapted modules in `modules()` order."""
+
+Settings = tuple[tuple[bool, ...], tuple[object, ...]]
+"""Modes of a block's modules, and settings of those that apply adapters."""
 
 _DISABLED, _ACTIVE = "_disable_adapters", "_active_adapter"
 _ASKS = "lowmem_asks_first"
@@ -48,20 +51,14 @@ def _adapted_kinds() -> tuple[type[nn.Module], ...]:
 
 
 def _adapted(block: nn.Module) -> Iterator[nn.Module]:
+    return iter(those_that_apply_adapters(modules_in(block)))
+
+
+def those_that_apply_adapters(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Of some modules those of PEFT's classes that apply adapters; each class is asked about once."""
     kinds = _adapted_kinds()
-    return (module for module in modules_in(block) if _applies(module, kinds))
-
-
-def _applies(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether a module is of one of the classes that apply adapters."""
-    return _is_of(type(module), kinds)  # type: ignore[arg-type]  # classes are hashable
-
-
-# Bounded: torch's parametrizations make a class for each module.
-@lru_cache(maxsize=1024)
-def _is_of(kind: type[nn.Module], kinds: tuple[type[nn.Module], ...]) -> bool:
-    """`issubclass`, which asks registries of abstract classes, once for each class."""
-    return issubclass(kind, kinds)
+    adapted = {kind for kind in set(map(type, modules)) if issubclass(kind, kinds)} if kinds else ()
+    return [module for module in modules if type(module) in adapted] if adapted else []
 
 
 def _unknown(reason: str) -> UnsupportedError:
@@ -137,14 +134,15 @@ def inputs_cast_once(block: nn.Module, device: torch.device) -> Iterator[None]:
         block: The block.
         device: Where it computes.
     """
-    changed = _that_only_multiply(block) if "peft" in sys.modules else []
+    changed, unless = _that_only_multiply(block) if "peft" in sys.modules else [], _UnlessAutocast(device.type)
     try:
+        # A plain value of the module's own, as was looked at: `Module.__setattr__` takes ten times as long.
         for module in changed:
-            setattr(module, _CASTS, _UnlessAutocast(device.type))
+            vars(module)[_CASTS] = unless
         yield
     finally:
         for module in changed:
-            setattr(module, _CASTS, True)
+            vars(module)[_CASTS] = True
 
 
 def _that_only_multiply(block: nn.Module) -> list[nn.Module]:
@@ -256,24 +254,35 @@ def _bit_sum(param: Tensor) -> Tensor:
     return param.detach().contiguous().view(_BITS[param.element_size()]).sum(dtype=torch.int64)
 
 
-def settings_in(block: nn.Module) -> tuple[tuple[bool, tuple[object, ...]], ...]:
-    """Of each module in `modules()` order its mode, and what PEFT's switches change on it, frozen.
+def settings_in(block: nn.Module) -> Settings:
+    """The mode of each module in `modules()` order, and of each that is adapted what PEFT's switches change on it.
 
-    Those are `set_adapter`, `disable_adapter`, `scale_layer` and merging; nothing of a module that is not adapted.
+    Those are `set_adapter`, `disable_adapter`, `scale_layer` and merging.
     """
-    kinds = _adapted_kinds()
-    return tuple(
-        (module.training, _settings_of(module) if _applies(module, kinds) else ()) for module in modules_in(block)
-    )
+    modules = modules_in(block)
+    adapted = those_that_apply_adapters(modules)
+    return tuple([module.training for module in modules]), tuple([_settings_of(module) for module in adapted])
+
+
+def changed_module(block: nn.Module, before: Settings, now: Settings) -> str | None:
+    """Path within the block of the first module whose settings differ; None where there are others than there were."""
+    paths = {module: path for path, module in block.named_modules()}
+    modes = zip(paths, before[0], now[0], strict=False)
+    settings = zip(those_that_apply_adapters(list(paths)), before[1], now[1], strict=False)
+    return next((paths[module] for module, old, new in (*modes, *settings) if old != new), None)
 
 
 def _settings_of(module: nn.Module) -> tuple[object, ...]:
-    settings = [
-        (name, value if type(value) in _PLAIN else _frozen(value))
-        for name, value in vars(module).items()
-        if name[:1] != "_" and isinstance(value, _SETTINGS)
-    ]
-    return (_flags_of(module), *settings)
+    settings: list[object] = [_flags_of(module)]
+    for name, value in vars(module).items():
+        # Each visit comes by here for each adapted layer: exact types, of which nearly all are, are looked at first.
+        if name[:1] == "_":
+            continue
+        if type(value) in _PLAIN:
+            settings.append((name, value))
+        elif isinstance(value, _SETTINGS):
+            settings.append((name, _frozen(value)))
+    return tuple(settings)
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
@@ -285,7 +294,7 @@ def _frozen(value: object) -> object:
     if type(value) in _PLAIN:
         return value
     if isinstance(value, dict):
-        # One look at all types: most are a number for each adapter, and each visit comes by here for each layer.
+        # Most are a number for each adapter.
         if _PLAIN.issuperset(map(type, value)) and _PLAIN.issuperset(map(type, value.values())):
             return tuple(value.items())
         return tuple((str(key), _frozen(item)) for key, item in value.items())

@@ -20,7 +20,7 @@ from lowmem import host_memory
 from lowmem.errors import UnsupportedError
 from lowmem.host_memory import products_for
 from lowmem.internals.hooks import BlockHooks
-from lowmem.internals.peft import inputs_cast_once, settings_in
+from lowmem.internals.peft import Settings, changed_module, inputs_cast_once, settings_in
 from lowmem.internals.torch import (
     TreeSpec,
     is_sole_owner,
@@ -403,12 +403,11 @@ class RecordedCall:
         return None if len(self._rows) == 1 else rows
 
 
-def _refuse_changed(name: str, block: torch.nn.Module, before: tuple[object, ...]) -> None:
+def _refuse_changed(name: str, block: torch.nn.Module, before: Settings) -> None:
     now = settings_in(block)
     if now == before:
         return
-    pairs = zip(block.named_modules(), before, now, strict=False)
-    changed = next((path for (path, _), old, new in pairs if old != new), "its modules")
+    changed = changed_module(block, before, now) or "its modules"
     raise RuntimeError(
         f"{name}.{changed}: the active adapters, their settings, or train/eval mode, changed between a block's forward "
         "and its backward; run backward before switching adapters"
