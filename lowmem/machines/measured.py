@@ -114,7 +114,7 @@ def measure_shape(
             call.num_tokens, max(0.0, call.forward_s - flops / attention), max(0.0, call.backward_s - flops / backward)
         )
 
-    visit = timing.beyond(next(call for call in calls if call.num_tokens == timing.middle_tokens))
+    visit = timing.beyond()
     calls = [without_scores(call) for call in calls]
     more = _Call(0, 0.0, 0.0)
     if in_chunks is not None:
@@ -241,16 +241,14 @@ class _BlockTiming:
         """Tokens of a call that is neither small nor large."""
         return min(_MIDDLE_CALL, max(2 * _SMALL_CALL, self.longest))
 
-    def beyond(self, middle: _Call) -> _Call:
+    def beyond(self) -> _Call:
         """What a visit takes more than a call that is repeated: the block's weights are in no cache.
 
         Where every weight is trained, what a backward has freed is given back besides, and touched again the next time.
-
-        Args:
-            middle: The middle call.
+        Told from both in turn: two measurements some seconds apart differ by more than this.
         """
         if self._opened.device.type != "cpu":
-            return _Call(middle.num_tokens, 0.0, 0.0)
+            return _Call(0, 0.0, 0.0)
         other = torch.empty(_CACHE_BYTES, dtype=torch.uint8)
 
         def backward_of(runs: _Runs) -> Callable[[], object]:
@@ -261,12 +259,16 @@ class _BlockTiming:
 
             return visited
 
-        def usual_s(run: Callable[[], object]) -> float:
-            return self._watch.usual_s(run, before=lambda: other.fill_(1))
+        def more_s(repeated: Callable[[], object], visited: Callable[[], object]) -> float:
+            both_s = self._watch.usual_in_turn([repeated, visited], before=[None, lambda: other.fill_(1)])
+            return both_s[1] - both_s[0]
 
-        each = {id(runs): (usual_s(runs.forward), usual_s(backward_of(runs))) for runs in set(self._middle)}
+        each = {
+            id(runs): (more_s(runs.forward, runs.forward), more_s(runs.backward, backward_of(runs)))
+            for runs in set(self._middle)
+        }
         means = [statistics.mean(times) for times in zip(*(each[id(runs)] for runs in self._middle), strict=True)]
-        return _Call(0, max(0.0, means[0] - middle.forward_s), max(0.0, means[1] - middle.backward_s))
+        return _Call(0, *(max(0.0, seconds) for seconds in means))
 
     def _timed(self, sizes: Sequence[tuple[int, Sequence[_Runs]]]) -> list[_Call]:
         """Time calls, by their tokens, in turn; of each the mean over the blocks."""

@@ -56,17 +56,22 @@ class Stopwatch:
     device: torch.device
     clock: Clock
 
-    def usual_s(self, run: Callable[[], object], *, before: Callable[[], object] | None = None) -> float:
+    def usual_s(self, run: Callable[[], object]) -> float:
         """The median of some runs, after one that warms up: a step is the sum of many, not of the shortest ones."""
-        return self.usual_in_turn([run], before=before)[0]
+        return self.usual_in_turn([run])[0]
 
     def usual_in_turn(
-        self, runs: Sequence[Callable[[], object]], *, before: Callable[[], object] | None = None
+        self, runs: Sequence[Callable[[], object]], *, before: Sequence[Callable[[], object] | None] = ()
     ) -> list[float]:
-        """The same of each of several in turn, three times over: what slows a machine for a while slows none alone."""
+        """The same of each of several in turn, three times over: what slows a machine for a while slows none alone.
+
+        Args:
+            runs: What is timed.
+            before: What comes before each time of each of them, untimed; empty for nothing.
+        """
         took_s: list[list[float]] = [[] for _ in runs]
         for turn in range(_NUM_TURNS):
-            for run, seen in zip(runs, took_s, strict=True):
+            for run, first, seen in zip(runs, before or [None] * len(runs), took_s, strict=True):
                 if sum(seen) >= _ENOUGH_S:
                     continue
                 if not turn or seen[-1] < _TURN_S:
@@ -77,8 +82,8 @@ class Stopwatch:
                         continue
                 times_s: list[float] = []
                 while not times_s or (len(times_s) < _MOST_REPEATS and sum(times_s) < _TURN_S):
-                    if before is not None:
-                        before()
+                    if first is not None:
+                        first()
                     times_s.append(self._once_s(run))
                 seen += times_s
         return [statistics.median(seen) for seen in took_s]
