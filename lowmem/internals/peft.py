@@ -276,7 +276,7 @@ def _settings_of(module: nn.Module) -> tuple[object, ...]:
     settings: list[object] = [_flags_of(module)]
     for name, value in vars(module).items():
         # Each visit comes by here for each adapted layer: exact types, of which nearly all are, are looked at first.
-        if name[:1] == "_":
+        if name[:1] == "_" or value is None:
             continue
         if type(value) in _PLAIN:
             settings.append((name, value))

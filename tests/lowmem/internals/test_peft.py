@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from lowmem.errors import UnsupportedError
-from lowmem.internals.peft import ask_first, embed, embed_scale, flags_set, inputs_cast_once, read_flags
+from lowmem.internals.peft import (
+    ask_first,
+    changed_module,
+    embed,
+    embed_scale,
+    flags_set,
+    inputs_cast_once,
+    read_flags,
+    settings_in,
+)
 
 ROWS = torch.arange(6)
 FLAG = "cast_input_dtype_enabled"
@@ -112,6 +123,32 @@ def test_every_layer_that_can_be_switched_off_is_of_one_of_the_two_kinds() -> No
     assert len(switched) > 50
     known = (BaseTunerLayer, AuxiliaryTrainingWrapper, PreTrainedModel)
     assert {kind for kind in switched if not issubclass(kind, known)} == set()
+
+
+def test_what_peft_switches_is_seen_and_named(block: Any) -> None:
+    layers = {path: module for path, module in block.named_modules() if isinstance(module, BaseTunerLayer)}
+    path, layer = next(iter(layers.items()))
+    before = settings_in(block)
+    assert settings_in(block) == before
+
+    def is_seen(change: Callable[[], object], undo: Callable[[], object]) -> bool:
+        change()
+        now = settings_in(block)
+        named = changed_module(block, before, now)
+        undo()
+        assert settings_in(block) == before
+        return now != before and named == path
+
+    assert is_seen(partial(layer.enable_adapters, False), partial(layer.enable_adapters, True))
+    scaling = dict(layer.scaling)
+    assert is_seen(partial(layer.scale_layer, 2.0), partial(layer.scaling.update, scaling))
+    assert is_seen(layer.eval, layer.train)
+    assert is_seen(partial(layer.merged_adapters.append, "default"), layer.merged_adapters.clear)
+    # Not a switch: what a layer notes for itself once it has run.
+    layer.noted = None
+    before = settings_in(block)
+    layer.noted = object()
+    assert settings_in(block) == before
 
 
 @pytest.mark.parametrize("scale", [None, 3.0])

@@ -23,6 +23,7 @@ from lowmem.internals.torch import (
     leave_out_of_ddp,
     modules_in,
     parameter_table,
+    parameters_in,
     quiet_fake_tensors,
     storage_key,
     version_of,
@@ -238,3 +239,7 @@ def test_modules_are_those_that_torch_lists_in_its_order() -> None:
     model["a"].register_module("gone", None)
     assert modules_in(model) == list(model.modules())
     assert modules_in(shared) == [shared]
+    # One parameter under two names, and one that is not there.
+    model["b"][0].register_parameter("again", shared.bias)
+    model["b"][0].register_parameter("gone", None)
+    assert list(map(id, parameters_in(model))) == list(map(id, model.parameters()))
