@@ -77,7 +77,7 @@ def plan(
     num_steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole run.")] = None,
     examples: Annotated[int | None, typer.Option(help="Examples of the data set, instead of steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="How often a run goes through them; once if absent.")] = None,
-    lora_r: Annotated[int, typer.Option(help="Rank of the LoRA adapter; 0 for none.")] = 16,
+    lora_r: Annotated[int, typer.Option(help="Rank of the LoRA adapter; 0 for none, where nothing is trained.")] = 16,
     lora_dropout: Annotated[float, typer.Option(help="Dropout of the adapter's inputs.")] = 0.0,
     dora: Annotated[bool, typer.Option("--dora", help="Train DoRA instead of LoRA.")] = False,
     target_modules: Annotated[str, typer.Option(help="all-linear, or names separated by commas.")] = "all-linear",
@@ -117,7 +117,7 @@ def plan(
     from lowmem.api import plan as make_plan
     from offload import Budget
 
-    lora = _lora(0 if tuning == "full" else lora_r, dropout=lora_dropout, dora=dora, target_modules=target_modules)
+    lora = _lora(lora_r, lora_dropout, dora=dora, target_modules=target_modules, tuning=tuning, task=task)
     card = {"gpu": gpu, "vram": vram, "tflops": tflops, "pcie_gbps": pcie_gbps, "memory_gbps": memory_gbps}
     machine = _machine(on=on, measure=measure, ram=ram, disk_gbps=disk_gbps, gpus=gpus, nodes=nodes, **card)
     opening: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -211,10 +211,19 @@ def _machine(*, on: str | None, measure: bool, **given: object) -> Machine | Non
     return Machine(**named)  # type: ignore[arg-type]  # types are those of the options
 
 
-def _lora(rank: int, *, dropout: float, dora: bool, target_modules: str) -> PeftConfig | None:
+def _lora(rank: int, dropout: float, *, dora: bool, target_modules: str, tuning: str, task: str) -> PeftConfig | None:
+    """The adapter that was asked for; None where every weight is trained, or without a rank.
+
+    Raises:
+        ValueError: An option has no adapter to belong to, or nothing would be trained.
+    """
     if not 0 <= dropout < 1:
         raise ValueError(f"--lora-dropout {dropout}: expected at least 0 and less than 1")
-    if rank == 0:
+    if dora and (tuning == "full" or rank == 0):
+        raise ValueError(f"--dora with {'--tuning full' if tuning == 'full' else '--lora-r 0'}: leave one of them out")
+    if rank == 0 and tuning != "full" and task != "generate":
+        raise ValueError("--lora-r 0: nothing would be trained; give a rank, --tuning full or --task generate")
+    if rank == 0 or tuning == "full":
         return None
     from peft import LoraConfig
 
@@ -272,7 +281,7 @@ def bench(
 ) -> None:
     """Measure disk, copies and the products of this model's shapes, and keep the rates for plans; JSON lines.
 
-    Takes half a minute, and the memory of one block of each kind.
+    Takes a minute or two, more for mixtures of experts, and the memory of one block of each kind.
     """
     from lowmem.machines.bench import bench_lines, disturbances
 

@@ -189,6 +189,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> Iterator[C
         yield from _store(folder)
     elif (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         yield _checked("adapter", _adapter, folder)
+    elif _is_cut_off(folder):
+        yield _cut_off(folder)
     else:
         yield from _files(folder, trust_remote_code=trust_remote_code)
         if (folder / MANIFEST).exists():
@@ -250,6 +252,27 @@ def _trainer_checkpoint(folder: Path, *, trust_remote_code: bool) -> Iterator[Ch
 
     if (folder / FOLDER).is_dir():
         yield _checked("moments", _moments, folder)
+
+
+def _is_cut_off(folder: Path) -> bool:
+    """Whether a folder has a Trainer's name for a checkpoint, and nothing of one."""
+    from lowmem.monitoring.resume_checks import TRAINER_CHECKPOINT
+
+    return TRAINER_CHECKPOINT.fullmatch(folder.resolve().name) is not None and not (folder / "config.json").exists()
+
+
+def _cut_off(folder: Path) -> Check:
+    """What to do with it."""
+    from lowmem.monitoring.resume_checks import newest_complete
+
+    parent = folder.resolve().parent
+    found = (newest_complete(parent, is_adapter=is_adapter, but=folder) for is_adapter in (True, False))
+    newest = next((path for path in found if path is not None), None)
+    remedy = f"no other checkpoint in {parent} is complete: train anew"
+    if newest is not None:
+        remedy = f"trainer.train(resume_from_checkpoint={str(newest)!r}), the newest complete one"
+    finding = "not whole: no trainer_state.json; it is being written, or its run ended meanwhile"
+    return Check(name="checkpoint", finding=finding, remedy=remedy, is_broken=True)
 
 
 def _progress(folder: Path) -> Check:
@@ -324,7 +347,9 @@ def _files(folder: Path, *, trust_remote_code: bool) -> Iterator[Check]:
             files = source.files
             nbytes = sum(spec.nbytes for spec in source.tensors.values())
             yield Check(
-                name="files", finding=f"{len(files)} shards, {len(source.tensors)} tensors, {format_bytes(nbytes)}"
+                name="files",
+                finding=f"{len(files)} shards, {len(source.tensors)} tensors, {format_bytes(nbytes)}: whole by their "
+                "headers (safetensors keeps no checksums of what tensors hold)",
             )
     except OffloadError as error:
         yield _failed("files", error)

@@ -327,8 +327,9 @@ class Machine:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Machine.{name}={value!r}: expected a whole number of at least 1")
-        if self.gpu is None and self.gpus > 1:
-            raise ValueError(f"Machine.gpus={self.gpus}: say which card, gpu= (--gpu), of which there are so many")
+        for name in ("gpus", "nodes"):
+            if self.gpu is None and getattr(self, name) > 1:
+                raise ValueError(f"Machine.{name}={getattr(self, name)}: say which card each has; give gpu= too")
         for name in ("vram", "pcie_gbps", "memory_gbps"):
             if self.gpu is None and getattr(self, name) is not None:
                 raise ValueError(

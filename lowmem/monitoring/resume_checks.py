@@ -34,7 +34,7 @@ _RESTORED = ("optimizer.pt", "scheduler.pt")
 _GROUPS = "param_groups"
 """What every optimizer's state has, and no scheduler's."""
 _STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+TRAINER_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OF_RANK = re.compile(r"rng_state_(\d+)\.pth")
 _WEIGHTS = "model*.safetensors*"
 _NUMBERS = ("epoch", "global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen", "total_flos")
@@ -108,7 +108,7 @@ def newest_complete(output_dir: Path, *, is_adapter: bool, but: Path | None = No
         is_adapter: Whether an adapter is trained.
         but: A checkpoint that is not to be looked at.
     """
-    found = [(_CHECKPOINT.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
+    found = [(TRAINER_CHECKPOINT.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*")]
     for _, path in sorted(((int(match[1]), path) for match, path in found if match is not None), reverse=True):
         if but is not None and path.name == but.name:
             continue

@@ -451,5 +451,8 @@ def describe_adapter(peft_config: PeftConfig | None) -> str:
     words = ["DoRA" if getattr(peft_config, "use_dora", False) else {"LORA": "LoRA"}.get(kind, kind)]
     words += [f"r={rank}"] if rank else []
     words += [f"on {targets if isinstance(targets, str) else ', '.join(sorted(targets))}"] if targets else []
+    # What "all-linear" becomes of a mixture: its stacks of experts are parameters, not layers.
+    stacks = sorted(getattr(peft_config, "target_parameters", None) or ())
+    words += [f"{'and' if targets else 'on'} {', '.join(stacks)}"] if stacks else []
     dropout = getattr(peft_config, "lora_dropout", 0.0)
     return " ".join(words) + (f", dropout {dropout:g}" if dropout else "")

@@ -65,6 +65,13 @@ def test_plan_prints_the_table(run: Run, llama: Path) -> None:
     assert run.err == ""
 
 
+@pytest.mark.parametrize("options", [["--lora-r", 0], ["--dora", "--lora-r", 0], ["--dora", "--tuning", "full"]])
+def test_a_plan_without_an_adapter_does_not_plan_one(options: list[object], run: Run, llama: Path) -> None:
+    assert run("plan", llama, "--seq-len", 16, *options) == 2
+    assert run.err.startswith(f"lowmem: {options[0]}")
+    assert run.out == ""
+
+
 def test_plan_prints_json_that_can_be_read_back(run: Run, llama: Path) -> None:
     from lowmem.planning.plan import Plan
 

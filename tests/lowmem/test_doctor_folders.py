@@ -104,6 +104,17 @@ def test_damage_of_what_the_trainer_wrote_is_named(name: str, checkpoint: Path, 
     assert f"{name}: missing" in broken(folder)
 
 
+def test_a_checkpoint_that_was_cut_off_is_named_with_the_newest_whole_one(checkpoint: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "run" / "checkpoint-7"
+    (cut / ".saving-half").mkdir(parents=True)
+    (found,) = [check for check in check_folder(cut) if check.is_broken]
+    assert (found.name, "trainer_state.json" in found.finding) == ("checkpoint", True)
+    assert "no other checkpoint" in found.remedy
+    shutil.copytree(checkpoint, cut.parent / "checkpoint-3")
+    (found,) = [check for check in check_folder(cut) if check.is_broken]
+    assert f"resume_from_checkpoint={str(cut.parent / 'checkpoint-3')!r}" in found.remedy
+
+
 def test_damaged_moments_are_named(checkpoint: Path, tmp_path: Path) -> None:
     folder = copied(checkpoint, tmp_path)
     files = sorted(

@@ -294,6 +294,8 @@ def test_adapters_are_named_in_words() -> None:
     assert describe_adapter(LoraConfig(r=8, target_modules="all-linear")) == "LoRA r=8 on all-linear"
     dora = LoraConfig(r=4, target_modules=["q_proj", "k_proj"], use_dora=True, lora_dropout=0.1)
     assert describe_adapter(dora) == "DoRA r=4 on k_proj, q_proj, dropout 0.1"
+    stacks = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    assert describe_adapter(stacks) == "LoRA r=4 on q_proj and mlp.experts.gate_up_proj"
 
 
 def test_no_warning_reaches_the_user(llama: Path) -> None:

@@ -342,6 +342,7 @@ def test_gradients_go_around_the_ring_once_per_step(models: dict[str, Path]) -> 
         ({"gpu": "RTX 4090", "gpus": 0}, "Machine.gpus=0: expected a whole number"),
         ({"gpu": "RTX 4090", "nodes": 1.5}, "Machine.nodes=1.5: expected a whole number"),
         ({"gpus": 2}, "Machine.gpus=2: say which card"),
+        ({"nodes": 2}, "Machine.nodes=2: say which card"),
         ({"gpu": "RTX 4090", "nodes": 2, "network_gbps": 0}, "network_gbps=0: expected a number above 0"),
     ],
 )
