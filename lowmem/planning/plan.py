@@ -256,9 +256,13 @@ class Plan:
 _SUMMARY = ("fits", "device_bytes", "host_bytes", "disk_bytes", "step_s", "bottleneck", "passes")
 
 
+_ADDED: dict[str, object] = {"caveat": "", "chunk_attention_flops_per_s": ()}
+"""Fields of rates that plans of earlier versions do not have, and what they meant by that."""
+
+
 def _with_lists(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
-    """A dataclass's fields as JSON has them; a caveat only where there is one: plans without are older than it."""
-    kept = (pair for pair in pairs if pair != ("caveat", ""))
+    """A dataclass's fields as JSON has them; those that older plans lack only where they say something."""
+    kept = (pair for pair in pairs if pair not in _ADDED.items())
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept}
 
 
@@ -271,7 +275,7 @@ def _read_fields(kind: type[Any], data: object, field: str) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(f"{field}: expected an object, got {data!r}")
     types, prefix = get_type_hints(kind), "" if kind is Plan else f"{field}."
-    data = {"caveat": "", **data} if kind is Rates else data
+    data = {**{name: none for name, none in _ADDED.items() if name in types}, **data}
     values = {name: _read(types[name], value, prefix + name) for name, value in data.items() if name in types}
     if set(data) != set(types):
         missing, unknown = sorted(set(types) - set(data)), sorted(set(data) - set(types))

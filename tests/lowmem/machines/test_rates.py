@@ -56,6 +56,11 @@ def test_what_is_measured_is_kept_and_plans_use_it(llama: Path) -> None:
     assert plan.rates.shape.trains == "lora"
     assert "of these shapes measured" in str(plan)
     assert lowmem.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    # Plans that were written before a GPU's attention of chunks was measured can still be read.
+    assert "chunk_attention" not in json.dumps(plan.to_dict())
+    on_gpu = replace(plan.rates.shape, chunk_attention_flops_per_s=(2e12, 1e12))
+    told = replace(plan, rates=replace(plan.rates, shape=on_gpu))
+    assert lowmem.Plan.from_dict(json.loads(json.dumps(told.to_dict()))) == told
     full = lowmem.plan(llama, seq_len=16, tuning="full", budget=BUDGET, device="cpu")
     assert full.rates.shape is not None
     assert full.rates.shape.trains == "full"
