@@ -461,7 +461,7 @@ def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -
 
     Of what grows with the square of a sequence's length. Kernels compute whole tiles, of which a causal mask leaves
     half on the diagonal: that grows with the length, and is in what calls take. On a GPU both once more of the last
-    part of a sequence, as chunks attend to what came before: on some that is another kernel, half as fast.
+    part of a sequence, as chunks attend to what came before: on some that is another kernel, a third as fast.
     """
     block = max(shapes.blocks, key=lambda block: block.query_size)
     num_keys = max(1, block.num_heads * block.key_size // block.query_size)
@@ -501,10 +501,11 @@ def _attention_rates(shapes: ModelShapes, opened: Described, watch: Stopwatch) -
         flops / _of_square(one_s, other_s, short=short, long=num_tokens)
         for one_s, other_s in zip(short_s, long_s, strict=True)
     )
-    if opened.device.type == "cpu" or num_tokens == short:
-        return forward, backward
-    flops = 4.0 * short * (long - short / 2) * block.query_size
-    return forward, backward, *(flops / seconds for seconds in timed(short, long - short))
+    if opened.device.type != "cpu" and num_tokens == long:
+        flops = 4.0 * short * (long - short / 2) * block.query_size
+        with suppress(torch.cuda.OutOfMemoryError):
+            return forward, backward, *(flops / seconds for seconds in timed(short, long - short))
+    return forward, backward
 
 
 def _of_square(short_s: float, long_s: float, *, short: int, long: int) -> float:

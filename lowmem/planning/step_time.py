@@ -90,6 +90,11 @@ class ShapeRates:
             if not isinstance(value, str) and min(value if isinstance(value, tuple) else (value,), default=0) < 0:
                 raise ValueError(f"ShapeRates.{field.name} is {value}; expected 0 or more")
 
+    def both_attentions(self, *, in_chunks: bool) -> tuple[float, ...]:
+        """Operations per second of attention without gradients, and recomputed and differentiated."""
+        whole = self.attention_flops_per_s, self.attention_backward_flops_per_s
+        return (self.chunk_attention_flops_per_s or whole) if in_chunks else whole
+
     def forward_call_s(self, num_tokens: float) -> float:
         """Seconds of a call without gradients, the scores of attention aside."""
         return _between(self.call_tokens, self.forward_calls_s, num_tokens)
@@ -424,15 +429,12 @@ class _Costs:
             return (self._shapes.product_flops(num_tokens) + attention) / self._rates.compute_flops_per_s
         calls = self._num_calls if num_calls is None else num_calls
         calls_s = calls * shape.forward_call_s(len(self._shapes.blocks) * num_tokens / calls)
-        if self._choice.chunk_tokens is not None and num_calls is None:
+        # With a cache, blocks take whole sequences.
+        in_chunks = self._choice.chunk_tokens is not None and num_calls is None
+        if in_chunks:
             calls_s += calls * shape.chunk_forward_s
         calls_s += len(self._shapes.blocks) * shape.visit_forward_s
-        return calls_s + self._dropout_s(num_tokens) + attention / self._attention_flops_per_s(shape)[0]
-
-    def _attention_flops_per_s(self, shape: ShapeRates) -> tuple[float, ...]:
-        """Without gradients, and recomputed and differentiated."""
-        whole = shape.attention_flops_per_s, shape.attention_backward_flops_per_s
-        return whole if self._choice.chunk_tokens is None else shape.chunk_attention_flops_per_s or whole
+        return calls_s + self._dropout_s(num_tokens) + attention / shape.both_attentions(in_chunks=in_chunks)[0]
 
     def _dropout_s(self, num_tokens: int) -> float:
         """Of drawing what adapters' inputs lose, in one pass of a model that trains; a backward draws it again."""
@@ -465,7 +467,8 @@ class _Costs:
         if self._choice.chunk_tokens is not None:
             backward_s += shape.chunk_backward_s
         calls_s = self._num_calls * (backward_s + share * shape.forward_call_s(tokens))
-        without_s, attention_s = (attention / flops_per_s for flops_per_s in self._attention_flops_per_s(shape))
+        both = shape.both_attentions(in_chunks=self._choice.chunk_tokens is not None)
+        without_s, attention_s = (attention / flops_per_s for flops_per_s in both)
         if self._keeps_attention:
             attention_s = max(0.0, attention_s - without_s)
         visits_s = len(shapes.blocks) * shape.visit_backward_s

@@ -351,6 +351,9 @@ def test_chunks_attend_as_fast_as_was_measured_of_chunks(llama: Path) -> None:
 
     assert step_s(told, whole) == step_s(given, whole)
     assert step_s(told, chunked) - step_s(given, chunked) == pytest.approx((3 - 1) + (7 - 2))
+    # Generation has a cache, and takes whole sequences.
+    generated = Job(task="generate", seq_len=64, completion_tokens=8, chunk_tokens=32)
+    assert step_s(told, generated) == step_s(given, generated)
 
 
 @pytest.mark.gpu
